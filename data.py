@@ -1,0 +1,356 @@
+"""Corpus -> tokens -> batches.
+
+A corpus is one UTF-8 text file. It is read in pieces, twice: once to check it, digest it and collect its
+characters, once to write its tokens to a cache file that training then maps into memory. So a text larger
+than memory trains in constant memory, and the same text is tokenised once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from errors import Alg1Error, disk_error
+from files import atomic_file, write_all, write_atomically, write_json
+from parameters import DataConfig
+from utils import N_CODE_POINTS, Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_PATH = DataConfig.data_path
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+DOWNLOAD_TIMEOUT = 5  # seconds
+CACHE_FOLDER = ".tokens"  # beside the corpus
+CACHE_FORMAT = 1
+CHUNK_BYTES = 1 << 22
+BOM = "\ufeff"
+
+Say = Callable[[str], None]
+
+
+# --- which file ---------------------------------------------------------------------------------------
+
+
+def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
+    """The text file behind --data, fetched or made where that is possible.
+
+    `shakespeare` and `python-docs` name corpora; any other word is a path. The default path, where it is
+    missing, is filled with tiny Shakespeare, or without a network replaced by python-docs.
+
+    Raises:
+        Alg1Error: the file is not there, or shakespeare cannot be downloaded.
+    """
+    folder = Path(DEFAULT_PATH).parent
+    if data_path == "python-docs":
+        return _python_docs(folder / "python-docs.txt")
+    if data_path == "shakespeare":
+        return _shakespeare(folder / "shakespeare.txt", say)
+    path = Path(data_path)
+    if path.is_dir():
+        raise Alg1Error(f"{path} is a folder", "name a text file in it: --data PATH")
+    if path.is_file():
+        return path
+    if path.exists():
+        raise Alg1Error(f"{path} is not a file that can be read twice", "save the text to a file")
+    if path != Path(DEFAULT_PATH):
+        raise Alg1Error(
+            f"{path}: no such text file",
+            "check the path of --data; --data python-docs is there without a file or a network",
+        )
+    try:
+        return _shakespeare(path, say)
+    except Alg1Error as error:
+        say(f"{error.message}; training on the Python documentation (python-docs) instead")
+        return _python_docs(folder / "python-docs.txt")
+
+
+def _shakespeare(path: Path, say: Say) -> Path:
+    if path.exists():
+        return path
+    import urllib.request
+
+    say(f"downloading tiny Shakespeare to {path}")
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT) as response:
+            text = response.read(1 << 24)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # URLError is an OSError; ValueError: a bad proxy setting
+        reason = getattr(error, "reason", error)
+        raise Alg1Error(
+            f"tiny Shakespeare cannot be downloaded ({reason})",
+            f"put the text at {path}, or use --data python-docs",
+        ) from None
+    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+        raise Alg1Error(
+            "the download is not tiny Shakespeare (its SHA-256 differs)",
+            f"put the text at {path}, or use --data python-docs",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+    return path
+
+
+def _python_docs(path: Path) -> Path:
+    """The language reference that every Python ships, as a text file."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    try:
+        if path.exists() and path.read_bytes() == text:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Alg1Error(
+            f"{path}: {error.strerror or error}", "use another working folder"
+        ) from None
+    write_atomically(path, text)  # another Python's documentation differs a little
+    return path
+
+
+# --- text -> tokens -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A checked, tokenised text.
+
+    Attributes:
+        path: the text file.
+        sha256: of the file's bytes.
+        tokenizer: over all characters of the text.
+        tokens: (n,) of the tokenizer's token_type, mapped from a file.
+    """
+
+    path: Path
+    sha256: str
+    tokenizer: Tokenizer
+    tokens: np.ndarray
+
+    def split(
+        self, train_split: float = 0.9, val_split: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first `train_split` of the tokens, and the last `val_split` (default: all others)."""
+        n = len(self.tokens)
+        n_train = int(train_split * n)
+        n_val = n - n_train if val_split is None else min(n - n_train, round(val_split * n))
+        return self.tokens[:n_train], self.tokens[n - n_val :]
+
+    def check_block_size(self, block_size: int, train_split: float, val_split: float) -> None:
+        """Check that both splits hold at least one sequence and its target.
+
+        Raises:
+            Alg1Error: naming block_size, the text's length and the largest block_size that fits.
+        """
+        largest = min(len(part) for part in self.split(train_split, val_split)) - 1
+        if block_size <= largest:
+            return
+        text = f"{self.path}: {len(self.tokens):,} characters are too few for block_size = {block_size}"
+        if largest >= 1:
+            raise Alg1Error(text, f"use a longer text, or --block-size {largest} at most")
+        raise Alg1Error(
+            f"{text}, and for any other", "each of train_split and val_split needs two characters"
+        )
+
+
+def load_data(
+    data_path: str = DEFAULT_PATH,
+    train_split: float = 0.9,
+    val_split: float | None = None,
+    say: Say = print,
+) -> tuple[np.ndarray, np.ndarray, Tokenizer]:
+    """Read and tokenise a text: `train_data, val_data, tokenizer`; the data are (n,) unsigned integers.
+
+    Raises:
+        Alg1Error: see `find_corpus` and `open_corpus`.
+    """
+    corpus = open_corpus(find_corpus(data_path, say))
+    return *corpus.split(train_split, val_split), corpus.tokenizer
+
+
+def open_corpus(path: Path | str) -> Corpus:
+    """Check and tokenise a text file, or map the tokens of an earlier time.
+
+    The cache lies beside the text, keyed by its content. Where that folder cannot be written, the tokens
+    go to an unnamed temporary file instead.
+
+    Raises:
+        Alg1Error: empty, not UTF-8 (naming the byte), or not readable.
+    """
+    path = Path(path)
+    sha256 = hashlib.sha256()
+    with _reading(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            sha256.update(chunk)
+    key = sha256.hexdigest()
+    cached = _cached_tokens(path, key)
+    if cached is None:
+        tokenizer = Tokenizer(_characters(path))
+        if not tokenizer.vocab_size:
+            raise Alg1Error(f"{path}: the file is empty", "give it some text, or name another file")
+        cached = tokenizer, _write_tokens(path, key, tokenizer)
+    return Corpus(path, key, *cached)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise Alg1Error(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _code_points(path: Path) -> Iterator[np.ndarray]:
+    """The text in pieces, as (n,) uint32 code points, without its BOM.
+
+    Raises:
+        Alg1Error: naming the first byte that is not UTF-8.
+    """
+    consumed = 0  # bytes of the file that are decoded
+    rest = b""
+    with _reading(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            data = rest + chunk
+            text, used = _decode(path, data, consumed, final=False)
+            rest, start = data[used:], consumed
+            consumed += used
+            if start == 0:
+                text = text.removeprefix(BOM)
+            yield np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    _decode(path, rest, consumed, final=True)
+
+
+def _decode(path: Path, data: bytes, offset: int, final: bool) -> tuple[str, int]:
+    try:
+        return codecs.utf_8_decode(data, "strict", final)
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise Alg1Error(
+            f"{path}: not UTF-8 at byte {at} (0x{data[error.start]:02X})",
+            "save the file as UTF-8, for instance: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+        ) from None
+
+
+def _characters(path: Path) -> Iterator[str]:
+    seen = np.zeros(N_CODE_POINTS, dtype=bool)
+    for points in _code_points(path):
+        seen[points] = True
+    return map(chr, np.flatnonzero(seen))
+
+
+def _cached_tokens(path: Path, sha256: str) -> tuple[Tokenizer, np.ndarray] | None:
+    """What an earlier run kept for this content; None if nothing, or nothing whole."""
+    folder = path.parent / CACHE_FOLDER
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        about = json.loads((folder / f"{sha256}.json").read_text())
+        tokenizer = Tokenizer(about["vocabulary"])
+        tokens = np.memmap(folder / f"{sha256}.bin", mode="r", dtype=tokenizer.token_type())
+        whole = len(tokens) == about["n_tokens"] and _crc32(tokens) == about["crc32"]
+        if about["format"] == CACHE_FORMAT and whole:
+            return tokenizer, tokens
+    return None
+
+
+def _crc32(tokens: np.ndarray) -> int:
+    crc = 0
+    for start in range(0, len(tokens), CHUNK_BYTES):
+        crc = zlib.crc32(tokens[start : start + CHUNK_BYTES], crc)
+    return crc
+
+
+def _write_tokens(path: Path, sha256: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Tokenise the text into its cache, or into a nameless file where that cannot be written."""
+    folder = path.parent / CACHE_FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        with atomic_file(folder / f"{sha256}.bin") as descriptor:
+            n_tokens = _tokenise(path, tokenizer, descriptor)
+    except (OSError, Alg1Error):
+        try:
+            with tempfile.TemporaryFile() as file:
+                _tokenise(path, tokenizer, file.fileno())
+                return np.memmap(file, mode="r", dtype=tokenizer.token_type())
+        except OSError as error:
+            raise disk_error(f"write the tokens of {path} to a temporary file", error) from error
+    tokens = np.memmap(folder / f"{sha256}.bin", mode="r", dtype=tokenizer.token_type())
+    about = {
+        "format": CACHE_FORMAT,
+        "text": path.name,
+        "n_tokens": n_tokens,
+        "crc32": _crc32(tokens),
+        "vocabulary": tokenizer.vocabulary,
+    }
+    with contextlib.suppress(Alg1Error):  # without it the tokens are only made again next time
+        write_json(folder / f"{sha256}.json", about)
+    return tokens
+
+
+def _tokenise(path: Path, tokenizer: Tokenizer, descriptor: int) -> int:
+    table = tokenizer.lookup_table()
+    n_tokens = 0
+    for points in _code_points(path):
+        write_all(descriptor, memoryview(table[points]).cast("B"))
+        n_tokens += len(points)
+    os.fsync(descriptor)
+    return n_tokens
+
+
+# --- tokens -> batches --------------------------------------------------------------------------------
+
+
+def get_batch(
+    split: str,
+    train_data: np.ndarray,
+    val_data: np.ndarray,
+    block_size: int,
+    batch_size: int,
+    device: str | torch.device = "cpu",
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw random sequences: `x, y`, each (batch_size, block_size) int64, y one character further on.
+
+    Args:
+        split: "train" or "val".
+        train_data, val_data: (n,) integers, as arrays or tensors.
+        generator: a CPU generator; the same state draws the same batch.
+
+    Raises:
+        Alg1Error: the split is not longer than block_size.
+    """
+    import torch
+
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be train or val, not {split!r}")
+    data = train_data if split == "train" else val_data
+    n_starts = len(data) - block_size
+    if n_starts < 1:
+        raise Alg1Error(
+            f"the {split} split has {len(data):,} characters, too few for block_size = {block_size}",
+            f"use --block-size {len(data) - 1} at most" if len(data) > 1 else None,
+        )
+    starts = torch.randint(n_starts, (batch_size, 1), generator=generator)  # (B, 1)
+    places = (starts + torch.arange(block_size + 1)).numpy()  # (B, T + 1)
+    sequences = torch.from_numpy(np.asarray(data)[places].astype(np.int64))  # (B, T + 1)
+    device = torch.device(device)
+    if device.type == "cuda":
+        sequences = sequences.pin_memory().to(device, non_blocking=True)
+    else:
+        sequences = sequences.to(device)
+    return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()

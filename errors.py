@@ -1,0 +1,73 @@
+"""The one exception that a user can cause, and the exit code that each kind of failure ends with."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+DONE = 0
+BAD_INPUT = 2  # a value, a file, a checkpoint or a lock is not as it must be
+CANNOT_TRAIN = 3  # loss or gradient not finite, or out of memory
+DISK_FAILED = 4  # the disk or the file system refused
+INTERRUPTED = 130  # by SIGINT; SIGTERM ends with 143
+
+
+class Alg1Error(Exception):
+    """Something a user can put right: said in one line, with the fix as a hint, never as a traceback.
+
+    Args:
+        message: what is wrong and where.
+        hint: what to do about it; None where nothing useful can be said.
+        exit_code: what the process ends with (see the constants of this module).
+    """
+
+    def __init__(self, message: str, hint: str | None = None, exit_code: int = BAD_INPUT):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+
+def disk_error(action: str, error: OSError) -> Alg1Error:
+    """The Alg1Error for an operating system error met while doing `action` ("write runs/x")."""
+    hints = {
+        errno.ENOSPC: "free some space, then run the same command again",
+        errno.EDQUOT: "free some of your quota, then run the same command again",
+        errno.EFBIG: "raise the file-size limit (ulimit -f), then run the same command again",
+        errno.EACCES: "allow writing there, or choose another folder",
+        errno.EPERM: "allow writing there, or choose another folder",
+        errno.EROFS: "the file system is read-only; choose another folder",
+    }
+    reason = error.strerror or str(error)
+    return Alg1Error(f"cannot {action}: {reason}", hints.get(error.errno or 0), DISK_FAILED)
+
+
+class Guard:
+    """Runs what training can do without: its first failure is one warning and switches it off for good.
+
+    Attributes:
+        enabled: False after a failure.
+    """
+
+    def __init__(self, name: str, warn: Callable[[str], None]):
+        self.name = name
+        self.enabled = True
+        self._warn = warn
+
+    def attempt(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The function's result; None when it failed or an earlier one did."""
+        if not self.enabled:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except (Exception, SystemExit) as error:  # whatever a third-party tracker comes up with
+            self.fail(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            return None
+
+    def fail(self, reason: str) -> None:
+        """Switch off, with one warning the first time."""
+        if self.enabled:
+            self.enabled = False
+            first_line = reason.splitlines()[0][:200]
+            self._warn(f"{self.name} is switched off, training goes on: {first_line}")

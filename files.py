@@ -1,0 +1,171 @@
+"""Files that are either whole or not there: atomic writes, and tensor files that prove their own bytes.
+
+A tensor file is a safetensors file with one metadata string: JSON that says what the file holds, and a
+SHA-256 over that and over every tensor. safetensors itself has no checksum: without ours, a flipped bit
+would load in silence. (One string, because safetensors writes several in an order that changes.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import Alg1Error, disk_error
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA_KEY = "alg1"
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: a rename is safe only once its folder is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[int]:
+    """A file descriptor to write to; `path` appears, whole and durable, only when the block ends well.
+
+    The bytes go to an exclusive temporary file in the same folder, are fsynced, renamed, and the folder
+    is fsynced. When anything fails the temporary file is removed and `path` stays as it was.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        temporary.unlink(missing_ok=True)  # left by a killed process that had our number
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(f"write {path}", error) from error
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte: the system may take fewer than it is offered."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def write_atomically(path: Path | str, data: bytes) -> None:
+    """Write `data` to `path` so that a crash leaves the old content or the new, never a mixture."""
+    with atomic_file(Path(path)) as descriptor:
+        write_all(descriptor, data)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, text.encode("utf-8", "surrogatepass"))
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`. The caller holds the folder's lock."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+# --- tensor files -------------------------------------------------------------------------------------
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)  # a 0-dimensional tensor has no byte view
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _compact_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over the metadata and over each tensor's name, type, shape and bytes, by name."""
+    sha = hashlib.sha256(_compact_json(metadata).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(_tensor_bytes(tensor))
+    return sha.hexdigest()
+
+
+def write_tensors(
+    path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]
+) -> None:
+    """Write a tensor file atomically. The same tensors and metadata always give the same bytes."""
+    from safetensors.torch import save
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = {"metadata": metadata, "sha256": digest(ready, metadata)}
+    write_atomically(path, save(ready, {METADATA_KEY: _compact_json(about)}))
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Read and verify a tensor file: its tensors, and our metadata or None for a file of another program.
+
+    Raises:
+        Alg1Error: not there, not a safetensors file, truncated, or altered since it was written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(2)
+    except FileNotFoundError:
+        raise Alg1Error(f"{path}: no such file") from None
+    except OSError as error:
+        raise Alg1Error(f"{path}: cannot be read: {error.strerror or error}") from None
+    if magic in (b"PK", b"\x80\x02"):
+        raise Alg1Error(
+            f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read",
+            "convert it to safetensors with the program that wrote it",
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            strings = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # The texts of these change between releases; only that the file cannot be used is certain.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Alg1Error(
+            f"{path}: not a whole safetensors file ({reason})",
+            "it may be truncated or of another format; use another file",
+        ) from None
+    if METADATA_KEY not in strings:
+        return tensors, None
+    try:
+        about = json.loads(strings[METADATA_KEY])
+        metadata = about["metadata"]
+        genuine = isinstance(metadata, dict) and about["sha256"] == digest(tensors, metadata)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        genuine = False
+    if not genuine:
+        raise Alg1Error(
+            f"{path}: damaged: its bytes do not match its SHA-256", "use another copy of it"
+        )
+    return tensors, metadata

@@ -1,0 +1,494 @@
+"""The network: a decoder-only transformer over characters.
+
+Shapes are written beside the tensors with these letters:
+    B batch, T time (characters), C = n_embd, H = n_head, S = C / H (size of a head), V = vocab_size
+
+On disk the weights have the layout of the lecture that this architecture comes from, one key, query and
+value matrix for each head; in memory the heads of a block are one matrix, which is faster. `load_safetensors`
+and `save_safetensors` translate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from errors import Alg1Error
+from files import read_tensors, write_tensors
+from parameters import ModelConfig, field_names
+
+FORMAT = "alg1-model"
+FORMAT_VERSION = 1
+INIT_STD = 0.02  # of the normal distribution that weights start from
+
+# What `BigramLanguageModel()` without a config is built from; see ModelConfig.apply_to_model_module.
+n_embd = ModelConfig.n_embd
+n_head = ModelConfig.n_head
+n_layer = ModelConfig.n_layer
+block_size = ModelConfig.block_size
+dropout = ModelConfig.dropout
+vocab_size = ModelConfig.vocab_size
+
+
+class KeyValueCache:
+    """Keys and values of the characters already read, so that each is computed once.
+
+    Attributes:
+        length: how many characters it holds; the same in every layer.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_size)
+        self.store = like.new_empty(shape)  # (n_layer, 2, B, H, block_size, S)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, H, T, S) keys and values; all of the layer's so far: (B, H, length + T, S) each."""
+        end = self.length + k.shape[2]
+        self.store[layer, 0, :, :, self.length : end] = k
+        self.store[layer, 1, :, :, self.length : end] = v
+        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+
+
+class Head:
+    """One head of a `MultiHeadAttention`, in the plain form of the textbook.
+
+    It owns nothing: its weights are rows of the block's fused matrix. It gives the attention weights that
+    pictures need, and the result that the fused form must equal.
+    """
+
+    def __init__(self, attention: MultiHeadAttention, index: int):
+        self.attention = attention
+        self.index = index
+
+    def _weight(self, which: int) -> Tensor:
+        """Rows of query (0), key (1) or value (2): (S, C)."""
+        size, C = self.attention.head_size, self.attention.n_embd
+        start = which * C + self.index * size
+        return self.attention.qkv.weight[start : start + size]
+
+    @property
+    def query(self) -> Tensor:
+        return self._weight(0)
+
+    @property
+    def key(self) -> Tensor:
+        return self._weight(1)
+
+    @property
+    def value(self) -> Tensor:
+        return self._weight(2)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """How much each character attends to each: (B, T, C) -> (B, T, T), rows sum to 1."""
+        T = x.shape[1]
+        q, k = F.linear(x, self.query), F.linear(x, self.key)  # (B, T, S)
+        scores = q @ k.transpose(-2, -1) * self.attention.head_size**-0.5  # (B, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, S)."""
+        return self.weights(x) @ F.linear(x, self.value)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention: all heads as one product, then a projection."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float):
+        super().__init__()
+        self.n_embd, self.n_head, self.head_size = n_embd, n_head, n_embd // n_head
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.proj = nn.Linear(n_embd, n_embd)
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def heads(self) -> list[Head]:
+        return [Head(self, index) for index in range(self.n_head)]
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        """(B, T, C) -> (B, T, C). With a cache, x follows the characters that it holds."""
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, S) each
+        # A query of one character sees all of the cache; longer ones start an empty cache.
+        causal = cache is None or cache.length == 0
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, H, length + T, S)
+        p = self.dropout.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal and T > 1)
+        out = out.transpose(1, 2).reshape(B, T, C)
+        return self.dropout(self.proj(out))
+
+
+class FeedFoward(nn.Module):
+    """Each character for itself: widen four times, ReLU, narrow."""
+
+    def __init__(self, n_embd: int, dropout: float):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(n_embd, 4 * n_embd),
+            nn.ReLU(),
+            nn.Linear(4 * n_embd, n_embd),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.net(x)
+
+
+class Block(nn.Module):
+    """A transformer block: characters communicate, then each computes; pre-norm, with residuals."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float):
+        super().__init__()
+        self.sa = MultiHeadAttention(n_embd, n_head, dropout)
+        self.ffwd = FeedFoward(n_embd, dropout)
+        self.ln1 = nn.LayerNorm(n_embd)
+        self.ln2 = nn.LayerNorm(n_embd)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.sa(self.ln1(x), cache, layer)
+        return x + self.ffwd(self.ln2(x))
+
+
+class BigramLanguageModel(nn.Module):
+    """A character-level GPT (the name is historical: the lecture began with bigrams).
+
+    Args:
+        config: its sizes. Without one the globals of this module are read; where their vocab_size is not
+            set either, the model is empty until `load_safetensors` gives it sizes and weights.
+
+    Attributes:
+        config: the ModelConfig it was built from.
+        vocabulary: its characters by token, or None where nobody told; travels with the export.
+        provenance: what is known of the weights' origin (JSON values); travels with the export.
+    """
+
+    def __init__(self, config: ModelConfig | None = None):
+        super().__init__()
+        self.vocabulary: list[str] | None = None
+        self.provenance: dict[str, Any] = {}
+        if config is None:
+            config = ModelConfig(**{name: globals()[name] for name in field_names(ModelConfig)})
+            if config.vocab_size is None:
+                self.config = config
+                return
+        self._build(config)
+
+    def _build(self, config: ModelConfig) -> None:
+        config.validate()
+        assert config.vocab_size is not None  # validate() saw to it
+        self.config = config
+        C = config.n_embd
+        self.token_embedding_table = nn.Embedding(config.vocab_size, C)
+        self.position_embedding_table = nn.Embedding(config.block_size, C)
+        blocks = [Block(C, config.n_head, config.dropout) for _ in range(config.n_layer)]
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_f = nn.LayerNorm(C)
+        self.lm_head = nn.Linear(C, config.vocab_size)
+        self.apply(_init_weights)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the next character at every place.
+
+        Args:
+            idx: (B, T) int64 tokens, T <= block_size.
+            targets: (B, T) int64 tokens that follow, or None.
+            cache: of the characters before idx; idx is added to it. Then T is 1 or the cache is empty.
+
+        Returns:
+            logits (B, T, V), and the mean cross-entropy in nats (a scalar), or None without targets.
+        """
+        T = idx.shape[1]
+        past = cache.length if cache is not None else 0
+        positions = self.position_embedding_table.weight[past : past + T]  # (T, C)
+        x = self.token_embedding_table(idx) + positions  # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.length += T
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Continue each row of idx: (B, T) -> (B, T + max_new_tokens), or shorter where `stop` ended it.
+
+        See `generate_stream` for the arguments.
+        """
+        tokens = self.generate_stream(
+            idx, max_new_tokens, temperature, top_k, top_p, generator, stop
+        )
+        return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
+
+    @torch.no_grad()
+    def generate_stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue each row of idx, yielding (B,) tokens as they are drawn.
+
+        The model sees the whole text while it fits into block_size. After that the positions of all
+        characters would shift with every new one, and nothing could be kept; so when the context is full,
+        the older half is dropped: from then on each character is drawn from between block_size / 2 and
+        block_size characters of context.
+
+        Args:
+            idx: (B, T) int64 tokens, T >= 1.
+            max_new_tokens: how many to draw.
+            temperature: below 1 is more certain, above 1 more varied; 0 takes the likeliest.
+            top_k: draw from the k likeliest only.
+            top_p: draw from the fewest whose probabilities reach p only.
+            generator: on the model's device; the same state draws the same text.
+            stop: tokens that end the generation once every row has drawn them in a row.
+
+        Raises:
+            ValueError: idx is empty, or an argument is out of range.
+        """
+        check_sampling(temperature, top_k, top_p)
+        if idx.shape[1] < 1:
+            raise ValueError("idx must hold at least one token")
+        was_training = self.training
+        self.eval()
+        try:
+            B, size = idx.shape[0], self.config.block_size
+            context = idx[:, -size:]
+            cache = KeyValueCache(self.config, B, self.lm_head.weight)
+            fresh = context  # what the cache has not seen
+            recent = idx.new_full((B, len(stop)), -1) if stop else None
+            stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
+            for _ in range(max_new_tokens):
+                logits = self(fresh, cache=cache)[0][:, -1]  # (B, V)
+                token = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
+                yield token
+                if recent is not None:
+                    recent = torch.cat([recent[:, 1:], token[:, None]], dim=1)
+                    stopped |= (recent == recent.new_tensor(list(stop or ()))).all(dim=1)
+                    if stopped.all():
+                        return
+                fresh = token[:, None]
+                context = torch.cat([context, fresh], dim=1)
+                if cache.length == size:
+                    context = context[:, -max(1, size // 2) :]
+                    cache.length, fresh = 0, context
+        finally:
+            self.train(was_training)
+
+    def save_safetensors(self, path: str | Path) -> None:
+        """Write the weights, sizes, vocabulary and provenance to one file, atomically.
+
+        Raises:
+            Alg1Error: the file system refused (exit code 4).
+        """
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": dataclasses.asdict(self.config),
+            "vocabulary": self.vocabulary,
+            "provenance": self.provenance,
+        }
+        write_tensors(path, split_heads(self.state_dict(), self.config), metadata)
+
+    def load_safetensors(
+        self, path: str | Path, vocabulary: Sequence[str] | None = None
+    ) -> BigramLanguageModel:
+        """Take sizes, weights, vocabulary and provenance from a file, whatever this model's sizes were.
+
+        Args:
+            path: written by `save_safetensors`, or any safetensors file in the lecture's layout.
+            vocabulary: the characters by token, for a file that does not hold them.
+
+        Returns:
+            the model itself, on the CPU.
+
+        Raises:
+            Alg1Error: not a whole safetensors file, damaged, or not these weights; the model is unchanged.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata is not None and metadata.get("format") != FORMAT:
+            raise Alg1Error(f"{path}: this is {metadata.get('format')!r}, not an exported model")
+        if metadata is not None and metadata.get("format_version") != FORMAT_VERSION:
+            raise Alg1Error(
+                f"{path}: format version {metadata.get('format_version')!r} is not known",
+                "use the release of ALG1 that wrote it",
+            )
+        metadata = metadata or {}
+        config = config_from_shapes(tensors, path)
+        stored = metadata.get("model")
+        if stored is not None:
+            config.dropout = stored.get("dropout", 0.0) if isinstance(stored, dict) else 0.0
+            if dataclasses.asdict(config) != stored:
+                raise Alg1Error(f"{path}: its sizes and its tensors do not agree")
+        characters = vocabulary if vocabulary is not None else metadata.get("vocabulary")
+        if characters is not None and len(characters) != config.vocab_size:
+            raise Alg1Error(
+                f"{path}: the vocabulary has {len(characters)} characters,"
+                f" the weights are for {config.vocab_size}"
+            )
+        state = join_heads(tensors, config, path)
+        self._build(config)
+        self.load_state_dict(state)
+        self.vocabulary = None if characters is None else list(characters)
+        self.provenance = metadata.get("provenance") or {}
+        return self
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, mean=0.0, std=INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# --- sampling -----------------------------------------------------------------------------------------
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for a sampling argument that is out of range."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature = {temperature} must be 0 or above")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k = {top_k} must be above 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p} must be above 0 and at most 1")
+
+
+def next_token(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token from each row of logits: (B, V) -> (B,). See `generate_stream`."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # Subtracting the maximum first keeps a tiny temperature from overflowing.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probabilities = logits.softmax(dim=-1)  # (B, V)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        unneeded = ordered.cumsum(dim=-1) - ordered >= top_p  # the likelier ones suffice
+        probabilities = probabilities.masked_fill(unneeded.gather(-1, order.argsort(-1)), 0.0)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+# --- layout on disk -----------------------------------------------------------------------------------
+
+PARTS = ("query", "key", "value")  # the order of their rows in the fused matrix
+
+
+def split_heads(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The model's tensors -> the layout on disk, with three (S, C) matrices for each head."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.endswith(".sa.qkv.weight"):
+            tensors[name] = tensor
+            continue
+        prefix = name.removesuffix("qkv.weight")
+        heads = tensor.view(len(PARTS), config.n_head, -1, config.n_embd)  # (3, H, S, C)
+        for h in range(config.n_head):
+            for p, part in enumerate(PARTS):
+                tensors[f"{prefix}heads.{h}.{part}.weight"] = heads[p, h]
+    return tensors
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor on disk."""
+    with torch.device("meta"):
+        model = BigramLanguageModel(config)
+    return {n: tuple(t.shape) for n, t in split_heads(model.state_dict(), config).items()}
+
+
+def config_from_shapes(tensors: Mapping[str, Tensor], path: str | Path) -> ModelConfig:
+    """The sizes that the tensors of a file in the lecture's layout have (dropout is not among them).
+
+    Raises:
+        Alg1Error: these are not the weights of such a model.
+    """
+
+    def count(pattern: str) -> int:
+        found = (re.fullmatch(pattern, name) for name in tensors)
+        return len({match[1] for match in found if match})
+
+    tables = [tensors.get(f"{kind}_embedding_table.weight") for kind in ("token", "position")]
+    if any(table is None or table.dim() != 2 or not table.numel() for table in tables):
+        raise Alg1Error(f"{path}: there is no model of this kind in it (no embedding tables)")
+    token_table, position_table = tables
+    assert token_table is not None and position_table is not None
+    config = ModelConfig(
+        n_embd=token_table.shape[1],
+        n_head=count(r"blocks\.0\.sa\.heads\.(\d+)\.key\.weight"),
+        n_layer=count(r"blocks\.(\d+)\.ln1\.weight"),
+        block_size=position_table.shape[0],
+        vocab_size=token_table.shape[0],
+    )
+    problems = config.problems(need_vocab_size=True)
+    if problems:
+        raise Alg1Error(f"{path}: its tensors make no model: {problems[0].text}")
+    return config
+
+
+def join_heads(
+    tensors: Mapping[str, Tensor], config: ModelConfig, path: str | Path
+) -> dict[str, Tensor]:
+    """The layout on disk -> the model's tensors. Buffers of old files (`...tril`) are left out.
+
+    Raises:
+        Alg1Error: a tensor is missing, left over, of the wrong shape or not of a floating type.
+    """
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(".tril")}
+    expected = expected_shapes(config)
+    missing = [name for name in expected if name not in tensors]
+    unknown = [name for name in tensors if name not in expected]
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown"
+        raise Alg1Error(f"{path}: not the weights of this model: {what}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            actual = tuple(tensors[name].shape)
+            raise Alg1Error(f"{path}: {name} has the shape {actual}, not {shape}")
+        if not tensors[name].is_floating_point():
+            raise Alg1Error(f"{path}: {name} holds {tensors[name].dtype}, not floating numbers")
+    state = {name: tensor for name, tensor in tensors.items() if ".sa.heads." not in name}
+    for layer in range(config.n_layer):
+        prefix = f"blocks.{layer}.sa."
+        rows = [
+            tensors[f"{prefix}heads.{h}.{part}.weight"]
+            for part in PARTS
+            for h in range(config.n_head)
+        ]
+        state[f"{prefix}qkv.weight"] = torch.cat(rows)
+    return state

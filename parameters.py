@@ -1,0 +1,540 @@
+"""Every parameter of ALG1: typed dataclasses, one field for each flag, file key and line of --print-config.
+
+To add a parameter, add a field here with `setting(default, help, limits)`; the flag, the file key, the
+validation and the listing follow from it. Nothing else in the project writes a default down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from errors import Alg1Error
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a field's value must satisfy beyond its type, and how it is reached from outside."""
+
+    help: str
+    above: float | None = None  # exclusive lower bound
+    minimum: float | None = None  # inclusive lower bound
+    below: float | None = None  # exclusive upper bound
+    maximum: float | None = None  # inclusive upper bound
+    choices: tuple[str, ...] = ()
+    flag: str | None = None  # the command-line flag, where it is not the field's own name
+    may_change: bool = False  # a resumed run may change it: it never shaped the steps already taken
+
+
+class Problem(NamedTuple):
+    """Something wrong with one parameter, or with several taken together."""
+
+    text: str
+    names: tuple[str, ...]  # of the parameters it is about
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field with its documentation and limits (see `Limits`)."""
+    return field(default=default, metadata={"limits": Limits(help, **limits)})
+
+
+@dataclass
+class ModelConfig:
+    """The network: a decoder-only transformer, sized by these numbers."""
+
+    n_embd: int = setting(64, "width of the embeddings and of every block", above=0)
+    n_head: int = setting(4, "attention heads in a block; n_embd is divisible by it", above=0)
+    n_layer: int = setting(4, "transformer blocks", above=0)
+    block_size: int = setting(32, "longest context, in characters", above=0)
+    dropout: float = setting(0.0, "share of activations dropped while training", minimum=0, below=1)
+    vocab_size: int | None = setting(
+        None, "distinct characters; read from the corpus when left out", above=0
+    )
+
+    @classmethod
+    def from_json(cls, path: str | Path, vocab_size: int | None = None) -> ModelConfig:
+        """Read a JSON file of parameters; see `from_dict`.
+
+        Raises:
+            Alg1Error: the file is not there or not a JSON object, or a value in it is wrong.
+        """
+        return cls.from_dict(read_json_object(path), vocab_size)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], vocab_size: int | None = None
+    ) -> ModelConfig:
+        """Build and validate from a dictionary, which may hold the other parameters of a run as well.
+
+        `vocab_size`, where given, is the corpus's and takes the place of the dictionary's.
+
+        Raises:
+            Alg1Error: listing every problem: unknown names, wrong types, values out of range or missing.
+        """
+        values = dict(config_dict)
+        if vocab_size is not None:
+            values["vocab_size"] = vocab_size
+        values, problems = coerce_all(values)
+        own = {name: value for name, value in values.items() if name in field_names(cls)}
+        config = cls(**own)
+        raise_problems([*problems, *config.problems(need_vocab_size=True)])
+        return config
+
+    def problems(self, need_vocab_size: bool = False) -> list[Problem]:
+        """What is wrong with these values; an empty list when nothing is."""
+        found = range_problems(self)
+        if not found and self.n_embd % self.n_head:
+            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            found += joint_problem(
+                f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}"
+                f" (n_embd = {nearest} is)",
+                "n_embd",
+                "n_head",
+            )
+        if need_vocab_size and self.vocab_size is None:
+            found += joint_problem("vocab_size is missing", "vocab_size")
+        return found
+
+    def validate(self) -> None:
+        """Check every value.
+
+        Raises:
+            Alg1Error: listing every problem at once.
+        """
+        raise_problems(self.problems(need_vocab_size=True))
+
+    def apply_to_model_module(self, model: types.ModuleType) -> None:
+        """Set the globals that `model.BigramLanguageModel()` reads when it is given no config."""
+        for name in field_names(type(self)):
+            setattr(model, name, getattr(self, name))
+
+
+@dataclass
+class TrainConfig:
+    """The training of it, and where the run is kept."""
+
+    batch_size: int = setting(4, "sequences in a micro-batch", above=0)
+    max_iters: int = setting(5000, "training steps", above=0, may_change=True)
+    learning_rate: float = setting(1e-3, "peak learning rate", above=0)
+    eval_interval: int = setting(
+        100, "steps between evaluations; there is always one at the end", above=0, may_change=True
+    )
+    eval_iters: int = setting(
+        20, "batches in an evaluation, of each split", above=0, may_change=True
+    )
+    seed: int = setting(1337, "the same seed gives the same run", minimum=0, maximum=2**63 - 1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", may_change=True)
+    dtype: str = setting(
+        "auto",
+        "arithmetic of the forward pass; auto is bfloat16 or float16 on CUDA, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    compile: str = setting(
+        "auto",
+        "torch.compile of the training step; auto is on for CUDA",
+        choices=("auto", "on", "off"),
+        may_change=True,
+    )
+    threads: int = setting(
+        0, "CPU threads; 0 lets PyTorch choose", minimum=0, maximum=1024, may_change=True
+    )
+    optimizer: str = setting("adamw", "how weights are updated", choices=("adamw", "sgd"))
+    weight_decay: float = setting(0.01, "decay of weight matrices", minimum=0)
+    beta1: float = setting(0.9, "AdamW's first moment, SGD's momentum", minimum=0, below=1)
+    beta2: float = setting(0.999, "AdamW's second moment", minimum=0, below=1)
+    lr_schedule: str = setting(
+        "constant",
+        "learning rate over the steps; wsd is warm-up, stable, decay",
+        choices=("constant", "cosine", "linear", "step", "wsd"),
+    )
+    warmup_iters: int = setting(0, "steps over which the learning rate rises from zero", minimum=0)
+    min_lr: float = setting(0.0, "what the schedule decays to", minimum=0)
+    grad_clip: float = setting(0.0, "largest gradient norm; 0 does not clip", minimum=0)
+    grad_accum_steps: int = setting(1, "micro-batches summed into one step", above=0)
+    checkpoint_interval: int = setting(
+        500,
+        "steps between checkpoints; 0 keeps only the best and the last",
+        minimum=0,
+        may_change=True,
+    )
+    keep_checkpoints: int = setting(
+        2, "newest checkpoints kept, beside the best", above=0, may_change=True
+    )
+    patience: int = setting(
+        0,
+        "evaluations without a better val loss that end the run; 0 never does",
+        minimum=0,
+        may_change=True,
+    )
+    export: str = setting(
+        "best", "which weights are exported at the end", choices=("best", "last"), may_change=True
+    )
+    output: str | None = setting(None, "also write the export to this file", may_change=True)
+    runs_dir: str = setting("runs", "folder of the run directories", may_change=True)
+    run_tag: str = setting("", "words for the end of the run's name", may_change=True)
+    aim: bool = setting(True, "track with Aim", may_change=True)
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with these values; an empty list when nothing is."""
+        found = range_problems(self)
+        if found:
+            return found
+        if self.warmup_iters > self.max_iters:
+            found += joint_problem(
+                f"warmup_iters = {self.warmup_iters} is longer than the run,"
+                f" max_iters = {self.max_iters}",
+                "warmup_iters",
+                "max_iters",
+            )
+        if self.min_lr > self.learning_rate:
+            found += joint_problem(
+                f"min_lr = {self.min_lr:g} is above learning_rate = {self.learning_rate:g}",
+                "min_lr",
+                "learning_rate",
+            )
+        if self.patience and self.eval_interval > self.max_iters:
+            found += joint_problem(
+                f"patience = {self.patience} needs evaluations on the way, but"
+                f" eval_interval = {self.eval_interval} is longer than max_iters = {self.max_iters}",
+                "patience",
+                "eval_interval",
+                "max_iters",
+            )
+        return found
+
+
+@dataclass
+class DataConfig:
+    """The text."""
+
+    data_path: str = setting(
+        "data/input.txt",
+        "a UTF-8 text file, or one of the names shakespeare and python-docs",
+        flag="--data",
+        may_change=True,  # the checkpoint holds the text's digest, which may not
+    )
+    train_split: float = setting(0.9, "share of the text to train on", above=0, below=1)
+    val_split: float = setting(0.1, "share of the text to evaluate on", above=0, below=1)
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with these values; an empty list when nothing is."""
+        found = range_problems(self)
+        total = self.train_split + self.val_split
+        if not found and total > 1 + 1e-9:
+            found += joint_problem(
+                f"train_split = {self.train_split:g} and val_split = {self.val_split:g}"
+                f" make {total:g}, more than the whole text",
+                "train_split",
+                "val_split",
+            )
+        return found
+
+
+@dataclass
+class TensorBoardConfig:
+    """TensorBoard, and the histograms that Aim gets too."""
+
+    tensorboard: bool = setting(True, "track with TensorBoard", may_change=True)
+    histogram_interval: int = setting(
+        500,
+        "steps between histograms of parameters and gradients; 0 draws none",
+        minimum=0,
+        may_change=True,
+    )
+    port: int = setting(
+        6006, "port of --serve-tensorboard", minimum=1, maximum=65535, may_change=True
+    )
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with these values; an empty list when nothing is."""
+        return range_problems(self)
+
+
+@dataclass
+class Parameters:
+    """All parameters of a run, and where each value came from ("default", a file, a flag)."""
+
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+    tensorboard: TensorBoardConfig
+    origins: dict[str, str]
+
+    @classmethod
+    def from_values(
+        cls, values: Mapping[str, Any], origins: Mapping[str, str], problems: list[Problem]
+    ) -> Parameters:
+        """Build from values of the right types (see `coerce_all`) and where each came from.
+
+        Raises:
+            Alg1Error: `problems` found so far and every further one, in one message.
+        """
+        parts = {
+            part: config_class(**{n: values[n] for n in field_names(config_class) if n in values})
+            for part, config_class in PARTS.items()
+        }
+        further = [problem for config in parts.values() for problem in config.problems()]
+        raise_problems([*problems, *(named_origin(problem, origins) for problem in further)])
+        return cls(**parts, origins={name: origins.get(name, "default") for name in specs()})
+
+    def flat(self) -> dict[str, Any]:
+        """Every parameter by name."""
+        return {
+            name: value
+            for part in PARTS
+            for name, value in dataclasses.asdict(getattr(self, part)).items()
+        }
+
+
+PARTS: dict[str, Any] = {
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "data": DataConfig,
+    "tensorboard": TensorBoardConfig,
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One field as the outside sees it."""
+
+    name: str
+    part: str  # key of PARTS
+    type: Any  # int, float, bool or str
+    optional: bool  # None is a value too
+    default: Any
+    limits: Limits
+
+    @property
+    def flag(self) -> str:
+        return self.limits.flag or "--" + self.name.replace("_", "-")
+
+
+@functools.cache
+def specs() -> dict[str, Spec]:
+    """Every parameter by name, in the order of the dataclasses."""
+    found: dict[str, Spec] = {}
+    for part, config_class in PARTS.items():
+        hints = typing.get_type_hints(config_class)
+        for f in dataclasses.fields(config_class):
+            kinds = [kind for kind in typing.get_args(hints[f.name]) if kind is not type(None)]
+            found[f.name] = Spec(
+                name=f.name,
+                part=part,
+                type=kinds[0] if kinds else hints[f.name],
+                optional=bool(kinds),
+                default=f.default,
+                limits=f.metadata["limits"],
+            )
+    return found
+
+
+def field_names(config_class: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(config_class)]
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """ "; did you mean X?" for the known word that resembles `word` most, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def coerce(spec: Spec, value: Any) -> Any:
+    """`value`, from a file or the command line, as the field's type.
+
+    YAML reads `1e-3` as text and JSON has no integers of its own: text that is a number and a float
+    that is whole serve where a number or a whole number is wanted.
+
+    Raises:
+        ValueError: with what the value must be.
+    """
+    if value is None and spec.optional:
+        return None
+    wanted = ValueError(f"must be {TYPE_NAMES[spec.type]}")
+    if spec.type is bool:
+        words = {"true": True, "false": False}
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        if not isinstance(value, bool):
+            raise wanted
+        return value
+    if spec.type is str:
+        if not isinstance(value, str):
+            raise wanted
+        if "\0" in value:
+            raise ValueError("must not contain a null character")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise wanted
+    if spec.type is int and not isinstance(value, float):
+        try:
+            return int(value)  # exactly: a float would round large seeds
+        except ValueError:
+            pass
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise wanted from None
+    if not math.isfinite(number):
+        raise ValueError("must be finite")
+    if spec.type is float:
+        return number
+    if not number.is_integer():
+        raise wanted
+    return int(number)
+
+
+def coerce_all(
+    values: Mapping[str, Any], origin: str | None = None
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Coerce a flat dictionary of parameters: the good values, and a problem for each of the others."""
+    good: dict[str, Any] = {}
+    problems: list[Problem] = []
+    where = f"{origin}: " if origin else ""
+    known = specs()
+    for name, value in values.items():
+        if name == "_comment":  # JSON has no comments of its own
+            continue
+        if name not in known:
+            text = f"{where}unknown name {shown(name)}{nearest(str(name), known)}"
+            problems.append(Problem(text, ()))
+            continue
+        try:
+            good[name] = coerce(known[name], value)
+        except ValueError as error:
+            problems.append(Problem(f"{where}{name} = {shown(value)} {error}", (name,)))
+    return good, problems
+
+
+def range_problems(config: Any) -> list[Problem]:
+    """Every field of a dataclass whose value has the wrong type or is outside its limits."""
+    problems = []
+    for name in field_names(type(config)):
+        spec, value = specs()[name], getattr(config, name)
+        try:
+            complaint = _limit_broken(spec, coerce(spec, value))
+        except ValueError as error:
+            complaint = str(error)
+        if complaint:
+            problems.append(Problem(f"{name} = {shown(value)} {complaint}", (name,)))
+    return problems
+
+
+def joint_problem(text: str, *names: str) -> list[Problem]:
+    """A problem of several parameters together, as a list to add to others."""
+    return [Problem(text, names)]
+
+
+LARGEST = 2**31 - 1  # of a whole number without a limit of its own; more cannot be allocated anyway
+
+
+def _limit_broken(spec: Spec, value: Any) -> str | None:
+    limits = spec.limits
+    if value is None:
+        return None
+    if limits.choices and value not in limits.choices:
+        return "must be one of " + ", ".join(limits.choices)
+    if spec.type is str:
+        return "must not be empty" if not value and spec.default else None
+    if limits.above is not None and not value > limits.above:
+        return f"must be above {limits.above:g}"
+    if limits.minimum is not None and not value >= limits.minimum:
+        return f"must be at least {limits.minimum:g}"
+    if limits.below is not None and not value < limits.below:
+        return f"must be below {limits.below:g}"
+    maximum = LARGEST if spec.type is int and limits.maximum is None else limits.maximum
+    if maximum is not None and not value <= maximum:
+        return f"must be at most {maximum}"
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line and not too long."""
+    text = value if isinstance(value, str) else json.dumps(value, default=repr)
+    text = repr(text) if isinstance(value, str) else text
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def named_origin(problem: Problem, origins: Mapping[str, str]) -> Problem:
+    """The problem with where its values came from, for those that are not defaults."""
+    given = [f"{name} from {origins[name]}" for name in problem.names if name in origins]
+    return problem._replace(text=f"{problem.text} ({', '.join(given)})") if given else problem
+
+
+CONFIG_HINT = "python train.py --print-config shows every value and where it came from"
+
+
+def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:
+    """Raise one Alg1Error that lists every problem; do nothing when there is none.
+
+    A problem of several parameters is left out when one of them is wrong by itself: it may follow from it.
+    """
+    wrong = {problem.names for problem in problems if len(problem.names) == 1}
+    texts = [
+        problem.text
+        for problem in problems
+        if len(problem.names) < 2 or not any((name,) in wrong for name in problem.names)
+    ]
+    if len(texts) == 1:
+        raise Alg1Error(texts[0], hint)
+    if texts:
+        listed = "".join(f"\n  - {text}" for text in texts)
+        raise Alg1Error(f"{len(texts)} problems:{listed}", hint)
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        Alg1Error: it is not there, not UTF-8, not JSON, not an object, or names a key twice.
+    """
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise Alg1Error(f"{path}: {name!r} stands there twice", "keep one of them")
+        return dict(pairs)
+
+    text = read_text(path)
+    try:
+        value = json.loads(text, object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:
+        raise Alg1Error(
+            f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+        ) from None
+    except RecursionError:
+        raise Alg1Error(f"{path}: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise Alg1Error(f"{path}: must hold one JSON object of names and values")
+    return value
+
+
+def read_text(path: str | Path) -> str:
+    """Read a small UTF-8 file (a BOM is dropped).
+
+    Raises:
+        Alg1Error: it is not there, cannot be read or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise Alg1Error(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise Alg1Error(f"{path}: not UTF-8 at byte {error.start}", "save it as UTF-8") from None
+    except OSError as error:
+        raise Alg1Error(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a null character in the name
+        raise Alg1Error(f"{path!r}: not a file name: {error}") from None

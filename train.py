@@ -1,0 +1,232 @@
+"""Train a character-level GPT.
+
+    python train.py                                     the reference model on data/input.txt
+    python train.py --data book.txt --max-iters 2000    your own text
+    python train.py --config configs/                   a folder of settings, or a legacy JSON file
+    python train.py --print-config                      every value and where it came from
+    python train.py --resume latest                     continue an interrupted run, to the same bytes
+    python train.py --init-from model.safetensors       start from trained weights
+
+Everything of a run lies in runs/YYYY-MM-DD_NNN_tag/. Afterwards: python inference.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import DONE, Alg1Error
+from files import write_json
+from parameters import specs
+from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
+from utils_alg1.utils_output import Console, run_script
+
+if TYPE_CHECKING:
+    from parameters import Parameters
+    from utils_alg1.utils_checkpoint import CheckpointStore
+    from utils_alg1.utils_run_manager import Run
+    from utils_alg1.utils_runtime import StopSignals
+    from utils_alg1.utils_trackers import Trackers
+    from utils_alg1.utils_training import Progress, Trainer
+
+
+def main(argv: list[str] | None = None) -> int:
+    # 1. Command line. The heavy packages are imported after it, so that --help answers at once.
+    options = parse_command_line(argv)
+    console = Console(options.quiet, options.verbose)
+    if options.print_config and not options.resume:
+        console.configuration(ConfigLoader.resolve(options))
+        return DONE
+    with contextlib.closing(console), contextlib.ExitStack() as stack:
+        return run_phases(options, console, stack)
+
+
+def run_phases(options: Options, console: Console, stack: contextlib.ExitStack) -> int:
+    """Phases 2 to 14; what must be closed at the end, however it comes, is put on the stack."""
+    import data
+    from model import BigramLanguageModel
+    from utils_alg1 import utils_checkpoint, utils_report, utils_runtime, utils_training
+    from utils_alg1.utils_run_manager import create_run
+    from utils_alg1.utils_trackers import cut_metrics, start_trackers
+    from utils_tensorboard.server import TensorBoardServer
+
+    # 2. Configurations, checked as a whole and against the text before anything is created.
+    runs_dir = ConfigLoader.runs_dir(options)
+    start = utils_checkpoint.find_start(options.resume, options.init_from, runs_dir, console)
+    if start.run:
+        stack.enter_context(start.run)
+    params = ConfigLoader.resolve(options, start.parameters, start.sizes)
+    if options.print_config:
+        console.configuration(params)
+        return DONE
+    splits = params.data.train_split, params.data.val_split
+    corpus = data.open_corpus(data.find_corpus(params.data.data_path, console.say))
+    corpus.check_block_size(params.model.block_size, *splits)
+    start.check(params, corpus)
+    utils_checkpoint.check_output(params.train.output)
+    runtime = utils_runtime.start_runtime(params.train)
+
+    # 3. Run id, and 4. run directory; a resumed run has both.
+    tag = params.train.run_tag
+    run = start.run or stack.enter_context(create_run(params.train.runs_dir, tag))
+    console.log_to(run.log_path)
+
+    # 5. Metadata.
+    config_files = ConfigLoader.files_used(options)
+    origin = utils_report.write_records(run, params, config_files, corpus, runtime)
+
+    # 6. Aim, and 7. TensorBoard: both start in the background, fed by one fan-out.
+    state = None
+    if start.checkpoint:
+        state = start.checkpoint.metadata["trackers"]
+        cut_metrics(run.metrics_path, start.checkpoint.progress.step)
+    hparams = params.flat() | {"vocab_size": corpus.tokenizer.vocab_size}
+    trackers = stack.enter_context(
+        start_trackers(run, params, hparams, origin, console.warn, state)
+    )
+    if options.serve_tensorboard:
+        port = params.tensorboard.port
+        server = TensorBoardServer(params.train.runs_dir, port, console.say, console.warn)
+        stack.enter_context(server)
+
+    # 8. Tokens: memory-mapped, so that a text larger than memory serves too.
+    tokens = corpus.split(*splits)
+
+    # 9. ModelConfig, and 10. model.
+    config = dataclasses.replace(params.model, vocab_size=corpus.tokenizer.vocab_size)
+    with utils_runtime.memory_guard(params):
+        utils_runtime.seed_everything(params.train.seed)
+        model = BigramLanguageModel(config)
+        if start.initial:
+            model.load_state_dict(start.initial.state_dict())
+        model.vocabulary = corpus.tokenizer.vocabulary
+        model.to(runtime.device)
+        forward = utils_runtime.compiled(model, params.train.compile, runtime.device, console.say)
+        trainer = utils_training.Trainer(model, forward, tokens, params.train, runtime)
+        store = utils_checkpoint.CheckpointStore(run.checkpoint_dir, params.train.keep_checkpoints)
+        progress = utils_training.Progress()
+        if start.checkpoint:
+            progress = store.resume(trainer, start.checkpoint)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.start(
+        utils_report.describe_start(run, params, corpus, runtime, n_parameters, progress.step)
+    )
+
+    # 11. The loop.
+    run.begun = True
+    about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
+    signals = stack.enter_context(utils_runtime.StopSignals(console.warn))
+    try:
+        with utils_runtime.memory_guard(params):
+            loop(trainer, progress, trackers, store, params, about, signals, console)
+    except Alg1Error as error:
+        if store.newest_step is not None:
+            error.hint = f"{error.hint or 'mend that'}; then go on: {resume_command(run)}"
+        raise
+    if signals.received and progress.step < params.train.max_iters:
+        console.say(f"stopped at step {progress.step}; go on with: {resume_command(run)}")
+        return signals.exit_code
+
+    # 12. Export.
+    exported = export(trainer, progress, store, run, params, console)
+    samples = utils_report.draw_samples(model, params.train.seed)
+    utils_report.write_results(run, progress, trainer.tokens_per_step, exported, samples)
+    utils_report.try_loss_curve(run, console)
+
+    # 13. Clean up: trackers, server, lock.
+    stack.close()
+
+    # 14. Summary.
+    console.summary(utils_report.describe_end(run, params, progress, exported), samples[0])
+    return DONE
+
+
+def loop(
+    trainer: Trainer,
+    progress: Progress,
+    trackers: Trackers,
+    store: CheckpointStore,
+    params: Parameters,
+    about: dict[str, Any],
+    signals: StopSignals,
+    console: Console,
+) -> None:
+    """Evaluate, save, take a step; until max_iters, a signal or lost patience."""
+    config, histogram_interval = params.train, params.tensorboard.histogram_interval
+    console.begin_progress(progress.step, config.max_iters)
+    trainer.clock.start(progress)
+    while True:
+        step = progress.step
+        last = step == config.max_iters
+        if progress.evaluated() or last or due(step, config.eval_interval):
+            speed = trainer.clock.lap(progress)
+            if not progress.evaluated():  # a resumed run has just done that
+                progress.add(trainer.evaluate(step))
+            e = progress.evaluation
+            assert e is not None
+            trackers.log_evaluation_metrics(e.train_loss, e.val_loss, e.learning_rate, step)
+            console.evaluation(e, progress, speed)
+            trainer.clock.lap(progress)
+
+        done = last or signals.received or progress.out_of_patience(config.patience)
+        worth_saving = done or progress.best_step == step or due(step, config.checkpoint_interval)
+        if done:
+            trainer.clock.lap(progress)
+        if worth_saving and store.newest_step != step:
+            trackers.flush(step)
+            store.save(trainer, progress, about | {"trackers": trackers.state()})
+        if done:
+            return
+
+        loss = trainer.compute_gradients(step)
+        trackers.log_training_loss(loss, step)
+        if due(step, histogram_interval):
+            trackers.log_model_histograms(trainer.model, step)
+        trainer.update(step)
+        progress.step += 1
+        console.progress(progress.step, loss)
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps happens at this one; 0 is never."""
+    return interval > 0 and step % interval == 0
+
+
+def export(
+    trainer: Trainer,
+    progress: Progress,
+    store: CheckpointStore,
+    run: Run,
+    params: Parameters,
+    console: Console,
+) -> dict[str, Any]:
+    """Write the best or the last weights where inference.py finds them; returns what they are."""
+    model, evaluation = trainer.model, progress.evaluation
+    assert evaluation is not None  # the loop ends with one
+    exported = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
+    if params.train.export == "best":
+        try:
+            if progress.best_step != progress.step:
+                store.load_best(progress).load_model(model)
+            best = {"weights": "best", "step": progress.best_step, "val_loss": progress.best_val}
+            exported = best
+        except Alg1Error as error:
+            console.warn(f"{error.message}; exporting the last weights instead of the best")
+    model.provenance = {"run_id": run.run_id, **exported}
+    model.save_safetensors(run.export_path)
+    write_json(run.export_path.with_name("config.json"), dataclasses.asdict(model.config))
+    if params.train.output:
+        model.save_safetensors(params.train.output)
+    return exported
+
+
+def resume_command(run: Run) -> str:
+    """What to type to continue a run."""
+    in_default_folder = run.path.parent == Path(specs()["runs_dir"].default)
+    return f"python train.py --resume {run.run_id if in_default_folder else run.path}"
+
+
+if __name__ == "__main__":
+    run_script(main)

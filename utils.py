@@ -1,0 +1,100 @@
+"""Characters <-> tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from errors import Alg1Error
+
+if TYPE_CHECKING:
+    import numpy
+
+N_CODE_POINTS = 0x110000  # of Unicode
+
+
+class Tokenizer:
+    """A character-level tokenizer; token i is the i-th character of the sorted vocabulary.
+
+    Unpacks as `encode, decode, vocab_size = tokenizer`.
+
+    Attributes:
+        vocabulary: the characters, sorted by code point.
+    """
+
+    def __init__(self, characters: Iterable[str]):
+        self.vocabulary: list[str] = sorted(set(characters))
+        self.stoi = {character: token for token, character in enumerate(self.vocabulary)}
+        self.itos = dict(enumerate(self.vocabulary))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocabulary)
+
+    def __iter__(self) -> Iterator[Callable | int]:
+        return iter((self.encode, self.decode, self.vocab_size))
+
+    @property
+    def default_prompt(self) -> str:
+        """One character that the model knows: a line's end where there is one."""
+        return "\n" if "\n" in self.stoi else self.vocabulary[0]
+
+    @property
+    def stand_in(self) -> str:
+        """What takes the place of an unknown character: a space where there is one."""
+        return " " if " " in self.stoi else self.vocabulary[0]
+
+    def unseen(self, text: str) -> list[str]:
+        """The characters of `text` that are not in the vocabulary, sorted."""
+        return sorted(set(text) - self.stoi.keys())
+
+    def encode(self, text: str) -> list[int]:
+        """Text to tokens.
+
+        Raises:
+            Alg1Error: naming the characters that are not in the vocabulary.
+        """
+        try:
+            return [self.stoi[character] for character in text]
+        except KeyError:
+            unseen = show_characters(self.unseen(text))
+            raise Alg1Error(f"not in the model's vocabulary: {unseen}") from None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens to text.
+
+        Raises:
+            Alg1Error: a token is outside 0 <= token < vocab_size.
+        """
+        try:
+            return "".join([self.itos[token] for token in tokens])
+        except KeyError as error:
+            raise Alg1Error(
+                f"token {error.args[0]} is outside the vocabulary of {self.vocab_size}"
+            ) from None
+
+    def token_type(self) -> numpy.dtype:
+        """The smallest unsigned integer type that holds every token."""
+        import numpy
+
+        return numpy.min_scalar_type(max(0, self.vocab_size - 1))
+
+    def lookup_table(self) -> numpy.ndarray:
+        """Code point -> token, shape (N_CODE_POINTS,), for encoding large texts at once."""
+        import numpy
+
+        table = numpy.zeros(N_CODE_POINTS, dtype=self.token_type())
+        table[[ord(character) for character in self.vocabulary]] = numpy.arange(self.vocab_size)
+        return table
+
+
+def show_characters(characters: Iterable[str], limit: int = 10) -> str:
+    """Characters for a message: 'é' (U+00E9), ... and how many more there are."""
+    ordered = sorted(characters)
+    named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in ordered[:limit])
+    return named + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
+
+
+def create_tokenizer(text: Iterable[str]) -> Tokenizer:
+    """A tokenizer whose vocabulary is the sorted set of the characters of `text`."""
+    return Tokenizer(text)

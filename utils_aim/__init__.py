@@ -1,0 +1,1 @@
+"""Aim: experiment tracking. Knows nothing of the training loop."""

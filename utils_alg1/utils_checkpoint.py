@@ -1,0 +1,417 @@
+"""Checkpoints: one verified file for each, written atomically, the last few and the best kept.
+
+A checkpoint holds the model, the optimizer's state and, as JSON, everything else a run needs to go on with
+the same bytes. There is no random state in it: see `utils_runtime.derive_seed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import Alg1Error
+from files import read_tensors, remove_temporary_files, write_tensors
+from model import BigramLanguageModel
+from parameters import ModelConfig, Parameters, TrainConfig, coerce_all, field_names, shown, specs
+from data import Corpus
+from utils import Tokenizer, show_characters
+from utils_alg1.utils_output import Console
+from utils_alg1.utils_run_manager import (
+    Run,
+    checkpoint_dir,
+    export_path,
+    find_run,
+    list_runs,
+    lock_run,
+)
+from utils_alg1.utils_training import Progress, Trainer, learning_rate
+
+FORMAT = "alg1-checkpoint"
+FORMAT_VERSION = 1
+NAME = re.compile(r"step_(\d{9,})\.safetensors")
+
+
+@dataclass
+class Checkpoint:
+    """A verified checkpoint in memory.
+
+    Attributes:
+        tensors: "model.<name>" and "optimizer.<state>.<name>".
+        metadata: see `CheckpointStore.save`.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        return Progress.from_dict(self.metadata["progress"])
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The run's parameters, by name."""
+        return self.metadata["parameters"]
+
+    def load_model(self, model: BigramLanguageModel) -> None:
+        """Give the model these weights.
+
+        Raises:
+            Alg1Error: they are for another model.
+        """
+        prefix = "model."
+        weights = {
+            n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)
+        }
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise Alg1Error(f"{self.path}: not the weights of this model: {reason}") from None
+
+    def load_trainer(self, trainer: Trainer) -> None:
+        """Give model, optimizer and loss scaler the state they had.
+
+        Raises:
+            Alg1Error: they are for another model or optimizer.
+        """
+        self.load_model(trainer.model)
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith("optimizer."):
+                _, key, parameter_name = name.split(".", 2)
+                states.setdefault(parameter_name, {})[key] = tensor
+        for name, parameter in trainer.model.named_parameters():
+            for key, tensor in states.pop(name, {}).items():
+                if tensor.dim() and tensor.shape != parameter.shape:
+                    raise Alg1Error(f"{self.path}: the optimizer's {key} of {name} does not fit")
+                trainer.optimizer.state[parameter][key] = tensor.to(parameter.device)
+        if states:
+            raise Alg1Error(f"{self.path}: optimizer state for unknown {next(iter(states))}")
+        if self.metadata["scaler"]:
+            trainer.scaler.load_state_dict(self.metadata["scaler"])
+
+    def build_model(self) -> BigramLanguageModel:
+        """A model of its own with these weights, to sample from."""
+        model = BigramLanguageModel(ModelConfig(**self.metadata["model"]))
+        self.load_model(model)
+        model.vocabulary = self.metadata["vocabulary"]
+        return model
+
+
+class CheckpointStore:
+    """The checkpoints of a run.
+
+    Args:
+        folder: of the checkpoints; the caller holds the run's lock.
+        keep: how many of the newest stay, beside the best.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+        self.newest_step: int | None = None
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:09d}.safetensors"
+
+    def save(self, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
+        """Write the checkpoint of progress.step, then prune.
+
+        Args:
+            about: further JSON values: parameters, corpus_sha256, trackers, ...
+
+        Raises:
+            Alg1Error: the file system refused (exit code 4); older checkpoints are as they were.
+        """
+        model = trainer.model
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        for name, parameter in model.named_parameters():
+            for key, value in trainer.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{key}.{name}"] = value
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "progress": dataclasses.asdict(progress),
+            "model": dataclasses.asdict(model.config),
+            "vocabulary": model.vocabulary,
+            "scaler": trainer.scaler.state_dict(),
+            **about,
+        }
+        path = self.path(progress.step)
+        write_tensors(path, tensors, metadata)
+        self.newest_step = progress.step
+        self.prune(progress.best_step)
+        return path
+
+    def prune(self, best_step: int | None) -> None:
+        """Remove all but the newest `keep` and the best."""
+        paths = checkpoint_paths(self.folder)
+        best = self.path(best_step) if best_step is not None else None
+        for path in paths[: -self.keep]:
+            if path != best:
+                with contextlib.suppress(OSError):  # a file too many does no harm
+                    path.unlink()
+
+    def load_best(self, progress: Progress) -> Checkpoint:
+        """The checkpoint with the lowest validation loss.
+
+        Raises:
+            Alg1Error: it is missing or damaged.
+        """
+        assert progress.best_step is not None  # a run ends with an evaluation
+        return read_checkpoint(self.path(progress.best_step))
+
+    def resume(self, trainer: Trainer, checkpoint: Checkpoint) -> Progress:
+        """Bring the trainer back to a checkpoint of this store: the progress to go on from.
+
+        A best checkpoint that is no longer there cannot be exported: the best is then sought anew.
+        """
+        checkpoint.load_trainer(trainer)
+        self.newest_step = checkpoint.progress.step
+        progress = checkpoint.progress
+        if progress.best_step is not None and not self.path(progress.best_step).exists():
+            evaluation, evaluated = progress.evaluation, progress.evaluated()
+            progress = Progress(progress.step, seconds=progress.seconds)
+            if evaluation is not None and evaluated:
+                progress.add(evaluation)
+        return progress
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if NAME.fullmatch(path.name))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises:
+        Alg1Error: not there, damaged, or not a checkpoint.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata is None or metadata.get("format") != FORMAT:
+        raise Alg1Error(f"{path}: this is not a checkpoint")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise Alg1Error(
+            f"{path}: checkpoint format {metadata.get('format_version')!r} is not known",
+            "use the release of ALG1 that wrote it",
+        )
+    return Checkpoint(path, tensors, metadata)
+
+
+def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
+    """The newest checkpoint of a run that verifies; a damaged one is a warning and the next older one.
+
+    Raises:
+        Alg1Error: there is none left.
+    """
+    paths = checkpoint_paths(checkpoint_dir(run_dir))
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path)
+        except Alg1Error as error:
+            warn(f"{error.message}; trying an older one")
+    if paths:
+        raise Alg1Error(f"{run_dir}: none of its {len(paths)} checkpoints can be read")
+    raise Alg1Error(f"{run_dir}: it has no checkpoint yet", "start anew: python train.py")
+
+
+# --- what a run starts from ---------------------------------------------------------------------------
+
+
+@dataclass
+class Start:
+    """What a run starts from: a checkpoint of its own, the weights of another, or nothing.
+
+    Attributes:
+        run, checkpoint: of the run that --resume names, locked.
+        initial: the model that --init-from names, and where it was read.
+    """
+
+    run: Run | None = None
+    checkpoint: Checkpoint | None = None
+    initial: BigramLanguageModel | None = None
+    initial_path: str = ""
+
+    @property
+    def parameters(self) -> dict[str, Any] | None:
+        """The parameters of the run that goes on."""
+        return self.checkpoint.parameters if self.checkpoint else None
+
+    @property
+    def sizes(self) -> dict[str, Any] | None:
+        """The sizes of the initial model."""
+        if self.initial is None:
+            return None
+        sizes = dataclasses.asdict(self.initial.config)
+        return {name: value for name, value in sizes.items() if name != "dropout"}
+
+    def check(self, params: Parameters, corpus: Corpus) -> None:
+        """Check that parameters and text fit to what the run starts from.
+
+        Raises:
+            Alg1Error: naming what does not.
+        """
+        if self.checkpoint is not None:
+            check_resumable(self.checkpoint, params, corpus.sha256)
+        for name, value in (self.sizes or {}).items():
+            asked = getattr(params.model, name)
+            if asked != value:
+                raise Alg1Error(
+                    f"{self.initial_path}: its {name} is {value}, not {asked}", f"leave {name} out"
+                )
+        if self.initial is not None:
+            check_vocabulary(self.initial, corpus.tokenizer, self.initial_path)
+
+
+def find_start(resume: str | None, init_from: str | None, runs_dir: str, console: Console) -> Start:
+    """Read what --resume or --init-from names.
+
+    Raises:
+        Alg1Error: it is not there, in use, damaged, or has no checkpoint.
+    """
+    if resume is not None:
+        return Start(*reopen_run(runs_dir, resume, console))
+    if init_from is not None:
+        return Start(initial=load_for_sampling(Path(init_from)), initial_path=init_from)
+    return Start()
+
+
+def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpoint]:
+    """Take the run that --resume names, and its newest good checkpoint.
+
+    `name` may also be the path of one checkpoint file: the run then goes on from there, and its newer
+    checkpoints, which belong to a past that is not repeated, are removed.
+
+    Raises:
+        Alg1Error: no such run, in use, or no checkpoint that can be read.
+    """
+    file = Path(name)
+    from_file = bool(NAME.fullmatch(file.name)) and file.is_file()
+    run = lock_run(file.absolute().parents[2] if from_file else find_run(runs_dir, name))
+    try:
+        for folder in (run.checkpoint_dir, run.export_path.parent, run.meta_dir, run.eval_dir):
+            remove_temporary_files(folder)  # left by a killed process
+        if not from_file:
+            return run, newest_checkpoint(run.path, console.warn)
+        checkpoint = read_checkpoint(file)
+        for path in checkpoint_paths(run.checkpoint_dir):
+            if path.name > file.name:
+                console.say(f"removing {path.name}: the run goes on from {file.name}")
+                path.unlink()
+        return run, checkpoint
+    except BaseException:
+        run.lock.release()
+        raise
+
+
+def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str) -> None:
+    """Check that a model's characters are the text's.
+
+    Raises:
+        Alg1Error: showing the characters that differ.
+    """
+    if model.vocabulary is None:
+        raise Alg1Error(f"{path}: it does not hold its vocabulary", "use an export of ALG1")
+    ours, theirs = set(tokenizer.vocabulary), set(model.vocabulary)
+    if ours != theirs:
+        parts = {"only in the text": ours - theirs, "only in the model": theirs - ours}
+        listed = "; ".join(f"{w}: {show_characters(c)}" for w, c in parts.items() if c)
+        raise Alg1Error(
+            f"{path}: the vocabularies differ: {listed}",
+            "bring the text to the model's characters, or train without --init-from",
+        )
+
+
+def check_resumable(checkpoint: Checkpoint, params: Parameters, corpus_sha256: str) -> None:
+    """Check that a run may go on with these parameters and this text.
+
+    Raises:
+        Alg1Error: naming every parameter that shaped the steps already taken and differs, old -> new.
+    """
+    now = params.flat()
+    old, _ = coerce_all(checkpoint.parameters)
+    changed = [
+        f"{name}: {shown(old[name])} -> {shown(now[name])}"
+        for name, spec in specs().items()
+        if name in old and old[name] != now[name] and not spec.limits.may_change
+    ]
+    step = checkpoint.progress.step
+    old_train = TrainConfig(**{n: v for n, v in old.items() if n in field_names(TrainConfig)})
+    longer = old_train.max_iters != params.train.max_iters and not changed
+    if longer and any(
+        learning_rate(old_train, s) != learning_rate(params.train, s) for s in range(step)
+    ):
+        changed.append(
+            f"max_iters: {old_train.max_iters} -> {params.train.max_iters}"
+            f" (it moves the {params.train.lr_schedule} schedule of the steps already taken)"
+        )
+    if changed:
+        raise Alg1Error(
+            f"the run cannot go on with other values: {'; '.join(changed)}",
+            "leave them out, or start a new run from its weights: --init-from PATH",
+        )
+    if checkpoint.metadata["corpus_sha256"] != corpus_sha256:
+        raise Alg1Error(
+            f"{params.data.data_path}: this is not the text that the run was trained on",
+            "name that text with --data, or start a new run from its weights: --init-from PATH",
+        )
+    if step > params.train.max_iters:
+        raise Alg1Error(
+            f"the run is at step {step} already, past max_iters = {params.train.max_iters}",
+            f"use --max-iters {step} or more",
+        )
+
+
+def check_output(output: str | None) -> None:
+    """Check before training that --output can name a file.
+
+    Raises:
+        Alg1Error: its folder is not there, or it is a folder itself.
+    """
+    if output is None:
+        return
+    if not Path(output).absolute().parent.is_dir():
+        raise Alg1Error(f"--output {output}: there is no folder {Path(output).parent}", "create it")
+    if Path(output).is_dir():
+        raise Alg1Error(f"--output {output}: this is a folder", "name a file in it")
+
+
+def find_weights(runs_dir: str, name: str | None = None) -> Path:
+    """The file to sample a run from: its export, or while it has none its newest checkpoint.
+
+    Args:
+        name: a run id or a run directory; None is the latest run that has any weights.
+
+    Raises:
+        Alg1Error: there is no such run, or nothing to sample from.
+    """
+    runs = list_runs(runs_dir)[::-1] if name is None else [find_run(runs_dir, name)]
+    for run_dir in runs:
+        candidates = [export_path(run_dir), *checkpoint_paths(checkpoint_dir(run_dir))[::-1]]
+        for path in candidates:
+            if path.is_file():
+                return path
+    where = f"no run in {runs_dir} has" if name is None else f"{name} has not"
+    raise Alg1Error(f"{where} any weights yet", "train one: python train.py, or name a --model")
+
+
+def load_for_sampling(path: Path) -> BigramLanguageModel:
+    """A model from an export, a checkpoint, or any file in the lecture's layout.
+
+    Raises:
+        Alg1Error: it is none of these, or damaged.
+    """
+    _, metadata = read_tensors(path)
+    if metadata is not None and metadata.get("format") == FORMAT:
+        return read_checkpoint(path).build_model()
+    return BigramLanguageModel().load_safetensors(path)

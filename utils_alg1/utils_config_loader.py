@@ -1,0 +1,274 @@
+"""Files and command line -> parameters, each with where its value came from.
+
+Priority, highest first: command line, the file or folder named by --config (or, when a run is resumed, the
+run's own parameters), configs/*, config.json, the defaults of `parameters.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config import load_config
+from errors import BAD_INPUT, Alg1Error
+from parameters import (
+    PARTS,
+    Parameters,
+    Problem,
+    Spec,
+    coerce_all,
+    nearest,
+    read_json_object,
+    read_text,
+    shown,
+    specs,
+)
+
+CONFIG_DIR = "configs"
+LEGACY_FILE = "config.json"
+CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")  # in merging order
+
+
+@dataclass
+class Options:
+    """The command line of train.py: parameter flags, unchecked, and what else it can ask for."""
+
+    values: dict[str, str | bool] = field(default_factory=dict)  # by parameter name
+    problems: list[Problem] = field(default_factory=list)
+    config: str | None = None
+    resume: str | None = None
+    init_from: str | None = None
+    print_config: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    serve_tensorboard: bool = False
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are Alg1Errors."""
+
+    def error(self, message: str) -> Any:
+        raise Alg1Error(message, f"{self.prog} --help lists every flag", BAD_INPUT)
+
+    def parse_with_suggestions(
+        self, argv: list[str] | None
+    ) -> tuple[argparse.Namespace, list[Problem]]:
+        """Parse, and turn unknown words into problems that name the nearest flag."""
+        namespace, unknown = self.parse_known_args(argv)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        problems = []
+        for word in unknown:
+            flag = word.split("=")[0]
+            if word.startswith("-"):
+                problems.append(Problem(f"unknown flag {flag}{nearest(flag, flags)}", ()))
+            elif not problems:  # a value behind an unknown flag is no problem of its own
+                problems.append(Problem(f"{shown(word)} belongs to no flag", ()))
+        return namespace, problems
+
+
+def parse_command_line(argv: list[str] | None = None) -> Options:
+    """Read train.py's command line. Values stay text: all problems are reported together, later.
+
+    Raises:
+        Alg1Error: a flag lacks its value, or two flags exclude each other.
+        SystemExit: after --help.
+    """
+    parser = Parser(
+        prog="python train.py",
+        usage="python train.py [--flag VALUE ...]",
+        description="Train a character-level GPT. With no flags: the reference model on data/input.txt.",
+        epilog="Every flag is also a name in configs/*: --batch-size 8 is batch_size: 8.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--config", metavar="PATH", help="a JSON file, or a folder like configs/ (a preset)"
+    )
+    start = run.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume", metavar="RUN", help="continue a run: latest, a run id or a run directory"
+    )
+    start.add_argument(
+        "--init-from", metavar="PATH", help="start from the weights of an exported model"
+    )
+    run.add_argument(
+        "--print-config", action="store_true", help="show every value and its origin, then stop"
+    )
+    volume = run.add_mutually_exclusive_group()
+    volume.add_argument("--quiet", action="store_true", help="print only warnings and errors")
+    volume.add_argument("--verbose", action="store_true", help="print what happens inside too")
+    run.add_argument(
+        "--serve-tensorboard", action="store_true", help="serve TensorBoard while training"
+    )
+    for part, config_class in PARTS.items():
+        group = parser.add_argument_group(part, config_class.__doc__)
+        for spec in specs().values():
+            if spec.part == part:
+                _add_flag(group, spec)
+    namespace, problems = parser.parse_with_suggestions(argv)
+    given = vars(namespace)
+    values = {name: given.pop(name) for name in list(given) if name in specs()}
+    return Options(values=values, problems=problems, **given)
+
+
+def _add_flag(group: Any, spec: Spec) -> None:
+    default = "" if spec.default in (None, "") else f" ({spec.default})"
+    help_text = (spec.limits.help + default).replace("%", "%%")
+    if spec.type is bool:
+        action = argparse.BooleanOptionalAction
+        group.add_argument(spec.flag, dest=spec.name, action=action, help=help_text)
+        return
+    letter = {int: "N", float: "X", str: "TEXT"}[spec.type]
+    metavar = "|".join(spec.limits.choices) or letter
+    group.add_argument(spec.flag, dest=spec.name, metavar=metavar, help=help_text)
+
+
+class ConfigLoader:
+    """Reads configuration files and merges them with the command line."""
+
+    @staticmethod
+    def load_model_config(path: str | Path) -> dict[str, Any]:
+        """Read model.json. Raises Alg1Error naming file and fault."""
+        return _load_file(Path(path))
+
+    @staticmethod
+    def load_train_config(path: str | Path) -> dict[str, Any]:
+        """Read train.yaml. Raises Alg1Error naming file and fault."""
+        return _load_file(Path(path))
+
+    @staticmethod
+    def load_data_config(path: str | Path) -> dict[str, Any]:
+        """Read data.yaml. Raises Alg1Error naming file and fault."""
+        return _load_file(Path(path))
+
+    @staticmethod
+    def load_tensorboard_config(path: str | Path) -> dict[str, Any]:
+        """Read tensorboard.json. Raises Alg1Error naming file and fault."""
+        return _load_file(Path(path))
+
+    @staticmethod
+    def load_configs(config_dir: str | Path = CONFIG_DIR) -> dict[str, Any]:
+        """Merge the files of a folder that are there, later ones over earlier: see CONFIG_FILES.
+
+        Raises:
+            Alg1Error: no such folder, or a file in it cannot be read.
+        """
+        merged: dict[str, Any] = {}
+        for _, values in _folder_sources(Path(config_dir)):
+            merged.update(values)
+        return merged
+
+    @staticmethod
+    def resolve(
+        options: Options,
+        resumed: dict[str, Any] | None = None,
+        initial: dict[str, Any] | None = None,
+    ) -> Parameters:
+        """Merge every source into validated parameters.
+
+        Args:
+            options: the command line.
+            resumed: the parameters of the run that goes on; they take the place of the files.
+            initial: the sizes of the model that --init-from names; they stand above the files.
+
+        Raises:
+            Alg1Error: every problem of every source in one message.
+        """
+        if resumed is not None:
+            sources = [("resumed run", resumed), *_named_sources(options)]
+        else:
+            sources = _file_sources(options)
+        if initial is not None:
+            sources.append(("--init-from", initial))
+
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        problems = list(options.problems)
+        for origin, source in sources:
+            good, faults = coerce_all(source, origin)
+            values.update(good)
+            origins.update(dict.fromkeys(good, origin))
+            problems += faults
+        for name, value in options.values.items():
+            flag = specs()[name].flag
+            good, faults = coerce_all({name: value})
+            values.update(good)
+            origins.update(dict.fromkeys(good, flag))
+            problems += [fault._replace(text=f"{fault.text} (from {flag})") for fault in faults]
+        return Parameters.from_values(values, origins, problems)
+
+    @staticmethod
+    def runs_dir(options: Options) -> str:
+        """The folder in which --resume finds its run: it is needed before the run's parameters are."""
+        sources = [*_file_sources(options), ("", options.values)]
+        named = [source["runs_dir"] for _, source in sources if "runs_dir" in source]
+        return str(named[-1]) if named else specs()["runs_dir"].default
+
+    @staticmethod
+    def files_used(options: Options) -> list[Path]:
+        """The configuration files that `resolve` reads, for the run's records."""
+        return [Path(origin) for origin, _ in _file_sources(options)]
+
+
+Source = tuple[str, dict[str, Any]]  # where values came from, and the values
+
+
+def _file_sources(options: Options) -> list[Source]:
+    """Every file that counts, the weakest first."""
+    sources: list[Source] = []
+    if Path(LEGACY_FILE).exists():
+        sources.append((LEGACY_FILE, load_config(LEGACY_FILE)))
+    if Path(CONFIG_DIR).is_dir():
+        sources += _folder_sources(Path(CONFIG_DIR))
+    return sources + _named_sources(options)
+
+
+def _named_sources(options: Options) -> list[Source]:
+    """The files behind --config PATH."""
+    if options.config is None:
+        return []
+    path = Path(options.config)
+    if path.is_dir():
+        sources = _folder_sources(path)
+        if not sources:
+            raise Alg1Error(f"--config {path}: none of {', '.join(CONFIG_FILES)} is in this folder")
+        return sources
+    if not path.exists():
+        raise Alg1Error(
+            f"--config {path}: no such file or folder", "name a JSON file or a folder like configs/"
+        )
+    return [(str(path), _load_file(path))]
+
+
+def _folder_sources(folder: Path) -> list[Source]:
+    if not folder.is_dir():
+        raise Alg1Error(f"{folder}: no such folder")
+    paths = [folder / name for name in CONFIG_FILES]
+    return [(str(path), _load_file(path)) for path in paths if path.exists()]
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    return _load_yaml(path) if path.suffix in (".yaml", ".yml") else read_json_object(path)
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise Alg1Error(f"{path}: {where}not YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise Alg1Error(f"{path}: not YAML: {reason}") from None
+    if value is None:  # an empty file, or one of comments only
+        return {}
+    if not isinstance(value, dict):
+        raise Alg1Error(f"{path}: must hold names and values, one `name: value` a line")
+    return value

@@ -1,0 +1,209 @@
+"""What a run leaves for people: the records in meta/ and the results in eval/."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from files import write_atomically, write_json
+from model import BigramLanguageModel
+from parameters import Parameters, specs
+from utils_aim.instructions import instructions as aim_instructions
+from utils_alg1.utils_output import Console, loss_in_words
+from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
+from utils_alg1.utils_trackers import read_metrics
+from utils_tensorboard.instructions import instructions as tensorboard_instructions
+
+if TYPE_CHECKING:
+    from data import Corpus
+    from utils_alg1.utils_runtime import Runtime
+    from utils_alg1.utils_training import Progress
+
+SAMPLES = 3
+SAMPLE_LENGTH = 400  # characters
+NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
+
+
+def write_records(
+    run: Run, params: Parameters, config_files: list[Path], corpus: Corpus, runtime: Runtime
+) -> dict[str, Any]:
+    """Fill meta/, and return the origin of the run for the trackers.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt")
+    environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt")
+    copy_files(config_files, run.meta_dir / "configs")
+    notes = run.meta_dir / "notes.md"
+    if not notes.exists():
+        write_atomically(notes, NOTES.format(run_id=run.run_id).encode())
+    text = {
+        "path": str(corpus.path),
+        "sha256": corpus.sha256,
+        "characters": len(corpus.tokens),
+        "vocab_size": corpus.tokenizer.vocab_size,
+    }
+    machine = {
+        "device": str(runtime.device),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "threads": runtime.threads,
+    }
+    write_json(
+        run.meta_dir / "full_config.json",
+        {
+            "parameters": params.flat(),
+            "origins": params.origins,
+            "corpus": text,
+            "runtime": machine,
+        },
+    )
+    return {"git": git, "environment": environment, "corpus": text, "runtime": machine}
+
+
+def write_results(
+    run: Run, progress: Progress, tokens_per_step: int, exported: dict[str, Any], samples: list[str]
+) -> None:
+    """Fill eval/.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    evaluation = progress.evaluation
+    assert evaluation is not None and progress.best_val is not None  # the loop ends with one
+    tokens = tokens_per_step * progress.step
+    final = {
+        "run_id": run.run_id,
+        "steps": progress.step,
+        "train_loss": evaluation.train_loss,
+        "val_loss": evaluation.val_loss,
+        "best_val_loss": progress.best_val,
+        "best_step": progress.best_step,
+        "best_perplexity": perplexity(progress.best_val),
+        "best_bits_per_character": progress.best_val / math.log(2),
+        "tokens": tokens,
+        "seconds_in_loop": round(progress.seconds, 3),
+        "tokens_per_second": round(tokens / progress.seconds, 1) if progress.seconds else None,
+        "export": exported,
+    }
+    write_json(run.eval_dir / "final.json", final)
+    text = "\n\n".join(f"--- sample {i + 1}\n{sample}" for i, sample in enumerate(samples)) + "\n"
+    write_atomically(run.eval_dir / "samples.txt", text.encode("utf-8", "surrogatepass"))
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss): between how many equally likely characters the model wavers; None past a float's range."""
+    return math.exp(loss) if loss < 700 else None
+
+
+def draw_samples(model: BigramLanguageModel, seed: int) -> list[str]:
+    """A few continuations of the vocabulary's default prompt."""
+    import torch
+
+    from utils import Tokenizer
+    from utils_alg1.utils_runtime import generator
+
+    assert model.vocabulary is not None
+    tokenizer = Tokenizer(model.vocabulary)
+    device = model.lm_head.weight.device
+    start = tokenizer.encode(tokenizer.default_prompt) * SAMPLES
+    idx = torch.tensor(start, device=device).view(SAMPLES, 1)
+    draw = generator(seed, "samples", device=device)
+    rows = model.generate(idx, SAMPLE_LENGTH, generator=draw)[:, 1:].tolist()
+    return [tokenizer.decode(row) for row in rows]
+
+
+def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
+    """Draw the losses of a metrics file as a PNG: every step, and the evaluations.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        Alg1Error: the file system refused (exit code 4).
+    """
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps: list[float] = []
+    losses: list[float] = []
+    evaluations: list[tuple[float, float, float]] = []
+    for row in read_metrics(metrics_path):
+        if "loss/train_step" in row:
+            steps.append(row["step"])
+            losses.append(row["loss/train_step"])
+        else:
+            evaluations.append((row["step"], row["loss/train"], row["loss/val"]))
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="train, each step")
+    at, train, val = zip(*evaluations, strict=True)
+    axes.plot(at, train, color="tab:blue", label="train")
+    axes.plot(at, val, color="tab:orange", label="val")
+    axes.set(title=title, xlabel="step", ylabel="loss (nats per character)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(picture, buffer.getvalue())
+
+
+def try_loss_curve(run: Run, console: Console) -> None:
+    """Draw eval/loss.png; a picture that cannot be drawn costs one line."""
+    try:
+        draw_loss_curve(run.metrics_path, run.eval_dir / "loss.png", run.run_id)
+    except Exception as error:  # matplotlib fails in many ways, and the run is done
+        console.warn(f"no loss curve was drawn: {error}")
+
+
+def describe_end(
+    run: Run, params: Parameters, progress: Progress, exported: dict[str, Any]
+) -> dict[str, str]:
+    """The block of lines that a run ends with: what was reached, where it lies, what to type next."""
+    evaluation = progress.evaluation
+    assert evaluation is not None and progress.best_val is not None  # the loop ends with one
+    runs_dir = params.train.runs_dir
+    default = runs_dir == specs()["runs_dir"].default
+    lines = {
+        "reached": f"step {progress.step}: train loss {evaluation.train_loss:.4f},"
+        f" val loss {evaluation.val_loss:.4f}",
+        "best": f"step {progress.best_step}: val loss {loss_in_words(progress.best_val)}",
+        "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']})",
+        "sample": "python inference.py" + ("" if default else f" --run {run.path}"),
+    }
+    if params.tensorboard.tensorboard:
+        lines["curves"] = tensorboard_instructions(runs_dir, params.tensorboard.port)
+    if params.train.aim:
+        lines["compare"] = aim_instructions()
+    return lines
+
+
+def describe_start(
+    run: Run, params: Parameters, corpus: Corpus, runtime: Runtime, n_parameters: int, step: int
+) -> dict[str, str]:
+    """The block of lines that a run begins with."""
+    model, train = params.model, params.train
+    changed = [
+        f"{name}={getattr(part, name)}"
+        for part in (model, train, params.data, params.tensorboard)
+        for name in (f.name for f in dataclasses.fields(part))
+        if params.origins[name] != "default"
+    ]
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    lines = {
+        "run": str(run.path),
+        "device": f"{runtime.device}, {dtype}, {runtime.threads} threads",
+        "model": f"{n_parameters:,} parameters: n_embd {model.n_embd}, n_head {model.n_head},"
+        f" n_layer {model.n_layer}, block_size {model.block_size}",
+        "text": f"{corpus.path}: {len(corpus.tokens):,} characters,"
+        f" {corpus.tokenizer.vocab_size} distinct",
+        "steps": f"{step} to {train.max_iters}," if step else f"{train.max_iters}",
+    }
+    sequences = train.batch_size * train.grad_accum_steps
+    lines["steps"] += f" of {sequences} x {model.block_size} characters"
+    if changed:
+        lines["set"] = ", ".join(changed)
+    return lines

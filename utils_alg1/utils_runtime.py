@@ -1,0 +1,215 @@
+"""What a run stands on: device, threads, arithmetic, compilation, seeds and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from errors import CANNOT_TRAIN, INTERRUPTED, Alg1Error
+from parameters import Parameters, TrainConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The device and the arithmetic of a run.
+
+    Attributes:
+        device: where the model lies.
+        dtype: of the forward pass; weights and optimizer stay float32.
+        threads: of the CPU. Sums come out bitwise the same only with the same number.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of a forward pass; nothing at all in float32."""
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def loss_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where float16 gradients would underflow; elsewhere it changes nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def start_runtime(config: TrainConfig) -> Runtime:
+    """Choose device, threads and arithmetic, and set them.
+
+    Raises:
+        Alg1Error: the device is not there, or cannot compute in that dtype.
+    """
+    device = find_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    dtype_name = config.dtype
+    if dtype_name == "auto":
+        dtype_name = "float32"
+        if device.type == "cuda":
+            dtype_name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    if dtype_name == "float16" and device.type != "cuda":
+        raise Alg1Error(
+            f"--dtype float16 needs CUDA, and the device is {device}",
+            "use --dtype float32 or --dtype bfloat16",
+        )
+    return Runtime(device, DTYPES[dtype_name], torch.get_num_threads())
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` means on this machine.
+
+    Raises:
+        Alg1Error: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise Alg1Error(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }[device.type]
+    if (device.index or 0) >= count:
+        raise Alg1Error(
+            f"--device {name}: this machine has no such device", "use --device auto or --device cpu"
+        )
+    return device
+
+
+def compiled(
+    function: Callable, mode: str, device: torch.device, say: Callable[[str], None]
+) -> Callable:
+    """`function` through torch.compile where that is wanted; where it fails, one line and `function`.
+
+    Args:
+        mode: on, off, or auto: on for CUDA only, since a short run on a CPU ends before compiling pays.
+    """
+    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+        return function
+    fast = torch.compile(function)
+    working = False
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal fast, working
+        if working:
+            return fast(*args, **kwargs)
+        try:
+            result = fast(*args, **kwargs)
+        except (
+            Exception
+        ) as error:  # a compiler fails in many ways, and none of them may cost the run
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            say(f"torch.compile does not work here ({reason[:120]}); going on without it")
+            fast = function
+            result = function(*args, **kwargs)
+        working = True
+        return result
+
+    return call
+
+
+# --- seeds --------------------------------------------------------------------------------------------
+
+
+def derive_seed(seed: int, purpose: str, step: int = 0, micro_batch: int = 0) -> int:
+    """The seed of one random choice: a function of these four alone, 0 <= seed < 2**63.
+
+    Since nothing else enters, there is no random state to save: step 1,000 draws the same batch in a run
+    that was resumed at step 999 as in one that was never interrupted.
+    """
+    text = f"{seed}/{purpose}/{step}/{micro_batch}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed PyTorch's own generators, which initial weights are drawn from."""
+    torch.manual_seed(derive_seed(seed, "init"))
+
+
+def generator(*key: Any, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator seeded by `derive_seed(*key)`."""
+    return torch.Generator(device).manual_seed(derive_seed(*key))
+
+
+# --- failures and signals -----------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch or Python ran out of memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def memory_guard(params: Parameters) -> Iterator[None]:
+    """Turn running out of memory into one line (exit code 3) with settings that take less."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise Alg1Error("out of memory", smaller_settings(params), CANNOT_TRAIN) from error
+
+
+def smaller_settings(params: Parameters) -> str:
+    """A hint: flags that take about half the memory."""
+    batch_size, micro_batches = params.train.batch_size, params.train.grad_accum_steps
+    if batch_size > 1:
+        halved = f"--batch-size {batch_size // 2} --grad-accum-steps {micro_batches * 2}"
+        return f"try {halved}, which sees about as much text in a step"
+    width = params.model.n_embd // 2 // params.model.n_head * params.model.n_head
+    return f"try --n-embd {max(width, params.model.n_head)}, or a smaller --block-size"
+
+
+class StopSignals:
+    """SIGINT and SIGTERM, as a flag that the loop reads between steps.
+
+    The first signal asks; a second one ends the process at once, and what is on disk stays valid, since
+    every file is written atomically. Outside the `with` block the handlers are what they were.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self.received: int | None = None
+        self._say = say
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+        self._say("stopping after this step; once more to leave at once")
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.received is None else INTERRUPTED - signal.SIGINT + self.received

@@ -1,0 +1,401 @@
+"""Metrics -> the run's own file, TensorBoard and Aim.
+
+The loop knows one object, `Trackers`, and tells it what happened. `logs/metrics.jsonl` is the truth and is
+written at once; TensorBoard and Aim are copies, each fed by a thread of its own, so that a tracker that is
+slow, raises, blocks or hangs costs one warning and never the run.
+
+To add a tracker: write a class with the methods of `Tracker` and start it in `start_trackers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import Guard, disk_error
+from parameters import Parameters
+from utils_aim.tracker import AimTracker
+from utils_tensorboard.logger import Histogram, MetricLogger, model_histograms
+from utils_tensorboard.writer import TensorBoardWriter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from utils_alg1.utils_run_manager import Run
+
+QUEUE_SIZE = 10_000  # calls a tracker may be behind
+PATIENCE = 8.0  # seconds: how long a tracker may keep the run waiting before it is given up
+FLUSH_PATIENCE = (
+    1.0  # seconds a checkpoint waits; what is late by then is sent again after a resume
+)
+
+
+class Tracker:
+    """What a tracker can be told; this one forgets everything. Steps count updates done before."""
+
+    def log_training_loss(self, loss: float, step: int) -> None:
+        """The loss of a training step, in nats."""
+
+    def log_evaluation_metrics(
+        self, train_loss: float, val_loss: float, lr: float, step: int
+    ) -> None:
+        """The mean losses of an evaluation, and the learning rate."""
+
+    def log_histograms(self, histograms: list[Histogram], step: int) -> None:
+        """Parameter and gradient histograms."""
+
+    def flush(self) -> None:
+        """Make what was told durable."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+# --- the run's own file -------------------------------------------------------------------------------
+
+
+class MetricsFile(Tracker):
+    """`logs/metrics.jsonl`: a line of JSON for each training step and each evaluation, in order.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._disk_errors():
+            self._file = path.open("a", encoding="utf-8")
+
+    def _disk_errors(self) -> contextlib.AbstractContextManager:
+        return _as_disk_error(f"write {self.path}")
+
+    def _write(self, row: dict[str, float]) -> None:
+        with self._disk_errors():
+            self._file.write(json.dumps(row) + "\n")
+
+    def log_training_loss(self, loss: float, step: int) -> None:
+        self._write({"step": step, "loss/train_step": loss})
+
+    def log_evaluation_metrics(
+        self, train_loss: float, val_loss: float, lr: float, step: int
+    ) -> None:
+        losses = {"loss/train": train_loss, "loss/val": val_loss}
+        self._write({"step": step, **losses, "learning_rate": lr})
+        with self._disk_errors():
+            self._file.flush()
+
+    def flush(self) -> None:
+        with self._disk_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with self._disk_errors():
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _as_disk_error(action: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(action, error) from error
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, float]]:
+    """The rows of a metrics file. A last line that a kill cut off is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            yield json.loads(line)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the rows of `step` and later ones: a run that goes on from there writes them again.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    keep = 0
+    if not path.exists():
+        return
+    with _as_disk_error(f"cut {path} back to step {step}"), path.open("r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                break
+            keep += len(line)
+        file.truncate(keep)
+        os.fsync(file.fileno())
+
+
+# --- Aim ----------------------------------------------------------------------------------------------
+
+
+class AimMetrics(Tracker):
+    """Tells an `AimTracker` under the names that Aim's pages group by."""
+
+    def __init__(self, aim: AimTracker, hparams: dict[str, Any], metadata: dict[str, Any]):
+        self.aim = aim
+        aim.track_config(hparams)
+        for key, value in metadata.items():
+            aim.track_metadata(key, value)
+
+    @property
+    def enabled(self) -> bool:
+        return self.aim.enabled
+
+    @property
+    def identity(self) -> str | None:
+        return self.aim.run_hash
+
+    def log_training_loss(self, loss: float, step: int) -> None:
+        self.aim.track_metric("loss", loss, step, {"subset": "train_step"})
+
+    def log_evaluation_metrics(
+        self, train_loss: float, val_loss: float, lr: float, step: int
+    ) -> None:
+        self.aim.track_metric("loss", train_loss, step, {"subset": "train"})
+        self.aim.track_metric("loss", val_loss, step, {"subset": "val"})
+        self.aim.track_metric("learning_rate", lr, step)
+
+    def log_histograms(self, histograms: list[Histogram], step: int) -> None:
+        for h in histograms:
+            self.aim.track_distribution(h.name, (h.counts, h.edges), step, {"kind": h.kind})
+
+    def close(self) -> None:
+        self.aim.close()
+
+
+# --- a thread for each copy ---------------------------------------------------------------------------
+
+
+class Background(Tracker):
+    """Feeds one tracker from a thread of its own, in order.
+
+    The tracker is also made there: importing and opening one takes seconds that training need not wait.
+
+    Attributes:
+        synced: points before this step have reached the tracker and were flushed.
+        identity: what the tracker calls the run, once that is known.
+    """
+
+    def __init__(
+        self, name: str, start: Callable[[], Any], warn: Callable[[str], None], synced: int = 0
+    ):
+        self.synced = synced
+        self.identity: str | None = None
+        self._guard = Guard(name, warn)
+        self._tracker: Any = None
+        self._calls: queue.Queue[tuple[str, tuple, threading.Event]] = queue.Queue(QUEUE_SIZE)
+        self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def started(self) -> bool:
+        """Whether the tracker is open by now."""
+        return self._tracker is not None
+
+    @property
+    def hung(self) -> bool:
+        """Whether the tracker was given up while its thread was still in it."""
+        return not self._guard.enabled and self._thread.is_alive()
+
+    def _work(self, start: Callable[[], Any]) -> None:
+        self._tracker = tracker = self._guard.attempt(start)
+        self.identity = getattr(tracker, "identity", None)
+        method = ""
+        while self._guard.enabled and method != "close":
+            method, arguments, done = self._calls.get()
+            self._guard.attempt(getattr(tracker, method), *arguments)
+            done.set()
+        if tracker is not None and method != "close":  # it failed, but holds locks and files
+            with contextlib.suppress(Exception, SystemExit):
+                tracker.close()
+        with contextlib.suppress(queue.Empty):
+            while True:  # nobody waits for what is not done any more
+                self._calls.get_nowait()[2].set()
+
+    def _call(self, method: str, *arguments: Any) -> threading.Event:
+        done = threading.Event()
+        if not self._guard.enabled:
+            done.set()
+            return done
+        try:
+            self._calls.put((method, arguments, done), timeout=PATIENCE)
+        except queue.Full:
+            self._guard.fail(f"it took nothing for {PATIENCE:.0f} seconds")
+            done.set()
+        return done
+
+    def log_training_loss(self, loss: float, step: int) -> None:
+        self._call("log_training_loss", loss, step)
+
+    def log_evaluation_metrics(
+        self, train_loss: float, val_loss: float, lr: float, step: int
+    ) -> None:
+        self._call("log_evaluation_metrics", train_loss, val_loss, lr, step)
+
+    def log_histograms(self, histograms: list[Histogram], step: int) -> None:
+        self._call("log_histograms", histograms, step)
+
+    def start_flush(self) -> threading.Event:
+        """Ask for a flush; the event is set when it is done."""
+        return self._call("flush")
+
+    def flushed(self, step: int) -> None:
+        """A flush after all points before `step` is done: the tracker has them, unless it failed."""
+        if self._guard.enabled and getattr(self._tracker, "enabled", True):
+            self.synced = step
+
+    def start_close(self) -> threading.Event:
+        """Ask for the end; the event is set when the tracker has let go."""
+        return self._call("close")
+
+    def give_up(self) -> None:
+        """Stop waiting for a tracker that does not answer."""
+        self._guard.fail(f"it did not close within {PATIENCE:.0f} seconds")
+
+
+def _wait_for_all(events: list[threading.Event], seconds: float) -> list[bool]:
+    """Wait for all together: which of them were set in time."""
+    end = time.monotonic() + seconds
+    return [event.wait(max(0.0, end - time.monotonic())) for event in events]
+
+
+# --- what the loop knows ------------------------------------------------------------------------------
+
+
+class Trackers:
+    """Everything that wants to hear of a run's metrics: the run's own file, and the copies."""
+
+    def __init__(self, local: MetricsFile, copies: dict[str, Background]):
+        self.local = local
+        self.copies = copies
+        self._every: list[Tracker] = [local, *copies.values()]
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log_training_loss(self, loss: float, step: int) -> None:
+        """The loss of a training step, in nats."""
+        for tracker in self._every:
+            tracker.log_training_loss(loss, step)
+
+    def log_evaluation_metrics(
+        self, train_loss: float, val_loss: float, lr: float, step: int
+    ) -> None:
+        """The mean losses of an evaluation, and the learning rate."""
+        for tracker in self._every:
+            tracker.log_evaluation_metrics(train_loss, val_loss, lr, step)
+
+    def log_model_histograms(self, model: nn.Module, step: int) -> None:
+        """Parameter and gradient histograms, counted once for all copies."""
+        if self.copies:
+            histograms = list(model_histograms(model))
+            for tracker in self.copies.values():
+                tracker.log_histograms(histograms, step)
+
+    def flush(self, step: int) -> None:
+        """Make everything before `step` durable; a copy that is late is not waited for long."""
+        self.local.flush()
+        copies = [copy for copy in self.copies.values() if copy.started]
+        events = [copy.start_flush() for copy in copies]
+        for copy, done in zip(copies, _wait_for_all(events, FLUSH_PATIENCE), strict=True):
+            if done:
+                copy.flushed(step)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, to continue the same curves after a resume."""
+        return {
+            name: {"run": copy.identity, "synced": copy.synced}
+            for name, copy in self.copies.items()
+        }
+
+    def close(self) -> None:
+        """Close all; a copy that does not answer within PATIENCE seconds is left behind."""
+        self.local.close()
+        copies = list(self.copies.values())
+        events = [copy.start_close() for copy in copies]
+        for copy, done in zip(copies, _wait_for_all(events, PATIENCE), strict=True):
+            if not done:
+                copy.give_up()
+
+    @property
+    def hung(self) -> bool:
+        """Whether a thread is stuck in a tracker: the process must not wait for it."""
+        return any(copy.hung for copy in self.copies.values())
+
+
+def start_trackers(
+    run: Run,
+    params: Parameters,
+    hparams: dict[str, Any],
+    metadata: dict[str, Any],
+    warn: Callable[[str], None],
+    state: dict[str, Any] | None = None,
+) -> Trackers:
+    """Start what the parameters ask for.
+
+    Args:
+        run: whose metrics these are.
+        hparams, metadata: what Aim keeps beside the curves.
+        warn: told once for each tracker that fails.
+        state: from the checkpoint that a resumed run goes on from. Its metrics file was cut already;
+            whatever a copy had not got before that step is sent to it again.
+    """
+    resumed = state is not None
+    state = state or {}
+    starts: dict[str, Callable[[], Any]] = {}
+    synced = {name: state.get(name, {}).get("synced", 0) for name in ("aim", "tensorboard")}
+    if params.train.aim:
+        run_hash = state.get("aim", {}).get("run")
+        synced["aim"] = synced["aim"] if run_hash else 0
+
+        def start_aim() -> AimMetrics:
+            aim = AimTracker(run.run_id, run.path.absolute(), run_hash=run_hash, warn=warn)
+            return AimMetrics(aim, hparams, metadata)
+
+        starts["aim"] = start_aim
+    if params.tensorboard.tensorboard:
+        purge_step = synced["tensorboard"] if resumed else None
+
+        def start_tensorboard() -> MetricLogger:
+            return MetricLogger(TensorBoardWriter(run.tensorboard_dir, purge_step, warn))
+
+        starts["tensorboard"] = start_tensorboard
+    copies = {
+        name: Background(
+            {"aim": "Aim", "tensorboard": "TensorBoard"}[name], start, warn, synced[name]
+        )
+        for name, start in starts.items()
+    }
+    for copy in copies.values():
+        _send_again(run.metrics_path, copy)
+    return Trackers(MetricsFile(run.metrics_path), copies)
+
+
+def _send_again(metrics_path: Path, copy: Background) -> None:
+    """Bring a copy up to the metrics file: a kill can have come before its last flush."""
+    for row in read_metrics(metrics_path):
+        step = int(row["step"])
+        if step < copy.synced:
+            continue
+        if "loss/train_step" in row:
+            copy.log_training_loss(row["loss/train_step"], step)
+        else:
+            copy.log_evaluation_metrics(
+                row["loss/train"], row["loss/val"], row["learning_rate"], step
+            )

@@ -1,0 +1,245 @@
+"""The parts of a training step: learning rate, optimizer, update, evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import get_batch
+from errors import CANNOT_TRAIN, Alg1Error
+from model import BigramLanguageModel
+from parameters import TrainConfig
+from utils_alg1.utils_runtime import Runtime, derive_seed, generator
+
+STEP_DECAY_EVERY = 1 / 3  # of the steps after warm-up, for lr_schedule = step
+STEP_DECAY_FACTOR = 0.1
+WSD_DECAY_SHARE = 0.2  # of all steps, at the end, for lr_schedule = wsd
+EVALUATION_TOKENS = 1 << 13  # in one forward pass of an evaluation: few large ones are faster
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step: a function of the step alone, so a resumed run needs no state for it.
+
+    It rises linearly over warmup_iters, then follows lr_schedule from learning_rate down to min_lr:
+    constant; cosine; linear; step (a tenth after each third); wsd (constant, then linear over the last
+    fifth of the run; Hu et al. 2024, MiniCPM).
+    """
+    peak, floor = config.learning_rate, config.min_lr
+    if step < config.warmup_iters:
+        return peak * (step + 1) / config.warmup_iters
+    if config.lr_schedule == "constant":
+        return peak
+    steps = max(1, config.max_iters - config.warmup_iters)
+    progress = min(1.0, (step - config.warmup_iters) / steps)  # 0 after warm-up, 1 at max_iters
+    if config.lr_schedule == "cosine":
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_schedule == "linear":
+        return floor + (peak - floor) * (1 - progress)
+    if config.lr_schedule == "step":
+        return max(floor, peak * STEP_DECAY_FACTOR ** math.floor(progress / STEP_DECAY_EVERY))
+    decay_steps = max(1, round(WSD_DECAY_SHARE * config.max_iters))
+    left = min(1.0, (config.max_iters - step) / decay_steps)
+    return floor + (peak - floor) * left
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameters; matrices decay, biases and norms do not."""
+    named = list(model.named_parameters())
+    groups = [
+        {
+            "params": [p for _, p in named if p.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+
+
+@dataclass
+class Evaluation:
+    """Mean losses (nats) after `step` updates, and the learning rate of the next one."""
+
+    step: int
+    train_loss: float
+    val_loss: float
+    learning_rate: float
+
+
+@dataclass
+class Progress:
+    """How far a run has come. All of it is in every checkpoint.
+
+    Attributes:
+        step: updates done.
+        best_val: lowest validation loss so far, and best_step, where it was.
+        evaluations_since_best: for --patience.
+        evaluation: the newest one.
+        seconds: spent in the loop, over all sessions of a resumed run.
+    """
+
+    step: int = 0
+    best_val: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    evaluation: Evaluation | None = None
+    seconds: float = 0.0
+
+    def add(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        if self.best_val is None or evaluation.val_loss < self.best_val:
+            self.best_val, self.best_step = evaluation.val_loss, evaluation.step
+            self.evaluations_since_best = 0
+        else:
+            self.evaluations_since_best += 1
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether `patience` evaluations have brought nothing better; 0 waits for ever."""
+        return 0 < patience <= self.evaluations_since_best
+
+    def evaluated(self) -> bool:
+        """Whether the weights as they are now were evaluated."""
+        return self.evaluation is not None and self.evaluation.step == self.step
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """The reverse of dataclasses.asdict."""
+        evaluation = values.get("evaluation")
+        return cls(**{**values, "evaluation": Evaluation(**evaluation) if evaluation else None})
+
+
+class Clock:
+    """Measures the loop, with the device's queue waited for, so that the figures are true."""
+
+    def __init__(self, runtime: Runtime, tokens_per_step: int):
+        self._runtime, self._tokens_per_step = runtime, tokens_per_step
+        self._time, self._step = 0.0, 0
+
+    def start(self, progress: Progress) -> None:
+        self._runtime.synchronize()
+        self._time, self._step = time.perf_counter(), progress.step
+
+    def lap(self, progress: Progress) -> float | None:
+        """Add the time since the last lap to progress.seconds; its tokens/s, None without a step."""
+        time_before, step_before = self._time, self._step
+        self.start(progress)
+        seconds = self._time - time_before
+        progress.seconds += seconds
+        tokens = (progress.step - step_before) * self._tokens_per_step
+        return tokens / seconds if tokens else None
+
+
+class Trainer:
+    """Takes training steps and evaluates.
+
+    Every random choice of step s is seeded by s (see `derive_seed`), and evaluation by itself, so that
+    neither an interruption nor the number of evaluations changes what a step does.
+
+    Attributes:
+        model: the plain model, for evaluation, export and figures; it shares its weights with `forward`.
+        optimizer, scaler: their state belongs to a checkpoint.
+        clock: the loop's.
+    """
+
+    def __init__(
+        self,
+        model: BigramLanguageModel,
+        forward: Callable,
+        data: tuple[np.ndarray, np.ndarray],
+        config: TrainConfig,
+        runtime: Runtime,
+    ):
+        """`forward` is the model, or a faster form of it; `data` the train and val tokens."""
+        self.model = model
+        self.forward = forward
+        self.data = data
+        self.config = config
+        self.runtime = runtime
+        self.block_size = model.config.block_size
+        self.optimizer = create_optimizer(model, config)
+        self.scaler = runtime.loss_scaler()
+        self.parameters = list(model.parameters())
+        self.tokens_per_step = config.batch_size * config.grad_accum_steps * self.block_size
+        self.clock = Clock(runtime, self.tokens_per_step)
+
+    def compute_gradients(self, step: int) -> float:
+        """Forward and backward of all micro-batches of a step; the mean loss.
+
+        Raises:
+            Alg1Error: loss or gradient is not finite (exit code 3); the weights are as before.
+        """
+        config = self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        mean_loss = 0.0
+        for i in range(config.grad_accum_steps):
+            x, y = self._batch("train", config.batch_size, "batch", step, i)
+            if self.model.config.dropout:
+                torch.manual_seed(derive_seed(config.seed, "dropout", step, i))
+            with self.runtime.autocast():
+                loss = self.forward(x, y)[1] / config.grad_accum_steps
+            self.scaler.scale(loss).backward()
+            mean_loss += loss.item()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        )
+        # With float16, a gradient that overflows is the scaler's business: it skips that update.
+        if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
+            what = "gradient" if math.isfinite(mean_loss) else "loss"
+            raise Alg1Error(
+                f"the {what} is not finite at step {step}; the weights were not updated",
+                "lower --learning-rate, or limit the gradient with --grad-clip 1.0",
+                CANNOT_TRAIN,
+            )
+        if config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
+        return mean_loss
+
+    def update(self, step: int) -> None:
+        """Let the optimizer take the step that the gradients show."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> Evaluation:
+        """Mean loss over eval_iters batches of each split, the same ones every time.
+
+        Raises:
+            Alg1Error: a loss is not finite (exit code 3).
+        """
+        config = self.config
+        per_pass = max(1, EVALUATION_TOKENS // (config.batch_size * self.block_size))
+        self.model.eval()
+        losses = {}
+        for split in ("train", "val"):
+            total = 0.0
+            for start in range(0, config.eval_iters, per_pass):
+                n = min(per_pass, config.eval_iters - start)
+                x, y = self._batch(split, n * config.batch_size, f"eval-{split}", start)
+                with self.runtime.autocast():
+                    total += n * self.model(x, y)[1].item()
+            losses[split] = total / config.eval_iters
+        self.model.train()
+        if not all(math.isfinite(loss) for loss in losses.values()):
+            raise Alg1Error(
+                f"the evaluation loss is not finite after step {step}",
+                "lower --learning-rate, or limit the gradient with --grad-clip 1.0",
+                CANNOT_TRAIN,
+            )
+        rate = learning_rate(config, step)
+        return Evaluation(step, losses["train"], losses["val"], rate)
+
+    def _batch(self, split: str, size: int, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        draw = generator(self.config.seed, *key)
+        return get_batch(split, *self.data, self.block_size, size, self.runtime.device, draw)

@@ -1,0 +1,1 @@
+"""TensorBoard: writer, metrics, server, instructions. Knows nothing of the training loop."""

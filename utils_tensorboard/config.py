@@ -1,0 +1,23 @@
+"""TensorBoard's part of the configuration, for use on its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from parameters import TensorBoardConfig, coerce_all, field_names, raise_problems, read_json_object
+
+CONFIG_FILE = "configs/tensorboard.json"
+
+
+def load_tensorboard_config(path: str | Path = CONFIG_FILE) -> TensorBoardConfig:
+    """Read and validate a file like configs/tensorboard.json; the defaults where it is not there.
+
+    Raises:
+        Alg1Error: listing every problem in the file.
+    """
+    path = Path(path)
+    values, problems = coerce_all(read_json_object(path) if path.exists() else {}, str(path))
+    own = {name: v for name, v in values.items() if name in field_names(TensorBoardConfig)}
+    config = TensorBoardConfig(**own)
+    raise_problems([*problems, *config.problems()])
+    return config

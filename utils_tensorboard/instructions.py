@@ -1,0 +1,15 @@
+"""How to look at a run in TensorBoard."""
+
+from __future__ import annotations
+
+from parameters import TensorBoardConfig
+
+
+def launch_command(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -> str:
+    """The command that serves every run on this machine."""
+    return f"tensorboard --logdir={runs_dir} --port={port}"
+
+
+def instructions(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -> str:
+    """One line: what to type and where to look."""
+    return f"{launch_command(runs_dir, port)}   then open http://localhost:{port}"
