@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_PATH = DataConfig.data_path
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT = 5  # seconds
 CACHE_FOLDER = ".tokens"  # beside the corpus
@@ -117,9 +115,7 @@ def _python_docs(path: Path) -> Path:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Alg1Error(
-            f"{path}: {error.strerror or error}", "use another working folder"
-        ) from None
+        raise Alg1Error(f"{path}: {error.strerror or error}", "use another working folder") from None
     write_atomically(path, text)  # another Python's documentation differs a little
     return path
 
@@ -271,7 +267,7 @@ def _cached_tokens(path: Path, sha256: str) -> tuple[Tokenizer, np.ndarray] | No
 def _crc32(tokens: np.ndarray) -> int:
     crc = 0
     for start in range(0, len(tokens), CHUNK_BYTES):
-        crc = zlib.crc32(tokens[start : start + CHUNK_BYTES], crc)
+        crc = zlib.crc32(tokens[start : start + CHUNK_BYTES].data, crc)
     return crc
 
 

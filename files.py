@@ -96,7 +96,7 @@ def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)  # a 0-dimensional tensor has no byte view
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _compact_json(value: Any) -> str:
@@ -113,9 +113,7 @@ def digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> 
     return sha.hexdigest()
 
 
-def write_tensors(
-    path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]
-) -> None:
+def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
     """Write a tensor file atomically. The same tensors and metadata always give the same bytes."""
     from safetensors.torch import save
 
@@ -165,7 +163,5 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
     except (ValueError, TypeError, KeyError, RecursionError):
         genuine = False
     if not genuine:
-        raise Alg1Error(
-            f"{path}: damaged: its bytes do not match its SHA-256", "use another copy of it"
-        )
+        raise Alg1Error(f"{path}: damaged: its bytes do not match its SHA-256", "use another copy of it")
     return tensors, metadata

@@ -12,6 +12,7 @@ Text appears as it is drawn. The same model, prompt, settings and --seed give th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,17 +47,11 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--model", metavar="PATH", help="an exported file or a checkpoint")
     parser.add_argument("--prompt", metavar="TEXT", help="what the text begins with")
     parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="characters")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest"
-    )
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest")
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest only")
-    parser.add_argument(
-        "--top-p", type=float, metavar="X", help="draw from the fewest that make up X only"
-    )
+    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the fewest that make up X only")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts")
-    parser.add_argument(
-        "--seed", type=int, default=specs()["seed"].default, metavar="N", help="of the draws"
-    )
+    parser.add_argument("--seed", type=int, default=specs()["seed"].default, metavar="N", help="of the draws")
     parser.add_argument("--stop", metavar="TEXT", help="end a text once it has drawn this")
     parser.add_argument(
         "--unknown",
@@ -64,9 +59,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         default="error",
         help="what to do with prompt characters that the model does not know",
     )
-    parser.add_argument(
-        "--device", default=specs()["device"].default, metavar="NAME", help="as in training"
-    )
+    parser.add_argument("--device", default=specs()["device"].default, metavar="NAME", help="as in training")
     parser.add_argument("--interactive", action="store_true", help="ask for prompts")
     parser.add_argument(
         "--runs-dir", metavar="PATH", help="where runs are looked for (default: as in training)"
@@ -171,9 +164,7 @@ def write_sample(
     sys.stdout.flush()
 
 
-def interact(
-    model: BigramLanguageModel, tokenizer: Tokenizer, arguments: argparse.Namespace
-) -> int:
+def interact(model: BigramLanguageModel, tokenizer: Tokenizer, arguments: argparse.Namespace) -> int:
     """Continue prompt after prompt. Ctrl-C ends a text, Ctrl-D the program."""
     import torch
 
@@ -200,10 +191,8 @@ def interact(
 
 def with_history() -> None:
     """Let input() remember what was typed, where Python was built with readline."""
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        pass
 
 
 if __name__ == "__main__":

@@ -239,9 +239,7 @@ class BigramLanguageModel(nn.Module):
 
         See `generate_stream` for the arguments.
         """
-        tokens = self.generate_stream(
-            idx, max_new_tokens, temperature, top_k, top_p, generator, stop
-        )
+        tokens = self.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, generator, stop)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
 
     @torch.no_grad()
@@ -461,9 +459,7 @@ def config_from_shapes(tensors: Mapping[str, Tensor], path: str | Path) -> Model
     return config
 
 
-def join_heads(
-    tensors: Mapping[str, Tensor], config: ModelConfig, path: str | Path
-) -> dict[str, Tensor]:
+def join_heads(tensors: Mapping[str, Tensor], config: ModelConfig, path: str | Path) -> dict[str, Tensor]:
     """The layout on disk -> the model's tensors. Buffers of old files (`...tril`) are left out.
 
     Raises:
@@ -485,10 +481,6 @@ def join_heads(
     state = {name: tensor for name, tensor in tensors.items() if ".sa.heads." not in name}
     for layer in range(config.n_layer):
         prefix = f"blocks.{layer}.sa."
-        rows = [
-            tensors[f"{prefix}heads.{h}.{part}.weight"]
-            for part in PARTS
-            for h in range(config.n_head)
-        ]
+        rows = [tensors[f"{prefix}heads.{h}.{part}.weight"] for part in PARTS for h in range(config.n_head)]
         state[f"{prefix}qkv.weight"] = torch.cat(rows)
     return state

@@ -56,9 +56,7 @@ class ModelConfig:
     n_layer: int = setting(4, "transformer blocks", above=0)
     block_size: int = setting(32, "longest context, in characters", above=0)
     dropout: float = setting(0.0, "share of activations dropped while training", minimum=0, below=1)
-    vocab_size: int | None = setting(
-        None, "distinct characters; read from the corpus when left out", above=0
-    )
+    vocab_size: int | None = setting(None, "distinct characters; read from the corpus when left out", above=0)
 
     @classmethod
     def from_json(cls, path: str | Path, vocab_size: int | None = None) -> ModelConfig:
@@ -70,9 +68,7 @@ class ModelConfig:
         return cls.from_dict(read_json_object(path), vocab_size)
 
     @classmethod
-    def from_dict(
-        cls, config_dict: Mapping[str, Any], vocab_size: int | None = None
-    ) -> ModelConfig:
+    def from_dict(cls, config_dict: Mapping[str, Any], vocab_size: int | None = None) -> ModelConfig:
         """Build and validate from a dictionary, which may hold the other parameters of a run as well.
 
         `vocab_size`, where given, is the corpus's and takes the place of the dictionary's.
@@ -95,8 +91,7 @@ class ModelConfig:
         if not found and self.n_embd % self.n_head:
             nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             found += joint_problem(
-                f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}"
-                f" (n_embd = {nearest} is)",
+                f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head} (n_embd = {nearest} is)",
                 "n_embd",
                 "n_head",
             )
@@ -128,9 +123,7 @@ class TrainConfig:
     eval_interval: int = setting(
         100, "steps between evaluations; there is always one at the end", above=0, may_change=True
     )
-    eval_iters: int = setting(
-        20, "batches in an evaluation, of each split", above=0, may_change=True
-    )
+    eval_iters: int = setting(20, "batches in an evaluation, of each split", above=0, may_change=True)
     seed: int = setting(1337, "the same seed gives the same run", minimum=0, maximum=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", may_change=True)
     dtype: str = setting(
@@ -144,9 +137,7 @@ class TrainConfig:
         choices=("auto", "on", "off"),
         may_change=True,
     )
-    threads: int = setting(
-        0, "CPU threads; 0 lets PyTorch choose", minimum=0, maximum=1024, may_change=True
-    )
+    threads: int = setting(0, "CPU threads; 0 lets PyTorch choose", minimum=0, maximum=1024, may_change=True)
     optimizer: str = setting("adamw", "how weights are updated", choices=("adamw", "sgd"))
     weight_decay: float = setting(0.01, "decay of weight matrices", minimum=0)
     beta1: float = setting(0.9, "AdamW's first moment, SGD's momentum", minimum=0, below=1)
@@ -166,9 +157,7 @@ class TrainConfig:
         minimum=0,
         may_change=True,
     )
-    keep_checkpoints: int = setting(
-        2, "newest checkpoints kept, beside the best", above=0, may_change=True
-    )
+    keep_checkpoints: int = setting(2, "newest checkpoints kept, beside the best", above=0, may_change=True)
     patience: int = setting(
         0,
         "evaluations without a better val loss that end the run; 0 never does",
@@ -190,8 +179,7 @@ class TrainConfig:
             return found
         if self.warmup_iters > self.max_iters:
             found += joint_problem(
-                f"warmup_iters = {self.warmup_iters} is longer than the run,"
-                f" max_iters = {self.max_iters}",
+                f"warmup_iters = {self.warmup_iters} is longer than the run, max_iters = {self.max_iters}",
                 "warmup_iters",
                 "max_iters",
             )
@@ -250,9 +238,7 @@ class TensorBoardConfig:
         minimum=0,
         may_change=True,
     )
-    port: int = setting(
-        6006, "port of --serve-tensorboard", minimum=1, maximum=65535, may_change=True
-    )
+    port: int = setting(6006, "port of --serve-tensorboard", minimum=1, maximum=65535, may_change=True)
 
     def problems(self) -> list[Problem]:
         """What is wrong with these values; an empty list when nothing is."""
@@ -289,9 +275,7 @@ class Parameters:
     def flat(self) -> dict[str, Any]:
         """Every parameter by name."""
         return {
-            name: value
-            for part in PARTS
-            for name, value in dataclasses.asdict(getattr(self, part)).items()
+            name: value for part in PARTS for name, value in dataclasses.asdict(getattr(self, part)).items()
         }
 
 
@@ -396,9 +380,7 @@ def coerce(spec: Spec, value: Any) -> Any:
     return int(number)
 
 
-def coerce_all(
-    values: Mapping[str, Any], origin: str | None = None
-) -> tuple[dict[str, Any], list[Problem]]:
+def coerce_all(values: Mapping[str, Any], origin: str | None = None) -> tuple[dict[str, Any], list[Problem]]:
     """Coerce a flat dictionary of parameters: the good values, and a problem for each of the others."""
     good: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -512,9 +494,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=without_repeats)
     except json.JSONDecodeError as error:
-        raise Alg1Error(
-            f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-        ) from None
+        raise Alg1Error(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except RecursionError:
         raise Alg1Error(f"{path}: nested too deeply") from None
     if not isinstance(value, dict):

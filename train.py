@@ -83,9 +83,7 @@ def run_phases(options: Options, console: Console, stack: contextlib.ExitStack) 
         state = start.checkpoint.metadata["trackers"]
         cut_metrics(run.metrics_path, start.checkpoint.progress.step)
     hparams = params.flat() | {"vocab_size": corpus.tokenizer.vocab_size}
-    trackers = stack.enter_context(
-        start_trackers(run, params, hparams, origin, console.warn, state)
-    )
+    trackers = stack.enter_context(start_trackers(run, params, hparams, origin, console.warn, state))
     if options.serve_tensorboard:
         port = params.tensorboard.port
         server = TensorBoardServer(params.train.runs_dir, port, console.say, console.warn)
@@ -110,14 +108,12 @@ def run_phases(options: Options, console: Console, stack: contextlib.ExitStack) 
         if start.checkpoint:
             progress = store.resume(trainer, start.checkpoint)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    console.start(
-        utils_report.describe_start(run, params, corpus, runtime, n_parameters, progress.step)
-    )
+    console.start(utils_report.describe_start(run, params, corpus, runtime, n_parameters, progress.step))
 
     # 11. The loop.
     run.begun = True
     about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
-    signals = stack.enter_context(utils_runtime.StopSignals(console.warn))
+    signals = stack.enter_context(utils_runtime.StopSignals())
     try:
         with utils_runtime.memory_guard(params):
             loop(trainer, progress, trackers, store, params, about, signals, console)
@@ -205,7 +201,7 @@ def export(
     """Write the best or the last weights where inference.py finds them; returns what they are."""
     model, evaluation = trainer.model, progress.evaluation
     assert evaluation is not None  # the loop ends with one
-    exported = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
+    exported: dict[str, Any] = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
     if params.train.export == "best":
         try:
             if progress.best_step != progress.step:

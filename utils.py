@@ -69,9 +69,7 @@ class Tokenizer:
         try:
             return "".join([self.itos[token] for token in tokens])
         except KeyError as error:
-            raise Alg1Error(
-                f"token {error.args[0]} is outside the vocabulary of {self.vocab_size}"
-            ) from None
+            raise Alg1Error(f"token {error.args[0]} is outside the vocabulary of {self.vocab_size}") from None
 
     def token_type(self) -> numpy.dtype:
         """The smallest unsigned integer type that holds every token."""

@@ -80,9 +80,7 @@ class AimTracker:
         if self.enabled:
             self._guard.attempt(self._run.__setitem__, key, value)
 
-    def track_metric(
-        self, name: str, value: float, step: int, context: dict[str, str] | None = None
-    ) -> None:
+    def track_metric(self, name: str, value: float, step: int, context: dict[str, str] | None = None) -> None:
         """Track one point of a curve; a point of the same step and context is replaced."""
         if self.enabled:
             self._guard.attempt(self._run.track, value, name=name, step=step, context=context)
@@ -98,9 +96,7 @@ class AimTracker:
         if self.enabled:
             self._guard.attempt(self._track_distribution, name, values, step, context)
 
-    def _track_distribution(
-        self, name: str, values: Any, step: int, context: dict[str, str] | None
-    ) -> None:
+    def _track_distribution(self, name: str, values: Any, step: int, context: dict[str, str] | None) -> None:
         import aim
         import numpy as np
 
@@ -123,10 +119,20 @@ class AimTracker:
             return
         if self._guard.enabled:
             self._guard.attempt(run.close)
+            with contextlib.suppress(Exception):  # `aim up` does it otherwise
+                _index(run)
         if not self._guard.enabled:
             _forget_exit_hook()
             with contextlib.suppress(Exception, SystemExit):  # a failure was reported already
                 run.close()  # once more, so that Aim lets go of its locks
+
+
+def _index(run: Any) -> None:
+    """Let Aim's queries see a finished run at once: they read an index that `aim up` brings up to date."""
+    from aim.sdk.index_manager import RepoIndexManager
+
+    RepoIndexManager.get_index_manager(run.repo).index(run.hash)
+    run.repo.container_pool.clear()  # lets go of the index's lock
 
 
 def _forget_exit_hook() -> None:

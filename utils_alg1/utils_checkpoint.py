@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from data import Corpus
 from errors import Alg1Error
 from files import read_tensors, remove_temporary_files, write_tensors
 from model import BigramLanguageModel
 from parameters import ModelConfig, Parameters, TrainConfig, coerce_all, field_names, shown, specs
-from data import Corpus
 from utils import Tokenizer, show_characters
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import (
@@ -67,9 +67,7 @@ class Checkpoint:
             Alg1Error: they are for another model.
         """
         prefix = "model."
-        weights = {
-            n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)
-        }
+        weights = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
@@ -348,9 +346,7 @@ def check_resumable(checkpoint: Checkpoint, params: Parameters, corpus_sha256: s
     step = checkpoint.progress.step
     old_train = TrainConfig(**{n: v for n, v in old.items() if n in field_names(TrainConfig)})
     longer = old_train.max_iters != params.train.max_iters and not changed
-    if longer and any(
-        learning_rate(old_train, s) != learning_rate(params.train, s) for s in range(step)
-    ):
+    if longer and any(learning_rate(old_train, s) != learning_rate(params.train, s) for s in range(step)):
         changed.append(
             f"max_iters: {old_train.max_iters} -> {params.train.max_iters}"
             f" (it moves the {params.train.lr_schedule} schedule of the steps already taken)"

@@ -52,9 +52,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise Alg1Error(message, f"{self.prog} --help lists every flag", BAD_INPUT)
 
-    def parse_with_suggestions(
-        self, argv: list[str] | None
-    ) -> tuple[argparse.Namespace, list[Problem]]:
+    def parse_with_suggestions(self, argv: list[str] | None) -> tuple[argparse.Namespace, list[Problem]]:
         """Parse, and turn unknown words into problems that name the nearest flag."""
         namespace, unknown = self.parse_known_args(argv)
         flags = [flag for action in self._actions for flag in action.option_strings]
@@ -84,25 +82,15 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("run")
-    run.add_argument(
-        "--config", metavar="PATH", help="a JSON file, or a folder like configs/ (a preset)"
-    )
+    run.add_argument("--config", metavar="PATH", help="a JSON file, or a folder like configs/ (a preset)")
     start = run.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume", metavar="RUN", help="continue a run: latest, a run id or a run directory"
-    )
-    start.add_argument(
-        "--init-from", metavar="PATH", help="start from the weights of an exported model"
-    )
-    run.add_argument(
-        "--print-config", action="store_true", help="show every value and its origin, then stop"
-    )
+    start.add_argument("--resume", metavar="RUN", help="continue a run: latest, a run id or a run directory")
+    start.add_argument("--init-from", metavar="PATH", help="start from the weights of an exported model")
+    run.add_argument("--print-config", action="store_true", help="show every value and its origin, then stop")
     volume = run.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     volume.add_argument("--verbose", action="store_true", help="print what happens inside too")
-    run.add_argument(
-        "--serve-tensorboard", action="store_true", help="serve TensorBoard while training"
-    )
+    run.add_argument("--serve-tensorboard", action="store_true", help="serve TensorBoard while training")
     for part, config_class in PARTS.items():
         group = parser.add_argument_group(part, config_class.__doc__)
         for spec in specs().values():

@@ -198,8 +198,7 @@ def describe_start(
         "device": f"{runtime.device}, {dtype}, {runtime.threads} threads",
         "model": f"{n_parameters:,} parameters: n_embd {model.n_embd}, n_head {model.n_head},"
         f" n_layer {model.n_layer}, block_size {model.block_size}",
-        "text": f"{corpus.path}: {len(corpus.tokens):,} characters,"
-        f" {corpus.tokenizer.vocab_size} distinct",
+        "text": f"{corpus.path}: {len(corpus.tokens):,} characters, {corpus.tokenizer.vocab_size} distinct",
         "steps": f"{step} to {train.max_iters}," if step else f"{train.max_iters}",
     }
     sequences = train.batch_size * train.grad_accum_steps

@@ -216,9 +216,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
-            raise Alg1Error(
-                f"{path}: a file is in the way of this folder", "name another"
-            ) from None
+            raise Alg1Error(f"{path}: a file is in the way of this folder", "name another") from None
         raise disk_error(f"create {path}", error) from error
 
 
@@ -256,9 +254,7 @@ def lock_run(path: Path) -> Run:
     try:
         lock.acquire()
     except Timeout:
-        raise Alg1Error(
-            f"{path} is in use by another process", "wait for it, or start a new run"
-        ) from None
+        raise Alg1Error(f"{path} is in use by another process", "wait for it, or start a new run") from None
     except OSError as error:
         raise disk_error(f"lock {path}", error) from error
     return Run(path, lock)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from errors import CANNOT_TRAIN, INTERRUPTED, Alg1Error
+from errors import CANNOT_TRAIN, DONE, Alg1Error
 from parameters import Parameters, TrainConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,9 +97,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def compiled(
-    function: Callable, mode: str, device: torch.device, say: Callable[[str], None]
-) -> Callable:
+def compiled(function: Callable, mode: str, device: torch.device, say: Callable[[str], None]) -> Callable:
     """`function` through torch.compile where that is wanted; where it fails, one line and `function`.
 
     Args:
@@ -116,9 +114,7 @@ def compiled(
             return fast(*args, **kwargs)
         try:
             result = fast(*args, **kwargs)
-        except (
-            Exception
-        ) as error:  # a compiler fails in many ways, and none of them may cost the run
+        except Exception as error:  # a compiler fails in many ways, and none of them may cost the run
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             say(f"torch.compile does not work here ({reason[:120]}); going on without it")
             fast = function
@@ -190,9 +186,8 @@ class StopSignals:
     every file is written atomically. Outside the `with` block the handlers are what they were.
     """
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self) -> None:
         self.received: int | None = None
-        self._say = say
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -208,8 +203,9 @@ class StopSignals:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
-        self._say("stopping after this step; once more to leave at once")
+        # Not through the console: a handler may interrupt a print, which cannot be entered twice.
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.received is None else INTERRUPTED - signal.SIGINT + self.received
+        return DONE if self.received is None else 128 + self.received

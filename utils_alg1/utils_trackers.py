@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 QUEUE_SIZE = 10_000  # calls a tracker may be behind
 PATIENCE = 8.0  # seconds: how long a tracker may keep the run waiting before it is given up
-FLUSH_PATIENCE = (
-    1.0  # seconds a checkpoint waits; what is late by then is sent again after a resume
-)
+FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; what is late by then is sent again after a resume
 
 
 class Tracker:
@@ -43,9 +41,7 @@ class Tracker:
     def log_training_loss(self, loss: float, step: int) -> None:
         """The loss of a training step, in nats."""
 
-    def log_evaluation_metrics(
-        self, train_loss: float, val_loss: float, lr: float, step: int
-    ) -> None:
+    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
         """The mean losses of an evaluation, and the learning rate."""
 
     def log_histograms(self, histograms: list[Histogram], step: int) -> None:
@@ -83,9 +79,7 @@ class MetricsFile(Tracker):
     def log_training_loss(self, loss: float, step: int) -> None:
         self._write({"step": step, "loss/train_step": loss})
 
-    def log_evaluation_metrics(
-        self, train_loss: float, val_loss: float, lr: float, step: int
-    ) -> None:
+    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
         losses = {"loss/train": train_loss, "loss/val": val_loss}
         self._write({"step": step, **losses, "learning_rate": lr})
         with self._disk_errors():
@@ -161,9 +155,7 @@ class AimMetrics(Tracker):
     def log_training_loss(self, loss: float, step: int) -> None:
         self.aim.track_metric("loss", loss, step, {"subset": "train_step"})
 
-    def log_evaluation_metrics(
-        self, train_loss: float, val_loss: float, lr: float, step: int
-    ) -> None:
+    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
         self.aim.track_metric("loss", train_loss, step, {"subset": "train"})
         self.aim.track_metric("loss", val_loss, step, {"subset": "val"})
         self.aim.track_metric("learning_rate", lr, step)
@@ -189,9 +181,7 @@ class Background(Tracker):
         identity: what the tracker calls the run, once that is known.
     """
 
-    def __init__(
-        self, name: str, start: Callable[[], Any], warn: Callable[[str], None], synced: int = 0
-    ):
+    def __init__(self, name: str, start: Callable[[], Any], warn: Callable[[str], None], synced: int = 0):
         self.synced = synced
         self.identity: str | None = None
         self._guard = Guard(name, warn)
@@ -240,9 +230,7 @@ class Background(Tracker):
     def log_training_loss(self, loss: float, step: int) -> None:
         self._call("log_training_loss", loss, step)
 
-    def log_evaluation_metrics(
-        self, train_loss: float, val_loss: float, lr: float, step: int
-    ) -> None:
+    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
         self._call("log_evaluation_metrics", train_loss, val_loss, lr, step)
 
     def log_histograms(self, histograms: list[Histogram], step: int) -> None:
@@ -294,9 +282,7 @@ class Trackers:
         for tracker in self._every:
             tracker.log_training_loss(loss, step)
 
-    def log_evaluation_metrics(
-        self, train_loss: float, val_loss: float, lr: float, step: int
-    ) -> None:
+    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
         """The mean losses of an evaluation, and the learning rate."""
         for tracker in self._every:
             tracker.log_evaluation_metrics(train_loss, val_loss, lr, step)
@@ -319,10 +305,7 @@ class Trackers:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, to continue the same curves after a resume."""
-        return {
-            name: {"run": copy.identity, "synced": copy.synced}
-            for name, copy in self.copies.items()
-        }
+        return {name: {"run": copy.identity, "synced": copy.synced} for name, copy in self.copies.items()}
 
     def close(self) -> None:
         """Close all; a copy that does not answer within PATIENCE seconds is left behind."""
@@ -377,9 +360,7 @@ def start_trackers(
 
         starts["tensorboard"] = start_tensorboard
     copies = {
-        name: Background(
-            {"aim": "Aim", "tensorboard": "TensorBoard"}[name], start, warn, synced[name]
-        )
+        name: Background({"aim": "Aim", "tensorboard": "TensorBoard"}[name], start, warn, synced[name])
         for name, start in starts.items()
     }
     for copy in copies.values():
@@ -396,6 +377,4 @@ def _send_again(metrics_path: Path, copy: Background) -> None:
         if "loss/train_step" in row:
             copy.log_training_loss(row["loss/train_step"], step)
         else:
-            copy.log_evaluation_metrics(
-                row["loss/train"], row["loss/val"], row["learning_rate"], step
-            )
+            copy.log_evaluation_metrics(row["loss/train"], row["loss/val"], row["learning_rate"], step)

@@ -189,9 +189,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
             mean_loss += loss.item()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None]
-        )
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         # With float16, a gradient that overflows is the scaler's business: it skips that update.
         if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             what = "gradient" if math.isfinite(mean_loss) else "loss"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 HISTOGRAM_BINS = 64
+HISTOGRAM_TAGS = {"parameter": "Parameters", "gradient": "Gradients"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,6 @@ def model_histograms(model: nn.Module) -> Iterator[Histogram]:
 class MetricLogger:
     """Logs the metrics of training through a `TensorBoardWriter`."""
 
-    HISTOGRAM_TAGS = {"parameter": "Parameters", "gradient": "Gradients"}
-
     def __init__(self, writer: TensorBoardWriter):
         self.writer = writer
 
@@ -70,9 +69,7 @@ class MetricLogger:
         """The loss of one training step."""
         self.writer.add_scalar("Loss/train_step", loss, step)
 
-    def log_evaluation_metrics(
-        self, train_loss: float, val_loss: float, lr: float, step: int
-    ) -> None:
+    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
         """The mean losses of an evaluation, and the learning rate."""
         self.writer.add_scalar("Loss/train", train_loss, step)
         self.writer.add_scalar("Loss/val", val_loss, step)
@@ -81,7 +78,7 @@ class MetricLogger:
     def log_histograms(self, histograms: Iterable[Histogram], step: int) -> None:
         """Histograms that are already counted."""
         for h in histograms:
-            tag = f"{self.HISTOGRAM_TAGS[h.kind]}/{h.name}"
+            tag = f"{HISTOGRAM_TAGS[h.kind]}/{h.name}"
             self.writer.add_histogram(tag, h.counts, h.edges, step)
 
     def log_model_histograms(self, model: nn.Module, step: int) -> None:
