@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -115,14 +116,12 @@ class AimTracker:
     def close(self) -> None:
         """End the run; what is tracked after that is dropped."""
         run, self._run = self._run, None
-        if run is None:
-            return
-        if self._guard.enabled:
+        if run is not None and self._guard.enabled:
             self._guard.attempt(run.close)
             with contextlib.suppress(Exception):  # `aim up` does it otherwise
                 _index(run)
-        if not self._guard.enabled:
-            _forget_exit_hook()
+        _forget_exit_hook()
+        if run is not None and not self._guard.enabled:
             with contextlib.suppress(Exception, SystemExit):  # a failure was reported already
                 run.close()  # once more, so that Aim lets go of its locks
 
@@ -136,8 +135,10 @@ def _index(run: Any) -> None:
 
 
 def _forget_exit_hook() -> None:
-    """Keep Aim from cleaning up at exit: after a failure (a full disk) that can hang for ever."""
-    with contextlib.suppress(Exception):
-        from aim.ext.cleanup import AutoClean
+    """Keep Aim from cleaning up at exit: all is closed by then, and the hook is a danger of its own.
 
-        atexit.unregister(AutoClean.cleanup)
+    After a full disk it can hang for ever, and from Python 3.12 on it fails for want of a thread.
+    """
+    cleanup = sys.modules.get("aim.ext.cleanup")  # to import it now could fail as well, or hang
+    if cleanup is not None:
+        atexit.unregister(cleanup.AutoClean.cleanup)
