@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -59,11 +60,12 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
     if data_path == "shakespeare":
         return _shakespeare(folder / "shakespeare.txt", say)
     path = Path(data_path)
-    if path.is_dir():
+    kind = _file_kind(path)
+    if kind == stat.S_IFDIR:
         raise Alg1Error(f"{path} is a folder", "name a text file in it: --data PATH")
-    if path.is_file():
+    if kind == stat.S_IFREG:
         return path
-    if path.exists():
+    if kind is not None:
         raise Alg1Error(f"{path} is not a file that can be read twice", "save the text to a file")
     if path != Path(DEFAULT_PATH):
         raise Alg1Error(
@@ -77,19 +79,32 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
         return _python_docs(folder / "python-docs.txt")
 
 
+def _file_kind(path: Path) -> int | None:
+    """What a path names, as one of stat's S_IF constants; None if nothing is there."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> Alg1Error:
+    return Alg1Error(f"{path}: cannot be read: {error.strerror or error}")
+
+
 def _shakespeare(path: Path, say: Say) -> Path:
     if path.exists():
         return path
+    import http.client
     import urllib.request
 
     say(f"downloading tiny Shakespeare to {path}")
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT) as response:
             text = response.read(1 << 24)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # URLError is an OSError; ValueError: a bad proxy setting
+    # URLError is an OSError; ValueError: a bad proxy setting; HTTPException: the answer is not HTTP.
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Alg1Error(
             f"tiny Shakespeare cannot be downloaded ({reason})",
@@ -100,7 +115,10 @@ def _shakespeare(path: Path, say: Say) -> Path:
             "the download is not tiny Shakespeare (its SHA-256 differs)",
             f"put the text at {path}, or use --data python-docs",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(f"create {path.parent}", error) from None
     write_atomically(path, text)
     return path
 
@@ -210,11 +228,14 @@ def _reading(path: Path) -> Iterator[Any]:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise Alg1Error(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise _unreadable(path, error) from None
 
 
-def _code_points(path: Path) -> Iterator[np.ndarray]:
+def _code_points(path: Path, sha256: Any = None) -> Iterator[np.ndarray]:
     """The text in pieces, as (n,) uint32 code points, without its BOM.
+
+    Args:
+        sha256: a hashlib object to feed with the file's bytes.
 
     Raises:
         Alg1Error: naming the first byte that is not UTF-8.
@@ -223,6 +244,8 @@ def _code_points(path: Path) -> Iterator[np.ndarray]:
     rest = b""
     with _reading(path) as file:
         while chunk := file.read(CHUNK_BYTES):
+            if sha256 is not None:
+                sha256.update(chunk)
             data = rest + chunk
             text, used = _decode(path, data, consumed, final=False)
             rest, start = data[used:], consumed
@@ -255,17 +278,17 @@ def _cached_tokens(path: Path, sha256: str) -> tuple[Tokenizer, np.ndarray] | No
     """What an earlier run kept for this content; None if nothing, or nothing whole."""
     folder = path.parent / CACHE_FOLDER
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        about = json.loads((folder / f"{sha256}.json").read_text())
+        about = json.loads((folder / f"{sha256}.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer(about["vocabulary"])
         tokens = np.memmap(folder / f"{sha256}.bin", mode="r", dtype=tokenizer.token_type())
-        whole = len(tokens) == about["n_tokens"] and _crc32(tokens) == about["crc32"]
+        whole = len(tokens) == about["n_tokens"] and _crc32(tokenizer, tokens) == about["crc32"]
         if about["format"] == CACHE_FORMAT and whole:
             return tokenizer, tokens
     return None
 
 
-def _crc32(tokens: np.ndarray) -> int:
-    crc = 0
+def _crc32(tokenizer: Tokenizer, tokens: np.ndarray) -> int:
+    crc = zlib.crc32("".join(tokenizer.vocabulary).encode("utf-8", "surrogatepass"))
     for start in range(0, len(tokens), CHUNK_BYTES):
         crc = zlib.crc32(tokens[start : start + CHUNK_BYTES].data, crc)
     return crc
@@ -277,11 +300,11 @@ def _write_tokens(path: Path, sha256: str, tokenizer: Tokenizer) -> np.ndarray:
     try:
         folder.mkdir(exist_ok=True)
         with atomic_file(folder / f"{sha256}.bin") as descriptor:
-            n_tokens = _tokenise(path, tokenizer, descriptor)
+            n_tokens = _tokenise(path, sha256, tokenizer, descriptor)
     except (OSError, Alg1Error):
         try:
             with tempfile.TemporaryFile() as file:
-                _tokenise(path, tokenizer, file.fileno())
+                _tokenise(path, sha256, tokenizer, file.fileno())
                 return np.memmap(file, mode="r", dtype=tokenizer.token_type())
         except OSError as error:
             raise disk_error(f"write the tokens of {path} to a temporary file", error) from error
@@ -290,7 +313,7 @@ def _write_tokens(path: Path, sha256: str, tokenizer: Tokenizer) -> np.ndarray:
         "format": CACHE_FORMAT,
         "text": path.name,
         "n_tokens": n_tokens,
-        "crc32": _crc32(tokens),
+        "crc32": _crc32(tokenizer, tokens),
         "vocabulary": tokenizer.vocabulary,
     }
     with contextlib.suppress(Alg1Error):  # without it the tokens are only made again next time
@@ -298,12 +321,15 @@ def _write_tokens(path: Path, sha256: str, tokenizer: Tokenizer) -> np.ndarray:
     return tokens
 
 
-def _tokenise(path: Path, tokenizer: Tokenizer, descriptor: int) -> int:
+def _tokenise(path: Path, sha256: str, tokenizer: Tokenizer, descriptor: int) -> int:
     table = tokenizer.lookup_table()
     n_tokens = 0
-    for points in _code_points(path):
+    read = hashlib.sha256()
+    for points in _code_points(path, read):
         write_all(descriptor, memoryview(table[points]).cast("B"))
         n_tokens += len(points)
+    if read.hexdigest() != sha256:  # its new characters would be no tokens of this vocabulary
+        raise Alg1Error(f"{path}: it changed while it was read", "train on a copy of it")
     os.fsync(descriptor)
     return n_tokens
 

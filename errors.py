@@ -38,9 +38,11 @@ def disk_error(action: str, error: OSError) -> Alg1Error:
         errno.EACCES: "allow writing there, or choose another folder",
         errno.EPERM: "allow writing there, or choose another folder",
         errno.EROFS: "the file system is read-only; choose another folder",
+        errno.ENAMETOOLONG: "choose a shorter name",
     }
     reason = error.strerror or str(error)
-    return Alg1Error(f"cannot {action}: {reason}", hints.get(error.errno or 0), DISK_FAILED)
+    exit_code = BAD_INPUT if error.errno == errno.ENAMETOOLONG else DISK_FAILED
+    return Alg1Error(f"cannot {action}: {reason}", hints.get(error.errno or 0), exit_code)
 
 
 class Guard:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import DONE, Alg1Error
-from parameters import raise_problems, specs
+from parameters import Problem, raise_problems, specs
 from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
 from utils_alg1.utils_output import run_script
 
@@ -73,11 +73,11 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         ("top_p", arguments.top_p is None or 0 < arguments.top_p <= 1, "above 0, at most 1"),
         ("seed", 0 <= arguments.seed < 2**63, "at least 0 and below 2**63"),
     ]
-    raise_problems(problems, f"{parser.prog} --help lists every flag")
     for name, good, wanted in limits:
         if not good:
             flag = "--" + name.replace("_", "-")
-            raise Alg1Error(f"{flag} {getattr(arguments, name)}: must be {wanted}")
+            problems.append(Problem(f"{flag} {getattr(arguments, name)}: must be {wanted}", (name,)))
+    raise_problems(problems, f"{parser.prog} --help lists every flag")
     return arguments
 
 
@@ -169,6 +169,8 @@ def interact(model: BigramLanguageModel, tokenizer: Tokenizer, arguments: argpar
     import torch
 
     with_history()
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text are an unknown character, not an end
+        sys.stdin.reconfigure(errors="replace")
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(arguments.seed)
     print("a prompt, then Enter; Ctrl-C stops a text, Ctrl-D ends", file=sys.stderr)
     while True:

@@ -214,6 +214,7 @@ class BigramLanguageModel(nn.Module):
         """
         T = idx.shape[1]
         past = cache.length if cache is not None else 0
+        assert past + T <= self.config.block_size, "more characters than block_size"
         positions = self.position_embedding_table.weight[past : past + T]  # (T, C)
         x = self.token_embedding_table(idx) + positions  # (B, T, C)
         for layer, block in enumerate(self.blocks):
@@ -331,7 +332,16 @@ class BigramLanguageModel(nn.Module):
         Raises:
             Alg1Error: not a whole safetensors file, damaged, or not these weights; the model is unchanged.
         """
-        tensors, metadata = read_tensors(path)
+        return self.load_tensors(*read_tensors(path), path, vocabulary)
+
+    def load_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: dict[str, Any] | None,
+        path: str | Path,
+        vocabulary: Sequence[str] | None = None,
+    ) -> BigramLanguageModel:
+        """`load_safetensors` for a file that `read_tensors` has read; `path` is for messages."""
         if metadata is not None and metadata.get("format") != FORMAT:
             raise Alg1Error(f"{path}: this is {metadata.get('format')!r}, not an exported model")
         if metadata is not None and metadata.get("format_version") != FORMAT_VERSION:
@@ -352,9 +362,12 @@ class BigramLanguageModel(nn.Module):
                 f"{path}: the vocabulary has {len(characters)} characters,"
                 f" the weights are for {config.vocab_size}"
             )
+        if characters is not None and list(characters) != sorted(set(characters)):
+            raise Alg1Error(f"{path}: the vocabulary is not a sorted set of characters, token by token")
         state = join_heads(tensors, config, path)
         self._build(config)
         self.load_state_dict(state)
+        self.train(self.training)  # the new modules are in training mode, whatever the old ones were
         self.vocabulary = None if characters is None else list(characters)
         self.provenance = metadata.get("provenance") or {}
         return self
@@ -390,7 +403,9 @@ def next_token(
     """Draw a token from each row of logits: (B, V) -> (B,). See `generate_stream`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
+    # Subtracting the maximum first keeps a tiny temperature from overflowing; one that float32 cannot
+    # hold would divide by zero.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)

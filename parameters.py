@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -79,16 +80,17 @@ class ModelConfig:
         values = dict(config_dict)
         if vocab_size is not None:
             values["vocab_size"] = vocab_size
-        values, problems = coerce_all(values)
-        own = {name: value for name, value in values.items() if name in field_names(cls)}
-        config = cls(**own)
-        raise_problems([*problems, *config.problems(need_vocab_size=True)])
+        good, problems = coerce_all(values)
+        config = cls(**{name: value for name, value in good.items() if name in field_names(cls)})
+        missing = values.get("vocab_size") is None  # a wrong one is a problem already
+        raise_problems([*problems, *config.problems(need_vocab_size=missing)])
         return config
 
     def problems(self, need_vocab_size: bool = False) -> list[Problem]:
         """What is wrong with these values; an empty list when nothing is."""
         found = range_problems(self)
-        if not found and self.n_embd % self.n_head:
+        wrong = names_in(found)
+        if not wrong & {"n_embd", "n_head"} and self.n_embd % self.n_head:
             nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             found += joint_problem(
                 f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head} (n_embd = {nearest} is)",
@@ -106,6 +108,18 @@ class ModelConfig:
             Alg1Error: listing every problem at once.
         """
         raise_problems(self.problems(need_vocab_size=True))
+
+    def check_vocab_size(self, vocab_size: int) -> None:
+        """Check that a vocab_size that was asked for is the text's.
+
+        Raises:
+            Alg1Error: naming both.
+        """
+        if self.vocab_size not in (None, vocab_size):
+            raise Alg1Error(
+                f"vocab_size = {self.vocab_size}, but the text has {vocab_size} distinct characters",
+                "leave vocab_size out: it is read from the text",
+            )
 
     def apply_to_model_module(self, model: types.ModuleType) -> None:
         """Set the globals that `model.BigramLanguageModel()` reads when it is given no config."""
@@ -175,21 +189,21 @@ class TrainConfig:
     def problems(self) -> list[Problem]:
         """What is wrong with these values; an empty list when nothing is."""
         found = range_problems(self)
-        if found:
-            return found
-        if self.warmup_iters > self.max_iters:
+        wrong = names_in(found)
+        if not wrong & {"warmup_iters", "max_iters"} and self.warmup_iters > self.max_iters:
             found += joint_problem(
                 f"warmup_iters = {self.warmup_iters} is longer than the run, max_iters = {self.max_iters}",
                 "warmup_iters",
                 "max_iters",
             )
-        if self.min_lr > self.learning_rate:
+        if not wrong & {"min_lr", "learning_rate"} and self.min_lr > self.learning_rate:
             found += joint_problem(
                 f"min_lr = {self.min_lr:g} is above learning_rate = {self.learning_rate:g}",
                 "min_lr",
                 "learning_rate",
             )
-        if self.patience and self.eval_interval > self.max_iters:
+        evaluations = {"patience", "eval_interval", "max_iters"}
+        if not wrong & evaluations and self.patience and self.eval_interval > self.max_iters:
             found += joint_problem(
                 f"patience = {self.patience} needs evaluations on the way, but"
                 f" eval_interval = {self.eval_interval} is longer than max_iters = {self.max_iters}",
@@ -216,8 +230,11 @@ class DataConfig:
     def problems(self) -> list[Problem]:
         """What is wrong with these values; an empty list when nothing is."""
         found = range_problems(self)
+        wrong = names_in(found)
+        if wrong & {"train_split", "val_split"}:
+            return found
         total = self.train_split + self.val_split
-        if not found and total > 1 + 1e-9:
+        if total > 1 + 1e-9:
             found += joint_problem(
                 f"train_split = {self.train_split:g} and val_split = {self.val_split:g}"
                 f" make {total:g}, more than the whole text",
@@ -338,8 +355,8 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 def coerce(spec: Spec, value: Any) -> Any:
     """`value`, from a file or the command line, as the field's type.
 
-    YAML reads `1e-3` as text and JSON has no integers of its own: text that is a number and a float
-    that is whole serve where a number or a whole number is wanted.
+    YAML reads `1e-3` as text, and JSON has no integers of its own: text that is a number and a float
+    that is whole serve where a number or a whole number is wanted. YAML reads `on` and `off` as booleans.
 
     Raises:
         ValueError: with what the value must be.
@@ -355,10 +372,16 @@ def coerce(spec: Spec, value: Any) -> Any:
             raise wanted
         return value
     if spec.type is str:
+        if isinstance(value, bool) and "off" in spec.limits.choices:
+            return "on" if value else "off"
         if not isinstance(value, str):
             raise wanted
         if "\0" in value:
             raise ValueError("must not contain a null character")
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError:
+            raise ValueError("must not contain half a surrogate pair") from None
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wanted
@@ -405,13 +428,21 @@ def range_problems(config: Any) -> list[Problem]:
     problems = []
     for name in field_names(type(config)):
         spec, value = specs()[name], getattr(config, name)
+        fitting = (int, float) if spec.type is float else spec.type
         try:
             complaint = _limit_broken(spec, coerce(spec, value))
+            if value is not None and not isinstance(value, fitting):  # text that is a number, say
+                complaint = f"must be {TYPE_NAMES[spec.type]}"
         except ValueError as error:
             complaint = str(error)
         if complaint:
             problems.append(Problem(f"{name} = {shown(value)} {complaint}", (name,)))
     return problems
+
+
+def names_in(problems: list[Problem]) -> set[str]:
+    """The parameters that problems are about."""
+    return {name for problem in problems for name in problem.names}
 
 
 def joint_problem(text: str, *names: str) -> list[Problem]:
@@ -444,8 +475,10 @@ def _limit_broken(spec: Spec, value: Any) -> str | None:
 
 def shown(value: Any) -> str:
     """A value as a message shows it: on one line and not too long."""
-    text = value if isinstance(value, str) else json.dumps(value, default=repr)
-    text = repr(text) if isinstance(value, str) else text
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
+    except (TypeError, ValueError, RecursionError):  # what only YAML can say, or a number without end
+        text = f"({type(value).__name__})"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -484,10 +517,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     """
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                raise Alg1Error(f"{path}: {name!r} stands there twice", "keep one of them")
+        refuse_repeats(path, [name for name, _ in pairs])
         return dict(pairs)
 
     text = read_text(path)
@@ -497,9 +527,18 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
         raise Alg1Error(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except RecursionError:
         raise Alg1Error(f"{path}: nested too deeply") from None
+    except ValueError:
+        raise Alg1Error(f"{path}: a number in it has too many digits") from None
     if not isinstance(value, dict):
         raise Alg1Error(f"{path}: must hold one JSON object of names and values")
     return value
+
+
+def refuse_repeats(path: str | Path, names: list[Any]) -> None:
+    """Raise Alg1Error when a file says a name twice: one of the two values would be lost in silence."""
+    for name in names:
+        if names.count(name) > 1:
+            raise Alg1Error(f"{path}: {name!r} stands there twice", "keep one of them")
 
 
 def read_text(path: str | Path) -> str:

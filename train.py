@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import DONE, Alg1Error
+from errors import CANNOT_TRAIN, DONE, Alg1Error
 from files import write_json
-from parameters import specs
+from parameters import raise_problems, specs
 from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
 from utils_alg1.utils_output import Console, run_script
 
@@ -36,15 +37,26 @@ def main(argv: list[str] | None = None) -> int:
     # 1. Command line. The heavy packages are imported after it, so that --help answers at once.
     options = parse_command_line(argv)
     console = Console(options.quiet, options.verbose)
-    if options.print_config and not options.resume:
-        console.configuration(ConfigLoader.resolve(options))
+    raise_problems(options.problems if options.starts_from_weights else [])
+    params = None if options.starts_from_weights else ConfigLoader.resolve(options)
+    if params and options.print_config:
+        console.configuration(params)
         return DONE
     with contextlib.closing(console), contextlib.ExitStack() as stack:
-        return run_phases(options, console, stack)
+        try:
+            return run_phases(options, params, console, stack)
+        except Exception as error:
+            console.log_failure(error)
+            raise
 
 
-def run_phases(options: Options, console: Console, stack: contextlib.ExitStack) -> int:
-    """Phases 2 to 14; what must be closed at the end, however it comes, is put on the stack."""
+def run_phases(
+    options: Options, params: Parameters | None, console: Console, stack: contextlib.ExitStack
+) -> int:
+    """Phases 2 to 14; what must be closed at the end, however it comes, is put on the stack.
+
+    `params` are known by now, unless they depend on the weights that the run starts from.
+    """
     import data
     from model import BigramLanguageModel
     from utils_alg1 import utils_checkpoint, utils_report, utils_runtime, utils_training
@@ -57,16 +69,17 @@ def run_phases(options: Options, console: Console, stack: contextlib.ExitStack) 
     start = utils_checkpoint.find_start(options.resume, options.init_from, runs_dir, console)
     if start.run:
         stack.enter_context(start.run)
-    params = ConfigLoader.resolve(options, start.parameters, start.sizes)
+    params = params or ConfigLoader.resolve(options, start.parameters, start.sizes)
     if options.print_config:
         console.configuration(params)
         return DONE
     splits = params.data.train_split, params.data.val_split
-    corpus = data.open_corpus(data.find_corpus(params.data.data_path, console.say))
-    corpus.check_block_size(params.model.block_size, *splits)
-    start.check(params, corpus)
     utils_checkpoint.check_output(params.train.output)
     runtime = utils_runtime.start_runtime(params.train)
+    corpus = data.open_corpus(data.find_corpus(params.data.data_path, console.say))
+    corpus.check_block_size(params.model.block_size, *splits)
+    params.model.check_vocab_size(corpus.tokenizer.vocab_size)
+    start.check(params, corpus)
 
     # 3. Run id, and 4. run directory; a resumed run has both.
     tag = params.train.run_tag
@@ -81,6 +94,7 @@ def run_phases(options: Options, console: Console, stack: contextlib.ExitStack) 
     state = None
     if start.checkpoint:
         state = start.checkpoint.metadata["trackers"]
+        utils_checkpoint.remove_newer(start.checkpoint, console.say)
         cut_metrics(run.metrics_path, start.checkpoint.progress.step)
     hparams = params.flat() | {"vocab_size": corpus.tokenizer.vocab_size}
     trackers = stack.enter_context(start_trackers(run, params, hparams, origin, console.warn, state))
@@ -119,7 +133,10 @@ def run_phases(options: Options, console: Console, stack: contextlib.ExitStack) 
             loop(trainer, progress, trackers, store, params, about, signals, console)
     except Alg1Error as error:
         if store.newest_step is not None:
-            error.hint = f"{error.hint or 'mend that'}; then go on: {resume_command(run)}"
+            go_on = f"then go on: {resume_command(run)}"
+            if error.exit_code == CANNOT_TRAIN:  # what helps there, a resumed run may not change
+                go_on = f"its newest weights, for --init-from: {store.path(store.newest_step)}"
+            error.hint = f"{error.hint or 'mend that'}; {go_on}"
         raise
     if signals.received and progress.step < params.train.max_iters:
         console.say(f"stopped at step {progress.step}; go on with: {resume_command(run)}")
@@ -172,7 +189,8 @@ def loop(
             trainer.clock.lap(progress)
         if worth_saving and store.newest_step != step:
             trackers.flush(step)
-            store.save(trainer, progress, about | {"trackers": trackers.state()})
+            path = store.save(trainer, progress, about | {"trackers": trackers.state()})
+            console.detail(f"saved {path}")
         if done:
             return
 
@@ -221,7 +239,7 @@ def export(
 def resume_command(run: Run) -> str:
     """What to type to continue a run."""
     in_default_folder = run.path.parent == Path(specs()["runs_dir"].default)
-    return f"python train.py --resume {run.run_id if in_default_folder else run.path}"
+    return f"python train.py --resume {run.run_id if in_default_folder else shlex.quote(str(run.path))}"
 
 
 if __name__ == "__main__":

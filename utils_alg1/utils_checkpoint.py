@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from data import Corpus
-from errors import Alg1Error
+from errors import Alg1Error, disk_error
 from files import read_tensors, remove_temporary_files, write_tensors
 from model import BigramLanguageModel
 from parameters import ModelConfig, Parameters, TrainConfig, coerce_all, field_names, shown, specs
@@ -287,8 +287,7 @@ def find_start(resume: str | None, init_from: str | None, runs_dir: str, console
 def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpoint]:
     """Take the run that --resume names, and its newest good checkpoint.
 
-    `name` may also be the path of one checkpoint file: the run then goes on from there, and its newer
-    checkpoints, which belong to a past that is not repeated, are removed.
+    `name` may also be the path of one checkpoint file: the run then goes on from there.
 
     Raises:
         Alg1Error: no such run, in use, or no checkpoint that can be read.
@@ -301,15 +300,25 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpo
             remove_temporary_files(folder)  # left by a killed process
         if not from_file:
             return run, newest_checkpoint(run.path, console.warn)
-        checkpoint = read_checkpoint(file)
-        for path in checkpoint_paths(run.checkpoint_dir):
-            if path.name > file.name:
-                console.say(f"removing {path.name}: the run goes on from {file.name}")
-                path.unlink()
-        return run, checkpoint
+        return run, read_checkpoint(file)
     except BaseException:
         run.lock.release()
         raise
+
+
+def remove_newer(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
+    """Remove what lies past the checkpoint that a run goes on from: it is damaged, or a past not repeated.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    for path in checkpoint_paths(checkpoint.path.parent):
+        if path.name > checkpoint.path.name:
+            say(f"removing {path.name}: the run goes on from {checkpoint.path.name}")
+            try:
+                path.unlink()
+            except OSError as error:
+                raise disk_error(f"remove {path}", error) from error
 
 
 def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str) -> None:

@@ -22,6 +22,7 @@ from parameters import (
     nearest,
     read_json_object,
     read_text,
+    refuse_repeats,
     shown,
     specs,
 )
@@ -44,6 +45,11 @@ class Options:
     quiet: bool = False
     verbose: bool = False
     serve_tensorboard: bool = False
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether parameters come from a run or a model that must be read first."""
+        return self.resume is not None or self.init_from is not None
 
 
 class Parser(argparse.ArgumentParser):
@@ -247,6 +253,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
+        top = yaml.compose(text, yaml.SafeLoader)
         value = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -259,4 +266,6 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise Alg1Error(f"{path}: must hold names and values, one `name: value` a line")
+    assert isinstance(top, yaml.MappingNode)  # since its value is a dictionary
+    refuse_repeats(path, [key.value for key, _ in top.value])
     return value

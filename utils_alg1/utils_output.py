@@ -6,13 +6,14 @@ import contextlib
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from errors import DONE, INTERRUPTED, Alg1Error
+from errors import DONE, INTERRUPTED, Alg1Error, disk_error
 from parameters import PARTS, Parameters, specs
 
 if TYPE_CHECKING:
@@ -41,6 +42,16 @@ def run_script(main: Callable[[], int]) -> None:
     except BrokenPipeError:  # the reader went away (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
+    except OSError as error:  # met where nobody expected one, such as a name that is too long
+        failure = disk_error(f"use {error.filename}" if error.filename else "go on", error)
+        print_error(failure)
+        code = failure.exit_code
+    if any(getattr(thread, "given_up", False) for thread in threading.enumerate()):
+        # A tracker hangs: what it has asked Python to do at exit may hang as well.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

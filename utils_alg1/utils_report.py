@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,7 @@ def describe_end(
         f" val loss {evaluation.val_loss:.4f}",
         "best": f"step {progress.best_step}: val loss {loss_in_words(progress.best_val)}",
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']})",
-        "sample": "python inference.py" + ("" if default else f" --run {run.path}"),
+        "sample": "python inference.py" + ("" if default else f" --run {shlex.quote(str(run.path))}"),
     }
     if params.tensorboard.tensorboard:
         lines["curves"] = tensorboard_instructions(runs_dir, params.tensorboard.port)

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -121,7 +121,7 @@ def list_runs(runs_dir: str | Path) -> list[Path]:
     """The run directories, oldest first."""
     try:
         paths = list(Path(runs_dir).iterdir())
-    except OSError:
+    except (OSError, ValueError):  # ValueError: not even a name of a folder
         return []
     runs = [(match, path) for path in paths if (match := RUN_ID.fullmatch(path.name))]
     runs = [(match, path) for match, path in runs if path.is_dir()]
@@ -193,7 +193,8 @@ class RunDirectoryCreator:
             raise
         except OSError as error:
             raise disk_error(f"create {run_dir}", error) from error
-        self.create_subdirectories(run_dir)
+        with _removed_on_failure(run_dir):
+            self.create_subdirectories(run_dir)
         return run_dir
 
     def create_subdirectories(self, run_dir: str | Path) -> None:
@@ -204,6 +205,15 @@ class RunDirectoryCreator:
         """
         for name in SUBDIRECTORIES:
             make_folder(Path(run_dir) / name)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def make_folder(path: Path) -> None:
@@ -233,7 +243,9 @@ def create_run(runs_dir: str | Path, tag: str = "") -> Run:
     try:
         with FileLock(runs_dir / LOCK_NAME, timeout=60):
             run_id = RunIDGenerator(runs_dir).generate(tag)
-            run = lock_run(RunDirectoryCreator(runs_dir).create(run_id))
+            path = RunDirectoryCreator(runs_dir).create(run_id)
+            with _removed_on_failure(path):
+                run = lock_run(path)
             run.begun = False
             return run
     except Timeout:

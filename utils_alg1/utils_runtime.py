@@ -105,21 +105,21 @@ def compiled(function: Callable, mode: str, device: torch.device, say: Callable[
     """
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
         return function
-    fast = torch.compile(function)
-    working = False
+    chosen: Callable | None = None  # known after the first call
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal fast, working
-        if working:
-            return fast(*args, **kwargs)
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(*args, **kwargs)
         try:
+            fast = torch.compile(function)
             result = fast(*args, **kwargs)
         except Exception as error:  # a compiler fails in many ways, and none of them may cost the run
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             say(f"torch.compile does not work here ({reason[:120]}); going on without it")
-            fast = function
-            result = function(*args, **kwargs)
-        working = True
+            chosen = function
+            return function(*args, **kwargs)
+        chosen = fast
         return result
 
     return call

@@ -13,13 +13,15 @@ import contextlib
 import json
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import Guard, disk_error
+from errors import Alg1Error, Guard, disk_error
+from files import write_atomically
 from parameters import Parameters
 from utils_aim.tracker import AimTracker
 from utils_tensorboard.logger import Histogram, MetricLogger, model_histograms
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from utils_alg1.utils_run_manager import Run
 
+AIM_HASH_NAME = "aim.txt"  # in meta/
 QUEUE_SIZE = 10_000  # calls a tracker may be behind
 PATIENCE = 8.0  # seconds: how long a tracker may keep the run waiting before it is given up
 FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; what is late by then is sent again after a resume
@@ -171,6 +174,12 @@ class AimMetrics(Tracker):
 # --- a thread for each copy ---------------------------------------------------------------------------
 
 
+class TrackerThread(threading.Thread):
+    """A thread that a tracker may hang in; `given_up` says that the process must leave without it."""
+
+    given_up = False
+
+
 class Background(Tracker):
     """Feeds one tracker from a thread of its own, in order.
 
@@ -181,13 +190,21 @@ class Background(Tracker):
         identity: what the tracker calls the run, once that is known.
     """
 
-    def __init__(self, name: str, start: Callable[[], Any], warn: Callable[[str], None], synced: int = 0):
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], Any],
+        warn: Callable[[str], None],
+        synced: int = 0,
+        identity: str | None = None,
+    ):
         self.synced = synced
-        self.identity: str | None = None
+        self.identity = identity
         self._guard = Guard(name, warn)
         self._tracker: Any = None
         self._calls: queue.Queue[tuple[str, tuple, threading.Event]] = queue.Queue(QUEUE_SIZE)
-        self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
+        self._ended = threading.Event()
+        self._thread = TrackerThread(target=self._work, args=(start,), name=name, daemon=True)
         self._thread.start()
 
     @property
@@ -198,11 +215,11 @@ class Background(Tracker):
     @property
     def hung(self) -> bool:
         """Whether the tracker was given up while its thread was still in it."""
-        return not self._guard.enabled and self._thread.is_alive()
+        return self._thread.given_up
 
     def _work(self, start: Callable[[], Any]) -> None:
         self._tracker = tracker = self._guard.attempt(start)
-        self.identity = getattr(tracker, "identity", None)
+        self.identity = getattr(tracker, "identity", None) or self.identity
         method = ""
         while self._guard.enabled and method != "close":
             method, arguments, done = self._calls.get()
@@ -214,6 +231,7 @@ class Background(Tracker):
         with contextlib.suppress(queue.Empty):
             while True:  # nobody waits for what is not done any more
                 self._calls.get_nowait()[2].set()
+        self._ended.set()
 
     def _call(self, method: str, *arguments: Any) -> threading.Event:
         done = threading.Event()
@@ -247,10 +265,12 @@ class Background(Tracker):
 
     def start_close(self) -> threading.Event:
         """Ask for the end; the event is set when the tracker has let go."""
-        return self._call("close")
+        self._call("close")
+        return self._ended
 
     def give_up(self) -> None:
         """Stop waiting for a tracker that does not answer."""
+        self._thread.given_up = True
         self._guard.fail(f"it did not close within {PATIENCE:.0f} seconds")
 
 
@@ -309,12 +329,15 @@ class Trackers:
 
     def close(self) -> None:
         """Close all; a copy that does not answer within PATIENCE seconds is left behind."""
-        self.local.close()
-        copies = list(self.copies.values())
-        events = [copy.start_close() for copy in copies]
-        for copy, done in zip(copies, _wait_for_all(events, PATIENCE), strict=True):
-            if not done:
-                copy.give_up()
+        try:
+            self.local.close()
+        finally:
+            end = time.monotonic() + PATIENCE  # a full queue takes some of it
+            copies = list(self.copies.values())
+            events = [copy.start_close() for copy in copies]
+            for copy, done in zip(copies, _wait_for_all(events, end - time.monotonic()), strict=True):
+                if not done:
+                    copy.give_up()
 
     @property
     def hung(self) -> bool:
@@ -341,40 +364,65 @@ def start_trackers(
     """
     resumed = state is not None
     state = state or {}
-    starts: dict[str, Callable[[], Any]] = {}
-    synced = {name: state.get(name, {}).get("synced", 0) for name in ("aim", "tensorboard")}
+    copies: dict[str, Background] = {}
     if params.train.aim:
-        run_hash = state.get("aim", {}).get("run")
-        synced["aim"] = synced["aim"] if run_hash else 0
+        known = state.get("aim", {})
+        old_hash = known.get("run")
+        aim_synced = known.get("synced", 0) if old_hash else 0
+        run_hash = old_hash or _read_aim_hash(run)
+        warn_aim = _once(warn)
 
         def start_aim() -> AimMetrics:
-            aim = AimTracker(run.run_id, run.path.absolute(), run_hash=run_hash, warn=warn)
-            return AimMetrics(aim, hparams, metadata)
+            aim = AimTracker(run.run_id, run.path.absolute(), run_hash=run_hash, warn=warn_aim)
+            _write_aim_hash(run, aim.run_hash)
+            metrics = AimMetrics(aim, hparams, metadata)
+            if aim.run_hash != old_hash:  # Aim no longer has that run: this one is new
+                _send_again(run.metrics_path, metrics, range(aim_synced))
+            return metrics
 
-        starts["aim"] = start_aim
+        copies["aim"] = Background("Aim", start_aim, warn_aim, aim_synced, run_hash)
     if params.tensorboard.tensorboard:
-        purge_step = synced["tensorboard"] if resumed else None
+        tensorboard_synced = state.get("tensorboard", {}).get("synced", 0)
+        purge_step = tensorboard_synced if resumed else None
+        warn_tensorboard = _once(warn)
 
         def start_tensorboard() -> MetricLogger:
-            return MetricLogger(TensorBoardWriter(run.tensorboard_dir, purge_step, warn))
+            return MetricLogger(TensorBoardWriter(run.tensorboard_dir, purge_step, warn_tensorboard))
 
-        starts["tensorboard"] = start_tensorboard
-    copies = {
-        name: Background({"aim": "Aim", "tensorboard": "TensorBoard"}[name], start, warn, synced[name])
-        for name, start in starts.items()
-    }
+        copies["tensorboard"] = Background(
+            "TensorBoard", start_tensorboard, warn_tensorboard, tensorboard_synced
+        )
     for copy in copies.values():
-        _send_again(run.metrics_path, copy)
+        _send_again(run.metrics_path, copy, range(copy.synced, sys.maxsize))
     return Trackers(MetricsFile(run.metrics_path), copies)
 
 
-def _send_again(metrics_path: Path, copy: Background) -> None:
-    """Bring a copy up to the metrics file: a kill can have come before its last flush."""
+def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
+    """`warn` for the first text; a tracker that fails in two ways is still one warning."""
+    left = [warn]
+    return lambda text: left.pop()(text) if left else None
+
+
+def _read_aim_hash(run: Run) -> str | None:
+    """What Aim calls the run, where an earlier session opened it after its last checkpoint."""
+    with contextlib.suppress(OSError, ValueError):
+        return (run.meta_dir / AIM_HASH_NAME).read_text().strip() or None
+    return None
+
+
+def _write_aim_hash(run: Run, run_hash: str | None) -> None:
+    if run_hash is not None:
+        with contextlib.suppress(Alg1Error):  # a checkpoint keeps it too
+            write_atomically(run.meta_dir / AIM_HASH_NAME, f"{run_hash}\n".encode())
+
+
+def _send_again(metrics_path: Path, tracker: Tracker, steps: range) -> None:
+    """Tell a tracker those rows of the metrics file: a kill can have come before its last flush."""
     for row in read_metrics(metrics_path):
         step = int(row["step"])
-        if step < copy.synced:
+        if step not in steps:
             continue
         if "loss/train_step" in row:
-            copy.log_training_loss(row["loss/train_step"], step)
+            tracker.log_training_loss(row["loss/train_step"], step)
         else:
-            copy.log_evaluation_metrics(row["loss/train"], row["loss/val"], row["learning_rate"], step)
+            tracker.log_evaluation_metrics(row["loss/train"], row["loss/val"], row["learning_rate"], step)

@@ -223,10 +223,11 @@ class Trainer:
         for split in ("train", "val"):
             total = 0.0
             for start in range(0, config.eval_iters, per_pass):
-                n = min(per_pass, config.eval_iters - start)
-                x, y = self._batch(split, n * config.batch_size, f"eval-{split}", start)
+                numbers = range(start, min(start + per_pass, config.eval_iters))
+                batches = [self._batch(split, config.batch_size, f"eval-{split}", i) for i in numbers]
+                x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
                 with self.runtime.autocast():
-                    total += n * self.model(x, y)[1].item()
+                    total += len(batches) * self.model(x, y)[1].item()
             losses[split] = total / config.eval_iters
         self.model.train()
         if not all(math.isfinite(loss) for loss in losses.values()):

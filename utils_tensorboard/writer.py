@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +33,12 @@ class TensorBoardWriter:
     def _open(log_dir: Path, purge_step: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Event files are read in the order of their names, which start with whole seconds: a suffix that
-        # counts keeps files of one second in order.
+        # Event files are read in the order of their names, which start with whole seconds: a file of this
+        # second could sort after ours, and its points would then outlive the purge.
         log_dir.mkdir(parents=True, exist_ok=True)
-        number = len(list(log_dir.glob("events.out.tfevents.*")))
-        return SummaryWriter(str(log_dir), purge_step=purge_step, filename_suffix=f".{number:04d}")
+        while any(log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.02)
+        return SummaryWriter(str(log_dir), purge_step=purge_step)
 
     @property
     def enabled(self) -> bool:

@@ -1,0 +1,137 @@
+"""What the tests share: a small text, an empty folder to work in, and the scripts as functions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+CAMPAIGN = pytest.StashKey["Campaign"]()
+PROJECT = Path(__file__).resolve().parent.parent
+
+# Examples are drawn from a fixed seed, so that a failure on one machine is a failure on every machine;
+# there is no deadline, because machines are shared and slow at times.
+settings.register_profile("alg1", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("alg1")
+
+# A model and a run that take a fraction of a second.
+TINY = (
+    "--n-embd 16 --n-head 2 --n-layer 1 --block-size 8 --batch-size 2 --max-iters 6 --eval-interval 2"
+    " --eval-iters 2 --histogram-interval 3 --threads 1"
+).split()
+QUIET_TRACKERS = ["--no-aim", "--no-tensorboard"]
+
+TEXT = "".join(
+    f"{i}. The quick brown fox jumps over the lazy dog; café, naïve, 日本, 🙂!\n" for i in range(60)
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true", help="try all faults, not a seeded sample of them")
+
+
+@dataclass
+class Campaign:
+    """How many faults a test tries, and the table of those that were survived."""
+
+    whole: bool
+    table: dict[str, int] = field(default_factory=dict)
+
+    def count(self, fault: str, cases: int) -> None:
+        """Note that so many cases of a fault were tried and nothing was lost."""
+        self.table[fault] = self.table.get(fault, 0) + cases
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CAMPAIGN] = Campaign(config.getoption("--campaign"))
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    table = config.stash[CAMPAIGN].table
+    if table:
+        terminalreporter.section("faults survived: cases tried, nothing lost")
+        for fault, cases in table.items():
+            terminalreporter.write_line(f"{cases:6d}  {fault}")
+
+
+@pytest.fixture(scope="session")
+def campaign(request: pytest.FixtureRequest) -> Campaign:
+    return request.config.stash[CAMPAIGN]
+
+
+@dataclass
+class Result:
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every download fails at once: a proxy that is not there."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder: no configs/, no data/, no runs/."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(workdir: Path) -> Path:
+    """A small text with characters of one to four bytes, in the working folder."""
+    path = workdir / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """train.py in this process: `train("--max-iters", "5")`."""
+    import train as script
+
+    return _runner(script.main, capsys)
+
+
+@pytest.fixture
+def sample(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """inference.py in this process."""
+    import inference as script
+
+    return _runner(script.main, capsys)
+
+
+def _runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    from utils_alg1.utils_output import run_script
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run_script(lambda: main([str(argument) for argument in arguments]))
+        captured = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def run_process(script: str, *arguments: object, timeout: float = 120, **options) -> Result:
+    """A script as a process of its own: `run_process("train.py", "--help")`."""
+    command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", timeout=timeout, **options
+    )
+    return Result(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,296 @@
+"""Runs of train.py in forked children, so that hundreds can be killed or hindered at chosen places.
+
+The parent imports torch and trains once; every child starts from there in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from conftest import TEXT
+
+ARGUMENTS = (
+    "--data text.txt --n-embd 16 --n-head 2 --n-layer 1 --block-size 8 --batch-size 2 --dropout 0.1"
+    " --max-iters 12 --eval-interval 4 --eval-iters 2 --checkpoint-interval 3 --keep-checkpoints 2"
+    " --threads 1 --no-aim --no-tensorboard"
+).split()
+LAST_STEP = 12
+FILE_CALLS = ("open", "write", "fsync", "close", "rename", "unlink")
+WORKERS = 2
+TIMEOUT = 60.0  # seconds for one case
+
+Action = Callable[[str, Callable, tuple, dict], Any]
+
+
+def start_child(work: Callable[[], int]) -> int:
+    """Fork; the child's exit code is what `work` returns, its output goes to output.txt."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(pid: int) -> int:
+    """The exit code of a child, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def train_here(arguments: Sequence[str]) -> int:
+    """Run train.py in this process; its exit code."""
+    import train
+    from utils_alg1.utils_output import run_script
+
+    try:
+        run_script(lambda: train.main(list(arguments)))
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 99
+
+
+def start_train(arguments: Sequence[str], prepare: Callable[[], object] | None = None) -> int:
+    """Start train.py in a child, in the current folder; `prepare` is called in the child first."""
+
+    def work() -> int:
+        if prepare is not None:
+            prepare()
+        return train_here(arguments)
+
+    return start_child(work)
+
+
+def train_in_child(arguments: Sequence[str], prepare: Callable[[], object] | None = None) -> int:
+    """Run train.py in a child to its end: the exit code, or minus the signal."""
+    return wait(start_train(arguments, prepare))
+
+
+# --- cases, some at a time ----------------------------------------------------------------------------
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    folder = parent / name
+    folder.mkdir()
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+def run_cases(parent: Path, cases: dict[str, Callable[[Path], None]]) -> None:
+    """Run every case in a folder and a process of its own, WORKERS at a time; fail naming all that failed."""
+    waiting = list(cases.items())
+    running: dict[int, tuple[str, Path, float]] = {}
+    failures: list[str] = []
+    while waiting or running:
+        while waiting and len(running) < WORKERS:
+            name, case = waiting.pop()
+            folder = new_folder(parent, f"case-{len(waiting):04d}")
+            running[_start_case(folder, case)] = (name, folder, time.monotonic())
+        for pid in list(running):
+            name, folder, began = running[pid]
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done and time.monotonic() - began > TIMEOUT:
+                os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                done = pid
+            if done:
+                del running[pid]
+                if os.waitstatus_to_exitcode(status):
+                    output = (folder / "output.txt").read_text(errors="replace")
+                    failures.append(f"{name}:\n{output[-1500:]}")
+        time.sleep(0.002)
+    assert not failures, f"{len(failures)} of {len(cases)} cases failed:\n" + "\n".join(failures[:3])
+
+
+def _start_case(folder: Path, case: Callable[[Path], None]) -> int:
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+
+        def work() -> int:
+            case(folder)
+            return 0
+
+        return start_child(work)
+    finally:
+        os.chdir(here)
+
+
+def sample(cases: dict[str, Any], whole: bool, size: int, seed: int = 0) -> dict[str, Any]:
+    """All cases, or a seeded sample of them."""
+    if whole or len(cases) <= size:
+        return cases
+    names = random.Random(seed).sample(sorted(cases), size)
+    return {name: cases[name] for name in names}
+
+
+# --- faults -------------------------------------------------------------------------------------------
+
+
+def at_file_call(index: int, action: Action) -> None:
+    """In this process: let `action` take the place of the index-th file-system call of the checkpoints."""
+    _watch_file_calls(lambda number, *call: action(*call) if number == index else None)
+
+
+def record_file_calls(path: Path) -> None:
+    """In this process: write the names of the file-system calls of the checkpoints to a JSON file."""
+    names: list[str] = []
+
+    def note(_number: int, name: str, *_call: Any) -> None:
+        names.append(name)
+        path.write_text(json.dumps(names))
+
+    _watch_file_calls(note)
+
+
+def _watch_file_calls(watch: Callable[..., Any]) -> None:
+    from utils_alg1.utils_checkpoint import CheckpointStore
+
+    count, inside = 0, False
+    real_save = CheckpointStore.save
+
+    def save(*arguments: Any, **options: Any) -> Any:
+        nonlocal inside
+        inside = True
+        try:
+            return real_save(*arguments, **options)
+        finally:
+            inside = False
+
+    def wrap(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal count, inside
+            if not inside:
+                return real(*arguments, **options)
+            number, count = count, count + 1
+            inside = False  # what the watcher does itself is not watched
+            try:
+                result = watch(number, name, real, arguments, options)
+            finally:
+                inside = True
+            return real(*arguments, **options) if result is None else result
+
+        setattr(os, name, call)
+
+    CheckpointStore.save = save  # type: ignore[method-assign]
+    for name in FILE_CALLS:
+        wrap(name)
+
+
+def kill_me() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_before(name: str, real: Callable, arguments: tuple, options: dict) -> None:
+    kill_me()
+
+
+def kill_half_way(name: str, real: Callable, arguments: tuple, options: dict) -> None:
+    """Write half of the bytes, then die; other calls have no half."""
+    descriptor, data = arguments
+    real(descriptor, data[: len(data) // 2])
+    kill_me()
+
+
+def kill_after(name: str, real: Callable, arguments: tuple, options: dict) -> None:
+    try:
+        real(*arguments, **options)
+    finally:  # also where the call itself fails, as removing what is not there
+        kill_me()
+
+
+def raising(number: int) -> Action:
+    """An action that fails with an operating system error."""
+
+    def action(name: str, real: Callable, arguments: tuple, options: dict) -> None:
+        if name == "close":  # the descriptor is gone even when close reports an error
+            real(*arguments, **options)
+        raise OSError(number, os.strerror(number))
+
+    return action
+
+
+# --- what must hold -----------------------------------------------------------------------------------
+
+
+def only_run(folder: Path) -> Path:
+    (run_dir,) = (path for path in (folder / "runs").iterdir() if path.is_dir())
+    return run_dir
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "runs").glob("*/artifacts/checkpoints/step_*.safetensors"))
+
+
+def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """The verified tensors of a checkpoint or export: type, shape and bytes by name."""
+    from files import read_tensors
+
+    return {
+        name: (str(t.dtype), tuple(t.shape), t.numpy().tobytes()) for name, t in read_tensors(path)[0].items()
+    }
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    lines = (run_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+class Reference:
+    """The uninterrupted run that every interrupted one is held against."""
+
+    def __init__(self, folder: Path):
+        here = Path.cwd()
+        os.chdir(folder)
+        began = time.monotonic()
+        try:
+            assert train_in_child(ARGUMENTS) == 0, (folder / "output.txt").read_text()
+        finally:
+            os.chdir(here)
+        self.seconds = time.monotonic() - began
+        run_dir = only_run(folder)
+        self.last = tensors(checkpoints(folder)[-1])
+        self.export = tensors(run_dir / "artifacts" / "export" / "model.safetensors")
+        self.metrics = metrics(run_dir)
+
+    def check(self, folder: Path) -> None:
+        """The run in `folder` ended with the same weights, optimizer state, export and metrics."""
+        run_dir = only_run(folder)
+        last = checkpoints(folder)[-1]
+        assert last.name == f"step_{LAST_STEP:09d}.safetensors"
+        assert tensors(last) == self.last
+        assert tensors(run_dir / "artifacts" / "export" / "model.safetensors") == self.export
+        assert metrics(run_dir) == self.metrics
+        assert not list(folder.glob("runs/**/*.tmp")), "half-written files were left"
+
+    def resume_and_check(self, folder: Path, *arguments: str) -> None:
+        """Whatever is left of a run goes on to the same end; nothing is lost that was once saved."""
+        if not checkpoints(folder):
+            assert train_in_child(["--resume", "latest"]) == 2
+            return
+        for path in checkpoints(folder):
+            tensors(path)  # under its final name, every checkpoint is whole
+        code = train_in_child(["--resume", "latest", *arguments])
+        assert code == 0, f"the resumed run ended with {code}"
+        self.check(folder)

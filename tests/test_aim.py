@@ -1,0 +1,347 @@
+"""Aim: what its own queries find in a run, and the tracker used on its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TEXT, TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train as script
+from files import read_tensors
+from parameters import specs
+from utils_aim.instructions import instructions
+from utils_aim.tracker import AimTracker
+from utils_alg1.utils_run_manager import list_runs
+from utils_alg1.utils_trackers import Trackers, read_metrics
+from utils_alg1.utils_training import Trainer
+from utils_tensorboard.logger import HISTOGRAM_BINS
+
+aim = pytest.importorskip("aim", reason="Aim is not installed (it has no wheels for Python 3.13 or Windows)")
+
+HISTOGRAMS = [0, 3]  # the steps that TINY draws them at
+WITH_AIM = ["--data", "text.txt", *TINY, "--no-tensorboard"]
+
+
+def query(folder: Path, kind: str) -> dict[tuple, dict[int, object]]:
+    """What `Repo.query_metrics` or `query_distributions` finds: {(run, name, context): {step: value}}."""
+    repo = aim.Repo(str(folder))
+    found = {}
+    for run in getattr(repo, f"query_{kind}")("", report_mode=0).iter_runs():
+        for sequence in run:
+            steps, (values, *_) = sequence.data.items_list()
+            context = tuple(sequence.context.to_dict().items())
+            found[sequence.run.hash, sequence.name, context] = dict(zip(steps, values, strict=True))
+    return found
+
+
+def only_run(folder: Path) -> object:
+    (run,) = aim.Repo(str(folder)).iter_runs()
+    return run
+
+
+def curves(metrics_path: Path) -> dict[tuple, dict[int, float]]:
+    """The rows of a metrics file under Aim's names and contexts."""
+    found: dict[tuple, dict[int, float]] = {}
+    for row in read_metrics(metrics_path):
+        step = int(row.pop("step"))
+        for key, value in row.items():
+            name, _, subset = key.partition("/")
+            context = (("subset", subset),) if subset else ()
+            found.setdefault((name, context), {})[step] = value
+    return found
+
+
+def without_run(found: dict[tuple, dict]) -> dict[tuple, dict]:
+    """The same, when all of it is of one run."""
+    assert len({run for run, *_ in found}) == 1
+    return {key[1:]: points for key, points in found.items()}
+
+
+# --- a run, read back ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with both trackers, whose values are kept at each histogram in `values.npz`."""
+    folder = tmp_path_factory.mktemp("aim")
+    log_model_histograms = Trackers.log_model_histograms
+    values = {}
+
+    def keep(trackers, model, step):
+        for name, p in model.named_parameters():
+            values[f"{name} parameter {step}"] = p.detach().numpy().copy()
+            values[f"{name} gradient {step}"] = p.grad.numpy().copy()
+        log_model_histograms(trackers, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(Trackers, "log_model_histograms", keep)
+        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        assert script.main(["--data", "text.txt", *TINY, "--quiet"]) == 0
+        (path,) = list_runs("runs")
+        path = path.absolute()
+    np.savez(path / "values.npz", **values)
+    return path
+
+
+@pytest.fixture(scope="module")
+def repo(run) -> Path:
+    """The folder of the run's .aim."""
+    return run.parent.parent
+
+
+def test_aim_shows_what_the_metrics_file_says(run, repo):
+    expected = curves(run / "logs/metrics.jsonl")
+    assert set(expected) == {
+        ("loss", (("subset", "train_step"),)),
+        ("loss", (("subset", "train"),)),
+        ("loss", (("subset", "val"),)),
+        ("learning_rate", ()),
+    }
+    assert list(expected["loss", (("subset", "train_step"),)]) == [0, 1, 2, 3, 4, 5]
+    assert list(expected["learning_rate", ()]) == [0, 2, 4, 6]
+    assert without_run(query(repo, "metrics")) == expected
+
+
+def test_distributions_are_those_of_numpy_and_of_tensorboard(run, repo):
+    found = without_run(query(repo, "distributions"))
+    events = EventAccumulator(str(run / "logs/tensorboard"), size_guidance={"histograms": 0}).Reload()
+    tags = {"parameter": "Parameters", "gradient": "Gradients"}
+    with np.load(run / "values.npz") as values:
+        assert len(values) > 40
+        assert set(found) == {(name, (("kind", kind),)) for name, kind, _ in (key.split() for key in values)}
+        for (name, ((_, kind),)), points in found.items():
+            assert sorted(points) == HISTOGRAMS
+            drawn = {e.step: e.histogram_value for e in events.Histograms(f"{tags[kind]}/{name}")}
+            for step, distribution in points.items():
+                counts, edges = distribution.to_np_histogram()
+                tensor = values[f"{name} {kind} {step}"]
+                assert counts.sum() == tensor.size
+                assert counts.tolist() == drawn[step].bucket
+                np.testing.assert_allclose(edges[1:], drawn[step].bucket_limit, rtol=1e-6)
+                if tensor.min() < tensor.max():
+                    span = (float(tensor.min()), float(tensor.max()))
+                    np.testing.assert_allclose((edges[0], edges[-1]), span, rtol=1e-6)
+                    np.testing.assert_array_equal(
+                        counts, np.histogram(tensor.astype(float), HISTOGRAM_BINS)[0]
+                    )
+
+
+def test_aim_keeps_all_parameters_and_where_the_run_came_from(run, repo):
+    kept = only_run(repo)
+    assert kept.name == run.name
+    assert set(kept["hparams"]) == {*specs(), "vocab_size"}
+    assert kept["hparams"]["n_embd"] == 16
+    assert kept["hparams"]["learning_rate"] == 1e-3
+    assert kept["hparams"]["vocab_size"] == len(set(TEXT))
+    assert kept["run_dir"] == str(run)
+    assert set(kept["git"]) == {"commit", "branch", "dirty"}
+    records = (run / "meta/env.txt").read_text().splitlines()
+    assert sorted(f"{name}: {value}" for name, value in kept["environment"].items()) == sorted(records)
+
+
+def test_a_finished_run_is_closed_in_aim(repo):
+    kept = only_run(repo)
+    assert kept.end_time is not None
+    assert not kept.active
+    assert list((repo / ".aim/locks").glob("*")) == []
+
+
+def test_a_run_without_aim_makes_no_repository(train, text_file, workdir):
+    assert train(*WITH_AIM, "--no-aim").code == 0
+    assert not (workdir / ".aim").exists()
+
+
+# --- a run that was interrupted -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["open-at-the-checkpoint", "opened-after-it"])
+def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, run, monkeypatch, known):
+    update, loop = Trainer.update, script.loop
+
+    def stop(trainer, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        update(trainer, step)
+
+    def wait_and_loop(trainer, progress, trackers, *rest):
+        trackers.copies["aim"].start_flush().wait(60)
+        assert trackers.copies["aim"].started
+        loop(trainer, progress, trackers, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", stop)
+        if known:
+            patch.setattr(script, "loop", wait_and_loop)
+            patch.setattr("utils_alg1.utils_trackers.FLUSH_PATIENCE", 60)
+        else:
+            patch.setattr("utils_alg1.utils_trackers.Background.started", False)
+            patch.setattr(Trackers, "state", lambda _: {"aim": {"run": None, "synced": 0}})
+        assert train(*WITH_AIM).code == 130
+    first_hash = only_run(workdir).hash
+    (path,) = list_runs("runs")
+    assert (path / "meta/aim.txt").read_text() == f"{first_hash}\n"
+    _, checkpoint = read_tensors(path / "artifacts/checkpoints/step_000000003.safetensors")
+    synced = {"run": first_hash, "synced": 3} if known else {"run": None, "synced": 0}
+    assert checkpoint["trackers"] == {"aim": synced}
+    assert train("--resume", "latest").code == 0
+    found = query(workdir, "metrics")
+    assert {key[0] for key in found} == {first_hash}
+    assert without_run(found) == curves(run / "logs/metrics.jsonl")
+    assert only_run(workdir).name == path.name
+
+
+# --- the tracker on its own ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, str]:
+    """A repository with one run that was tracked by hand, and its hash."""
+    folder = tmp_path_factory.mktemp("alone")
+    streams = sys.stdout.write, sys.stderr.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tracker = AimTracker("my run", "runs/my-run", warn=pytest.fail)
+        assert (sys.stdout.write, sys.stderr.write) == streams
+        assert tracker.enabled
+        tracker.track_config({"n_embd": 64, "lr": 1e-3, "output": None, "list": [1, "two"]})
+        tracker.track_metadata("git_commit", "abc")
+        for step in range(3):
+            tracker.track_metric("loss", step + 0.5, step, {"subset": "train"})
+        tracker.track_metric("speed", 9.0, 7)
+        tracker.track_metric("loss", 5.0, 2, {"subset": "train"})
+        nan, inf = float("nan"), float("inf")
+        tracker.track_distribution("weights", np.array([[1.0, nan], [3.0, inf]]), 4, {"kind": "parameter"})
+        tracker.track_distribution("weights", [nan, -inf], 5, {"kind": "parameter"})
+        tracker.track_distribution("counted", (np.array([1, 0, 2]), np.array([0.0, 1.0, 2.0, 3.0])), 4)
+        tracker.track_distribution("large", [-1e30, 1e30], 4)
+        tracker.track_distribution("constant", [2.0] * 5, 4)
+        tracker.track_distribution("empty", [], 4)
+        run_hash = tracker.run_hash
+        tracker.close()
+        assert not tracker.enabled
+        assert tracker.run_hash is None
+        for call in (tracker.track_config, lambda _: tracker.track_metric("late", 1.0, 0)):
+            call({"late": True})
+        tracker.track_distribution("late", [1.0], 0)
+        tracker.close()
+    return folder, run_hash
+
+
+def test_the_tracker_keeps_configuration_and_metadata(alone):
+    folder, run_hash = alone
+    run = only_run(folder)
+    assert (run.hash, run.name, run["run_dir"], run["git_commit"]) == (
+        run_hash,
+        "my run",
+        "runs/my-run",
+        "abc",
+    )
+    assert run["hparams"] == {"n_embd": 64, "lr": 1e-3, "output": None, "list": [1, "two"]}
+
+
+def test_the_tracker_keeps_points_and_the_last_of_one_step(alone):
+    folder, _ = alone
+    assert without_run(query(folder, "metrics")) == {
+        ("loss", (("subset", "train"),)): {0: 0.5, 1: 1.5, 2: 5.0},
+        ("speed", ()): {7: 9.0},
+    }
+
+
+def test_the_tracker_keeps_distributions_of_the_finite_values(alone):
+    folder, _ = alone
+    found = without_run(query(folder, "distributions"))
+    assert set(found) == {
+        ("weights", (("kind", "parameter"),)),
+        ("counted", ()),
+        ("large", ()),
+        ("constant", ()),
+    }
+    spans = {}
+    for (name, _), points in found.items():
+        assert list(points) == [4]
+        counts, edges = points[4].to_np_histogram()
+        spans[name] = counts.sum(), edges[0], edges[-1]
+    assert spans["weights"] == (2, 1, 3)
+    assert spans["counted"] == (3, 0, 3)
+    assert spans["large"] == pytest.approx((2, -1e30, 1e30))
+    assert spans["constant"][0] == 5
+    assert spans["constant"][1] <= 2 <= spans["constant"][2]
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """`broken(error)` makes Aim raise when a run is opened."""
+
+    def arrange(error: BaseException):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(aim, "Run", fail)
+
+    return arrange
+
+
+def test_a_tracker_that_cannot_open_is_one_warning_and_does_nothing(workdir, broken):
+    broken(PermissionError(13, "Permission denied"))
+    warnings: list[str] = []
+    tracker = AimTracker("name", "run", repo=workdir, warn=warnings.append)
+    tracker.track_config({"a": 1})
+    tracker.track_metric("loss", 1.0, 0)
+    tracker.track_distribution("w", [1.0], 0)
+    tracker.close()
+    assert not tracker.enabled
+    assert tracker.run_hash is None
+    (warning,) = warnings
+    assert warning == ("Aim is switched off, training goes on: PermissionError: [Errno 13] Permission denied")
+
+
+def test_used_on_its_own_a_failure_is_a_python_warning(workdir, broken):
+    broken(RuntimeError("boom"))
+    with pytest.warns(UserWarning, match="Aim is switched off, training goes on: RuntimeError: boom"):
+        AimTracker("name", "run").close()
+
+
+def test_a_run_is_continued_by_its_hash_and_begun_anew_where_it_is_gone(workdir):
+    first = AimTracker("one", "run", warn=pytest.fail)
+    first.track_metric("loss", 1.0, 0)
+    run_hash = first.run_hash
+    first.close()
+    again = AimTracker("one", "run", run_hash=run_hash, warn=pytest.fail)
+    again.track_metric("loss", 2.0, 1)
+    assert again.run_hash == run_hash
+    again.close()
+    assert without_run(query(workdir, "metrics")) == {("loss", ()): {0: 1.0, 1: 2.0}}
+    new = AimTracker("two", "run", run_hash="0" * 24, warn=pytest.fail)
+    assert new.enabled
+    assert new.run_hash not in (run_hash, "0" * 24)
+    new.close()
+
+
+def test_the_repository_is_the_folder_named_and_no_parent(workdir):
+    aim.Repo.from_path(str(workdir), init=True)
+    inner = workdir / "inner"
+    inner.mkdir()
+    AimTracker("inner", "run", repo=inner, warn=pytest.fail).close()
+    assert [run.name for run in aim.Repo(str(inner)).iter_runs()] == ["inner"]
+    assert list(aim.Repo(str(workdir)).iter_runs()) == []
+
+
+def test_aim_is_kept_from_cleaning_up_at_exit_even_after_it_could_not_open(workdir, broken, monkeypatch):
+    from aim.ext.cleanup import AutoClean
+
+    forgotten: list[object] = []
+    monkeypatch.setattr("atexit.unregister", forgotten.append)
+    broken(OSError(28, "No space left on device"))
+    AimTracker("name", "run", warn=str).close()
+    assert forgotten == [AutoClean.cleanup]
+
+
+def test_the_instructions_name_command_and_address():
+    assert instructions() == "aim up   then open http://localhost:43800"

@@ -1,0 +1,864 @@
+"""Checkpoints: written atomically, verified, pruned; a resumed run ends with the bytes of an unbroken one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUIET_TRACKERS, TEXT, TINY
+from filelock import FileLock
+
+import files
+from errors import Alg1Error
+from files import atomic_file, read_tensors, write_atomically, write_tensors
+from model import BigramLanguageModel
+from parameters import ModelConfig, TrainConfig
+from utils_alg1 import utils_report, utils_training
+from utils_alg1.utils_checkpoint import (
+    CheckpointStore,
+    checkpoint_paths,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from utils_alg1.utils_runtime import Runtime
+from utils_alg1.utils_training import Evaluation, Progress, Trainer
+
+ALL_KEPT = ["--checkpoint-interval", 1, "--keep-checkpoints", 99]
+
+
+@pytest.fixture(autouse=True)
+def no_picture_and_short_samples(monkeypatch):
+    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
+
+
+@pytest.fixture
+def start(train, text_file):
+    """A new run with further flags: `start("--dropout", 0.1, into="a")`."""
+
+    def run(*flags, into="runs"):
+        return train("--data", text_file, *TINY, *QUIET_TRACKERS, "--runs-dir", into, *flags)
+
+    return run
+
+
+def only_run(runs_dir: str = "runs") -> Path:
+    (run,) = (path for path in Path(runs_dir).iterdir() if path.is_dir())
+    return run
+
+
+def steps(runs_dir: str = "runs") -> list[int]:
+    """Of the checkpoints there are."""
+    paths = checkpoint_paths(only_run(runs_dir) / "artifacts/checkpoints")
+    return [int(path.stem.removeprefix("step_")) for path in paths]
+
+
+def checkpoint(step: int, runs_dir: str = "runs") -> Path:
+    return only_run(runs_dir) / f"artifacts/checkpoints/step_{step:09d}.safetensors"
+
+
+def export_of(runs_dir: str = "runs") -> Path:
+    return only_run(runs_dir) / "artifacts/export/model.safetensors"
+
+
+def metrics(runs_dir: str = "runs") -> bytes:
+    return (only_run(runs_dir) / "logs/metrics.jsonl").read_bytes()
+
+
+def final(runs_dir: str = "runs") -> dict:
+    return json.loads((only_run(runs_dir) / "eval/final.json").read_text())
+
+
+def temporary_files() -> list[Path]:
+    return [path for path in Path().rglob("*") if path.name.endswith(".tmp")]
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    ours, theirs = read_tensors(a)[0], read_tensors(b)[0]
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def assert_same_end(a: str = "whole", b: str = "runs") -> None:
+    """Two runs ended with the same weights, optimizer state, export and metrics."""
+    step = steps(a)[-1]
+    assert steps(b)[-1] == step
+    assert_same_tensors(checkpoint(step, a), checkpoint(step, b))
+    assert_same_tensors(export_of(a), export_of(b))
+    assert metrics(a) == metrics(b)
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, stop) -> None:
+    """Call `stop` in the middle of a step, once."""
+    update = Trainer.update
+    pending = [step]
+
+    def stopping(self, at):
+        if pending == [at]:
+            pending.clear()
+            stop()
+        update(self, at)
+
+    monkeypatch.setattr(Trainer, "update", stopping)
+
+
+def damage(path: Path) -> None:
+    """Flip one bit of the last tensor."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+class Boom(Exception):
+    pass
+
+
+def explode() -> None:
+    raise Boom
+
+
+# --- one file -----------------------------------------------------------------------------------------
+
+
+def make_trainer(**settings) -> Trainer:
+    model = BigramLanguageModel(ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4, vocab_size=5))
+    model.vocabulary = list("abcde")
+    tokens = torch.arange(100).numpy() % 5
+    runtime = Runtime(torch.device("cpu"), torch.float32, 1)
+    return Trainer(model, model, (tokens, tokens), TrainConfig(**settings), runtime)
+
+
+def take_steps(trainer: Trainer, *numbers: int) -> None:
+    for step in numbers:
+        trainer.compute_gradients(step)
+        trainer.update(step)
+
+
+ABOUT = {"parameters": {}, "corpus_sha256": "", "trackers": {}}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_checkpoint_brings_everything_back(optimizer, tmp_path):
+    trainer, twin = (make_trainer(optimizer=optimizer) for _ in range(2))
+    take_steps(trainer, 0, 1)
+    progress = Progress(2, 1.5, 1, 1, Evaluation(1, 1.4, 1.5, 1e-3), 0.25)
+    path = CheckpointStore(tmp_path, 2).save(trainer, progress, ABOUT | {"run_id": "x"})
+    read = read_checkpoint(path)
+    assert read.progress == progress
+    assert (read.metadata["run_id"], read.metadata["vocabulary"]) == ("x", list("abcde"))
+    read.load_trainer(twin)
+    take_steps(trainer, 2)
+    take_steps(twin, 2)
+    for ours, theirs in zip(trainer.parameters, twin.parameters, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_builds_a_model_to_sample_from(tmp_path):
+    trainer = make_trainer()
+    model = read_checkpoint(CheckpointStore(tmp_path, 2).save(trainer, Progress(), ABOUT)).build_model()
+    assert model.config == trainer.model.config
+    assert model.vocabulary == list("abcde")
+    assert torch.equal(model.lm_head.weight, trainer.model.lm_head.weight)
+
+
+def test_the_same_state_gives_the_same_bytes(tmp_path):
+    trainer = make_trainer()
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.mkdir()
+        CheckpointStore(path, 2).save(trainer, Progress(), ABOUT)
+    a, b = ((path / "step_000000000.safetensors").read_bytes() for path in paths)
+    assert a == b
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = CheckpointStore(tmp_path, 2).save(make_trainer(), Progress(), ABOUT)
+    data = path.read_bytes()
+    for place in range(0, len(data), len(data) // 97):
+        flipped = bytearray(data)
+        flipped[place] ^= 0x10
+        path.write_bytes(flipped)
+        with pytest.raises(Alg1Error) as caught:
+            read_checkpoint(path)
+        assert str(path) in caught.value.message
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = CheckpointStore(tmp_path, 2).save(make_trainer(), Progress(), ABOUT)
+    data = path.read_bytes()
+    for length in (0, 1, 7, 8, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(Alg1Error, match="not a whole safetensors file"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "about, message",
+    [
+        ({"format": "alg1-model"}, "this is not a checkpoint"),
+        ({"format": "alg1-checkpoint", "format_version": 2}, "checkpoint format 2 is not known"),
+    ],
+)
+def test_another_kind_of_file_is_refused(about, message, tmp_path):
+    write_tensors(tmp_path / "file", {"x": torch.zeros(1)}, about)
+    with pytest.raises(Alg1Error, match=f"{tmp_path / 'file'}: {message}"):
+        read_checkpoint(tmp_path / "file")
+
+
+def test_a_pickle_file_is_named_as_one(tmp_path):
+    torch.save({}, tmp_path / "model.pt")
+    with pytest.raises(Alg1Error, match="PyTorch pickle file"):
+        read_checkpoint(tmp_path / "model.pt")
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    path = CheckpointStore(tmp_path, 2).save(make_trainer(), Progress(), ABOUT)
+    other = BigramLanguageModel(ModelConfig(n_embd=4, n_head=2, n_layer=1, block_size=4, vocab_size=5))
+    with pytest.raises(Alg1Error, match="not the weights of this model"):
+        read_checkpoint(path).load_model(other)
+
+
+# --- which are kept -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keep, best, kept",
+    [(1, 5, [5]), (1, 2, [2, 5]), (2, 5, [4, 5]), (2, 0, [0, 4, 5]), (9, 3, [0, 1, 2, 3, 4, 5])],
+)
+def test_the_newest_and_the_best_are_kept(keep, best, kept, tmp_path):
+    trainer, store = make_trainer(), CheckpointStore(tmp_path, keep)
+    for step in range(6):
+        store.save(trainer, Progress(step, best_step=min(step, best)), ABOUT)
+    assert checkpoint_paths(tmp_path) == [store.path(step) for step in kept]
+    assert store.newest_step == 5
+
+
+def test_names_sort_by_step_and_other_files_are_let_be(tmp_path):
+    store = CheckpointStore(tmp_path, 1)
+    numbers = [0, 9, 10, 99, 1_000, 5_000, 123_456_789]
+    for step in reversed(numbers):
+        store.path(step).touch()
+    others = ["step_1.safetensors", "step_000000001.safetensors.bak", "notes.txt"]
+    for name in others:
+        (tmp_path / name).touch()
+    assert sorted(map(str, checkpoint_paths(tmp_path))) == [str(store.path(step)) for step in numbers]
+    store.prune(best_step=9)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == sorted([*others, store.path(9).name, store.path(numbers[-1]).name])
+
+
+def test_a_run_keeps_the_last_ones_and_the_best(start, monkeypatch):
+    losses = iter([4.0, 1.0, 3.0, 2.0, 2.5, 2.6, 2.7])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, step: Evaluation(step, 3.0, next(losses), 1e-3))
+    assert start("--eval-interval", 1, "--checkpoint-interval", 1).code == 0
+    assert steps() == [1, 5, 6]
+    newest = newest_checkpoint(only_run(), pytest.fail)
+    assert (newest.progress.best_step, newest.progress.best_val) == (1, 1.0)
+
+
+# --- interrupted and resumed --------------------------------------------------------------------------
+
+MANNERS = {
+    "adamw": [],
+    "sgd": ["--optimizer", "sgd", "--learning-rate", 0.1],
+    "dropout": ["--dropout", 0.3],
+    "accumulation": ["--grad-accum-steps", 3],
+    "clipping": ["--grad-clip", 0.1],
+    "bfloat16": ["--dtype", "bfloat16"],
+    "cosine": ["--lr-schedule", "cosine", "--warmup-iters", 2],
+    "linear": ["--lr-schedule", "linear", "--min-lr", 1e-4],
+    "step": ["--lr-schedule", "step"],
+    "wsd": ["--lr-schedule", "wsd", "--warmup-iters", 2],
+}
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_a_signal_and_a_resume_change_no_byte(manner, start, train, monkeypatch):
+    assert start(*MANNERS[manner], into="whole").code == 0
+    stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
+    result = start(*MANNERS[manner])
+    assert result.code == 143
+    assert steps()[-1] == 3
+    assert train("--resume", "latest").code == 0
+    assert_same_end()
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_crash_at_any_step_and_a_resume_change_no_byte(step, start, train, monkeypatch):
+    flags = ["--dropout", 0.2, "--checkpoint-interval", 2]
+    assert start(*flags, into="whole").code == 0
+    stop_at(step, monkeypatch, explode)
+    with pytest.raises(Boom):
+        start(*flags)
+    assert steps()[-1] == step - step % 2
+    assert train("--resume", "latest").code == 0
+    assert_same_end()
+
+
+def test_a_run_interrupted_at_every_step_ends_with_the_same_bytes(start, train, monkeypatch):
+    assert start("--dropout", 0.2, into="whole").code == 0
+    stop_at(0, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    assert start("--dropout", 0.2).code == 130
+    for step in range(1, 5):
+        stop_at(step, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+        assert train("--resume", "latest").code == 130
+        assert steps()[-1] == step + 1
+    assert train("--resume", "latest").code == 0
+    assert_same_end()
+
+
+def test_a_signal_prints_the_command_that_goes_on(start, train, text_file, monkeypatch):
+    for into in ("runs", "other runs"):
+        stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+        result = start(into=into)
+        assert result.code == 130
+        line = result.out.splitlines()[-1]
+        said, command = line.split("; go on with: ")
+        assert said == "stopped at step 3"
+        words = shlex.split(command)
+        assert words[:3] == ["python", "train.py", "--resume"]
+        assert train(*words[2:]).code == 0
+        assert final(into)["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--checkpoint-interval", 1, "--keep-checkpoints", 1],
+        ["--checkpoint-interval", 0, "--histogram-interval", 1],
+        ["--export", "last", "--patience", 100],
+        ["--eval-interval", 3],
+        ["--eval-iters", 7],
+    ],
+)
+def test_other_intervals_after_a_resume_leave_the_weights_the_same(flags, start, train, monkeypatch):
+    assert start(into="whole").code == 0
+    stop_at(3, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    assert start().code == 130
+    assert train("--resume", "latest", *flags).code == 0
+    assert_same_tensors(checkpoint(6, "whole"), checkpoint(6))
+
+
+@pytest.mark.parametrize("way", ["latest", "run id", "run directory", "absolute path"])
+def test_the_ways_to_name_a_run(way, start, train, monkeypatch):
+    stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    start()
+    run = only_run()
+    name = {"latest": way, "run id": run.name, "run directory": run, "absolute path": run.absolute()}[way]
+    assert train("--resume", name).code == 0
+    assert final()["steps"] == 6
+
+
+def test_latest_is_the_newest_run(start, train):
+    for _ in range(2):
+        start()
+    _, newest = sorted(path for path in Path("runs").iterdir() if path.is_dir())
+    result = train("--resume", "latest", "--max-iters", 7)
+    assert result.code == 0
+    assert str(newest) in result.out
+    assert json.loads((newest / "eval/final.json").read_text())["steps"] == 7
+
+
+def test_a_run_goes_on_from_one_of_its_checkpoints(start, train):
+    assert start(*ALL_KEPT, into="whole").code == 0
+    assert start(*ALL_KEPT).code == 0
+    result = train("--resume", checkpoint(2))
+    assert result.code == 0
+    removed = [line for line in result.out.splitlines() if line.startswith("removing ")]
+    assert removed == [
+        f"removing step_{step:09d}.safetensors: the run goes on from step_000000002.safetensors"
+        for step in (3, 4, 5, 6)
+    ]
+    assert_same_end()
+
+
+@pytest.mark.parametrize("flags, code", [(["--print-config"], 0), (["--learning-rate", 9], 2)])
+def test_a_resume_that_does_not_start_removes_nothing(flags, code, start, train):
+    assert start(*ALL_KEPT).code == 0
+    before = metrics()
+    assert train("--resume", checkpoint(2), *flags).code == code
+    assert steps() == [0, 1, 2, 3, 4, 5, 6]
+    assert metrics() == before
+
+
+def test_a_finished_run_resumed_is_as_it_was(start, train):
+    assert start().code == 0
+    kept = [*only_run().rglob("*.safetensors"), only_run() / "logs/metrics.jsonl"]
+    before = {path: path.read_bytes() for path in kept}
+    assert train("--resume", "latest").code == 0
+    assert {path: path.read_bytes() for path in kept} == before
+    assert [*only_run().rglob("*.safetensors"), only_run() / "logs/metrics.jsonl"] == kept
+    assert final()["steps"] == 6
+
+
+def test_metrics_of_a_resumed_run_have_every_row_once(start, train, monkeypatch):
+    stop_at(3, monkeypatch, explode)
+    with pytest.raises(Boom):
+        start("--checkpoint-interval", 2)
+    path = only_run() / "logs/metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 3, "loss/train_st')
+    assert train("--resume", "latest").code == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss/train_step" in row] == [0, 1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if "loss/val" in row] == [0, 2, 4, 6]
+
+
+# --- damaged, missing, in use -------------------------------------------------------------------------
+
+
+def test_a_damaged_newest_checkpoint_is_a_warning_and_the_older_one(start, train, monkeypatch):
+    assert start(*ALL_KEPT, into="whole").code == 0
+    stop_at(4, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    assert start(*ALL_KEPT).code == 130
+    damage(checkpoint(5))
+    checkpoint(4).write_bytes(b"")
+    result = train("--resume", "latest")
+    assert result.code == 0
+    warnings = [line for line in result.err.splitlines() if line.startswith("warning: ")]
+    assert [str(checkpoint(5)) in warnings[0], str(checkpoint(4)) in warnings[1]] == [True, True]
+    assert all(line.endswith("; trying an older one") for line in warnings)
+    assert_same_end()
+
+
+def test_a_damaged_newer_checkpoint_costs_no_good_one(start, train, monkeypatch):
+    stop_at(4, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    start(*ALL_KEPT)
+    damage(checkpoint(5))
+    damage(checkpoint(4))
+    stop_at(3, monkeypatch, explode)
+    with pytest.raises(Boom):
+        train("--resume", checkpoint(2), "--keep-checkpoints", 1)
+    assert steps()[-1] == 3
+    assert newest_checkpoint(only_run(), pytest.fail).progress.step == 3
+
+
+def test_only_damaged_checkpoints_are_an_error(start, train):
+    start(*ALL_KEPT)
+    for path in checkpoint_paths(only_run() / "artifacts/checkpoints"):
+        damage(path)
+    result = train("--resume", "latest")
+    assert result.code == 2
+    assert f"error: {only_run()}: none of its 7 checkpoints can be read\n" in result.err
+    assert steps() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_without_a_checkpoint_cannot_go_on(start, train):
+    start()
+    shutil.rmtree(only_run() / "artifacts/checkpoints")
+    result = train("--resume", "latest")
+    assert result.code == 2
+    assert f"error: {only_run()}: it has no checkpoint yet\n" in result.err
+
+
+@pytest.mark.parametrize("name", ["latest", "2020-01-01_001", "nowhere/at/all"])
+def test_a_run_that_is_not_there_cannot_go_on(name, train, text_file):
+    result = train("--resume", name)
+    assert result.code == 2
+    assert result.err.startswith("error: ") and "Traceback" not in result.err
+    assert not Path("runs").exists()
+
+
+def test_a_run_in_use_cannot_go_on(start, train):
+    start()
+    before = metrics()
+    with FileLock(only_run() / ".lock"):
+        result = train("--resume", "latest", "--max-iters", 9)
+    assert result.code == 2
+    assert f"error: {only_run()} is in use by another process\n" in result.err
+    assert metrics() == before
+    assert train("--resume", "latest", "--max-iters", 9).code == 0
+
+
+def test_a_refused_resume_leaves_the_run_free(start, train):
+    start()
+    assert train("--resume", "latest", "--n-embd", 32).code == 2
+    assert train("--resume", "latest").code == 0
+
+
+def test_temporary_files_of_a_killed_process_are_removed(start, train):
+    start()
+    left = [
+        only_run() / name
+        for name in ("artifacts/checkpoints/.step.1.tmp", "artifacts/export/.m.2.tmp", "meta/.x.3.tmp")
+    ]
+    for path in left:
+        path.touch()
+    assert train("--resume", "latest").code == 0
+    assert temporary_files() == []
+
+
+# --- what may change ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag, value, shown",
+    [
+        ("--n-embd", 32, "n_embd: 16 -> 32"),
+        ("--n-layer", 2, "n_layer: 1 -> 2"),
+        ("--block-size", 4, "block_size: 8 -> 4"),
+        ("--dropout", 0.5, "dropout: 0.0 -> 0.5"),
+        ("--batch-size", 3, "batch_size: 2 -> 3"),
+        ("--grad-accum-steps", 2, "grad_accum_steps: 1 -> 2"),
+        ("--learning-rate", 0.5, "learning_rate: 0.001 -> 0.5"),
+        ("--lr-schedule", "cosine", "lr_schedule: 'constant' -> 'cosine'"),
+        ("--optimizer", "sgd", "optimizer: 'adamw' -> 'sgd'"),
+        ("--weight-decay", 0.3, "weight_decay: 0.01 -> 0.3"),
+        ("--grad-clip", 1, "grad_clip: 0.0 -> 1.0"),
+        ("--seed", 7, "seed: 1337 -> 7"),
+        ("--train-split", 0.8, "train_split: 0.9 -> 0.8"),
+    ],
+)
+def test_what_shaped_the_past_may_not_change(flag, value, shown, start, train):
+    start()
+    before = {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()}
+    result = train("--resume", "latest", flag, value)
+    assert result.code == 2
+    assert f"error: the run cannot go on with other values: {shown}\n" in result.err
+    assert {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()} == before
+
+
+def test_every_refused_change_is_shown_at_once(start, train):
+    start()
+    result = train("--resume", "latest", "--seed", 7, "--batch-size", 3)
+    assert "other values: batch_size: 2 -> 3; seed: 1337 -> 7\n" in result.err
+
+
+def test_a_constant_run_may_become_longer(start, train):
+    assert start("--max-iters", 9, into="whole").code == 0
+    assert start().code == 0
+    assert train("--resume", "latest", "--max-iters", 9).code == 0
+    assert_same_tensors(checkpoint(9, "whole"), checkpoint(9))
+    assert final()["steps"] == 9
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "step", "wsd"])
+def test_a_decayed_run_may_not_become_longer(schedule, start, train):
+    start("--lr-schedule", schedule, "--max-iters", 10)
+    result = train("--resume", "latest", "--max-iters", 30)
+    assert result.code == 2
+    moved = f"max_iters: 10 -> 30 (it moves the {schedule} schedule of the steps already taken)"
+    assert moved in result.err
+
+
+def test_a_wsd_run_may_become_longer_while_it_is_stable(start, train, monkeypatch):
+    flags = ["--lr-schedule", "wsd", "--learning-rate", 0.01]
+    assert start(*flags, "--max-iters", 10, into="whole").code == 0
+    stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    start(*flags)
+    assert train("--resume", "latest", "--max-iters", 10).code == 0
+    assert_same_tensors(checkpoint(10, "whole"), checkpoint(10))
+
+
+def test_a_run_cannot_end_before_where_it_is(start, train):
+    start()
+    result = train("--resume", "latest", "--max-iters", 5)
+    assert result.code == 2
+    assert "error: the run is at step 6 already, past max_iters = 5\n" in result.err
+    assert "use --max-iters 6 or more" in result.err
+
+
+def test_another_text_is_refused_and_the_same_text_elsewhere_is_not(start, train, text_file):
+    start()
+    text_file.rename("moved.txt")
+    Path("other.txt").write_text(TEXT.upper(), encoding="utf-8")
+    result = train("--resume", "latest", "--data", "other.txt")
+    assert result.code == 2
+    assert "error: other.txt: this is not the text that the run was trained on\n" in result.err
+    assert train("--resume", "latest", "--data", "moved.txt").code == 0
+
+
+# --- starting from weights ----------------------------------------------------------------------------
+
+
+def test_initial_weights_bring_their_sizes(start, train, text_file):
+    start("--export", "last")
+    source = shutil.copy(export_of(), "model.safetensors")
+    flags = ["--max-iters", 1, "--runs-dir", "new", *QUIET_TRACKERS]
+    result = train("--data", text_file, "--init-from", source, *flags)
+    assert result.code == 0, result.err
+    first = read_checkpoint(checkpoint(0, "new"))
+    assert_same_weights(first.build_model(), BigramLanguageModel().load_safetensors(source))
+    sizes = {name: first.parameters[name] for name in ("n_embd", "n_head", "n_layer", "block_size")}
+    assert sizes == {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8}
+
+
+def test_a_checkpoint_serves_as_initial_weights(start, train, text_file):
+    start()
+    source = checkpoint(6)
+    result = train(
+        "--data", text_file, "--init-from", source, "--max-iters", 1, "--runs-dir", "new", *QUIET_TRACKERS
+    )
+    assert result.code == 0, result.err
+    ours, theirs = read_checkpoint(checkpoint(0, "new")), read_checkpoint(source)
+    assert_same_weights(ours.build_model(), theirs.build_model())
+    assert ours.progress.step == 0
+    assert not any(name.startswith("optimizer.") for name in ours.tensors)
+
+
+def assert_same_weights(a: BigramLanguageModel, b: BigramLanguageModel) -> None:
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_other_sizes_than_the_initial_weights_are_refused(start, train, text_file):
+    start()
+    source = shutil.copy(export_of(), "model.safetensors")
+    result = train("--data", text_file, "--init-from", source, "--n-embd", 32, "--runs-dir", "new")
+    assert result.code == 2
+    assert f"error: {source}: its n_embd is 16, not 32\nhint: leave n_embd out\n" in result.err
+    assert not Path("new").exists()
+
+
+def test_characters_that_differ_from_the_initial_weights_are_shown(start, train, text_file):
+    start()
+    source = shutil.copy(export_of(), "model.safetensors")
+    Path("other.txt").write_text(TEXT.replace("é", "ß").replace("日", ""), encoding="utf-8")
+    result = train("--data", "other.txt", "--init-from", source, "--runs-dir", "new")
+    assert result.code == 2
+    differ = "only in the text: 'ß' (U+00DF); only in the model: 'é' (U+00E9), '日' (U+65E5)"
+    assert f"error: {source}: the vocabularies differ: {differ}\n" in result.err
+    assert not Path("new").exists()
+
+
+def test_damaged_initial_weights_are_refused(start, train, text_file):
+    start()
+    source = shutil.copy(export_of(), "model.safetensors")
+    damage(Path(source))
+    result = train("--data", text_file, "--init-from", source, "--runs-dir", "new")
+    assert result.code == 2
+    assert f"error: {source}: damaged: its bytes do not match its SHA-256\n" in result.err
+
+
+# --- the end of a run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def val_losses(monkeypatch):
+    """Let evaluations find these losses, by step."""
+
+    def script(losses: dict[int, float]) -> None:
+        def evaluate(self, step):
+            return Evaluation(step, 3.0, losses[step], utils_training.learning_rate(self.config, step))
+
+        monkeypatch.setattr(Trainer, "evaluate", evaluate)
+
+    return script
+
+
+def test_lost_patience_ends_the_run_and_exports_the_best(start, val_losses):
+    val_losses({0: 4.0, 2: 1.0, 4: 1.5, 6: 1.0, 8: 0.1})
+    assert start("--max-iters", 20, "--patience", 2, *ALL_KEPT).code == 0
+    assert (final()["steps"], final()["best_step"], steps()[-1]) == (6, 2, 6)
+    provenance = read_tensors(export_of())[1]["provenance"]
+    assert provenance == {"run_id": only_run().name, "weights": "best", "step": 2, "val_loss": 1.0}
+    exported = BigramLanguageModel().load_safetensors(export_of())
+    assert_same_weights(exported, read_checkpoint(checkpoint(2)).build_model())
+
+
+@pytest.mark.parametrize("which, step, loss", [("best", 2, 1.0), ("last", 6, 2.0)])
+def test_the_export_is_what_was_asked_for_and_says_so(which, step, loss, start, val_losses):
+    val_losses({0: 4.0, 2: 1.0, 4: 1.5, 6: 2.0})
+    result = start("--export", which)
+    assert result.code == 0
+    about = {"weights": which, "step": step, "val_loss": loss}
+    assert final()["export"] == about
+    assert read_tensors(export_of())[1]["provenance"] == {"run_id": only_run().name, **about}
+    assert f"{export_of()} ({which} weights, of step {step})" in result.out
+    exported = BigramLanguageModel().load_safetensors(export_of())
+    assert_same_weights(exported, read_checkpoint(checkpoint(step)).build_model())
+
+
+def test_without_its_best_checkpoint_a_run_exports_the_last_weights(start, val_losses, monkeypatch):
+    val_losses({0: 4.0, 2: 1.0, 4: 1.5, 6: 2.0})
+    stop_at(4, monkeypatch, lambda: damage(checkpoint(2)))
+    result = start()
+    assert result.code == 0
+    assert "warning: " in result.err and "exporting the last weights instead of the best" in result.err
+    assert final()["export"] == {"weights": "last", "step": 6, "val_loss": 2.0}
+    exported = BigramLanguageModel().load_safetensors(export_of())
+    assert_same_weights(exported, read_checkpoint(checkpoint(6)).build_model())
+
+
+def test_a_missing_best_checkpoint_is_sought_anew_after_a_resume(start, train, val_losses):
+    val_losses({0: 4.0, 2: 1.0, 4: 1.5, 6: 2.0, 8: 1.9})
+    start(*ALL_KEPT)
+    checkpoint(2).unlink()
+    result = train("--resume", "latest", "--max-iters", 8)
+    assert (result.code, result.err) == (0, "")
+    assert final()["export"] == {"weights": "best", "step": 8, "val_loss": 1.9}
+
+
+def test_output_gets_a_copy_of_the_export(start):
+    assert start("--output", "mine.safetensors").code == 0
+    assert Path("mine.safetensors").read_bytes() == export_of().read_bytes()
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [("no/folder/x", "there is no folder no/folder"), (".", "this is a folder")],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_run(output, message, start):
+    result = start("--output", output)
+    assert result.code == 2
+    assert f"error: --output {output}: {message}\n" in result.err
+    assert not Path("runs").exists()
+
+
+# --- the disk -----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_synced_renamed_and_its_folder_synced(tmp_path, monkeypatch):
+    calls = []
+    names = {}
+    plain = {name: getattr(os, name) for name in ("open", "write", "fsync", "rename", "close")}
+
+    def open_(path, flags, *mode):
+        descriptor = plain["open"](path, flags, *mode)
+        names[descriptor] = Path(path)
+        calls.append(("open", Path(path), flags))
+        return descriptor
+
+    def write(descriptor, data):
+        calls.append(("write", names[descriptor], bytes(data)))
+        return plain["write"](descriptor, data)
+
+    def fsync(descriptor):
+        calls.append(("fsync", names[descriptor]))
+        plain["fsync"](descriptor)
+
+    def rename(a, b):
+        calls.append(("rename", Path(a), Path(b)))
+        plain["rename"](a, b)
+
+    for name, function in {"open": open_, "write": write, "fsync": fsync, "rename": rename}.items():
+        monkeypatch.setattr(files.os, name, function)
+    target = tmp_path / "file"
+    write_atomically(target, b"content")
+    temporary = calls[0][1]
+    assert temporary.parent == tmp_path and temporary != target
+    assert calls == [
+        ("open", temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL),
+        ("write", temporary, b"content"),
+        ("fsync", temporary),
+        ("rename", temporary, target),
+        ("open", tmp_path, os.O_RDONLY),
+        ("fsync", tmp_path),
+    ]
+
+
+def test_a_system_that_takes_few_bytes_at_a_time_gets_them_all(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(files.os, "write", lambda descriptor, data: write(descriptor, data[:3]))
+    write_atomically(tmp_path / "file", b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(Boom), atomic_file(path) as descriptor:
+        os.write(descriptor, b"half")
+        raise Boom
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fail_for(name: str, call: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a system call fail when it is about the file called `name`; a write is half done first."""
+    open_, write, fsync, rename = os.open, os.write, os.fsync, os.rename
+    descriptors = set()
+    error = OSError(code, os.strerror(code))
+
+    def opening(path, *arguments, **options):
+        if call == "open" and name in str(path):
+            raise error
+        descriptor = open_(path, *arguments, **options)
+        (descriptors.add if name in str(path) else descriptors.discard)(descriptor)
+        return descriptor
+
+    def writing(descriptor, data):
+        if call == "write" and descriptor in descriptors:
+            if len(data) < 1000:
+                raise error
+            data = data[: len(data) // 2]
+        return write(descriptor, data)
+
+    def syncing(descriptor):
+        if call == "fsync" and descriptor in descriptors:
+            raise error
+        fsync(descriptor)
+
+    def renaming(a, b, **options):
+        if call == "rename" and name in str(b):
+            raise error
+        rename(a, b, **options)
+
+    for system_call, function in (
+        ("open", opening),
+        ("write", writing),
+        ("fsync", syncing),
+        ("rename", renaming),
+    ):
+        monkeypatch.setattr(files.os, system_call, function)
+
+
+@pytest.mark.parametrize(
+    "call, code",
+    [
+        ("open", errno.EACCES),
+        ("write", errno.ENOSPC),
+        ("write", errno.EFBIG),
+        ("fsync", errno.ENOSPC),
+        ("fsync", errno.EIO),
+        ("rename", errno.ENOSPC),
+        ("rename", errno.EROFS),
+    ],
+)
+def test_a_disk_that_refuses_a_checkpoint_costs_no_older_one(call, code, start, train, monkeypatch):
+    assert start(*ALL_KEPT, into="whole").code == 0
+    with monkeypatch.context() as patch:
+        fail_for("step_000000004", call, code, patch)
+        result = start(*ALL_KEPT)
+    assert result.code == 4
+    assert f"error: cannot write {checkpoint(4)}: {os.strerror(code)}\n" in result.err
+    assert f"then go on: python train.py --resume {only_run().name}\n" in result.err
+    assert steps() == [0, 1, 2, 3]
+    for step in steps():
+        assert_same_tensors(checkpoint(step), checkpoint(step, "whole"))
+    assert temporary_files() == []
+    assert train("--resume", "latest").code == 0
+    assert_same_end()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "final.json", "samples.txt"])
+def test_a_disk_that_refuses_a_result_leaves_a_run_that_can_be_resumed(name, start, train, monkeypatch):
+    assert start(into="whole").code == 0
+    with monkeypatch.context() as patch:
+        fail_for(name, "fsync", errno.ENOSPC, patch)
+        result = start()
+    assert result.code == 4
+    assert f"{name}: {os.strerror(errno.ENOSPC)}\n" in result.err
+    assert temporary_files() == []
+    assert train("--resume", "latest").code == 0
+    assert_same_end()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch):
+    def unlink(self, missing_ok=False):
+        raise PermissionError(errno.EACCES, "no")
+
+    store = CheckpointStore(tmp_path, 1)
+    store.path(1).touch()
+    store.path(2).touch()
+    monkeypatch.setattr(Path, "unlink", unlink)
+    store.prune(None)
+    assert store.path(1).exists()

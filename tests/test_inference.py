@@ -1,0 +1,504 @@
+"""inference.py: which weights it samples, what it prints and how it ends."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, QUIET_TRACKERS, TINY
+from safetensors.torch import load_file, save_file
+
+import inference
+import model as model_module
+from model import BigramLanguageModel
+from parameters import ModelConfig
+
+VOCABULARY = sorted("\n abcdefgé🙂")
+RUN = "runs/2026-01-31_001_first"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower on several threads, much slower where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(seed: int = 0, vocabulary: list[str] = VOCABULARY) -> BigramLanguageModel:
+    """A model whose text varies; another seed writes another text."""
+    torch.manual_seed(seed)
+    config = ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=6, vocab_size=len(vocabulary))
+    model = BigramLanguageModel(config)
+    model.vocabulary = vocabulary
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.6)
+    return model.eval()
+
+
+def export(run: str, model: BigramLanguageModel) -> Path:
+    path = Path(run, "artifacts/export/model.safetensors")
+    path.parent.mkdir(parents=True)
+    model.save_safetensors(path)
+    return path
+
+
+def greedy(model: BigramLanguageModel, prompt: str, n: int) -> str:
+    """The prompt and its likeliest continuation."""
+    idx = torch.tensor([[model.vocabulary.index(character) for character in prompt]])
+    return "".join(model.vocabulary[token] for token in model.generate(idx, n, temperature=0)[0])
+
+
+@pytest.fixture
+def model(workdir):
+    """The model of the only run in the working folder."""
+    model = build()
+    export(RUN, model)
+    return model
+
+
+GREEDY = ("--temperature", 0, "--max-new-tokens", 12)
+
+
+# --- which weights ------------------------------------------------------------------------------------
+
+
+def test_the_latest_run_is_sampled_and_named(sample, model):
+    later = build(1)
+    path = export("runs/2026-02-01_001", later)
+    export("runs/2026-01-31_010", build(2))
+
+    result = sample("--prompt", "ab", *GREEDY)
+
+    assert (result.code, result.out, result.err) == (0, greedy(later, "ab", 12) + "\n", f"{path}\n")
+    assert greedy(later, "ab", 12) != greedy(model, "ab", 12)
+
+
+@pytest.mark.parametrize("name", ["2026-01-31_001_first", RUN, f"./{RUN}/"])
+def test_a_run_is_named_by_id_or_directory(sample, model, name):
+    export("runs/2026-02-01_001", build(1))
+
+    result = sample("--run", name, "--prompt", "ab", *GREEDY)
+
+    assert result.out == greedy(model, "ab", 12) + "\n"
+    assert result.err == f"{RUN}/artifacts/export/model.safetensors\n"
+
+
+def test_a_latest_run_without_weights_is_passed_over(sample, model):
+    Path("runs/2026-02-01_001/artifacts").mkdir(parents=True)
+
+    assert sample("--prompt", "ab", *GREEDY).out == greedy(model, "ab", 12) + "\n"
+
+
+def test_runs_are_looked_for_in_runs_dir(sample, model):
+    Path("runs").rename("elsewhere")
+
+    assert sample("--prompt", "ab", *GREEDY).code == 2
+    assert sample("--runs-dir", "elsewhere", "--prompt", "ab", *GREEDY).out == greedy(model, "ab", 12) + "\n"
+
+
+def test_an_exported_file_is_sampled(sample, model):
+    other = build(1)
+    other.save_safetensors("other.safetensors")
+
+    assert (
+        sample("--model", "other.safetensors", "--prompt", "ab", *GREEDY).out
+        == greedy(other, "ab", 12) + "\n"
+    )
+
+
+def test_a_real_run_is_sampled_from_its_export_and_without_one_from_its_newest_checkpoint(
+    train, sample, text_file
+):
+    assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--export", "last").code == 0
+    (run,) = Path("runs").glob("2*")
+    exported = sample("--prompt", "The", *GREEDY)
+    shutil.rmtree(run / "artifacts/export")
+    checkpoint = sorted((run / "artifacts/checkpoints").iterdir())[-1]
+
+    interrupted = sample("--prompt", "The", *GREEDY)
+    named = sample("--model", checkpoint, "--prompt", "The", *GREEDY)
+
+    assert exported.code == interrupted.code == 0
+    assert exported.out.startswith("The") and len(exported.out) == len("The") + 12 + 1
+    assert exported.out == interrupted.out == named.out
+    assert interrupted.err == f"{checkpoint}\n"
+
+
+# --- the prompt ---------------------------------------------------------------------------------------
+
+
+def test_the_prompt_comes_first(sample, model):
+    result = sample("--prompt", "é🙂\n a", *GREEDY)
+
+    assert result.out == greedy(model, "é🙂\n a", 12) + "\n"
+    assert result.out.startswith("é🙂\n a")
+
+
+def test_a_prompt_longer_than_block_size_is_printed_whole(sample, model):
+    prompt = "abcdefg" * 5
+
+    assert sample("--prompt", prompt, *GREEDY).out == greedy(model, prompt, 12) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "start"), [(VOCABULARY, "\n"), (sorted("b ac"), " "), (sorted("bca"), "a")]
+)
+def test_without_a_prompt_the_text_starts_after_a_line_end_or_the_first_character(
+    sample, workdir, vocabulary, start
+):
+    model = build(vocabulary=vocabulary)
+    export(RUN, model)
+
+    assert sample(*GREEDY).out == greedy(model, start, 12)[1:] + "\n"
+
+
+def test_an_unknown_character_is_an_error_that_says_what_to_do(sample, model):
+    result = sample("--prompt", "aZbé~")
+
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines()[1:] == [
+        "error: not in the model's vocabulary: 'Z' (U+005A), '~' (U+007E)",
+        "hint: leave them out with --unknown skip, or --unknown replace",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("unknown", "vocabulary", "prompt", "printed"),
+    [
+        ("skip", VOCABULARY, "aZbé~", "abé"),
+        ("replace", VOCABULARY, "aZbé~", "a bé "),
+        ("replace", sorted("cab"), "bZ", "ba"),
+        ("error", VOCABULARY, "abé", "abé"),
+    ],
+)
+def test_unknown_characters_are_skipped_or_replaced(sample, workdir, unknown, vocabulary, prompt, printed):
+    model = build(vocabulary=vocabulary)
+    export(RUN, model)
+
+    result = sample("--prompt", prompt, "--unknown", unknown, *GREEDY)
+
+    assert result.out == greedy(model, printed, 12) + "\n"
+
+
+def test_a_prompt_of_which_nothing_is_left_is_no_prompt(sample, model):
+    assert sample("--prompt", "ZZ", "--unknown", "skip", *GREEDY).out == sample(*GREEDY).out
+
+
+# --- the text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_as_many_characters_are_drawn_as_asked_for(sample, model, n):
+    assert len(sample("--prompt", "ab", "--max-new-tokens", n).out) == 2 + n + 1
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(sample, model):
+    one, again, other = (sample("--max-new-tokens", 60, "--seed", seed).out for seed in (7, 7, 8))
+
+    assert one == again != other
+
+
+def test_each_of_several_samples_has_its_own_seed(sample, model):
+    texts = [sample("--max-new-tokens", 30, "--seed", seed).out for seed in (7, 8, 9)]
+
+    result = sample("--max-new-tokens", 30, "--seed", 7, "--num-samples", 3)
+
+    assert result.out == "".join(f"--- sample {i + 1}\n{text}" for i, text in enumerate(texts))
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("flags", [("--temperature", 0), ("--top-k", 1), ("--top-p", 1e-9)])
+def test_the_likeliest_text_needs_no_seed(sample, model, flags):
+    for seed in (1, 2):
+        result = sample("--prompt", "ab", *flags, "--seed", seed, "--max-new-tokens", 20)
+        assert result.out == greedy(model, "ab", 20) + "\n"
+
+
+def test_stop_ends_the_text_behind_it(sample, model):
+    whole = sample("--max-new-tokens", 200, "--seed", 3).out
+    stop = whole[20:22]
+
+    stopped = sample("--max-new-tokens", 200, "--seed", 3, "--stop", stop).out
+
+    assert stopped == whole[: whole.index(stop) + 2] + "\n"
+    assert len(stopped) < len(whole)
+
+
+def test_stop_is_not_sought_in_the_prompt(sample, model, monkeypatch):
+    drawn = iter([torch.tensor([VOCABULARY.index(character)]) for character in "babcd"])
+    monkeypatch.setattr(model_module, "next_token", lambda *_: next(drawn))
+
+    assert sample("--prompt", "a", "--stop", "ab", "--max-new-tokens", 5).out == "abab\n"
+
+
+def test_characters_appear_one_by_one_as_they_are_drawn(model, monkeypatch):
+    events: list[str] = []
+
+    class Screen(io.StringIO):
+        def write(self, text):
+            events.append(text)
+            return len(text)
+
+        def flush(self):
+            events.append("flush")
+
+    next_token, text = model_module.next_token, greedy(model, "ab", 3)[2:]
+
+    def draw(*arguments):
+        events.append("draw")
+        return next_token(*arguments)
+
+    monkeypatch.setattr(model_module, "next_token", draw)
+    monkeypatch.setattr(sys, "stdout", Screen())
+
+    inference.main(["--prompt", "ab", "--temperature", "0", "--max-new-tokens", "3"])
+
+    assert events == [
+        "ab",
+        *("draw", text[0], "flush"),
+        *("draw", text[1], "flush"),
+        *("draw", text[2], "flush"),
+        *("\n", "flush"),
+    ]
+
+
+# --- interactive --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def type_in(monkeypatch):
+    """Answers for input(): texts, or exceptions; behind the last one comes Ctrl-D."""
+
+    def prepare(*answers):
+        remaining = iter([*answers, EOFError])
+
+        def answer(question):
+            assert question == "> "
+            given = next(remaining)
+            if isinstance(given, str):
+                return given
+            raise given
+
+        monkeypatch.setattr("builtins.input", answer)
+
+    return prepare
+
+
+def test_prompts_are_continued_until_ctrl_d(sample, model, type_in):
+    type_in("ab", "🙂")
+
+    result = sample("--interactive", *GREEDY)
+
+    assert result.code == 0
+    assert result.out == f"{greedy(model, 'ab', 12)}\n{greedy(model, '🙂', 12)}\n\n"
+    assert result.err.splitlines()[1:] == ["a prompt, then Enter; Ctrl-C stops a text, Ctrl-D ends"]
+
+
+def test_an_empty_line_is_a_text_from_the_default_prompt(sample, model, type_in):
+    type_in("")
+
+    assert sample("--interactive", *GREEDY).out == greedy(model, "\n", 12)[1:] + "\n\n"
+
+
+def test_one_prompt_twice_gives_two_texts_and_the_seed_decides_both(sample, model, type_in):
+    outputs = []
+    for _ in range(2):
+        type_in("ab", "ab")
+        outputs.append(sample("--interactive", "--max-new-tokens", 40, "--seed", 5).out)
+
+    assert outputs[0] == outputs[1]
+    assert outputs[0][:43] != outputs[0][43:86]
+
+
+def test_ctrl_c_ends_a_text_and_asks_again(sample, model, type_in, monkeypatch):
+    type_in("ab", "cd")
+    next_token, draws = model_module.next_token, []
+
+    def interrupted(*arguments):
+        draws.append(arguments)
+        if len(draws) == 4:
+            raise KeyboardInterrupt
+        return next_token(*arguments)
+
+    monkeypatch.setattr(model_module, "next_token", interrupted)
+
+    result = sample("--interactive", *GREEDY)
+
+    assert result.code == 0
+    assert result.out == f"{greedy(model, 'ab', 3)}\n{greedy(model, 'cd', 12)}\n\n"
+
+
+def test_ctrl_c_at_the_prompt_asks_again(sample, model, type_in):
+    type_in(KeyboardInterrupt, "ab")
+
+    assert sample("--interactive", *GREEDY).out == f"\n{greedy(model, 'ab', 12)}\n\n"
+
+
+def test_an_unknown_character_is_a_message_and_not_the_end(sample, model, type_in):
+    type_in("aZ", "ab")
+
+    result = sample("--interactive", *GREEDY)
+
+    assert (result.code, result.out) == (0, f"{greedy(model, 'ab', 12)}\n\n")
+    assert result.err.splitlines()[-2:] == [
+        "error: not in the model's vocabulary: 'Z' (U+005A)",
+        "hint: leave them out with --unknown skip, or --unknown replace",
+    ]
+
+
+def test_typed_bytes_that_are_no_text_are_an_unknown_character(sample, model, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"a\xff\nab\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+
+    result = sample("--interactive", *GREEDY)
+
+    assert (result.code, result.out) == (0, f"> > {greedy(model, 'ab', 12)}\n> \n")
+    assert "error: not in the model's vocabulary: '\ufffd' (U+FFFD)" in result.err
+
+
+# --- how it ends --------------------------------------------------------------------------------------
+
+
+def test_a_closed_pipe_ends_it_quietly(model):
+    command = [sys.executable, PROJECT / "inference.py", "--max-new-tokens", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        assert len(process.stdout.read(5)) == 5
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+
+    assert process.returncode == 0
+    assert errors == f"{RUN}/artifacts/export/model.safetensors\n"
+
+
+def test_ctrl_c_ends_it_without_a_traceback(sample, model, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_module, "next_token", interrupted)
+
+    result = sample()
+
+    assert result.code == 130
+    assert result.err == f"{RUN}/artifacts/export/model.safetensors\n"
+
+
+HELP = "python inference.py --help lists every flag"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        ("--temperature -1", "--temperature -1.0: must be 0 or above", HELP),
+        ("--temperature nan", "--temperature nan: must be 0 or above", HELP),
+        ("--temperature inf", "--temperature inf: must be 0 or above", HELP),
+        ("--top-k 0", "--top-k 0: must be at least 1", HELP),
+        ("--top-p 0", "--top-p 0.0: must be above 0, at most 1", HELP),
+        ("--top-p 1.5", "--top-p 1.5: must be above 0, at most 1", HELP),
+        ("--num-samples 0", "--num-samples 0: must be at least 1", HELP),
+        ("--max-new-tokens -1", "--max-new-tokens -1: must be at least 0", HELP),
+        ("--seed -1", "--seed -1: must be at least 0 and below 2**63", HELP),
+        (f"--seed {2**63}", f"--seed {2**63}: must be at least 0 and below 2**63", HELP),
+        ("--temprature 1", "unknown flag --temprature; did you mean --temperature?", HELP),
+        ("stray", "'stray' belongs to no flag", HELP),
+        ("--model", "argument --model: expected one argument", HELP),
+        ("--run a --model b", "argument --model: not allowed with argument --run", HELP),
+        ("--top-k many", "argument --top-k: invalid int value: 'many'", HELP),
+        ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", None),
+        (
+            "--device cuda:99",
+            "--device cuda:99: this machine has no such device",
+            "use --device auto or --device cpu",
+        ),
+        (
+            "--run nothing",
+            "nothing: no such run in runs, and no run directory",
+            "the latest is 2026-01-31_001_first",
+        ),
+        ("--model nothing", "nothing: no such file", None),
+        ("--model runs", f"runs: cannot be read: {os.strerror(21)}", None),
+    ],
+)
+def test_bad_arguments_end_with_one_error(sample, model, arguments, error, hint):
+    result = sample(*arguments.split())
+
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines() == [f"error: {error}", *([f"hint: {hint}"] if hint else [])]
+
+
+def test_all_that_is_wrong_with_the_arguments_is_said_at_once(sample, model):
+    result = sample("--top-k", 0, "--tok-p", 1, "--seed", -1)
+
+    assert result.code == 2
+    assert [line.strip() for line in result.err.splitlines()] == [
+        "error: 3 problems:",
+        "- unknown flag --tok-p; did you mean --top-p?",
+        "- --top-k 0: must be at least 1",
+        "- --seed -1: must be at least 0 and below 2**63",
+        f"hint: {HELP}",
+    ]
+
+
+def test_the_largest_seed_serves_several_samples(sample, model):
+    assert sample("--seed", 2**63 - 1, "--num-samples", 2, "--max-new-tokens", 2).code == 0
+
+
+def test_without_any_run_the_hint_says_how_to_get_one(sample, workdir):
+    result = sample()
+
+    assert result.code == 2
+    assert result.err.splitlines() == [
+        "error: no run in runs has any weights yet",
+        "hint: train one: python train.py, or name a --model",
+    ]
+
+
+def test_a_named_run_without_weights_says_so(sample, model):
+    Path("runs/2026-02-01_001/artifacts").mkdir(parents=True)
+
+    result = sample("--run", "2026-02-01_001")
+
+    assert result.code == 2
+    assert result.err.splitlines()[0] == "error: 2026-02-01_001 has not any weights yet"
+
+
+def cut(path: Path) -> str:
+    path.write_bytes(path.read_bytes()[:-1])
+    return "not a whole safetensors file ("
+
+
+def flip(path: Path) -> str:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return "damaged: its bytes do not match its SHA-256\n"
+
+
+def strip_metadata(path: Path) -> str:
+    save_file(load_file(path), path)
+    return "it does not hold its vocabulary\n"
+
+
+def pickle(path: Path) -> str:
+    torch.save({"a": torch.zeros(1)}, path)
+    return "this is a PyTorch pickle file (.pt), which could run code when it is read\n"
+
+
+@pytest.mark.parametrize("damage", [cut, flip, strip_metadata, pickle])
+def test_a_file_that_cannot_be_sampled_says_why(sample, model, damage):
+    path = Path(RUN, "artifacts/export/model.safetensors")
+    complaint = damage(path)
+
+    result = sample()
+
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: {path}: {complaint}")
+    assert len(result.err.splitlines()) == 2

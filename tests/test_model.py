@@ -1,0 +1,905 @@
+"""model.py and its files: against a plain computation of the same network from the exported tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import model as model_module
+from errors import Alg1Error
+from files import read_tensors, write_tensors
+from model import BigramLanguageModel, check_sampling, next_token
+from parameters import ModelConfig, field_names
+
+SIZES = [
+    {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8, "vocab_size": 11},
+    {"n_embd": 24, "n_head": 3, "n_layer": 2, "block_size": 5, "vocab_size": 30},
+    {"n_embd": 8, "n_head": 8, "n_layer": 1, "block_size": 4, "vocab_size": 2},
+    {"n_embd": 12, "n_head": 1, "n_layer": 3, "block_size": 7, "vocab_size": 65},
+    {"n_embd": 64, "n_head": 4, "n_layer": 4, "block_size": 32, "vocab_size": 65},
+    {"n_embd": 6, "n_head": 3, "n_layer": 1, "block_size": 1, "vocab_size": 5},
+]
+SMALL = SIZES[0]
+VOCABULARY = sorted("\n !abcdefgé")  # as many as SMALL's vocab_size
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower on several threads, much slower where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(seed: int = 0, spread: float = 0.3, **sizes) -> BigramLanguageModel:
+    """A model in which every number matters: biases, scales and positions too are far from 0 and 1."""
+    model = BigramLanguageModel(ModelConfig(**(SMALL | sizes)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * spread
+            parameter.copy_(noise + (1 if ".ln" in name or name == "ln_f.weight" else 0))
+    return model.eval()
+
+
+def random_tokens(model: BigramLanguageModel, B: int, T: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (B, T), generator=generator)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A small model with a vocabulary, and its file."""
+    model = build(dropout=0.25)
+    model.vocabulary = VOCABULARY
+    model.provenance = {"run_id": "2026-01-31_001", "val_loss": 1.5}
+    path = tmp_path / "model.safetensors"
+    model.save_safetensors(path)
+    return model, path
+
+
+def snapshot(model: BigramLanguageModel) -> tuple:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return state, dataclasses.replace(model.config), model.vocabulary, dict(model.provenance)
+
+
+def assert_same(one: tuple, other: tuple) -> None:
+    assert one[1:] == other[1:]
+    assert one[0].keys() == other[0].keys()
+    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+
+
+# --- the network --------------------------------------------------------------------------------------
+
+
+def layer_norm(x, tensors, name):
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / (variance + 1e-5).sqrt() * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+
+def plain_logits(path: Path, idx: torch.Tensor) -> torch.Tensor:
+    """The network as the lecture writes it, head by head, from the names in the file alone."""
+    tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
+    T = idx.shape[1]
+    x = tensors["token_embedding_table.weight"][idx] + tensors["position_embedding_table.weight"][:T]
+    layer = 0
+    while f"blocks.{layer}.ln1.weight" in tensors:
+        block = f"blocks.{layer}"
+        normed = layer_norm(x, tensors, f"{block}.ln1")
+        heads, head = [], 0
+        while f"{block}.sa.heads.{head}.key.weight" in tensors:
+            prefix = f"{block}.sa.heads.{head}"
+            q, k, v = (normed @ tensors[f"{prefix}.{part}.weight"].T for part in ("query", "key", "value"))
+            scores = q @ k.transpose(1, 2) / k.shape[-1] ** 0.5
+            scores = scores.masked_fill(torch.tril(torch.ones(T, T)) == 0, float("-inf"))
+            heads.append(scores.softmax(-1) @ v)
+            head += 1
+        joined = torch.cat(heads, dim=-1)
+        x = x + joined @ tensors[f"{block}.sa.proj.weight"].T + tensors[f"{block}.sa.proj.bias"]
+        net = f"{block}.ffwd.net"
+        hidden = layer_norm(x, tensors, f"{block}.ln2") @ tensors[f"{net}.0.weight"].T
+        hidden = (hidden + tensors[f"{net}.0.bias"]).clamp(min=0)
+        x = x + hidden @ tensors[f"{net}.2.weight"].T + tensors[f"{net}.2.bias"]
+        layer += 1
+    return layer_norm(x, tensors, "ln_f") @ tensors["lm_head.weight"].T + tensors["lm_head.bias"]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_logits_and_loss_equal_the_plain_computation_from_the_file(tmp_path, sizes):
+    model = build(spread=0.15, **sizes)
+    path = tmp_path / "model.safetensors"
+    model.save_safetensors(path)
+    for T in {1, sizes["block_size"] // 2 + 1, sizes["block_size"]}:
+        idx, targets = random_tokens(model, 3, T), random_tokens(model, 3, T, seed=2)
+
+        logits, loss = model(idx, targets)
+
+        plain = plain_logits(path, idx)
+        assert logits.shape == (3, T, sizes["vocab_size"]) and logits.dtype == torch.float32
+        assert (logits - plain).abs().max() < 1e-5
+        likelihoods = plain.softmax(-1).gather(2, targets[:, :, None])
+        assert loss.shape == ()
+        assert loss.item() == pytest.approx(-likelihoods.log().mean().item(), abs=1e-5)
+        assert torch.equal(loss, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1)))
+
+
+def test_without_targets_there_is_no_loss():
+    model = build()
+    assert model(random_tokens(model, 2, 4))[1] is None
+
+
+@pytest.mark.parametrize("sizes", SIZES[:3])
+def test_each_head_equals_its_slice_of_the_fused_result(sizes):
+    model = build(**sizes)
+    attention = model.blocks[0].sa
+    x = torch.randn(2, sizes["block_size"], sizes["n_embd"], generator=torch.Generator().manual_seed(3))
+    joined = torch.cat([head(x) for head in attention.heads], dim=-1)
+
+    assert len(attention.heads) == sizes["n_head"]
+    assert torch.allclose(attention.proj(joined), attention(x), atol=1e-5)
+
+
+def test_the_weights_of_a_head_are_its_tensors_in_the_file(exported):
+    model, path = exported
+    tensors = load_file(path)
+    for h, head in enumerate(model.blocks[0].sa.heads):
+        for part in ("query", "key", "value"):
+            assert torch.equal(getattr(head, part), tensors[f"blocks.0.sa.heads.{h}.{part}.weight"])
+
+
+def test_attention_weights_sum_to_one_and_see_nothing_of_the_future():
+    attention = build(spread=1.0).blocks[0].sa
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(3))
+    for head in attention.heads:
+        weights = head.weights(x)
+
+        assert weights.shape == (2, 8, 8)
+        assert torch.allclose(weights.sum(-1), torch.ones(2, 8))
+        assert (weights.triu(1) == 0).all()
+        assert (weights.tril() > 0).any(-1).all()
+
+
+@pytest.mark.parametrize("changed", range(1, 8))
+def test_a_later_character_never_changes_earlier_logits(changed):
+    model = build()
+    idx = random_tokens(model, 2, 8)
+    other = idx.clone()
+    other[:, changed] = (other[:, changed] + 1) % model.config.vocab_size
+
+    before, after = model(idx)[0], model(other)[0]
+
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.allclose(before[:, changed:], after[:, changed:])
+
+
+def test_the_reference_model_has_its_number_of_parameters():
+    model = BigramLanguageModel(ModelConfig(vocab_size=65))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 209_729
+
+
+def test_a_new_model_knows_nothing_yet():
+    torch.manual_seed(0)
+    model = BigramLanguageModel(ModelConfig(vocab_size=65))
+    idx = random_tokens(model, 8, 32)
+
+    loss = model(idx, random_tokens(model, 8, 32, seed=2))[1]
+
+    assert loss.item() == pytest.approx(torch.tensor(65.0).log().item(), abs=0.05)
+
+
+def test_dropout_is_active_only_in_training():
+    model, plain = build(dropout=0.5), build(dropout=0.0)
+    idx = random_tokens(model, 2, 8)
+
+    assert torch.equal(model(idx)[0], plain(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    model.eval()
+    assert torch.equal(model(idx)[0], plain(idx)[0])
+
+
+@pytest.mark.parametrize("dropped", ["sa.dropout", "ffwd.net.3"])
+def test_dropout_stands_behind_attention_and_feed_forward(dropped):
+    assert build(dropout=0.5).blocks[0].get_submodule(dropped).p == 0.5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({"n_embd": 10, "n_head": 3}, "n_embd = 10 must be divisible by n_head = 3 (n_embd = 9 is)"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"dropout": 1.0}, "dropout = 1.0 must be below 1"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(sizes, problem):
+    with pytest.raises(Alg1Error) as raised:
+        BigramLanguageModel(ModelConfig(**(SMALL | sizes)))
+    assert raised.value.message == problem
+
+
+# --- without a config ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module_globals(monkeypatch):
+    for name in field_names(ModelConfig):
+        monkeypatch.setattr(model_module, name, getattr(model_module, name))
+
+
+def test_a_model_without_a_config_reads_the_globals_of_its_module(module_globals):
+    config = ModelConfig(**SIZES[1], dropout=0.5)
+
+    config.apply_to_model_module(model_module)
+    model = BigramLanguageModel()
+
+    assert model.config == config
+    assert model(torch.zeros(2, 5, dtype=torch.int64))[0].shape == (2, 5, 30)
+    assert len(model.blocks) == 2 and model.blocks[0].sa.n_head == 3
+
+
+def test_the_globals_can_be_set_one_by_one(module_globals):
+    model_module.vocab_size, model_module.n_layer = 7, 2
+
+    model = BigramLanguageModel()
+
+    assert model.config == ModelConfig(vocab_size=7, n_layer=2)
+
+
+# --- generation ---------------------------------------------------------------------------------------
+
+
+def recomputed(model, idx: torch.Tensor, n: int, choose) -> torch.Tensor:
+    """Continue idx without a cache; past block_size the older half of a full context is dropped."""
+    size = model.config.block_size
+    context = idx[:, -size:]
+    for _ in range(n):
+        logits = model(context)[0][:, -1]
+        token = choose(logits)[:, None]
+        idx = torch.cat([idx, token], dim=1)
+        full = context.shape[1] == size
+        context = torch.cat([context, token], dim=1)
+        if full:
+            context = context[:, -max(1, size // 2) :]
+    return idx
+
+
+def likeliest(logits):
+    return logits.argmax(-1)
+
+
+@pytest.mark.parametrize("sizes", SIZES[:4])
+@pytest.mark.parametrize("B", [1, 3])
+@torch.no_grad()
+def test_the_cache_gives_the_tokens_of_full_recomputation(sizes, B):
+    model = build(spread=0.5, **sizes)
+    size = sizes["block_size"]
+    for T in range(1, size + 1):
+        idx = random_tokens(model, B, T, seed=T)
+        expected = idx
+        for _ in range(size - T):
+            expected = torch.cat([expected, model(expected)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+        for total in range(T, size + 1):
+            assert torch.equal(model.generate(idx, total - T, temperature=0), expected[:, :total])
+
+
+@torch.no_grad()
+def test_the_cache_gives_the_logits_of_full_recomputation():
+    model = build(spread=0.5, **SIZES[1])
+    idx = random_tokens(model, 2, 5)
+    cache = model_module.KeyValueCache(model.config, 2, model.lm_head.weight)
+
+    pieces = [
+        model(idx[:, :2], cache=cache)[0],
+        *(model(idx[:, t : t + 1], cache=cache)[0] for t in (2, 3, 4)),
+    ]
+
+    assert cache.length == 5
+    assert torch.allclose(torch.cat(pieces, dim=1), model(idx)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@torch.no_grad()
+def test_past_block_size_the_older_half_of_the_context_is_dropped(sizes):
+    model = build(spread=0.5, **sizes)
+    size = sizes["block_size"]
+    for T in {1, max(1, size - 1), size, size + 1, 2 * size + 3}:
+        idx = random_tokens(model, 2, T)
+
+        continued = model.generate(idx, 3 * size + 2, temperature=0)
+
+        assert torch.equal(continued, recomputed(model, idx, 3 * size + 2, likeliest))
+
+
+@pytest.mark.parametrize(
+    ("size", "lengths"), [(1, [1, 1, 1]), (2, [2, 1, 2, 1, 2]), (8, [*range(3, 9), 4, 5])]
+)
+def test_how_much_context_each_character_is_drawn_from(monkeypatch, size, lengths):
+    model = build(block_size=size)
+    seen = []
+    forward = model.forward
+
+    def record(idx, cache):
+        seen.append(cache.length + idx.shape[1])
+        return forward(idx, cache=cache)
+
+    monkeypatch.setattr(model, "forward", record)
+    model.generate(random_tokens(model, 1, lengths[0]), len(lengths))
+
+    assert seen == lengths
+
+
+def test_only_the_last_block_size_characters_of_a_prompt_count():
+    model = build(spread=0.5)
+    idx = random_tokens(model, 1, 20)
+
+    assert torch.equal(
+        model.generate(idx, 9, temperature=0)[:, 20:], model.generate(idx[:, 12:], 9, temperature=0)[:, 8:]
+    )
+
+
+def test_the_stream_yields_what_generate_returns():
+    model = build()
+    idx = random_tokens(model, 3, 2)
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+
+    whole = model.generate(idx, 20, 0.9, 5, 0.95, generators[0])
+    tokens = list(model.generate_stream(idx, 20, 0.9, 5, 0.95, generators[1]))
+
+    assert all(token.shape == (3,) and token.dtype == torch.int64 for token in tokens)
+    assert torch.equal(torch.cat([idx, torch.stack(tokens, dim=1)], dim=1), whole)
+
+
+def test_nothing_more_is_the_prompt():
+    model = build()
+    idx = random_tokens(model, 2, 3)
+    assert torch.equal(model.generate(idx, 0), idx)
+
+
+def plain_probabilities(logits, temperature, top_k, top_p) -> list[float]:
+    """What each token is drawn with: temperature, then the k likeliest, then the fewest that reach p."""
+    scaled = [logit / temperature for logit in logits]
+    order = sorted(range(len(scaled)), key=lambda token: -scaled[token])
+    kept = order[:top_k]
+    powers = {token: 2.718281828459045 ** (scaled[token] - scaled[order[0]]) for token in kept}
+    total = sum(powers.values())
+    reached, nucleus = 0.0, []
+    for token in kept:
+        if top_p is not None and reached >= top_p:
+            break
+        nucleus.append(token)
+        reached += powers[token] / total
+    total = sum(powers[token] for token in nucleus)
+    return [powers[token] / total if token in nucleus else 0.0 for token in range(len(logits))]
+
+
+LOGITS = [0.5, 2.0, -1.0, 1.5, 0.0, -30.0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, None, None),
+        (0.5, None, None),
+        (3.0, None, None),
+        (1.0, 1, None),
+        (1.0, 3, None),
+        (1.0, 100, None),
+        (1.0, None, 0.3),
+        (1.0, None, 0.6),
+        (1.0, None, 0.9),
+        (1.0, None, 1.0),
+        (2.0, 4, 0.7),
+        (1e-50, None, None),
+        (1e-5, None, 0.5),
+    ],
+)
+def test_tokens_are_drawn_with_the_plain_probabilities(temperature, top_k, top_p):
+    n = 40_000
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.tensor(LOGITS).expand(n, -1)
+
+    tokens = next_token(rows, temperature, top_k, top_p, generator)
+
+    shares = torch.bincount(tokens, minlength=len(LOGITS)) / n
+    if temperature < 1e-3:
+        expected = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    else:
+        expected = torch.tensor(plain_probabilities(LOGITS, temperature, top_k, top_p))
+    assert torch.equal(shares[expected < 1e-9], torch.zeros(int((expected < 1e-9).sum())))
+    assert torch.allclose(shares, expected, atol=0.012)
+
+
+def test_temperature_zero_takes_the_likeliest_of_each_row():
+    logits = torch.tensor([LOGITS, LOGITS[::-1]])
+    assert next_token(logits, 0.0).tolist() == [1, 4]
+
+
+def test_rows_are_drawn_by_their_own_logits():
+    logits = torch.full((4, 6), -100.0)
+    logits[range(4), [3, 0, 5, 2]] = 0.0
+
+    assert next_token(logits, top_p=0.5).tolist() == [3, 0, 5, 2]
+    assert next_token(logits, top_k=1).tolist() == [3, 0, 5, 2]
+
+
+def test_the_generator_alone_decides_the_text():
+    model = build()
+    idx = random_tokens(model, 2, 2)
+
+    def text(seed, global_seed):
+        torch.manual_seed(global_seed)
+        return model.generate(idx, 30, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    assert text(1, 2) == text(1, 3)
+    assert text(1, 2) != text(4, 2)
+
+
+def script_tokens(monkeypatch, rows):
+    tokens = map(torch.tensor, zip(*rows, strict=True))
+    monkeypatch.setattr(model_module, "next_token", lambda *_: next(tokens))
+
+
+@pytest.mark.parametrize(
+    ("rows", "stop", "drawn"),
+    [
+        ([[5, 1, 2, 3, 4]], [1, 2], 3),
+        ([[5, 1, 2, 3, 4]], [2, 1], 5),
+        ([[5, 1, 2, 3, 4]], [5], 1),
+        ([[5, 1, 2, 3, 4]], [], 5),
+        ([[5, 1, 2, 3, 4]], None, 5),
+        ([[1, 1, 2, 3, 4]], [1, 2], 3),
+        ([[2, 3, 4, 5, 5]], [1, 2], 5),  # the 1 would be the prompt's last
+        ([[1, 2, 5, 5, 5], [5, 5, 1, 2, 5]], [1, 2], 4),
+        ([[1, 2, 5, 5, 5], [5, 5, 5, 5, 5]], [1, 2], 5),
+    ],
+)
+def test_stop_ends_the_text_once_every_row_has_drawn_it(monkeypatch, rows, stop, drawn):
+    script_tokens(monkeypatch, rows)
+    prompt = torch.ones(len(rows), 1, dtype=torch.int64)
+
+    tokens = build().generate(prompt, 5, stop=stop)
+
+    assert tokens[:, 1:].tolist() == [row[:drawn] for row in rows]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_is_without_dropout_and_leaves_the_mode_as_it_was(training):
+    model = build(dropout=0.5).train(training)
+    idx = random_tokens(model, 1, 3)
+
+    texts = {tuple(model.generate(idx, 12, temperature=0)[0].tolist()) for _ in range(5)}
+
+    assert len(texts) == 1
+    assert all(module.training == training for module in model.modules())
+
+
+def test_an_abandoned_stream_leaves_the_mode_as_it_was():
+    model = build().train()
+    stream = model.generate_stream(random_tokens(model, 1, 3), 12)
+    next(stream)
+
+    stream.close()
+
+    assert all(module.training for module in model.modules())
+
+
+def test_generation_keeps_no_graph_and_leaves_gradients_on(monkeypatch):
+    model, graphs = build(), []
+    monkeypatch.setattr(
+        model_module, "next_token", lambda logits, *_: graphs.append(logits.grad_fn) or logits.argmax(-1)
+    )
+
+    for _ in model.generate_stream(random_tokens(model, 1, 3), 3):
+        assert torch.is_grad_enabled()
+
+    assert graphs == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-0.1, None, None), "temperature = -0.1 must be 0 or above"),
+        ((float("inf"), None, None), "temperature = inf must be 0 or above"),
+        ((float("nan"), None, None), "temperature = nan must be 0 or above"),
+        ((1.0, 0, None), "top_k = 0 must be above 0"),
+        ((1.0, None, 0.0), "top_p = 0.0 must be above 0 and at most 1"),
+        ((1.0, None, 1.1), "top_p = 1.1 must be above 0 and at most 1"),
+    ],
+)
+def test_sampling_arguments_out_of_range_are_refused(arguments, message):
+    model = build()
+    with pytest.raises(ValueError) as raised:
+        check_sampling(*arguments)
+    assert str(raised.value) == message
+    with pytest.raises(ValueError):
+        model.generate(random_tokens(model, 1, 1), 1, *arguments)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="idx must hold at least one token"):
+        build().generate(torch.zeros(1, 0, dtype=torch.int64), 1)
+
+
+# --- files: what is written ---------------------------------------------------------------------------
+
+
+def layout(n_embd, n_head, n_layer, block_size, vocab_size) -> dict[str, list[int]]:
+    shapes = {
+        "token_embedding_table.weight": [vocab_size, n_embd],
+        "position_embedding_table.weight": [block_size, n_embd],
+        "ln_f.weight": [n_embd],
+        "ln_f.bias": [n_embd],
+        "lm_head.weight": [vocab_size, n_embd],
+        "lm_head.bias": [vocab_size],
+    }
+    for i in range(n_layer):
+        for h in range(n_head):
+            for part in ("key", "query", "value"):
+                shapes[f"blocks.{i}.sa.heads.{h}.{part}.weight"] = [n_embd // n_head, n_embd]
+        shapes |= {
+            f"blocks.{i}.sa.proj.weight": [n_embd, n_embd],
+            f"blocks.{i}.sa.proj.bias": [n_embd],
+            f"blocks.{i}.ffwd.net.0.weight": [4 * n_embd, n_embd],
+            f"blocks.{i}.ffwd.net.0.bias": [4 * n_embd],
+            f"blocks.{i}.ffwd.net.2.weight": [n_embd, 4 * n_embd],
+            f"blocks.{i}.ffwd.net.2.bias": [n_embd],
+        }
+        for part in ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias"):
+            shapes[f"blocks.{i}.{part}"] = [n_embd]
+    return shapes
+
+
+@pytest.mark.parametrize("sizes", SIZES[:4])
+def test_the_file_has_exactly_the_layout_of_the_lecture(tmp_path, sizes):
+    path = tmp_path / "model.safetensors"
+    build(**sizes).save_safetensors(path)
+
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+    assert shapes == layout(**sizes)
+    assert types == {"F32"}
+
+
+def test_the_file_describes_itself_in_one_string(exported):
+    model, path = exported
+    with safe_open(path, framework="pt") as file:
+        strings = file.metadata()
+
+    assert list(strings) == ["alg1"]
+    about = json.loads(strings["alg1"])
+    assert about["metadata"] == {
+        "format": "alg1-model",
+        "format_version": 1,
+        "model": {**SMALL, "dropout": 0.25},
+        "vocabulary": model.vocabulary,
+        "provenance": {"run_id": "2026-01-31_001", "val_loss": 1.5},
+    }
+
+
+@pytest.mark.parametrize("receiver", [None, *SIZES[:3]])
+def test_save_load_save_gives_the_same_bytes_whatever_the_receivers_sizes(exported, tmp_path, receiver):
+    model, path = exported
+    other = BigramLanguageModel() if receiver is None else build(**receiver)
+
+    assert other.load_safetensors(path) is other
+    other.save_safetensors(tmp_path / "again.safetensors")
+
+    assert_same(snapshot(other), snapshot(model))
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    idx = random_tokens(model, 2, 8)
+    assert torch.equal(other.eval()(idx)[0], model(idx)[0])
+
+
+def test_save_load_save_in_a_fresh_process(exported, tmp_path):
+    _, path = exported
+    script = (
+        "from model import BigramLanguageModel; m = BigramLanguageModel();"
+        "m.load_safetensors('model.safetensors'); m.eval(); m.save_safetensors('again.safetensors')"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_the_bytes_of_a_file_depend_on_nothing_but_the_model(tmp_path):
+    provenance = {"words": "é, \ud800", "more": [None, 0.1], "a": {"z": 1}}
+    for name, pairs in (("one", provenance.items()), ("two", reversed(provenance.items()))):
+        model = build()
+        model.provenance = dict(pairs)
+        model.save_safetensors(tmp_path / name)
+
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loading_keeps_the_mode_of_the_model(exported, training):
+    _, path = exported
+    other = build(**SIZES[1]).train(training)
+
+    other.load_safetensors(path)
+
+    assert all(module.training == training for module in other.modules())
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(exported, monkeypatch):
+    _, path = exported
+    before = path.read_bytes()
+
+    def refuse(*_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(Alg1Error) as raised:
+        build(seed=9).save_safetensors(path)
+
+    assert raised.value.exit_code == 4
+    assert raised.value.message == f"cannot write {path}: {os.strerror(28)}"
+    assert os.listdir(path.parent) == [path.name] and path.read_bytes() == before
+
+
+# --- files: of other programs -------------------------------------------------------------------------
+
+
+def write_reference(path, model, dtype=torch.float32, tril=True):
+    """What the lecture's own program writes: no metadata, and a mask in every head."""
+    model.save_safetensors(path)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    size = model.config.block_size
+    if tril:
+        for i in range(model.config.n_layer):
+            for h in range(model.config.n_head):
+                tensors[f"blocks.{i}.sa.heads.{h}.tril"] = torch.tril(torch.ones(size, size))
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("sizes", SIZES[:4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_file_without_our_metadata_has_its_sizes_read_from_its_shapes(tmp_path, sizes, dtype):
+    model = build(**sizes)
+    path = tmp_path / "reference.safetensors"
+    write_reference(path, model, dtype)
+
+    loaded = BigramLanguageModel().load_safetensors(path)
+
+    assert loaded.config == model.config
+    assert loaded.vocabulary is None and loaded.provenance == {}
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], tensor.to(dtype).float())
+
+
+def test_its_vocabulary_is_given_and_travels_with_the_export(tmp_path):
+    path = tmp_path / "reference.safetensors"
+    write_reference(path, build())
+
+    BigramLanguageModel().load_safetensors(path, VOCABULARY).save_safetensors(path)
+
+    assert BigramLanguageModel().load_safetensors(path).vocabulary == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "complaint"),
+    [
+        ("abc", "the vocabulary has 3 characters, the weights are for 11"),
+        ("", "the vocabulary has 0 characters, the weights are for 11"),
+        ("abcdefghijkl", "the vocabulary has 12 characters, the weights are for 11"),
+        ("bacdefghijk", "the vocabulary is not a sorted set of characters, token by token"),
+        ("aacdefghijk", "the vocabulary is not a sorted set of characters, token by token"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, vocabulary, complaint):
+    path = tmp_path / "reference.safetensors"
+    write_reference(path, build())
+    assert_refused(path, complaint, vocabulary)
+
+
+# --- files: what is refused ---------------------------------------------------------------------------
+
+
+def assert_refused(path, complaint, vocabulary=None):
+    """Loading names the file and the fault, and changes nothing of the model."""
+    receiver = build(seed=5, **SIZES[1])
+    receiver.vocabulary, receiver.provenance = ["a"], {"b": 1}
+    before = snapshot(receiver)
+
+    with pytest.raises(Alg1Error) as raised:
+        receiver.load_safetensors(path, vocabulary)
+
+    assert raised.value.message == f"{path}: {complaint}"
+    assert raised.value.exit_code == 2
+    assert_same(snapshot(receiver), before)
+
+
+def without(name):
+    def change(tensors):
+        del tensors[name]
+
+    return change
+
+
+def put(name, tensor):
+    def change(tensors):
+        tensors[name] = tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (without("ln_f.bias"), "not the weights of this model: ln_f.bias is missing"),
+        (
+            without("blocks.0.sa.heads.1.value.weight"),
+            "not the weights of this model: blocks.0.sa.heads.1.value.weight is missing",
+        ),
+        (
+            without("blocks.0.sa.heads.0.key.weight"),
+            "not the weights of this model: blocks.0.sa.heads.0.key.weight is missing",
+        ),
+        (put("extra", torch.zeros(1)), "not the weights of this model: extra is unknown"),
+        (
+            put("blocks.1.ln2.weight", torch.zeros(16)),
+            "not the weights of this model: blocks.1.ln2.weight is unknown",
+        ),
+        (
+            without("token_embedding_table.weight"),
+            "there is no model of this kind in it (no embedding tables)",
+        ),
+        (
+            put("position_embedding_table.weight", torch.zeros(16)),
+            "there is no model of this kind in it (no embedding tables)",
+        ),
+        (
+            put("position_embedding_table.weight", torch.zeros(0, 16)),
+            "there is no model of this kind in it (no embedding tables)",
+        ),
+        (
+            put("position_embedding_table.weight", torch.zeros(8, 15)),
+            "position_embedding_table.weight has the shape (8, 15), not (8, 16)",
+        ),
+        (put("lm_head.bias", torch.zeros(12)), "lm_head.bias has the shape (12,), not (11,)"),
+        (
+            put("lm_head.bias", torch.zeros(11, dtype=torch.int64)),
+            "lm_head.bias holds torch.int64, not floating numbers",
+        ),
+        (
+            put("blocks.0.sa.heads.2.key.weight", torch.zeros(8, 16)),
+            "its tensors make no model: n_embd = 16 must be divisible by n_head = 3 (n_embd = 15 is)",
+        ),
+        (
+            without("blocks.0.ln1.weight"),
+            "its tensors make no model: n_layer = 0 must be above 0",
+        ),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_refused(tmp_path, change, complaint):
+    path = tmp_path / "reference.safetensors"
+    write_reference(path, build(), tril=False)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+    assert_refused(path, complaint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"model": {**SMALL, "dropout": 0.25, "n_head": 4}}, "its sizes and its tensors do not agree"),
+        ({"model": {**SMALL, "dropout": 0.25, "vocab_size": 12}}, "its sizes and its tensors do not agree"),
+        ({"model": {**SMALL, "dropout": 0.25, "rotary": True}}, "its sizes and its tensors do not agree"),
+        ({"model": "small"}, "its sizes and its tensors do not agree"),
+        ({"vocabulary": ["a", "b"]}, "the vocabulary has 2 characters, the weights are for 11"),
+        (
+            {"vocabulary": list("zabcdefghij")},
+            "the vocabulary is not a sorted set of characters, token by token",
+        ),
+        ({"format": "alg1-checkpoint"}, "this is 'alg1-checkpoint', not an exported model"),
+        ({"format_version": 2}, "format version 2 is not known"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(exported, changes, complaint):
+    _, path = exported
+    tensors, metadata = read_tensors(path)
+    write_tensors(path, tensors, metadata | changes)
+
+    assert_refused(path, complaint)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_pickle_file_is_named_as_such_and_not_opened(tmp_path, as_zip):
+    path = tmp_path / "model.pt"
+    torch.save(build().state_dict(), path, _use_new_zipfile_serialization=as_zip)
+
+    assert_refused(path, "this is a PyTorch pickle file (.pt), which could run code when it is read")
+
+
+def test_what_is_not_there_or_not_a_file_is_named(tmp_path):
+    assert_refused(tmp_path / "nothing", "no such file")
+    assert_refused(tmp_path, f"cannot be read: {os.strerror(21)}")
+
+
+def fails_to_load(path) -> bool:
+    """Whether the file is refused; if it is not, it must hold exactly the tensors it was written with."""
+    model = BigramLanguageModel()
+    try:
+        model.load_safetensors(path)
+    except Alg1Error as error:
+        assert error.message.startswith(f"{path}: ")
+        return True
+    original = build(dropout=0.25).state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
+    assert model.vocabulary in (None, VOCABULARY)
+    return False
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(exported):
+    _, path = exported
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    ends = {*range(20), *range(20, header, 97), header - 1, header, header + 1, len(content) - 1}
+    for end in ends | {*range(header, len(content), len(content) // 40)}:
+        path.write_bytes(content[:end])
+
+        assert fails_to_load(path), f"cut at byte {end}"
+
+
+def flip(content: bytes, position: int, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[position] ^= 1 << bit
+    return bytes(changed)
+
+
+def test_a_flipped_bit_in_the_weights_is_always_refused(exported):
+    _, path = exported
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    choice = random.Random(1)
+    for position in {header, len(content) - 1, *choice.sample(range(header, len(content)), 150)}:
+        path.write_bytes(flip(content, position, choice.randrange(8)))
+
+        assert fails_to_load(path), f"byte {position}"
+
+
+def test_a_flipped_bit_in_the_header_is_refused_or_does_no_harm(exported):
+    _, path = exported
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    choice = random.Random(2)
+    harmless = 0
+    for position in range(header):
+        path.write_bytes(flip(content, position, choice.randrange(8)))
+
+        harmless += not fails_to_load(path)
+
+    assert harmless < header / 100
+
+
+def test_bytes_behind_the_end_are_refused(exported):
+    _, path = exported
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert fails_to_load(path)

@@ -1,0 +1,308 @@
+"""What a run stands on: device, threads, dtype, seeds, memory and signals."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+
+import pytest
+import torch
+from conftest import PROJECT, Result, run_process
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errors import CANNOT_TRAIN, DONE, Alg1Error
+from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
+from utils_alg1.utils_runtime import (
+    Runtime,
+    StopSignals,
+    compiled,
+    derive_seed,
+    find_device,
+    generator,
+    memory_guard,
+    seed_everything,
+    smaller_settings,
+    start_runtime,
+)
+
+SEEDS = st.integers(0, 2**63 - 1)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make torch believe in so many GPUs: `machine(cuda=2, mps=True, bf16=False)`."""
+
+    def pretend(cuda: int = 0, mps: bool = False, bf16: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+@pytest.fixture(autouse=True)
+def threads_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def parameters(batch_size=4, grad_accum_steps=1, n_embd=64, n_head=4) -> Parameters:
+    return Parameters(
+        ModelConfig(n_embd=n_embd, n_head=n_head),
+        TrainConfig(batch_size=batch_size, grad_accum_steps=grad_accum_steps),
+        DataConfig(),
+        TensorBoardConfig(),
+        {},
+    )
+
+
+# --- device, threads, dtype ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, cuda, mps, expected",
+    [
+        ("auto", 0, False, "cpu"),
+        ("auto", 0, True, "cpu"),
+        ("auto", 1, False, "cuda"),
+        ("cpu", 0, False, "cpu"),
+        ("cpu", 2, True, "cpu"),
+        ("cpu:0", 0, False, "cpu:0"),
+        ("cuda", 1, False, "cuda"),
+        ("cuda:0", 1, False, "cuda:0"),
+        ("cuda:1", 2, False, "cuda:1"),
+        ("mps", 0, True, "mps"),
+    ],
+)
+def test_a_device_that_is_there_is_found(name, cuda, mps, expected, machine):
+    machine(cuda, mps)
+    assert find_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    "name, cuda", [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), ("cuda:7", 2), ("mps", 0), ("cpu:1", 0)]
+)
+def test_a_device_that_is_not_there_is_an_error(name, cuda, machine):
+    machine(cuda)
+    with pytest.raises(Alg1Error, match=f"^--device {name}: this machine has no such device$") as caught:
+        find_device(name)
+    assert caught.value.hint == "use --device auto or --device cpu"
+
+
+@pytest.mark.parametrize("name", ["banana", "", "cuda:x", "cuda:-1", "meta", "xla", "CPU "])
+def test_what_is_no_device_is_an_error(name, machine):
+    machine(cuda=1)
+    with pytest.raises(Alg1Error) as caught:
+        find_device(name)
+    assert caught.value.message == f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_are_set_and_recorded(threads):
+    runtime = start_runtime(TrainConfig(device="cpu", threads=threads))
+    assert torch.get_num_threads() == runtime.threads == threads
+
+
+def test_zero_threads_leave_the_choice_to_pytorch():
+    torch.set_num_threads(2)
+    assert start_runtime(TrainConfig(device="cpu", threads=0)).threads == torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    "device, dtype, bf16, expected",
+    [
+        ("cpu", "auto", True, torch.float32),
+        ("cpu", "float32", True, torch.float32),
+        ("cpu", "bfloat16", True, torch.bfloat16),
+        ("cuda", "auto", True, torch.bfloat16),
+        ("cuda", "auto", False, torch.float16),
+        ("cuda", "float32", True, torch.float32),
+        ("cuda", "float16", True, torch.float16),
+    ],
+)
+def test_the_arithmetic_of_a_device(device, dtype, bf16, expected, machine):
+    machine(cuda=1, bf16=bf16)
+    assert start_runtime(TrainConfig(device=device, dtype=dtype)).dtype is expected
+
+
+def test_float16_without_cuda_is_refused():
+    with pytest.raises(Alg1Error, match="--dtype float16 needs CUDA, and the device is cpu") as caught:
+        start_runtime(TrainConfig(device="cpu", dtype="float16"))
+    assert caught.value.hint == "use --dtype float32 or --dtype bfloat16"
+
+
+def test_autocast_is_the_chosen_arithmetic_and_nothing_in_float32():
+    x = torch.ones(2, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        with Runtime(torch.device("cpu"), dtype, 1).autocast():
+            assert (x @ x).dtype is dtype
+
+
+def test_only_float16_scales_the_loss():
+    enabled = {
+        dtype: Runtime(torch.device("cpu"), dtype, 1).loss_scaler().is_enabled()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    assert enabled == {torch.float32: False, torch.bfloat16: False, torch.float16: True}
+
+
+def test_importing_every_module_prints_nothing_and_loads_no_tracker(workdir):
+    names = [path.stem for path in PROJECT.glob("*.py")]
+    names += [f"{p.parent.name}.{p.stem}" for p in PROJECT.glob("utils_*/*.py") if p.stem != "__init__"]
+    heavy = "torch.utils.tensorboard", "aim", "matplotlib", "rich", "torch._inductor"
+    script = workdir / "imports.py"
+    script.write_text(
+        f"import importlib, sys\nsys.path.insert(0, {str(PROJECT)!r})\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        f"print(*set({heavy!r}) & sys.modules.keys(), end='')\n"
+    )
+    assert run_process(str(script)) == Result(0, "", "")
+
+
+# --- seeds --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key, seed",
+    [
+        ((1337, "init"), 4634873138853617305),
+        ((1337, "batch", 0, 0), 8079315375014721145),
+        ((1337, "batch", 1, 0), 743437556134573280),
+        ((1337, "batch", 0, 1), 8117903891587572641),
+        ((1337, "dropout", 0, 0), 806702472666263462),
+        ((1337, "eval-val", 0), 6934021691951275298),
+        ((0, "batch", 0, 0), 8288332835341990934),
+        ((2**63 - 1, "samples"), 3323687792398827075),
+    ],
+)
+def test_derived_seeds_never_change(key, seed):
+    assert derive_seed(*key) == seed
+
+
+def test_derived_seeds_are_distinct():
+    purposes = "init", "batch", "dropout", "eval-train", "eval-val", "samples"
+    keys = list(itertools.product((0, 1, 11, 1337), purposes, range(20), range(12)))
+    assert len({derive_seed(*key) for key in keys}) == len(keys)
+
+
+@given(seed=SEEDS, step=st.integers(0, 2**31), micro_batch=st.integers(0, 10_000))
+def test_derived_seeds_are_what_torch_takes(seed, step, micro_batch):
+    derived = derive_seed(seed, "batch", step, micro_batch)
+    assert 0 <= derived < 2**63
+    assert generator(seed, "batch", step, micro_batch).initial_seed() == derived
+
+
+def test_seeding_decides_what_torch_draws():
+    drawn = []
+    for seed in (1, 1, 2):
+        seed_everything(seed)
+        drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
+    ],
+)
+def test_running_out_of_memory_is_an_error_with_smaller_settings(error):
+    with pytest.raises(Alg1Error, match=r"^out of memory") as caught, memory_guard(parameters()):
+        raise error
+    assert caught.value.exit_code == CANNOT_TRAIN
+    assert caught.value.hint.startswith("try --batch-size 2 --grad-accum-steps 2,")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory"), KeyboardInterrupt()])
+def test_other_errors_pass_through_the_memory_guard(error):
+    with pytest.raises(type(error)) as caught, memory_guard(parameters()):
+        raise error
+    assert caught.value is error
+
+
+def test_pytorch_says_what_the_guard_listens_for():
+    with pytest.raises(Alg1Error, match="out of memory"), memory_guard(parameters()):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "settings, flags",
+    [
+        ({"batch_size": 64}, "--batch-size 32 --grad-accum-steps 2"),
+        ({"batch_size": 5, "grad_accum_steps": 3}, "--batch-size 2 --grad-accum-steps 6"),
+        ({"batch_size": 1, "n_embd": 64, "n_head": 4}, "--n-embd 32"),
+        ({"batch_size": 1, "n_embd": 60, "n_head": 20}, "--n-embd 20"),
+    ],
+)
+def test_smaller_settings_are_named_as_flags(settings, flags):
+    assert smaller_settings(parameters(**settings)).startswith(f"try {flags},")
+
+
+@given(head_size=st.integers(1, 64), n_head=st.integers(1, 16))
+def test_a_smaller_width_is_a_valid_one(head_size, n_head):
+    n_embd = head_size * n_head
+    hint = smaller_settings(parameters(batch_size=1, n_embd=n_embd, n_head=n_head))
+    width = int(re.search(r"--n-embd (\d+)", hint)[1])
+    ModelConfig(n_embd=width, n_head=n_head, vocab_size=2).validate()
+    assert width < n_embd or head_size == 1
+
+
+# --- signals ------------------------------------------------------------------------------------------
+
+STOPPING = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize("number, code", STOPPING)
+def test_the_first_signal_asks_to_stop(number, code, capfd):
+    with StopSignals() as signals:
+        assert (signals.received, signals.exit_code) == (None, DONE)
+        signal.raise_signal(number)
+        assert (signals.received, signals.exit_code) == (number, code)
+    assert capfd.readouterr().err == "\nstopping after this step; once more to leave at once\n"
+
+
+@pytest.mark.parametrize("second, code", STOPPING)
+@pytest.mark.parametrize("first, _", STOPPING)
+def test_the_second_signal_leaves_at_once(first, _, second, code, monkeypatch):
+    class Left(Exception):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with StopSignals():
+        signal.raise_signal(first)
+        with pytest.raises(Left) as caught:
+            signal.raise_signal(second)
+    assert caught.value.args == (code,)
+
+
+def test_handlers_are_restored_also_after_an_error():
+    before = [signal.getsignal(number) for number, _ in STOPPING]
+    with pytest.raises(ZeroDivisionError), StopSignals() as signals:
+        assert [signal.getsignal(number) for number, _ in STOPPING] == [signals._handle] * 2
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number, _ in STOPPING] == before
+
+
+def test_a_compiler_that_fails_is_told_in_one_short_line(monkeypatch):
+    said = []
+
+    def fail(function):
+        raise RuntimeError("x" * 500 + "\nmore")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    call = compiled(lambda: 7, "on", torch.device("cpu"), said.append)
+    assert [call(), call()] == [7, 7]
+    assert len(said) == 1 and "\n" not in said[0] and len(said[0]) < 200

@@ -1,0 +1,519 @@
+"""TensorBoard: what its own reader and its own server find in a run, and the classes used on their own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train as script
+from errors import BAD_INPUT, Alg1Error
+from files import read_tensors
+from parameters import TensorBoardConfig
+from utils_alg1.utils_run_manager import list_runs
+from utils_alg1.utils_trackers import Trackers, read_metrics
+from utils_alg1.utils_training import Trainer
+from utils_tensorboard import server as server_module
+from utils_tensorboard.config import load_tensorboard_config
+from utils_tensorboard.instructions import instructions, launch_command
+from utils_tensorboard.logger import HISTOGRAM_BINS, MetricLogger, model_histograms
+from utils_tensorboard.server import TensorBoardServer
+from utils_tensorboard.writer import TensorBoardWriter
+
+STEPS, EVAL_INTERVAL, HISTOGRAM_INTERVAL = 6, 2, 3  # those of TINY
+EVALUATIONS = [0, 2, 4, 6]
+HISTOGRAMS = [0, 3]
+TENSORBOARD_ONLY = ["--data", "text.txt", *TINY, "--no-aim"]
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    """Everything that TensorBoard's own reader finds, with no sampling."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0})
+    return events.Reload()
+
+
+def scalars(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def curves(metrics_path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The rows of a metrics file as TensorBoard should show them: in float32."""
+    tags = {
+        "loss/train_step": "Loss/train_step",
+        "loss/train": "Loss/train",
+        "loss/val": "Loss/val",
+        "learning_rate": "Learning_Rate",
+    }
+    found: dict[str, list[tuple[int, float]]] = {tag: [] for tag in tags.values()}
+    for row in read_metrics(metrics_path):
+        for key in row.keys() & tags.keys():
+            found[tags[key]].append((int(row["step"]), float(np.float32(row[key]))))
+    return found
+
+
+# --- a run, read back ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with TensorBoard, whose values are kept at each histogram in `values.npz`."""
+    folder = tmp_path_factory.mktemp("tensorboard")
+    log_model_histograms = Trackers.log_model_histograms
+    values = {}
+
+    def keep(trackers, model, step):
+        for name, p in model.named_parameters():
+            values[f"Parameters/{name} {step}"] = p.detach().numpy().copy()
+            values[f"Gradients/{name} {step}"] = p.grad.numpy().copy()
+        log_model_histograms(trackers, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(Trackers, "log_model_histograms", keep)
+        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        assert script.main([*TENSORBOARD_ONLY, "--quiet"]) == 0
+        (path,) = list_runs("runs")
+        path = path.absolute()
+    np.savez(path / "values.npz", **values)
+    return path
+
+
+@pytest.fixture(scope="module")
+def events(run) -> EventAccumulator:
+    return read_events(run / "logs/tensorboard")
+
+
+def test_a_run_has_exactly_these_tags(run, events):
+    tensors, _ = read_tensors(run / "artifacts/checkpoints/step_000000006.safetensors")
+    names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
+    assert len(names) > 10
+    assert set(events.Tags()["scalars"]) == {"Loss/train_step", "Loss/train", "Loss/val", "Learning_Rate"}
+    assert set(events.Tags()["histograms"]) == {
+        f"{kind}/{name}" for name in names for kind in ("Parameters", "Gradients")
+    }
+
+
+def test_a_run_has_one_point_for_each_step_that_was_due(events):
+    steps = {tag: [step for step, _ in points] for tag, points in scalars(events).items()}
+    assert steps == {
+        "Loss/train_step": list(range(STEPS)),
+        "Loss/train": EVALUATIONS,
+        "Loss/val": EVALUATIONS,
+        "Learning_Rate": EVALUATIONS,
+    }
+    for tag in events.Tags()["histograms"]:
+        assert [e.step for e in events.Histograms(tag)] == HISTOGRAMS
+
+
+def test_tensorboard_shows_what_the_metrics_file_says(run, events):
+    assert scalars(events) == curves(run / "logs/metrics.jsonl")
+    assert len({value for _, value in scalars(events)["Loss/train_step"]}) == STEPS
+
+
+def test_histograms_are_those_of_numpy(run, events):
+    checked = 0
+    with np.load(run / "values.npz") as values:
+        for tag in events.Tags()["histograms"]:
+            for event in events.Histograms(tag):
+                histogram, tensor = event.histogram_value, values[f"{tag} {event.step}"].ravel()
+                if tensor.min() == tensor.max():
+                    continue
+                counts, edges = np.histogram(tensor.astype(float), HISTOGRAM_BINS)
+                assert histogram.num == sum(histogram.bucket) == tensor.size
+                assert (histogram.min, histogram.max) == (tensor.min(), tensor.max())
+                assert histogram.bucket == counts.tolist()
+                np.testing.assert_allclose(histogram.bucket_limit, edges[1:])
+                assert histogram.bucket_limit[-1] == tensor.max()
+                middles = (edges[1:] + edges[:-1]) / 2
+                np.testing.assert_allclose(histogram.sum, counts @ middles, atol=1e-12)
+                np.testing.assert_allclose(histogram.sum_squares, counts @ middles**2)
+                checked += 1
+    assert checked > 40
+
+
+def test_a_run_without_tensorboard_writes_no_events(train, text_file):
+    assert train(*TENSORBOARD_ONLY, "--no-tensorboard").code == 0
+    (path,) = list_runs("runs")
+    assert list((path / "logs/tensorboard").iterdir()) == []
+
+
+def test_intervals_decide_which_steps_are_drawn(train, text_file):
+    flags = ["--eval-interval", 4, "--histogram-interval", 0]
+    assert train(*TENSORBOARD_ONLY, *flags).code == 0
+    (path,) = list_runs("runs")
+    found = read_events(path / "logs/tensorboard")
+    assert [step for step, _ in scalars(found)["Loss/val"]] == [0, 4, 6]
+    assert found.Tags()["histograms"] == []
+
+
+# --- a run that was interrupted -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """`at_step(n, function)` calls the function in the update of step n, once."""
+    update = Trainer.update
+
+    def arrange(n, function):
+        def patched(trainer, step):
+            if step == n:
+                monkeypatch.setattr(Trainer, "update", update)
+                function()
+            update(trainer, step)
+
+        monkeypatch.setattr(Trainer, "update", patched)
+
+    return arrange
+
+
+class Killed(BaseException):
+    """Ends a run as no handler expects."""
+
+
+def test_a_stopped_run_goes_on_as_one_clean_curve(train, text_file, run, at_step):
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert train(*TENSORBOARD_ONLY).code == 130
+    (path,) = list_runs("runs")
+    assert [row["step"] for row in read_metrics(path / "logs/metrics.jsonl")][-1] == 2
+    assert train("--resume", "latest").code == 0
+    assert (path / "logs/metrics.jsonl").read_bytes() == (run / "logs/metrics.jsonl").read_bytes()
+    assert scalars(read_events(path / "logs/tensorboard")) == curves(run / "logs/metrics.jsonl")
+
+
+def test_a_killed_run_goes_on_as_one_clean_curve(train, text_file, run, at_step):
+    def kill():
+        raise Killed
+
+    at_step(5, kill)
+    with pytest.raises(Killed):
+        script.main([*map(str, TENSORBOARD_ONLY), "--quiet"])
+    (path,) = list_runs("runs")
+    before = scalars(read_events(path / "logs/tensorboard"))["Loss/train_step"]
+    assert [step for step, _ in before] == [0, 1, 2, 3, 4, 5]  # further than the newest checkpoint
+    assert train("--resume", "latest").code == 0
+    assert (path / "logs/metrics.jsonl").read_bytes() == (run / "logs/metrics.jsonl").read_bytes()
+    events = read_events(path / "logs/tensorboard")
+    assert scalars(events) == curves(run / "logs/metrics.jsonl")
+    assert [e.step for e in events.Histograms("Parameters/lm_head.bias")] == HISTOGRAMS
+
+
+# --- histograms ---------------------------------------------------------------------------------------
+
+
+def one_parameter(values) -> torch.nn.Module:
+    model = torch.nn.Module()
+    model.p = torch.nn.Parameter(torch.tensor(values, dtype=torch.float32))
+    return model
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0, 2.0, 2.0, 7.0],
+        [-1e30, 0.0, 1e30],
+        [3e38, -3e38],
+        [1e-40, 2e-40],
+        [float("nan"), 1.0, 5.0, float("inf"), float("-inf")],
+        [[1.0, 2.0], [3.0, 4.0]],
+    ],
+    ids=str,
+)
+def test_a_histogram_counts_the_finite_values(tmp_path, values):
+    (histogram,) = model_histograms(one_parameter(values))
+    finite = torch.tensor(values).numpy().ravel()
+    finite = finite[np.isfinite(finite)]
+    assert histogram.counts.shape == (HISTOGRAM_BINS,)
+    assert histogram.counts.sum() == finite.size
+    assert (histogram.edges[0], histogram.edges[-1]) == (finite.min(), finite.max())
+    np.testing.assert_allclose(np.diff(histogram.edges), np.ptp(finite.astype(float)) / HISTOGRAM_BINS)
+    assert read_one(tmp_path, values).num == finite.size
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 3.0, -3.0, 1e30, -1e30, 1e-38])
+def test_the_histogram_of_one_value_is_around_it(tmp_path, value):
+    (histogram,) = model_histograms(one_parameter([value] * 5))
+    (bin_,) = np.flatnonzero(histogram.counts)
+    assert histogram.counts[bin_] == 5
+    assert histogram.edges[bin_] <= np.float32(value) <= histogram.edges[bin_ + 1]
+    assert (np.diff(histogram.edges) > 0).all()
+    assert read_one(tmp_path, [value] * 5).num == 5
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [float("inf"), float("-inf"), float("nan")]], ids=str)
+def test_there_is_no_histogram_of_nothing(values):
+    assert list(model_histograms(one_parameter(values))) == []
+
+
+def read_one(folder: Path, values) -> object:
+    """What TensorBoard reads back of the histogram of one parameter."""
+    logger = MetricLogger(TensorBoardWriter(folder, warn=pytest.fail))
+    logger.log_model_histograms(one_parameter(values), 4)
+    logger.close()
+    (event,) = read_events(folder).Histograms("Parameters/p")
+    assert event.step == 4
+    return event.histogram_value
+
+
+def test_a_parameter_and_its_gradient_are_two_histograms():
+    model = one_parameter([1.0, 2.0])
+    model.q = torch.nn.Parameter(torch.ones(3))
+    model.p.grad = torch.tensor([8.0, 9.0])
+    model.q.grad = torch.full((3,), float("nan"))
+    found = {(h.name, h.kind): (h.edges[0], h.edges[-1]) for h in model_histograms(model)}
+    assert found == {("p", "parameter"): (1, 2), ("p", "gradient"): (8, 9), ("q", "parameter"): (0.5, 1.5)}
+
+
+# --- writer and logger on their own -------------------------------------------------------------------
+
+
+def test_a_logger_on_its_own_writes_the_same_tags(tmp_path):
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.ones(1, 2)
+    logger = MetricLogger(TensorBoardWriter(tmp_path / "new" / "folder", warn=pytest.fail))
+    assert logger.enabled
+    logger.log_training_loss(1.5, 3)
+    logger.log_evaluation_metrics(train_loss=1.25, val_loss=2.25, lr=0.5, step=4)
+    logger.log_model_histograms(model, 5)
+    logger.close()
+    assert not logger.enabled
+    events = read_events(tmp_path / "new" / "folder")
+    assert scalars(events) == {
+        "Loss/train_step": [(3, 1.5)],
+        "Loss/train": [(4, 1.25)],
+        "Loss/val": [(4, 2.25)],
+        "Learning_Rate": [(4, 0.5)],
+    }
+    assert set(events.Tags()["histograms"]) == {"Parameters/weight", "Gradients/weight"}
+
+
+def test_a_flush_lets_a_reader_see_every_point(tmp_path):
+    writer = TensorBoardWriter(tmp_path, warn=pytest.fail)
+    for step in range(100):
+        writer.add_scalar("a", float(step), step)
+    writer.flush()
+    assert scalars(read_events(tmp_path))["a"] == [(step, float(step)) for step in range(100)]
+    writer.close()
+
+
+def test_what_is_written_after_the_end_is_dropped(tmp_path):
+    writer = TensorBoardWriter(tmp_path, warn=pytest.fail)
+    writer.add_scalar("a", 1.0, 0)
+    writer.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    writer.add_scalar("a", 2.0, 1)
+    writer.add_histogram("h", np.ones(2), np.arange(3.0), 1)
+    writer.flush()
+    writer.close()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_purge_hides_that_step_and_later_ones_however_fast_it_follows(tmp_path):
+    for session in range(3):
+        writer = TensorBoardWriter(tmp_path, purge_step=session if session else None, warn=pytest.fail)
+        for step in range(session, 6):
+            writer.add_scalar("a", float(session), step)
+        writer.close()
+    assert scalars(read_events(tmp_path))["a"] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+def test_no_two_event_files_are_of_one_second(tmp_path, monkeypatch):
+    now = [1700000000.0]
+
+    def sleep(_: float) -> None:
+        now[0] += 0.25
+
+    clock = types.SimpleNamespace(time=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr("utils_tensorboard.writer.time", clock)
+    (tmp_path / "events.out.tfevents.1700000000.host.9.9").touch()
+    TensorBoardWriter(tmp_path, warn=pytest.fail).close()
+    assert now == [1700000001.0]
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
+    (tmp_path / "file").touch()
+    warnings: list[str] = []
+    writer = TensorBoardWriter(tmp_path / "file" / "logs", warn=warnings.append)
+    assert not writer.enabled
+    writer.add_scalar("a", 1.0, 0)
+    writer.close()
+    (warning,) = warnings
+    assert warning.startswith("TensorBoard is switched off, training goes on: NotADirectoryError")
+
+
+def test_used_on_its_own_a_failure_is_a_python_warning(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="TensorBoard is switched off"):
+        TensorBoardWriter(tmp_path / "file" / "logs")
+
+
+# --- configuration and instructions -------------------------------------------------------------------
+
+
+def test_the_configuration_of_tensorboard_alone(workdir):
+    assert load_tensorboard_config() == TensorBoardConfig()
+    path = workdir / "configs" / "tensorboard.json"
+    path.parent.mkdir()
+    path.write_text('{"port": 7007, "histogram_interval": 0, "tensorboard": false}')
+    expected = TensorBoardConfig(tensorboard=False, histogram_interval=0, port=7007)
+    assert load_tensorboard_config() == load_tensorboard_config(path) == expected
+
+
+def test_every_problem_of_a_configuration_is_told_at_once(workdir):
+    path = workdir / "bad.json"
+    path.write_text('{"port": 0, "histogram_interval": "often", "tensorbord": true}')
+    with pytest.raises(Alg1Error) as error:
+        load_tensorboard_config(path)
+    assert error.value.exit_code == BAD_INPUT
+    for word in ("port", "histogram_interval", "tensorbord", "bad.json"):
+        assert word in error.value.message
+
+
+def test_the_instructions_name_the_folder_and_the_port():
+    assert launch_command() == "tensorboard --logdir=runs --port=6006"
+    assert instructions("my-runs", 7007) == (
+        "tensorboard --logdir=my-runs --port=7007   then open http://localhost:7007"
+    )
+
+
+# --- server -------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def ask(port: int, path: str) -> object:
+    """An answer of TensorBoard's HTTP API, straight from this machine."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    assert response.status == 200, path
+    return json.loads(response.read())
+
+
+def test_the_server_answers_with_the_points_of_a_run_on_loopback_only(run, events):
+    said: list[str] = []
+    port = free_port()
+    with TensorBoardServer(run.parent, port, said.append, pytest.fail) as server:
+        assert server.wait_until_ready()
+        assert not answers("127.0.0.2", port)
+        name = f"{run.name}/logs/tensorboard"
+        end = time.monotonic() + 60
+        while not (tags := ask(port, "/data/plugin/scalars/tags")) and time.monotonic() < end:
+            assert server._process.poll() is None
+        assert set(tags[name]) == set(events.Tags()["scalars"])
+        for tag, points in scalars(events).items():
+            query = f"/data/plugin/scalars/scalars?tag={quote(tag, safe='')}&run={quote(name, safe='')}"
+            assert [(step, value) for _, step, value in ask(port, query)] == points
+        process = server._process
+    assert said == [f"TensorBoard is at http://127.0.0.1:{port}/ while this run lasts"]
+    assert process.poll() is not None
+    assert not answers("127.0.0.1", port)
+
+
+def test_a_busy_port_is_a_warning(tmp_path):
+    warnings: list[str] = []
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        with TensorBoardServer(tmp_path, port, pytest.fail, warnings.append) as server:
+            assert not server.wait_until_ready()
+    assert warnings == [f"TensorBoard is not served: port {port} is busy; try --port N"]
+
+
+def test_a_server_that_cannot_be_started_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module.sys, "executable", str(tmp_path / "no-python"))
+    warnings: list[str] = []
+    with TensorBoardServer(tmp_path, free_port(), pytest.fail, warnings.append):
+        pass
+    (warning,) = warnings
+    assert warning.startswith("TensorBoard is not served: ")
+
+
+def test_a_server_that_ends_early_is_a_warning(tmp_path):
+    warnings: list[str] = []
+    server = TensorBoardServer(tmp_path, free_port(), str, warnings.append)
+    server.start()
+    server._process.kill()
+    server._process.wait()
+    assert not server.wait_until_ready()
+    server.stop()
+    server.stop()
+    assert warnings == [f"the TensorBoard server ended early (exit code {-signal.SIGKILL})"]
+
+
+def test_a_server_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "STOP_TIMEOUT", 0.1)
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    server = TensorBoardServer(tmp_path, free_port(), str, pytest.fail)
+    server._process = process
+    server.stop()
+    assert process.poll() == -signal.SIGKILL
+    process.stdout.close()
+
+
+@pytest.fixture
+def servers(monkeypatch) -> list[subprocess.Popen]:
+    """Every process that a TensorBoardServer starts."""
+    started: list[subprocess.Popen] = []
+    real = subprocess.Popen
+
+    def start(command, **options):
+        process = real(command, **options)
+        if "tensorboard.main" in command:
+            started.append(process)
+        return process
+
+    monkeypatch.setattr(server_module.subprocess, "Popen", start)
+    return started
+
+
+def test_a_run_serves_tensorboard_while_it_lasts(train, text_file, servers):
+    port = free_port()
+    result = train(*TENSORBOARD_ONLY, "--serve-tensorboard", "--port", port)
+    assert (result.code, result.err) == (0, "")
+    assert f"TensorBoard is at http://127.0.0.1:{port}/ while this run lasts" in result.out.splitlines()
+    (process,) = servers
+    assert process.poll() is not None
+    assert process.args[3:] == ["--logdir=runs", "--host=127.0.0.1", f"--port={port}"]
+
+
+def test_a_run_goes_on_without_a_server_where_the_port_is_busy(train, text_file, servers):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        result = train(*TENSORBOARD_ONLY, "--serve-tensorboard", "--port", port)
+    assert result.code == 0
+    assert re.findall("warning: .*", result.err) == [
+        f"warning: TensorBoard is not served: port {port} is busy; try --port N"
+    ]
+    assert servers == []

@@ -1,0 +1,699 @@
+"""The fan-out of metrics: order, durability, replay after a kill, and every way in which a tracker fails."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch.utils.tensorboard  # once, here: the runs below start TensorBoard in a moment
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY
+
+import train as script
+from errors import DISK_FAILED, Alg1Error, Guard
+from files import read_tensors
+from utils_alg1 import utils_trackers
+from utils_alg1.utils_run_manager import create_run, list_runs
+from utils_alg1.utils_trackers import (
+    Background,
+    MetricsFile,
+    Tracker,
+    Trackers,
+    TrackerThread,
+    cut_metrics,
+    read_metrics,
+    start_trackers,
+)
+
+RUN_TINY = ["--data", "text.txt", *TINY, "--quiet"]
+
+
+class Recorder(Tracker):
+    """Remembers what it is told; `block` names calls that wait for `gate`."""
+
+    identity = "hash-1"
+
+    def __init__(self, *block: str):
+        self.heard: list[tuple] = []
+        self.block = block
+        self.gate = threading.Event()
+
+    def _hear(self, *call) -> None:
+        if call[0] in self.block:
+            self.gate.wait()
+        self.heard.append(call)
+
+    def log_training_loss(self, loss, step):
+        self._hear("loss", loss, step)
+
+    def log_evaluation_metrics(self, train_loss, val_loss, lr, step):
+        self._hear("evaluation", train_loss, val_loss, lr, step)
+
+    def log_histograms(self, histograms, step):
+        self._hear("histograms", [h.name for h in histograms], step)
+
+    def flush(self):
+        self._hear("flush")
+
+    def close(self):
+        self._hear("close")
+
+
+def write_rows(path: Path, steps: int, eval_interval: int = 2) -> None:
+    with_file = MetricsFile(path)
+    for step in range(steps):
+        if step % eval_interval == 0:
+            with_file.log_evaluation_metrics(step + 0.1, step + 0.2, 1e-3, step)
+        with_file.log_training_loss(step + 0.3, step)
+    with_file.close()
+
+
+def boom(error: BaseException):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Nothing here looks at the picture of the loss curve, which takes a while to draw."""
+    monkeypatch.setattr("utils_alg1.utils_report.try_loss_curve", lambda *_: None)
+
+
+@pytest.fixture
+def short_patience(monkeypatch):
+    """Trackers are given up after a moment."""
+    monkeypatch.setattr(utils_trackers, "PATIENCE", 0.2)
+    monkeypatch.setattr(utils_trackers, "FLUSH_PATIENCE", 0.05)
+
+
+@pytest.fixture
+def hang():
+    """A call that hangs until the test is over; then every thread in it ends."""
+    over = threading.Event()
+    yield lambda *_, **__: over.wait()
+    over.set()
+    for thread in threading.enumerate():
+        if isinstance(thread, TrackerThread):
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+# --- the run's own file -------------------------------------------------------------------------------
+
+
+def test_the_metrics_file_holds_a_line_for_each_step_and_evaluation(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, 2)
+    assert path.read_text() == (
+        '{"step": 0, "loss/train": 0.1, "loss/val": 0.2, "learning_rate": 0.001}\n'
+        '{"step": 0, "loss/train_step": 0.3}\n'
+        '{"step": 1, "loss/train_step": 1.3}\n'
+    )
+
+
+def test_a_metrics_file_is_continued_not_overwritten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, 1)
+    first = path.read_bytes()
+    write_rows(path, 1)
+    assert path.read_bytes() == first * 2
+
+
+def test_an_evaluation_can_be_read_at_once(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.log_training_loss(1.5, 0)
+    file.log_evaluation_metrics(1.0, 2.0, 1e-3, 1)
+    assert [row["step"] for row in read_metrics(file.path)] == [0, 1]
+    file.close()
+
+
+@pytest.fixture
+def synced_sizes(monkeypatch) -> list[int]:
+    """The size that each file had when it was fsynced."""
+    sizes: list[int] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        sizes.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", record)
+    return sizes
+
+
+def test_a_flush_makes_every_row_durable(tmp_path, synced_sizes):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.log_training_loss(1.5, 0)
+    file.flush()
+    assert synced_sizes == [file.path.stat().st_size]
+    assert synced_sizes[0] > 0
+    file.close()
+
+
+def test_reading_leaves_out_a_torn_last_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, 4)
+    whole = list(read_metrics(path))
+    assert len(whole) == 6
+    path.write_bytes(path.read_bytes() + b'{"step": 4, "loss/train_step": 1.0}')
+    assert list(read_metrics(path)) == whole
+
+
+def test_a_metrics_file_that_is_not_there_has_no_rows(tmp_path):
+    assert list(read_metrics(tmp_path / "none.jsonl")) == []
+    cut_metrics(tmp_path / "none.jsonl", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 6, 7, 100])
+@pytest.mark.parametrize("torn", [b"", b'{"step": 7, "loss/tr'])
+def test_a_cut_keeps_the_rows_before_the_step_byte_for_byte(tmp_path, synced_sizes, step, torn):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, 7)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + torn)
+    kept = b"".join(line for line in lines if json.loads(line)["step"] < step)
+    cut_metrics(path, step)
+    assert path.read_bytes() == kept
+    assert synced_sizes == [len(kept)]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda path: MetricsFile(path / "no" / "folder"),
+        lambda path: cut_metrics(path, 1),  # a folder, not a file
+    ],
+    ids=["open", "cut"],
+)
+def test_a_file_system_that_refuses_is_exit_code_4(tmp_path, work):
+    with pytest.raises(Alg1Error) as error:
+        work(tmp_path)
+    assert error.value.exit_code == DISK_FAILED
+    assert str(tmp_path) in error.value.message
+
+
+# --- a thread for each copy ---------------------------------------------------------------------------
+
+
+def test_a_copy_hears_everything_once_and_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils_trackers, "QUEUE_SIZE", 2)
+    recorder = Recorder()
+    with Trackers(
+        MetricsFile(tmp_path / "m.jsonl"), {"x": Background("X", lambda: recorder, print)}
+    ) as trackers:
+        for step in range(50):
+            trackers.log_evaluation_metrics(1.0, 2.0, 3.0, step)
+            trackers.log_training_loss(0.5, step)
+            trackers.log_model_histograms(torch.nn.Linear(2, 1), step)
+    expected = []
+    for step in range(50):
+        expected += [("evaluation", 1.0, 2.0, 3.0, step), ("loss", 0.5, step)]
+        expected += [("histograms", ["weight", "bias"], step)]
+    assert recorder.heard == [*expected, ("close",)]
+    assert not trackers.hung
+
+
+def test_without_copies_no_histogram_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils_trackers, "model_histograms", lambda _: pytest.fail("counted"))
+    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {}) as trackers:
+        trackers.log_model_histograms(torch.nn.Linear(2, 1), 0)
+
+
+def test_synced_moves_only_when_a_flush_was_delivered(tmp_path, short_patience):
+    recorder = Recorder("loss")
+    copy = Background("X", lambda: recorder, print, synced=2)
+    copy.start_flush().wait(30)
+    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy})
+    trackers.log_training_loss(1.0, 6)
+    trackers.flush(7)
+    assert trackers.state() == {"x": {"run": "hash-1", "synced": 2}}
+    recorder.gate.set()
+    copy.start_flush().wait(30)
+    trackers.flush(7)
+    assert trackers.state() == {"x": {"run": "hash-1", "synced": 7}}
+    trackers.close()
+
+
+def test_a_flush_does_not_wait_for_a_copy_that_is_still_opening(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils_trackers, "FLUSH_PATIENCE", 0)
+    opened = threading.Event()
+    recorder = Recorder()
+    copy = Background("X", lambda: opened.wait() and recorder, print)
+    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy})
+    trackers.flush(7)
+    assert trackers.state() == {"x": {"run": None, "synced": 0}}
+    opened.set()
+    trackers.close()
+    assert recorder.heard == [("close",)]
+
+
+def test_a_copy_that_failed_is_never_marked_as_synced(tmp_path):
+    class Raising(Recorder):
+        def flush(self):
+            raise RuntimeError("boom")
+
+    class Disabled(Recorder):
+        enabled = False
+
+    copies = {kind.__name__: Background("X", kind, str, synced=1) for kind in (Raising, Disabled)}
+    for copy in copies.values():
+        copy.start_flush().wait(30)
+        copy.flushed(5)
+        assert copy.synced == 1
+    Trackers(MetricsFile(tmp_path / "m.jsonl"), copies).close()
+
+
+def test_a_copy_keeps_the_identity_it_had_until_it_has_opened():
+    opened = threading.Event()
+    copy = Background("X", lambda: opened.wait() and Recorder(), print, 3, "hash-0")
+    assert copy.identity == "hash-0"
+    opened.set()
+    assert copy.start_close().wait(30)
+    assert copy.identity == "hash-1"
+
+
+def test_a_copy_that_cannot_be_opened_keeps_its_identity_for_the_next_session():
+    copy = Background("X", boom(RuntimeError("boom")), str, 3, "hash-0")
+    assert copy.start_close().wait(30)
+    assert (copy.identity, copy.synced) == ("hash-0", 3)
+
+
+def test_a_full_queue_gives_a_tracker_up_once_and_blocks_never_again(monkeypatch, short_patience):
+    monkeypatch.setattr(utils_trackers, "QUEUE_SIZE", 3)
+    warnings: list[str] = []
+    recorder = Recorder("loss")
+    copy = Background("X", lambda: recorder, warnings.append)
+    for step in range(50):
+        copy.log_training_loss(1.0, step)
+    assert warnings == ["X is switched off, training goes on: it took nothing for 0 seconds"]
+    assert copy.start_flush().is_set()
+    recorder.gate.set()
+    assert copy.start_close().wait(30)
+    assert recorder.heard == [("loss", 1.0, 0), ("close",)]
+
+
+def test_a_tracker_that_fails_is_still_closed_before_the_end():
+    class Failing(Recorder):
+        def log_training_loss(self, loss, step):
+            raise RuntimeError("boom")
+
+    failing = Failing()
+    warnings: list[str] = []
+    copy = Background("X", lambda: failing, warnings.append)
+    copy.log_training_loss(1.0, 0)
+    assert copy.start_close().wait(30)
+    assert failing.heard == [("close",)]
+    assert warnings == ["X is switched off, training goes on: RuntimeError: boom"]
+
+
+def test_copies_are_closed_even_when_the_file_cannot_be(tmp_path, monkeypatch):
+    recorder = Recorder()
+    local = MetricsFile(tmp_path / "m.jsonl")
+
+    def full() -> None:
+        raise Alg1Error("disk full")
+
+    monkeypatch.setattr(local, "close", full)
+    with pytest.raises(Alg1Error, match="disk full"):
+        Trackers(local, {"x": Background("X", lambda: recorder, print)}).close()
+    assert recorder.heard == [("close",)]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("boom"), "RuntimeError: boom"),
+        (SystemExit(3), "SystemExit: 3"),
+        (ValueError(), "ValueError"),
+        (OSError(28, "No space left"), "OSError: [Errno 28] No space left"),
+        (RuntimeError("one\ntwo"), "RuntimeError: one"),
+        (RuntimeError("x" * 999), "RuntimeError: " + "x" * 186),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_guard_says_one_line_once_and_then_does_nothing(error, reason):
+    warnings: list[str] = []
+    calls: list[int] = []
+    guard = Guard("X", warnings.append)
+
+    def work() -> int:
+        calls.append(1)
+        raise error
+
+    assert guard.attempt(lambda: 5) == 5
+    assert guard.enabled
+    assert guard.attempt(work) is None
+    assert guard.attempt(work) is None
+    assert not guard.enabled
+    assert calls == [1]
+    assert warnings == [f"X is switched off, training goes on: {reason}"]
+
+
+def test_a_guard_lets_a_keyboard_interrupt_through():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Guard("X", print).attempt(interrupt)
+
+
+# --- what a resumed run sends again -------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """`start(state, exists)` starts recorders on a metrics file of steps 0 to 9; what each then heard."""
+    heard: dict[str, list] = {}
+
+    class FakeAim:
+        enabled = True
+
+        def __init__(self, run_name, run_dir, repo=".", run_hash=None, warn=None):
+            heard["opened"] = [run_hash]
+            self.run_hash = run_hash if run_hash in exists else "new"
+
+        def track_config(self, config):
+            pass
+
+        track_metadata = track_config
+
+        def track_metric(self, name, value, step, context=None):
+            if name == "loss":
+                heard["aim"].append((context["subset"], value, step))
+
+        def close(self):
+            pass
+
+    class FakeWriter:
+        enabled = True
+
+        def __init__(self, log_dir, purge_step, warn):
+            heard["purge_step"] = [purge_step]
+
+        def add_scalar(self, tag, value, step):
+            if tag.startswith("Loss/"):
+                heard["tensorboard"].append((tag.removeprefix("Loss/"), value, step))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(utils_trackers, "AimTracker", FakeAim)
+    monkeypatch.setattr(utils_trackers, "TensorBoardWriter", FakeWriter)
+    exists: set[str] = set()
+    run = create_run(tmp_path / "runs")
+    write_rows(run.metrics_path, 10)
+    params = types.SimpleNamespace(
+        train=types.SimpleNamespace(aim=True), tensorboard=types.SimpleNamespace(tensorboard=True)
+    )
+
+    def start(state, hashes=("old",)):
+        exists.clear()
+        exists.update(hashes)
+        heard.update(aim=[], tensorboard=[])
+        trackers = start_trackers(run, params, {}, {}, pytest.fail, state)
+        trackers.close()
+        return types.SimpleNamespace(**heard, state=trackers.state())
+
+    with run:
+        yield start
+
+
+def losses(steps: range) -> list[tuple]:
+    """What a copy is told of those steps."""
+    told: list[tuple] = []
+    for step in steps:
+        if step % 2 == 0:
+            told += [("train", step + 0.1, step), ("val", step + 0.2, step)]
+        told.append(("train_step", step + 0.3, step))
+    return told
+
+
+@pytest.mark.parametrize(("aim", "tensorboard"), [(6, 3), (0, 10), (10, 0), (5, 5)])
+def test_a_copy_gets_the_rows_that_it_had_not_synced_once(started, aim, tensorboard):
+    state = {"aim": {"run": "old", "synced": aim}, "tensorboard": {"run": None, "synced": tensorboard}}
+    after = started(state)
+    assert after.aim == losses(range(aim, 10))
+    assert after.tensorboard == losses(range(tensorboard, 10))
+    assert after.purge_step == [tensorboard]
+    assert after.state == state
+
+
+def test_a_tracker_that_is_new_to_a_run_gets_all_of_it(started):
+    after = started({})
+    assert after.opened == [None]
+    assert after.aim == after.tensorboard == losses(range(10))
+    assert after.purge_step == [0]
+
+
+def test_an_aim_run_that_is_gone_is_begun_anew_with_all_rows(started):
+    after = started({"aim": {"run": "old", "synced": 6}}, hashes=())
+    assert after.opened == ["old"]
+    assert after.aim == losses(range(10))
+    assert after.state["aim"]["run"] == "new"
+
+
+def test_an_aim_run_that_no_checkpoint_names_is_found_again(started):
+    assert started({}, hashes=()).state["aim"]["run"] == "new"
+    after = started({"aim": {"run": None, "synced": 0}}, hashes=("new",))
+    assert after.opened == ["new"]
+    assert after.aim == losses(range(10))
+
+
+# --- trackers that fail: the run never does -----------------------------------------------------------
+
+
+def the_run() -> Path:
+    (run,) = list_runs("runs")
+    return run
+
+
+@functools.cache
+def export_and_metrics(run: Path) -> tuple[dict, bytes]:
+    tensors, _ = read_tensors(run / "artifacts/export/model.safetensors")
+    weights = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return weights, (run / "logs/metrics.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A run without trackers."""
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        assert script.main([*RUN_TINY, *QUIET_TRACKERS]) == 0
+        return the_run().absolute()
+
+
+class FakeRun:
+    """As much of an aim.Run as is used."""
+
+    hash = "f" * 24
+    name = ""
+
+    def track(self, *_, **__): ...
+    def __setitem__(self, key, value): ...
+    def close(self): ...
+
+
+class FakeSummaryWriter:
+    """As much of a SummaryWriter as is used."""
+
+    def __init__(self, *_, **__): ...
+    def add_scalar(self, *_): ...
+    def add_histogram_raw(self, *_, **__): ...
+    def flush(self): ...
+    def close(self): ...
+
+
+AIM_PLACES = ["import", "Repo", "Run", "name", "__setitem__", "track", "Distribution", "close"]
+TENSORBOARD_PLACES = ["import", "SummaryWriter", "add_scalar", "add_histogram_raw", "flush", "close"]
+
+
+@pytest.fixture
+def fake_aim(monkeypatch):
+    """`fake_aim(place, fail)` installs an Aim that calls `fail` at one place."""
+
+    def install(place: str, fail) -> None:
+        run = type("Run", (FakeRun,), {})
+        if place == "name":
+            run.name = property(lambda _: "", fail)
+        elif hasattr(FakeRun, place):
+            setattr(run, place, fail)
+        aim = types.ModuleType("aim")
+        aim.Run = fail if place == "Run" else lambda *_, **__: run()
+        repo = fail if place == "Repo" else (lambda *_, **__: None)
+        aim.Repo = types.SimpleNamespace(from_path=repo)
+        aim.Distribution = fail if place == "Distribution" else (lambda *_, **__: None)
+        errors = types.ModuleType("aim.sdk.errors")
+        errors.MissingRunError = LookupError
+        for name, module in {
+            "aim": aim,
+            "aim.sdk": types.ModuleType("aim.sdk"),
+            "aim.sdk.errors": errors,
+        }.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        if place == "import":
+            fail_at_import(monkeypatch, "aim", fail)
+
+    return install
+
+
+@pytest.fixture
+def fake_tensorboard(monkeypatch):
+    """`fake_tensorboard(place, fail)` installs a SummaryWriter that calls `fail` at one place."""
+
+    def install(place: str, fail) -> None:
+        writer = type("SummaryWriter", (FakeSummaryWriter,), {})
+        if hasattr(FakeSummaryWriter, place):
+            setattr(writer, place, fail)
+        broken = place == "SummaryWriter"
+        monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", fail if broken else writer)
+        if place == "import":
+            fail_at_import(monkeypatch, "torch.utils.tensorboard", fail)
+
+    return install
+
+
+def fail_at_import(monkeypatch, package: str, fail) -> None:
+    real = builtins.__import__
+
+    def load(name, *arguments, **keywords):
+        return fail() if name == package else real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", load)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[Trackers]:
+    """The trackers of each run, which the loop now begins only when they are open."""
+    runs: list[Trackers] = []
+    loop = script.loop
+
+    def wait_and_loop(trainer, progress, trackers, *rest):
+        runs.append(trackers)
+        for copy in trackers.copies.values():
+            copy.start_flush().wait(utils_trackers.PATIENCE)
+        loop(trainer, progress, trackers, *rest)
+
+    monkeypatch.setattr(script, "loop", wait_and_loop)
+    return runs
+
+
+FAILURES = [
+    *(("Aim", place, RuntimeError("boom")) for place in AIM_PLACES),
+    *(("TensorBoard", place, RuntimeError("boom")) for place in TENSORBOARD_PLACES),
+    *(("Aim", place, SystemExit(7)) for place in ("import", "Run", "track", "close")),
+    *(("TensorBoard", place, SystemExit(7)) for place in ("import", "add_scalar", "close")),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "error"), FAILURES, ids=[f"{n}-{p}-{type(e).__name__}" for n, p, e in FAILURES]
+)
+def test_a_tracker_that_raises_costs_one_warning(
+    name, place, error, train, text_file, plain, seen, fake_aim, fake_tensorboard
+):
+    aim = name == "Aim"
+    (fake_aim if aim else fake_tensorboard)(place, boom(error))
+    result = train(*RUN_TINY, "--no-tensorboard" if aim else "--no-aim")
+    warning = f"{name} is switched off, training goes on: {type(error).__name__}: {error}"
+    assert (result.code, result.err) == (0, f"warning: {warning}\n")
+    assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
+    assert not seen[0].hung
+
+
+@pytest.mark.parametrize(("name", "module"), [("Aim", "aim"), ("TensorBoard", "torch.utils.tensorboard")])
+def test_a_tracker_that_is_not_installed_costs_one_warning(
+    name, module, train, text_file, plain, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    result = train(*RUN_TINY, "--no-tensorboard" if name == "Aim" else "--no-aim")
+    assert result.code == 0
+    (line,) = result.err.splitlines()
+    assert line.startswith(f"warning: {name} is switched off, training goes on: ModuleNotFoundError")
+    assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
+
+
+def test_two_trackers_that_fail_are_two_warnings(train, text_file, plain, fake_aim, fake_tensorboard):
+    fake_aim("track", boom(RuntimeError("a")))
+    fake_tensorboard("add_scalar", boom(RuntimeError("t")))
+    result = train(*RUN_TINY)
+    assert sorted(result.err.splitlines()) == [
+        "warning: Aim is switched off, training goes on: RuntimeError: a",
+        "warning: TensorBoard is switched off, training goes on: RuntimeError: t",
+    ]
+    assert result.code == 0
+    assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
+
+
+HANGS = [
+    *(("Aim", place) for place in ("import", "Run", "track", "close")),
+    *(("TensorBoard", place) for place in ("SummaryWriter", "add_scalar", "flush", "close")),
+]
+
+
+@pytest.mark.parametrize(("name", "place"), HANGS, ids=[f"{n}-{p}" for n, p in HANGS])
+def test_a_tracker_that_hangs_costs_one_warning(
+    name, place, train, text_file, plain, seen, fake_aim, fake_tensorboard, hang, short_patience, monkeypatch
+):
+    left_at_once: list[int] = []
+    monkeypatch.setattr(os, "_exit", lambda code: left_at_once.append(code) or sys.exit(code))
+    (fake_aim if name == "Aim" else fake_tensorboard)(place, hang)
+    result = train(*RUN_TINY, "--no-tensorboard" if name == "Aim" else "--no-aim")
+    reason = "training goes on: it did not close within 0 seconds"
+    assert (result.code, result.err) == (0, f"warning: {name} is switched off, {reason}\n")
+    assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
+    assert seen[0].hung
+    assert left_at_once == [0]
+
+
+def test_a_tracker_that_raises_and_then_hangs_is_still_one_warning(
+    train, text_file, plain, seen, fake_aim, hang, short_patience, monkeypatch
+):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(FakeRun, "close", hang)
+    fake_aim("track", boom(RuntimeError("boom")))
+    result = train(*RUN_TINY, "--no-tensorboard")
+    assert result.err == "warning: Aim is switched off, training goes on: RuntimeError: boom\n"
+    assert seen[0].hung
+    assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
+
+
+def test_a_process_leaves_a_hung_tracker_and_its_exit_hooks_behind(text_file, workdir):
+    package = workdir / "fake" / "aim"
+    (package / "sdk").mkdir(parents=True)
+    (package / "sdk" / "errors.py").write_text("MissingRunError = LookupError\n")
+    (package / "__init__.py").write_text(
+        "import atexit, threading\n"
+        "never = threading.Event()\n"
+        "atexit.register(never.wait)\n"
+        "threading.Thread(target=never.wait).start()\n"
+        "class Repo:\n    from_path = staticmethod(lambda *_, **__: None)\n"
+        "def Run(*_, **__):\n    never.wait()\n"
+    )
+    code = (
+        "import train\n"
+        "from utils_alg1 import utils_output, utils_trackers\n"
+        "utils_trackers.PATIENCE = 0.5\n"
+        f"utils_output.run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard']!r}))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(PROJECT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert done.stderr == (
+        "warning: Aim is switched off, training goes on: it did not close within 0 seconds\n"
+    )
+    assert (the_run() / "artifacts/export/model.safetensors").is_file()

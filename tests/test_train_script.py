@@ -1,0 +1,457 @@
+"""train.py as a whole: what a run leaves, what it says, and how it ends when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process
+
+from files import read_tensors
+from model import BigramLanguageModel
+from parameters import ModelConfig, specs
+from utils_alg1 import utils_report, utils_run_manager
+from utils_alg1.utils_checkpoint import CheckpointStore, checkpoint_paths
+from utils_alg1.utils_report import draw_samples
+from utils_alg1.utils_run_manager import MetadataCapture, list_runs
+from utils_alg1.utils_training import Trainer
+
+EVALUATION = re.compile(
+    r"step +(\d+)  train loss (\d\.\d{4})  val loss (\d\.\d{4})  lr (\d\.\d\de[+-]\d\d)"
+    r"(  [\d,]+ tokens/s)?(  best)?"
+)
+
+
+@pytest.fixture
+def fast_end(monkeypatch):
+    """No picture and short samples, where a test is not about them."""
+    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
+
+
+@pytest.fixture
+def start(train, text_file, fast_end):
+    return lambda *flags: train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
+
+
+def only_run(runs_dir: str = "runs") -> Path:
+    (run,) = list_runs(runs_dir)
+    return run
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
+
+
+def evaluations(run: Path) -> list[dict[str, float]]:
+    return [row for row in rows(run) if "loss/val" in row]
+
+
+def files_in(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+
+# --- the run directory --------------------------------------------------------------------------------
+
+RUN_FILES = {
+    "meta/full_config.json",
+    "meta/git.txt",
+    "meta/env.txt",
+    "meta/notes.md",
+    "logs/metrics.jsonl",
+    "logs/train.log",
+    "artifacts/checkpoints/step_000000000.safetensors",
+    "artifacts/checkpoints/step_000000004.safetensors",
+    "artifacts/checkpoints/step_000000006.safetensors",
+    "artifacts/export/model.safetensors",
+    "artifacts/export/config.json",
+    "eval/final.json",
+    "eval/samples.txt",
+    "eval/loss.png",
+}
+
+
+def test_a_run_leaves_its_files_and_no_others(train, text_file):
+    Path("configs").mkdir()
+    Path("configs/train.yaml").write_text("seed: 7  # mine\n")
+    Path("configs/model.json").write_text('{"n_layer": 2}')
+    flags = ["--keep-checkpoints", 9, "--checkpoint-interval", 4, "--run-tag", "my try"]
+    result = train("--data", text_file, *TINY, "--no-aim", "--learning-rate", 1e-9, *flags)
+    assert result.code == 0, result.err
+    run = only_run()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_001_my-try", run.name)
+    copies = {"meta/configs/train.yaml", "meta/configs/model.json"}
+    found = files_in(run) - {".lock"}
+    curves = {name for name in found if name.startswith("logs/tensorboard/events.out.tfevents.")}
+    steps = {name for name in found if name.startswith("artifacts/checkpoints/")}
+    expected_steps = {name for name in RUN_FILES if name.startswith("artifacts/checkpoints/")}
+    assert found - curves - steps == (RUN_FILES | copies) - expected_steps
+    assert len(curves) == 1 and steps >= expected_steps
+    assert (run / "meta/configs/train.yaml").read_text() == "seed: 7  # mine\n"
+    assert (run / "meta/configs/model.json").read_text() == '{"n_layer": 2}'
+    sizes = struct.unpack(">II", (run / "eval/loss.png").read_bytes()[16:24])
+    assert (run / "eval/loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert sizes == (960, 540)
+
+
+def test_full_config_holds_every_value_and_its_origin(start, text_file):
+    Path("config.json").write_text('{"beta1": 0.8}')
+    assert start("--dropout", 0.25).code == 0
+    record = json.loads((only_run() / "meta/full_config.json").read_text())
+    parameters, origins = record["parameters"], record["origins"]
+    assert parameters.keys() == origins.keys() == specs().keys()
+    expected = {
+        "dropout": (0.25, "--dropout"),
+        "n_embd": (16, "--n-embd"),
+        "data_path": (str(text_file), "--data"),
+        "aim": (False, "--aim"),
+        "beta1": (0.8, "config.json"),
+        "beta2": (0.999, "default"),
+        "vocab_size": (None, "default"),
+    }
+    assert {name: (parameters[name], origins[name]) for name in expected} == expected
+    assert record["corpus"]["characters"] == len(TEXT)
+    assert record["corpus"]["vocab_size"] == len(set(TEXT))
+    assert record["runtime"] == {"device": "cpu", "dtype": "float32", "threads": 1}
+
+
+def test_origin_files_name_commit_and_versions(start, monkeypatch):
+    monkeypatch.setattr(MetadataCapture, "get_git_commit", classmethod(lambda cls: "c0ffee"))
+    monkeypatch.setattr(MetadataCapture, "get_git_branch", classmethod(lambda cls: "trunk"))
+    monkeypatch.setattr(MetadataCapture, "get_git_dirty", classmethod(lambda cls: "no"))
+    assert start().code == 0
+    meta = only_run() / "meta"
+    assert (meta / "git.txt").read_text() == "commit: c0ffee\nbranch: trunk\ndirty: no\n"
+    environment = dict(line.split(": ", 1) for line in (meta / "env.txt").read_text().splitlines())
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_notes_are_kept_by_a_resume(start, train):
+    start()
+    notes = only_run() / "meta/notes.md"
+    assert notes.read_text().startswith(f"# {only_run().name}\n")
+    notes.write_text("mine")
+    assert train("--resume", "latest", "--max-iters", 7).code == 0
+    assert notes.read_text() == "mine"
+
+
+def test_metrics_have_a_row_for_each_step_and_each_evaluation(start):
+    assert start("--max-iters", 7, "--eval-interval", 3, "--lr-schedule", "linear").code == 0
+    train_rows = [row for row in rows(only_run()) if "loss/train_step" in row]
+    assert [row["step"] for row in train_rows] == list(range(7))
+    assert all(row.keys() == {"step", "loss/train_step"} for row in train_rows)
+    assert [row["step"] for row in evaluations(only_run())] == [0, 3, 6, 7]
+    assert [row["learning_rate"] for row in evaluations(only_run())] == pytest.approx(
+        [1e-3, 1e-3 * 4 / 7, 1e-3 / 7, 0]
+    )
+    assert all(
+        row.keys() == {"step", "loss/train", "loss/val", "learning_rate"} for row in evaluations(only_run())
+    )
+
+
+def test_final_figures_are_those_of_the_metrics(start):
+    assert start("--learning-rate", 0.3, "--grad-accum-steps", 3).code == 0
+    final = json.loads((only_run() / "eval/final.json").read_text())
+    last = evaluations(only_run())[-1]
+    best = min(evaluations(only_run()), key=lambda row: row["loss/val"])
+    assert (final["steps"], final["run_id"]) == (6, only_run().name)
+    assert (final["train_loss"], final["val_loss"]) == (last["loss/train"], last["loss/val"])
+    assert (final["best_val_loss"], final["best_step"]) == (best["loss/val"], best["step"])
+    assert final["best_perplexity"] == pytest.approx(math.exp(best["loss/val"]))
+    assert final["best_bits_per_character"] == pytest.approx(best["loss/val"] / math.log(2))
+    assert final["tokens"] == 6 * 2 * 3 * 8
+    assert final["seconds_in_loop"] > 0
+    assert final["export"] == {"weights": "best", "step": best["step"], "val_loss": best["loss/val"]}
+
+
+def test_the_export_is_a_model_and_its_configuration(start):
+    assert start().code == 0
+    folder = only_run() / "artifacts/export"
+    config = ModelConfig.from_json(folder / "config.json")
+    assert config == ModelConfig(16, 2, 1, 8, 0.0, len(set(TEXT)))
+    model = BigramLanguageModel().load_safetensors(folder / "model.safetensors")
+    assert (model.config, model.vocabulary) == (config, sorted(set(TEXT)))
+
+
+def test_samples_are_drawn_from_the_exported_weights(start):
+    result = start()
+    folder = only_run()
+    model = BigramLanguageModel().load_safetensors(folder / "artifacts/export/model.safetensors")
+    samples = draw_samples(model, 1337)
+    assert {len(sample) for sample in samples} == {4} and len(samples) == 3
+    expected = "\n\n".join(f"--- sample {i}\n{sample}" for i, sample in enumerate(samples, 1)) + "\n"
+    assert (folder / "eval/samples.txt").read_text(encoding="utf-8") == expected
+    assert result.out.endswith(f"a sample:\n{samples[0]}\n")
+
+
+def test_a_picture_that_cannot_be_drawn_costs_one_line(start, monkeypatch):
+    def fail(*_):
+        raise ImportError("no matplotlib")
+
+    monkeypatch.setattr(utils_report, "draw_loss_curve", fail)
+    result = start()
+    assert (result.code, result.err) == (0, "warning: no loss curve was drawn: no matplotlib\n")
+    assert (only_run() / "eval/final.json").exists()
+
+
+def test_the_loss_falls_on_a_text(train, text_file, fast_end):
+    text_file.write_text("To be, or not to be, that is the question:\n" * 80)
+    result = train(
+        "--data",
+        text_file,
+        *TINY,
+        *QUIET_TRACKERS,
+        *("--max-iters", 200, "--eval-interval", 50, "--learning-rate", 0.01, "--batch-size", 8),
+    )
+    assert result.code == 0
+    for subset in ("loss/train", "loss/val"):
+        losses = [row[subset] for row in evaluations(only_run())]
+        assert losses[0] == pytest.approx(math.log(16), abs=0.2)
+        assert losses == sorted(losses, reverse=True) and losses[-1] < 1.0
+
+
+# --- what it says -------------------------------------------------------------------------------------
+
+
+def test_printed_losses_are_those_of_the_metrics(start):
+    result = start("--eval-interval", 1, "--learning-rate", 0.3)
+    printed = [match for line in result.out.splitlines() if (match := EVALUATION.fullmatch(line))]
+    figures = [(int(match[1]), match[2], match[3], match[4]) for match in printed]
+    assert figures == [
+        (
+            row["step"],
+            f"{row['loss/train']:.4f}",
+            f"{row['loss/val']:.4f}",
+            f"{row['learning_rate']:.2e}",
+        )
+        for row in evaluations(only_run())
+    ]
+    losses = [row["loss/val"] for row in evaluations(only_run())]
+    better = [loss < min(losses[:i], default=math.inf) for i, loss in enumerate(losses)]
+    assert [bool(match[6]) for match in printed] == better
+    assert set(better) == {True, False}
+
+
+def test_without_a_terminal_there_are_plain_lines(start):
+    result = start()
+    assert result.err == ""
+    assert not set(result.out) & {"\r", "\x1b"}
+    names = [line.split("  ")[0] for line in result.out.splitlines()]
+    first = names.index("")
+    assert names[:first] == ["run", "device", "model", "text", "steps", "set"]
+    assert [line for line in result.out.splitlines() if line.startswith("step  ")] == [
+        line for line in result.out.splitlines() if EVALUATION.fullmatch(line)
+    ]
+    n_parameters = sum(
+        tensor.numel()
+        for tensor in read_tensors(only_run() / "artifacts/export/model.safetensors")[0].values()
+    )
+    assert (
+        f"model   {n_parameters:,} parameters: n_embd 16, n_head 2, n_layer 1, block_size 8\n" in result.out
+    )
+    assert "device  cpu, float32, 1 threads\n" in result.out
+
+
+def test_the_log_is_a_copy_of_the_verbose_console(start):
+    result = start("--verbose")
+    log = (only_run() / "logs/train.log").read_text(encoding="utf-8")
+    logged = [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in log.splitlines()]
+    assert logged == result.out.splitlines()
+
+
+def test_verbose_names_every_checkpoint_written(start):
+    result = start("--verbose", "--checkpoint-interval", 3, "--keep-checkpoints", 99)
+    saved = [line.removeprefix("saved ") for line in result.out.splitlines() if line.startswith("saved ")]
+    assert saved == list(map(str, checkpoint_paths(only_run() / "artifacts/checkpoints")))
+    assert "\nsaved " not in start().out
+
+
+def test_quiet_prints_nothing_and_logs_everything(start):
+    result = start("--quiet")
+    assert (result.code, result.out, result.err) == (0, "", "")
+    log = (only_run() / "logs/train.log").read_text(encoding="utf-8")
+    assert log.count("val loss") >= 4
+
+
+def test_print_config_of_a_resumed_run_shows_its_values_and_changes_nothing(start, train):
+    start("--dropout", 0.25)
+    before = {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()}
+    result = train("--resume", "latest", "--print-config", "--max-iters", 9)
+    assert result.code == 0
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in result.out.splitlines()}
+    assert lines["dropout"] == ["0.25", "resumed run"]
+    assert lines["n_embd"] == ["16", "resumed run"]
+    assert lines["max_iters"] == ["9", "--max-iters"]
+    assert {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+@pytest.mark.parametrize("flags, bar", [([], True), (["--quiet"], False)])
+def test_a_terminal_shows_a_progress_bar(flags, bar, start, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    ours, theirs = os.openpty()
+    seen = []
+
+    def read():
+        try:
+            while data := os.read(ours, 4096):
+                seen.append(data)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        result = start(*flags)
+    reader.join(timeout=30)
+    os.close(ours)
+    text = b"".join(seen).decode()
+    assert result.code == 0
+    assert ("step 1/6" in text and "━" in text) is bar
+    assert len([line for line in text.splitlines() if "val loss" in line and "lr " in line]) == 4 * bar
+
+
+# --- how it ends --------------------------------------------------------------------------------------
+
+
+def fail_in(target, name, error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(target, name, fail)
+
+
+PHASES = [
+    (MetadataCapture, "capture_git_info"),
+    (utils_report, "write_json"),
+    (utils_run_manager, "lock_run"),
+    (BigramLanguageModel, "__init__"),
+    (Trainer, "__init__"),
+    (CheckpointStore, "__init__"),
+]
+
+
+@pytest.mark.parametrize("target, name", PHASES)
+def test_a_failure_before_the_first_step_leaves_nothing(target, name, start, train, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        fail_in(target, name, ZeroDivisionError(), patch)
+        start()
+    assert list_runs("runs") == []
+    assert start().code == 0
+    assert only_run().name.endswith("_001")
+
+
+@pytest.mark.parametrize("target, name", PHASES)
+def test_an_interrupt_before_the_first_step_leaves_nothing(target, name, start, monkeypatch):
+    fail_in(target, name, KeyboardInterrupt(), monkeypatch)
+    result = start()
+    assert (result.code, result.err) == (130, "")
+    assert list_runs("runs") == []
+
+
+@pytest.mark.parametrize("folder", ["meta", "logs/tensorboard", "artifacts/export", "eval"])
+def test_a_disk_that_refuses_the_run_directory_leaves_nothing(folder, start, monkeypatch):
+    mkdir = Path.mkdir
+
+    def refusing(self, *arguments, **options):
+        if self.as_posix().endswith(f"/{folder}"):
+            raise OSError(28, os.strerror(28))
+        return mkdir(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refusing)
+        result = start()
+    assert result.code == 4
+    assert f"{folder}: {os.strerror(28)}\n" in result.err
+    assert list_runs("runs") == []
+
+
+@pytest.mark.parametrize("where", ["forward", "optimizer", "building"])
+def test_out_of_memory_ends_with_3_and_settings_that_fit(where, start, monkeypatch):
+    target, name = {
+        "forward": (Trainer, "compute_gradients"),
+        "optimizer": (Trainer, "update"),
+        "building": (BigramLanguageModel, "__init__"),
+    }[where]
+    fail_in(target, name, torch.OutOfMemoryError("Tried to allocate 20 GiB"), monkeypatch)
+    result = start()
+    assert result.code == 3
+    error, hint = result.err.splitlines()
+    assert error == "error: out of memory"
+    advice = "hint: try --batch-size 1 --grad-accum-steps 2, which sees about as much text in a step"
+    assert hint.startswith(advice)
+    assert "--resume" not in hint
+    assert len(list_runs("runs")) == (where != "building")
+
+
+def test_a_bug_is_not_hidden(start, monkeypatch):
+    fail_in(Trainer, "update", AttributeError("a bug"), monkeypatch)
+    with pytest.raises(AttributeError, match="a bug"):
+        start()
+    log = (only_run() / "logs/train.log").read_text(encoding="utf-8")
+    assert "Traceback" in log and log.endswith("AttributeError: a bug\n")
+
+
+def test_no_arguments_and_no_network_train_on_the_python_documentation(train, workdir, fast_end):
+    quick = {"max_iters": 2, "eval_iters": 1, "aim": False, "tensorboard": False}
+    Path("config.json").write_text(json.dumps(quick))
+    result = train()
+    assert result.code == 0, result.err
+    assert "training on the Python documentation (python-docs) instead\n" in result.out
+    assert not Path("data/input.txt").exists()
+    record = json.loads((only_run() / "meta/full_config.json").read_text())
+    assert record["corpus"]["path"] == str(Path("data/python-docs.txt"))
+    assert record["corpus"]["characters"] == len(Path("data/python-docs.txt").read_text(encoding="utf-8"))
+    final = json.loads((only_run() / "eval/final.json").read_text())
+    assert final["steps"] == 2
+    config = ModelConfig.from_json(only_run() / "artifacts/export/config.json")
+    assert (config.n_embd, config.n_head, config.n_layer, config.block_size) == (64, 4, 4, 32)
+
+
+def test_a_process_told_to_stop_goes_on_with_the_command_it_printed(train, text_file, fast_end):
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--max-iters", 120, "--eval-interval", 1]
+    flags += ["--dropout", 0.2, "--checkpoint-interval", 0]
+    assert train(*flags, "--runs-dir", "whole").code == 0
+    # The pipe is small and not read on: the process cannot come to its end before the signal.
+    process = subprocess.Popen(
+        [sys.executable, PROJECT / "train.py", *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        pipesize=4096,
+    )
+    seen = b""
+    while b"step      3" not in seen:
+        byte = process.stdout.read(1)
+        assert byte, process.stderr.read()
+        seen += byte
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert err == b"\nstopping after this step; once more to leave at once\n"
+    assert not (only_run() / "eval/final.json").exists()
+
+    command = shlex.split(out.decode().splitlines()[-1].split("; go on with: ")[1])
+    assert command == ["python", "train.py", "--resume", only_run().name]
+    result = run_process(*command[1:])
+    assert (result.code, result.err) == (0, "")
+    whole, ours = only_run("whole"), only_run()
+    for name in ("artifacts/checkpoints/step_000000120.safetensors", "artifacts/export/model.safetensors"):
+        a, b = read_tensors(whole / name)[0], read_tensors(ours / name)[0]
+        assert a.keys() == b.keys()
+        assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    assert (whole / "logs/metrics.jsonl").read_bytes() == (ours / "logs/metrics.jsonl").read_bytes()

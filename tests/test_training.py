@@ -1,0 +1,519 @@
+"""The parts of a training step: learning rate, optimizer, gradients, evaluation, seeds, compilation."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUIET_TRACKERS, TINY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import get_batch
+from errors import CANNOT_TRAIN, Alg1Error
+from model import BigramLanguageModel
+from parameters import ModelConfig, TrainConfig
+from utils_alg1 import utils_report, utils_training
+from utils_alg1.utils_checkpoint import checkpoint_paths, newest_checkpoint
+from utils_alg1.utils_runtime import Runtime, compiled, generator, seed_everything
+from utils_alg1.utils_training import Progress, Trainer, create_optimizer, learning_rate
+
+SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
+BLOCK_SIZE, VOCAB_SIZE = 8, 11
+DATA = np.random.default_rng(0).integers(0, VOCAB_SIZE, 400).astype(np.uint8)
+CPU = Runtime(torch.device("cpu"), torch.float32, 1)
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def no_picture_and_short_samples(monkeypatch):
+    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
+
+
+def make_trainer(dropout: float = 0.0, **settings) -> Trainer:
+    config = TrainConfig(**{"batch_size": 2, "eval_iters": 5, **settings})
+    seed_everything(config.seed)
+    sizes = ModelConfig(
+        n_embd=16, n_head=2, n_layer=1, block_size=BLOCK_SIZE, dropout=dropout, vocab_size=VOCAB_SIZE
+    )
+    model = BigramLanguageModel(sizes)
+    return Trainer(model, model, (DATA[:300], DATA[300:]), config, CPU)
+
+
+def gradients(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.parameters])
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
+
+
+def last_state(runs_dir: Path | str) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state at the end of the only run in a folder."""
+    (run,) = (path for path in Path(runs_dir).iterdir() if path.is_dir())
+    return newest_checkpoint(run, pytest.fail).tensors
+
+
+def assert_same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def losses_of(runs_dir: str) -> list[float]:
+    """Of every training step of the only run in a folder."""
+    (path,) = Path(runs_dir).glob("*/logs/metrics.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row["loss/train_step"] for row in rows if "loss/train_step" in row]
+
+
+# --- learning rate ------------------------------------------------------------------------------------
+
+QUARTER_COSINE = 0.5 * (1 + math.cos(math.pi / 4))
+
+
+@pytest.mark.parametrize(
+    "schedule, step, expected",
+    [
+        *((schedule, 0, 0.1) for schedule in SCHEDULES),
+        *((schedule, 4, 0.5) for schedule in SCHEDULES),
+        *((schedule, 9, 1.0) for schedule in SCHEDULES),
+        *((schedule, 10, 1.0) for schedule in SCHEDULES),
+        ("constant", 60, 1.0),
+        ("constant", 109, 1.0),
+        ("constant", 110, 1.0),
+        ("cosine", 35, 0.02 + 0.98 * QUARTER_COSINE),
+        ("cosine", 60, 0.51),
+        ("cosine", 109, 0.02 + 0.98 * 0.5 * (1 + math.cos(0.99 * math.pi))),
+        ("cosine", 110, 0.02),
+        ("cosine", 500, 0.02),
+        ("linear", 35, 0.755),
+        ("linear", 60, 0.51),
+        ("linear", 109, 0.0298),
+        ("linear", 110, 0.02),
+        ("step", 43, 1.0),
+        ("step", 44, 0.1),
+        ("step", 76, 0.1),
+        ("step", 77, 0.02),
+        ("step", 110, 0.02),
+        ("wsd", 88, 1.0),
+        ("wsd", 99, 0.51),
+        ("wsd", 109, 0.02 + 0.98 / 22),
+        ("wsd", 110, 0.02),
+    ],
+)
+def test_learning_rate_at_the_boundaries(schedule, step, expected):
+    config = TrainConfig(learning_rate=1.0, min_lr=0.02, warmup_iters=10, max_iters=110, lr_schedule=schedule)
+    assert learning_rate(config, step) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_warmup_the_first_step_has_the_peak(schedule):
+    config = TrainConfig(learning_rate=0.3, max_iters=10, lr_schedule=schedule)
+    assert learning_rate(config, 0) == 0.3
+
+
+@pytest.mark.parametrize("step, expected", [(0, 1.0), (2, 1.0), (3, 0.1), (5, 0.1), (6, 0.01), (8, 0.01)])
+def test_the_step_schedule_falls_exactly_at_each_third(step, expected):
+    config = TrainConfig(learning_rate=1.0, max_iters=9, lr_schedule="step")
+    assert learning_rate(config, step) == pytest.approx(expected)
+
+
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    peak=st.floats(1e-6, 10),
+    floor_share=st.floats(0, 1),
+    max_iters=st.integers(1, 60),
+    warmup_share=st.floats(0, 1),
+)
+def test_learning_rate_rises_to_the_peak_and_falls_to_the_floor(
+    schedule, peak, floor_share, max_iters, warmup_share
+):
+    warmup = int(warmup_share * max_iters)
+    config = TrainConfig(
+        learning_rate=peak,
+        min_lr=peak * floor_share,
+        max_iters=max_iters,
+        warmup_iters=warmup,
+        lr_schedule=schedule,
+    )
+    rates = [learning_rate(config, step) for step in range(max_iters)]
+    nearly = 1 + 1e-9
+    assert all(0 < rate <= peak * nearly for rate in rates)
+    assert all(rate * nearly >= config.min_lr for rate in rates[warmup:])
+    assert all(a < b for a, b in itertools.pairwise(rates[:warmup]))
+    assert all(a * nearly >= b for a, b in itertools.pairwise(rates[warmup:]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_update_uses_the_learning_rate_of_its_step(optimizer):
+    trainer = make_trainer(optimizer=optimizer, learning_rate=0.1, lr_schedule="linear", max_iters=10)
+    for step in (0, 5, 9):
+        trainer.compute_gradients(step)
+        trainer.update(step)
+        assert {g["lr"] for g in trainer.optimizer.param_groups} == {learning_rate(trainer.config, step)}
+
+
+# --- optimizer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_shrinks_matrices_and_nothing_else(name):
+    trainer = make_trainer()
+    config = TrainConfig(optimizer=name, learning_rate=0.1, weight_decay=0.5)
+    optimizer = create_optimizer(trainer.model, config)
+    for parameter in trainer.parameters:
+        parameter.data += 1.0
+        parameter.grad = torch.zeros_like(parameter)
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    optimizer.step()
+    for old, new in zip(before, trainer.parameters, strict=True):
+        torch.testing.assert_close(new.detach(), old * 0.95 if old.dim() >= 2 else old)
+
+
+def test_the_optimizer_gets_every_parameter_once_and_its_settings():
+    trainer = make_trainer(beta1=0.8, beta2=0.7)
+    groups = trainer.optimizer.param_groups
+    given = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(given) == sorted(id(parameter) for parameter in trainer.model.parameters())
+    assert {group["betas"] for group in groups} == {(0.8, 0.7)}
+    sgd = make_trainer(optimizer="sgd", beta1=0.6).optimizer
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {group["momentum"] for group in sgd.param_groups} == {0.6}
+
+
+# --- gradients ----------------------------------------------------------------------------------------
+
+
+def test_accumulated_micro_batches_equal_one_batch_of_the_same_data():
+    trainer = make_trainer(grad_accum_steps=4, optimizer="sgd", learning_rate=0.5)
+    twin = make_trainer(optimizer="sgd", learning_rate=0.5)
+    draws = [generator(1337, "batch", 3, i) for i in range(4)]
+    batches = [get_batch("train", *twin.data, BLOCK_SIZE, 2, "cpu", draw) for draw in draws]
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    loss = twin.model(x, y)[1]
+    loss.backward()
+
+    assert trainer.compute_gradients(3) == pytest.approx(loss.item(), abs=1e-6)
+    torch.testing.assert_close(gradients(trainer), gradients(twin), atol=1e-6, rtol=0)
+    trainer.update(3)
+    twin.update(3)
+    torch.testing.assert_close(weights(trainer), weights(twin), atol=1e-6, rtol=0)
+    assert trainer.tokens_per_step == 4 * 2 * BLOCK_SIZE
+
+
+def test_gradients_of_one_step_do_not_leak_into_the_next():
+    trainer, fresh = make_trainer(), make_trainer()
+    trainer.compute_gradients(0)
+    trainer.compute_gradients(1)
+    fresh.compute_gradients(1)
+    assert torch.equal(gradients(trainer), gradients(fresh))
+
+
+def test_clipping_bounds_the_norm_and_keeps_the_direction():
+    free, clipped, loose = make_trainer(), make_trainer(grad_clip=0.01), make_trainer(grad_clip=1e6)
+    losses = {trainer.compute_gradients(0) for trainer in (free, clipped, loose)}
+    assert len(losses) == 1
+    norm = gradients(free).norm().item()
+    assert norm > 0.1
+    assert gradients(clipped).norm().item() == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(gradients(clipped) / 0.01, gradients(free) / norm, atol=1e-3, rtol=1e-3)
+    assert torch.equal(gradients(loose), gradients(free))
+
+
+def break_loss(trainer: Trainer) -> None:
+    model = trainer.model
+    trainer.forward = lambda x, y: (None, model(x, y)[1] * math.nan)
+
+
+def break_gradient(trainer: Trainer) -> None:
+    trainer.model.lm_head.bias.register_hook(lambda gradient: gradient * math.inf)
+
+
+@pytest.mark.parametrize("sabotage, what", [(break_loss, "loss"), (break_gradient, "gradient")])
+def test_what_is_not_finite_stops_before_the_update(sabotage, what):
+    trainer = make_trainer()
+    before = weights(trainer).clone()
+    sabotage(trainer)
+    with pytest.raises(Alg1Error, match=f"the {what} is not finite at step 7") as caught:
+        trainer.compute_gradients(7)
+    assert caught.value.exit_code == CANNOT_TRAIN
+    assert "--learning-rate" in caught.value.hint and "--grad-clip" in caught.value.hint
+    assert torch.equal(weights(trainer), before)
+    assert not trainer.optimizer.state
+
+
+@pytest.mark.parametrize("sabotage, what", [(break_loss, "loss"), (break_gradient, "gradient")])
+def test_a_run_that_diverges_ends_with_3_and_a_good_checkpoint(sabotage, what, train, text_file, monkeypatch):
+    compute_gradients = Trainer.compute_gradients
+
+    def diverging(self, step):
+        if step == 3:
+            sabotage(self)
+        return compute_gradients(self, step)
+
+    monkeypatch.setattr(Trainer, "compute_gradients", diverging)
+    result = train("--data", text_file, *TINY, *QUIET_TRACKERS)
+    assert result.code == 3
+    assert f"error: the {what} is not finite at step 3; the weights were not updated\n" in result.err
+    (run,) = (path for path in Path("runs").iterdir() if path.is_dir())
+    newest = newest_checkpoint(run, pytest.fail)
+    assert newest.progress.step == 2
+    assert all(tensor.isfinite().all() for tensor in newest.tensors.values())
+    assert f"its newest weights, for --init-from: {newest.path}" in result.err
+    rows = [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 2
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_an_evaluation_that_is_not_finite_ends_with_3():
+    trainer = make_trainer()
+    trainer.model.lm_head.bias.data[0] = math.nan
+    with pytest.raises(Alg1Error, match="the evaluation loss is not finite after step 4") as caught:
+        trainer.evaluate(4)
+    assert caught.value.exit_code == CANNOT_TRAIN
+
+
+# --- evaluation ---------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_the_mean_over_its_batches():
+    trainer = make_trainer(seed=5, learning_rate=0.1, lr_schedule="linear", max_iters=10)
+    losses = {}
+    for split in ("train", "val"):
+        draws = [generator(5, f"eval-{split}", i) for i in range(5)]
+        batches = [get_batch(split, *trainer.data, BLOCK_SIZE, 2, "cpu", draw) for draw in draws]
+        losses[split] = sum(trainer.model(x, y)[1].item() for x, y in batches) / 5
+    evaluation = trainer.evaluate(4)
+    assert evaluation.train_loss == pytest.approx(losses["train"], rel=1e-6)
+    assert evaluation.val_loss == pytest.approx(losses["val"], rel=1e-6)
+    assert evaluation.train_loss != evaluation.val_loss
+    assert (evaluation.step, evaluation.learning_rate) == (4, pytest.approx(0.06))
+
+
+def test_an_evaluation_draws_the_same_batches_every_time():
+    trainer = make_trainer()
+    first = trainer.evaluate(0)
+    torch.rand(10)
+    trainer.compute_gradients(0)
+    assert trainer.evaluate(0) == first
+
+
+@pytest.mark.parametrize("tokens", [1, 2 * 2 * BLOCK_SIZE, 1 << 20])
+def test_an_evaluation_does_not_depend_on_how_many_batches_share_a_pass(tokens, monkeypatch):
+    expected = make_trainer().evaluate(0)
+    monkeypatch.setattr(utils_training, "EVALUATION_TOKENS", tokens)
+    evaluation = make_trainer().evaluate(0)
+    assert evaluation.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
+    assert evaluation.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
+
+
+def test_an_evaluation_is_without_dropout_and_leaves_the_model_training():
+    assert make_trainer(dropout=0.5).evaluate(0) == make_trainer().evaluate(0)
+    trainer = make_trainer(dropout=0.5)
+    trainer.evaluate(0)
+    assert trainer.model.training
+    assert all(parameter.grad is None for parameter in trainer.parameters)
+
+
+@pytest.mark.parametrize(
+    "intervals",
+    [
+        ["--eval-interval", 1, "--eval-iters", 5],
+        ["--eval-interval", 100],
+        ["--checkpoint-interval", 1, "--keep-checkpoints", 1],
+        ["--checkpoint-interval", 0, "--histogram-interval", 1],
+    ],
+)
+def test_what_a_run_reports_changes_nothing_in_its_training(intervals, train, text_file):
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--dropout", 0.2]
+    assert train(*flags, "--runs-dir", "plain").code == 0
+    assert train(*flags, "--runs-dir", "other", *intervals).code == 0
+    assert_same_bytes(last_state("plain"), last_state("other"))
+
+
+# --- seeds and arithmetic -----------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(train, text_file):
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--dropout", 0.3]
+    for runs_dir, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(1)
+        assert train(*flags, "--runs-dir", runs_dir, "--seed", seed).code == 0
+    a, b, c = (last_state(name) for name in "abc")
+    assert_same_bytes(a, b)
+    assert not torch.equal(a["model.lm_head.weight"], c["model.lm_head.weight"])
+
+
+def test_the_seed_decides_weights_batches_and_dropout_each():
+    def loss(dropout: float, weights_seed: int, seed: int) -> float:
+        trainer = make_trainer(dropout, seed=seed)
+        seed_everything(weights_seed)
+        twin = BigramLanguageModel(trainer.model.config)
+        trainer.model.load_state_dict(twin.state_dict())
+        return trainer.compute_gradients(0)
+
+    assert loss(0.0, 1, 1) == loss(0.0, 1, 1)
+    assert loss(0.0, 1, 1) != loss(0.0, 2, 1)
+    assert loss(0.0, 1, 1) != loss(0.0, 1, 2)
+    assert loss(0.5, 1, 1) == loss(0.5, 1, 1)
+    assert loss(0.5, 1, 1) != loss(0.0, 1, 1)
+
+
+def test_every_micro_batch_has_its_own_dropout(monkeypatch):
+    trainer = make_trainer(dropout=0.5, grad_accum_steps=3)
+    x, y = trainer._batch("train", 2, "batch", 0, 0)
+    monkeypatch.setattr(Trainer, "_batch", lambda *_: (x, y))
+    losses = []
+    model = trainer.model
+
+    def forward(x, y):
+        losses.append(model(x, y)[1].item())
+        return model(x, y)
+
+    trainer.forward = forward
+    trainer.compute_gradients(0)
+    trainer.compute_gradients(1)
+    assert len(set(losses)) == 6
+
+
+def test_bfloat16_trains_on_a_cpu_with_weights_in_float32(train, text_file):
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--max-iters", 40, "--learning-rate", 0.01]
+    for dtype in ("float32", "bfloat16"):
+        assert train(*flags, "--runs-dir", dtype, "--dtype", dtype).code == 0
+    losses = losses_of("bfloat16")
+    assert losses[-1] < losses[0] - 0.5
+    plain, half = last_state("float32"), last_state("bfloat16")
+    assert {tensor.dtype for tensor in half.values()} == {torch.float32}
+    assert not torch.equal(plain["model.lm_head.weight"], half["model.lm_head.weight"])
+
+
+# --- progress -----------------------------------------------------------------------------------------
+
+
+def test_progress_keeps_the_best_and_counts_what_is_not_better():
+    progress = Progress()
+    trail = []
+    for step, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0]):
+        progress.add(utils_training.Evaluation(step, loss, loss, 0.1))
+        trail.append((progress.best_step, progress.best_val, progress.evaluations_since_best))
+    assert trail == [(0, 3.0, 0), (1, 2.0, 0), (1, 2.0, 1), (1, 2.0, 2), (4, 1.0, 0)]
+
+
+@pytest.mark.parametrize(
+    "since_best, patience, out", [(9, 0, False), (1, 2, False), (2, 2, True), (3, 2, True)]
+)
+def test_patience_is_lost_after_that_many_evaluations(since_best, patience, out):
+    assert Progress(evaluations_since_best=since_best).out_of_patience(patience) is out
+
+
+# --- compilation --------------------------------------------------------------------------------------
+
+
+def assert_compiling_changes_little(train, text_file) -> None:
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS]
+    for mode in ("off", "on"):
+        result = train(*flags, "--compile", mode, "--runs-dir", mode)
+        assert result.code == 0, result.err
+        assert "torch.compile does not work here" not in result.out
+    assert losses_of("on") == pytest.approx(losses_of("off"), abs=1e-4)
+
+
+def test_a_captured_graph_trains_like_the_plain_model(train, text_file, monkeypatch):
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    assert_compiling_changes_little(train, text_file)
+    assert calls
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.skipif(os.environ.get("ALG1_SLOW_TESTS") != "1", reason="takes a minute: set ALG1_SLOW_TESTS=1")
+def test_a_compiled_run_on_a_cpu_has_the_losses_of_a_plain_one(train, text_file):
+    assert_compiling_changes_little(train, text_file)
+
+
+def raise_at_once(function):
+    raise RuntimeError("no compiler\nfor this machine")
+
+
+def raise_when_called(function):
+    return lambda *_: raise_at_once(function)
+
+
+@pytest.mark.parametrize("compiler", [raise_at_once, raise_when_called])
+def test_a_compiler_that_fails_costs_one_line(compiler, train, text_file, monkeypatch):
+    monkeypatch.setattr(torch, "compile", compiler)
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS]
+    result = train(*flags, "--compile", "on", "--runs-dir", "on")
+    assert result.code == 0
+    line = "torch.compile does not work here (no compiler); going on without it"
+    assert result.out.splitlines().count(line) == 1
+    assert train(*flags, "--compile", "off", "--runs-dir", "off").code == 0
+    assert_same_bytes(last_state("on"), last_state("off"))
+
+
+@pytest.mark.parametrize(
+    "mode, device, wanted",
+    [
+        ("on", "cpu", True),
+        ("on", "cuda", True),
+        ("off", "cuda", False),
+        ("auto", "cpu", False),
+        ("auto", "cuda", True),
+        ("auto", "mps", False),
+    ],
+)
+def test_when_to_compile(mode, device, wanted, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: ("compiled", x))
+    call = compiled(lambda x: ("plain", x), mode, torch.device(device), pytest.fail)
+    assert [call(1), call(2)] == [("compiled" if wanted else "plain", x) for x in (1, 2)]
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_cuda_trains_in_every_dtype(dtype, train, text_file):
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--device", "cuda", "--compile", "off"]
+    result = train(*flags, "--max-iters", 40, "--learning-rate", 0.01, "--dtype", dtype)
+    assert result.code == 0, result.err
+    losses = losses_of("runs")
+    assert losses[-1] < losses[0] - 0.5
+    (run,) = (path for path in Path("runs").iterdir() if path.is_dir())
+    assert bool(newest_checkpoint(run, pytest.fail).metadata["scaler"]) is (dtype == "float16")
+
+
+@needs_cuda
+def test_cuda_compiled_has_the_losses_of_plain(train, text_file):
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--device", "cuda", "--dtype", "float32"]
+    for mode in ("off", "on"):
+        assert train(*flags, "--compile", mode, "--runs-dir", mode).code == 0
+    assert losses_of("on") == pytest.approx(losses_of("off"), abs=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_cuda_resumes_to_the_same_bytes(dtype, train, text_file):
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--device", "cuda", "--dtype", dtype]
+    flags += ["--compile", "off", "--checkpoint-interval", 1, "--keep-checkpoints", 9, "--dropout", 0.2]
+    assert train(*flags).code == 0
+    before = last_state("runs")
+    (run,) = (path for path in Path("runs").iterdir() if path.is_dir())
+    early = checkpoint_paths(run / "artifacts/checkpoints")[3]
+    assert train("--resume", early).code == 0
+    assert_same_bytes(before, last_state("runs"))
