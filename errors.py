@@ -32,9 +32,9 @@ class Alg1Error(Exception):
 def disk_error(action: str, error: OSError) -> Alg1Error:
     """The Alg1Error for an operating system error met while doing `action` ("write runs/x")."""
     hints = {
-        errno.ENOSPC: "free some space, then run the same command again",
-        errno.EDQUOT: "free some of your quota, then run the same command again",
-        errno.EFBIG: "raise the file-size limit (ulimit -f), then run the same command again",
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some of your quota",
+        errno.EFBIG: "raise the file-size limit (ulimit -f)",
         errno.EACCES: "allow writing there, or choose another folder",
         errno.EPERM: "allow writing there, or choose another folder",
         errno.EROFS: "the file system is read-only; choose another folder",

@@ -78,8 +78,8 @@ def run_phases(
     runtime = utils_runtime.start_runtime(params.train)
     corpus = data.open_corpus(data.find_corpus(params.data.data_path, console.say))
     corpus.check_block_size(params.model.block_size, *splits)
-    params.model.check_vocab_size(corpus.tokenizer.vocab_size)
     start.check(params, corpus)
+    params.model.check_vocab_size(corpus.tokenizer.vocab_size)
 
     # 3. Run id, and 4. run directory; a resumed run has both.
     tag = params.train.run_tag
@@ -94,7 +94,7 @@ def run_phases(
     state = None
     if start.checkpoint:
         state = start.checkpoint.metadata["trackers"]
-        utils_checkpoint.remove_newer(start.checkpoint, console.say)
+        utils_checkpoint.set_newer_aside(start.checkpoint, console.say)
         cut_metrics(run.metrics_path, start.checkpoint.progress.step)
     hparams = params.flat() | {"vocab_size": corpus.tokenizer.vocab_size}
     trackers = stack.enter_context(start_trackers(run, params, hparams, origin, console.warn, state))
@@ -172,7 +172,7 @@ def loop(
     trainer.clock.start(progress)
     while True:
         step = progress.step
-        last = step == config.max_iters
+        last = step >= config.max_iters
         if progress.evaluated() or last or due(step, config.eval_interval):
             speed = trainer.clock.lap(progress)
             if not progress.evaluated():  # a resumed run has just done that

@@ -371,11 +371,11 @@ def test_a_run_goes_on_from_one_of_its_checkpoints(start, train):
     assert start(*ALL_KEPT).code == 0
     result = train("--resume", checkpoint(2))
     assert result.code == 0
-    removed = [line for line in result.out.splitlines() if line.startswith("removing ")]
-    assert removed == [
-        f"removing step_{step:09d}.safetensors: the run goes on from step_000000002.safetensors"
-        for step in (3, 4, 5, 6)
+    names = [f"step_{step:09d}.safetensors" for step in (3, 4, 5, 6)]
+    assert [line for line in result.out.splitlines() if line.startswith("renaming ")] == [
+        f"renaming {name} to {name}.aside: the run goes on from step_000000002.safetensors" for name in names
     ]
+    assert sorted(path.name for path in checkpoint(2).parent.glob("*.aside")) == [f"{n}.aside" for n in names]
     assert_same_end()
 
 

@@ -28,8 +28,8 @@ from utils_alg1.utils_run_manager import MetadataCapture, list_runs
 from utils_alg1.utils_training import Trainer
 
 EVALUATION = re.compile(
-    r"step +(\d+)  train loss (\d\.\d{4})  val loss (\d\.\d{4})  lr (\d\.\d\de[+-]\d\d)"
-    r"(  [\d,]+ tokens/s)?(  best)?"
+    r"step +(\d+)  train loss (\d\.\d{4})  val loss (\d\.\d{4})  lr (\d\.\de[+-]\d\d)"
+    r"(  [\d,]+ tok/s)?(  best)?"
 )
 
 
@@ -234,7 +234,7 @@ def test_printed_losses_are_those_of_the_metrics(start):
             row["step"],
             f"{row['loss/train']:.4f}",
             f"{row['loss/val']:.4f}",
-            f"{row['learning_rate']:.2e}",
+            f"{row['learning_rate']:.1e}",
         )
         for row in evaluations(only_run())
     ]

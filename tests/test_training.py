@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -441,8 +440,9 @@ def test_a_captured_graph_trains_like_the_plain_model(train, text_file, monkeypa
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
-@pytest.mark.skipif(os.environ.get("ALG1_SLOW_TESTS") != "1", reason="takes a minute: set ALG1_SLOW_TESTS=1")
-def test_a_compiled_run_on_a_cpu_has_the_losses_of_a_plain_one(train, text_file):
+def test_a_compiled_run_on_a_cpu_has_the_losses_of_a_plain_one(train, text_file, campaign):
+    if not campaign.whole:
+        pytest.skip("takes a minute: pytest --campaign")
     assert_compiling_changes_little(train, text_file)
 
 

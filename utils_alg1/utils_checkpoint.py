@@ -31,7 +31,7 @@ from utils_alg1.utils_run_manager import (
     list_runs,
     lock_run,
 )
-from utils_alg1.utils_training import Progress, Trainer, learning_rate
+from utils_alg1.utils_training import Evaluation, Progress, Trainer, learning_rate
 
 FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1
@@ -186,7 +186,12 @@ class CheckpointStore:
 
 def checkpoint_paths(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if NAME.fullmatch(path.name))
+    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -195,7 +200,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         Alg1Error: not there, damaged, or not a checkpoint.
     """
-    tensors, metadata = read_tensors(path)
+    return parse_checkpoint(*read_tensors(path), path)
+
+
+def parse_checkpoint(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None, path: Path
+) -> Checkpoint:
+    """`read_checkpoint` for a file that `read_tensors` has read: also one that a stranger made.
+
+    Raises:
+        Alg1Error: not a checkpoint, or one with values that no run of ours has written.
+    """
     if metadata is None or metadata.get("format") != FORMAT:
         raise Alg1Error(f"{path}: this is not a checkpoint")
     if metadata.get("format_version") != FORMAT_VERSION:
@@ -203,7 +218,45 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: checkpoint format {metadata.get('format_version')!r} is not known",
             "use the release of ALG1 that wrote it",
         )
-    return Checkpoint(path, tensors, metadata)
+    checkpoint = Checkpoint(path, tensors, metadata)
+    try:
+        sound = _is_sound(checkpoint)
+    except (KeyError, TypeError, ValueError, AttributeError, Alg1Error):
+        sound = False
+    if not sound:
+        raise Alg1Error(f"{path}: this checkpoint makes no sense", "use another one")
+    return checkpoint
+
+
+def _is_sound(checkpoint: Checkpoint) -> bool:
+    """Whether every value has its type and the sizes are those of the tensors; or an exception."""
+    metadata = checkpoint.metadata
+    config = ModelConfig(**metadata["model"])
+    config.validate()
+    tokens = checkpoint.tensors["model.token_embedding_table.weight"].shape
+    positions = checkpoint.tensors["model.position_embedding_table.weight"].shape
+    layers = {name.split(".")[2] for name in checkpoint.tensors if name.startswith("model.blocks.")}
+    progress = checkpoint.progress
+    numbers = [progress.seconds, *dataclasses.astuple(progress.evaluation or Evaluation(0, 0, 0, 0))]
+    numbers += [progress.best_val or 0, progress.best_step or 0]
+    vocabulary = metadata["vocabulary"]
+    return (
+        tokens == (config.vocab_size, config.n_embd)
+        and positions == (config.block_size, config.n_embd)
+        and len(layers) == config.n_layer
+        and type(progress.step) is int
+        and progress.step >= 0
+        and type(progress.evaluations_since_best) is int
+        and all(isinstance(number, (int, float)) for number in numbers)
+        and not coerce_all(checkpoint.parameters)[1]
+        and all(isinstance(character, str) for character in vocabulary)
+        and vocabulary == sorted(set(vocabulary))
+        and len(vocabulary) == config.vocab_size
+        and isinstance(metadata["corpus_sha256"], str)
+        and all(isinstance(copy["synced"], int) for copy in metadata["trackers"].values())
+        and all(isinstance(copy["run"], (str, type(None))) for copy in metadata["trackers"].values())
+        and isinstance(metadata["scaler"], dict)
+    )
 
 
 def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
@@ -306,19 +359,20 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpo
         raise
 
 
-def remove_newer(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
-    """Remove what lies past the checkpoint that a run goes on from: it is damaged, or a past not repeated.
+def set_newer_aside(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
+    """Rename what lies past the checkpoint that a run goes on from: it is damaged, or a past not repeated.
 
     Raises:
         Alg1Error: the file system refused (exit code 4).
     """
     for path in checkpoint_paths(checkpoint.path.parent):
-        if path.name > checkpoint.path.name:
-            say(f"removing {path.name}: the run goes on from {checkpoint.path.name}")
+        if _step(path) > _step(checkpoint.path):
+            aside = path.with_name(path.name + ".aside")
+            say(f"renaming {path.name} to {aside.name}: the run goes on from {checkpoint.path.name}")
             try:
-                path.unlink()
+                path.rename(aside)
             except OSError as error:
-                raise disk_error(f"remove {path}", error) from error
+                raise disk_error(f"rename {path}", error) from error
 
 
 def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str) -> None:
@@ -416,7 +470,7 @@ def load_for_sampling(path: Path) -> BigramLanguageModel:
     Raises:
         Alg1Error: it is none of these, or damaged.
     """
-    _, metadata = read_tensors(path)
+    tensors, metadata = read_tensors(path)
     if metadata is not None and metadata.get("format") == FORMAT:
-        return read_checkpoint(path).build_model()
-    return BigramLanguageModel().load_safetensors(path)
+        return parse_checkpoint(tensors, metadata, path).build_model()
+    return BigramLanguageModel().load_tensors(tensors, metadata, path)

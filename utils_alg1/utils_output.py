@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from errors import DONE, INTERRUPTED, Alg1Error, disk_error
@@ -32,7 +34,8 @@ def run_script(main: Callable[[], int]) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        code = main()
+        with _sigterm_unwinds():
+            code = main()
         sys.stdout.flush()
     except Alg1Error as error:
         print_error(error)
@@ -53,6 +56,20 @@ def run_script(main: Callable[[], int]) -> None:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM end the program like Ctrl-C does: through every `with` and `finally` on the way."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def print_error(error: Alg1Error) -> None:
@@ -148,10 +165,10 @@ class Console:
         """A line for each evaluation."""
         e = evaluation
         best = "  best" if progress.best_step == e.step else ""
-        speed = f"  {rate:,.0f} tokens/s" if rate else ""
+        speed = f"  {rate:,.0f} tok/s" if rate else ""
         self.say(
             f"step {e.step:6d}  train loss {e.train_loss:.4f}  val loss {e.val_loss:.4f}"
-            f"  lr {e.learning_rate:.2e}{speed}{best}"
+            f"  lr {e.learning_rate:.1e}{speed}{best}"
         )
 
     def summary(self, lines: dict[str, str], sample: str) -> None:

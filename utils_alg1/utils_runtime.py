@@ -175,8 +175,11 @@ def smaller_settings(params: Parameters) -> str:
     if batch_size > 1:
         halved = f"--batch-size {batch_size // 2} --grad-accum-steps {micro_batches * 2}"
         return f"try {halved}, which sees about as much text in a step"
-    width = params.model.n_embd // 2 // params.model.n_head * params.model.n_head
-    return f"try --n-embd {max(width, params.model.n_head)}, or a smaller --block-size"
+    model = params.model
+    width = max(model.n_embd // 2 // model.n_head, 1) * model.n_head
+    if width < model.n_embd:
+        return f"try --n-embd {width}, or a smaller --block-size"
+    return f"try a --block-size below {model.block_size}"
 
 
 class StopSignals:
