@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    import faults
 
 CAMPAIGN = pytest.StashKey["Campaign"]()
 PROJECT = Path(__file__).resolve().parent.parent
@@ -62,6 +67,17 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def campaign(request: pytest.FixtureRequest) -> Campaign:
     return request.config.stash[CAMPAIGN]
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> faults.Reference:
+    """The uninterrupted run of the fault tests."""
+    import faults
+
+    # A first run in this process loads everything that its children would else load one by one.
+    with contextlib.chdir(faults.new_folder(tmp_path_factory.mktemp("warm"), "up")):
+        assert faults.train_here(faults.ARGUMENTS) == 0
+    return faults.Reference(faults.new_folder(tmp_path_factory.mktemp("reference"), "run"))
 
 
 @dataclass

@@ -5,14 +5,17 @@ The parent imports torch and trains once; every child starts from there in milli
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +98,7 @@ def new_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-def run_cases(parent: Path, cases: dict[str, Callable[[Path], None]]) -> None:
+def run_cases(parent: Path, cases: Mapping[str, Callable[[Path], None]]) -> None:
     """Run every case in a folder and a process of its own, WORKERS at a time; fail naming all that failed."""
     waiting = list(cases.items())
     running: dict[int, tuple[str, Path, float]] = {}
@@ -122,17 +125,18 @@ def run_cases(parent: Path, cases: dict[str, Callable[[Path], None]]) -> None:
 
 
 def _start_case(folder: Path, case: Callable[[Path], None]) -> int:
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
+    def work() -> int:
+        case(folder)
+        return 0
 
-        def work() -> int:
-            case(folder)
-            return 0
-
+    with contextlib.chdir(folder):
         return start_child(work)
-    finally:
-        os.chdir(here)
+
+
+def copy_of(reference: Reference, folder: Path) -> Path:
+    """A copy of the uninterrupted run in `folder`: its run directory."""
+    shutil.copytree(reference.folder / "runs", folder / "runs")
+    return only_run(folder)
 
 
 def sample(cases: dict[str, Any], whole: bool, size: int, seed: int = 0) -> dict[str, Any]:
@@ -261,13 +265,10 @@ class Reference:
     """The uninterrupted run that every interrupted one is held against."""
 
     def __init__(self, folder: Path):
-        here = Path.cwd()
-        os.chdir(folder)
+        self.folder = folder
         began = time.monotonic()
-        try:
+        with contextlib.chdir(folder):
             assert train_in_child(ARGUMENTS) == 0, (folder / "output.txt").read_text()
-        finally:
-            os.chdir(here)
         self.seconds = time.monotonic() - began
         run_dir = only_run(folder)
         self.last = tensors(checkpoints(folder)[-1])
@@ -293,4 +294,14 @@ class Reference:
             tensors(path)  # under its final name, every checkpoint is whole
         code = train_in_child(["--resume", "latest", *arguments])
         assert code == 0, f"the resumed run ended with {code}"
+        self.check(folder)
+
+    def resume_in_process(self, folder: Path, command: Sequence[str]) -> None:
+        """As `resume_and_check`, by a real process."""
+        if checkpoints(folder):
+            resume = [*command, "--resume", "latest"]
+        else:  # it was killed before its first checkpoint: the user starts it again
+            shutil.rmtree(folder / "runs")
+            resume = [*command, *ARGUMENTS]
+        subprocess.run(resume, cwd=folder, check=True, capture_output=True)
         self.check(folder)

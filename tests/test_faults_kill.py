@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -16,29 +17,12 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> faults.Reference:
-    # The first run in this process warms everything up that children would else load one by one.
-    folder = faults.new_folder(tmp_path_factory.mktemp("warm"), "up")
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        assert faults.train_here(faults.ARGUMENTS) == 0
-    finally:
-        os.chdir(here)
-    return faults.Reference(faults.new_folder(tmp_path_factory.mktemp("reference"), "run"))
-
-
-@pytest.fixture(scope="module")
 def file_calls(reference, tmp_path_factory) -> list[str]:
     """The names of all file-system calls that the checkpoints of a run make."""
     folder = faults.new_folder(tmp_path_factory.mktemp("calls"), "run")
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        record = partial(faults.record_file_calls, folder / "calls.json")
+    record = partial(faults.record_file_calls, folder / "calls.json")
+    with contextlib.chdir(folder):
         assert faults.train_in_child(faults.ARGUMENTS, record) == 0
-    finally:
-        os.chdir(here)
     return json.loads((folder / "calls.json").read_text())
 
 
