@@ -151,7 +151,13 @@ class TrainConfig:
         choices=("auto", "on", "off"),
         may_change=True,
     )
-    threads: int = setting(0, "CPU threads; 0 lets PyTorch choose", minimum=0, maximum=1024, may_change=True)
+    threads: int = setting(
+        0,
+        "CPU threads; 0 is one for a small step, else PyTorch's choice",
+        minimum=0,
+        maximum=1024,
+        may_change=True,
+    )
     optimizer: str = setting("adamw", "how weights are updated", choices=("adamw", "sgd"))
     weight_decay: float = setting(0.01, "decay of weight matrices", minimum=0)
     beta1: float = setting(0.9, "AdamW's first moment, SGD's momentum", minimum=0, below=1)
@@ -288,6 +294,13 @@ class Parameters:
         further = [problem for config in parts.values() for problem in config.problems()]
         raise_problems([*problems, *(named_origin(problem, origins) for problem in further)])
         return cls(**parts, origins={name: origins.get(name, "default") for name in specs()})
+
+    def flops_per_step(self) -> float:
+        """Floating-point operations of a training step, roughly: six for each weight of the blocks and
+        character (Kaplan et al. 2020, Scaling Laws for Neural Language Models)."""
+        weights = 12 * self.model.n_layer * self.model.n_embd**2
+        characters = self.train.batch_size * self.train.grad_accum_steps * self.model.block_size
+        return 6.0 * weights * characters
 
     def flat(self) -> dict[str, Any]:
         """Every parameter by name."""

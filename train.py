@@ -75,7 +75,7 @@ def run_phases(
         return DONE
     splits = params.data.train_split, params.data.val_split
     utils_checkpoint.check_output(params.train.output)
-    runtime = utils_runtime.start_runtime(params.train)
+    runtime = utils_runtime.start_runtime(params.train, params.flops_per_step())
     corpus = data.open_corpus(data.find_corpus(params.data.data_path, console.say))
     corpus.check_block_size(params.model.block_size, *splits)
     start.check(params, corpus)

@@ -46,7 +46,7 @@ def test_a_first_and_a_second_signal_in_the_middle_of_a_save(reference, tmp_path
         )
         for number in (signal.SIGINT, signal.SIGTERM)
         for second in (False, True)
-        for index in range(0, 44, 2)
+        for index in range(0, 44, 4)
     }
     chosen = faults.sample(cases, campaign.whole, 8)
     faults.run_cases(tmp_path, chosen)

@@ -113,6 +113,14 @@ def test_zero_threads_leave_the_choice_to_pytorch():
     assert start_runtime(TrainConfig(device="cpu", threads=0)).threads == torch.get_num_threads() == 2
 
 
+def test_a_small_step_gets_one_thread():
+    torch.set_num_threads(2)
+    config = TrainConfig(device="cpu", threads=0)
+    assert start_runtime(config, flops_per_step=1.1e9).threads == 2
+    assert start_runtime(config, flops_per_step=0.9e9).threads == torch.get_num_threads() == 1
+    assert parameters().flops_per_step() == 6 * (12 * 4 * 64 * 64) * (4 * 32) < 1e9
+
+
 @pytest.mark.parametrize(
     "device, dtype, bf16, expected",
     [

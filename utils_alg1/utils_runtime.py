@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -49,8 +50,14 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
 
-def start_runtime(config: TrainConfig) -> Runtime:
+SMALL_STEP = 1e9  # floating-point operations
+
+
+def start_runtime(config: TrainConfig, flops_per_step: float = math.inf) -> Runtime:
     """Choose device, threads and arithmetic, and set them.
+
+    A step of fewer than SMALL_STEP operations gets one thread: a second one gains little there, waits for the
+    first at every operator, and is missing to the trackers, which have a thread of their own.
 
     Raises:
         Alg1Error: the device is not there, or cannot compute in that dtype.
@@ -58,6 +65,8 @@ def start_runtime(config: TrainConfig) -> Runtime:
     device = find_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    elif device.type == "cpu" and flops_per_step < SMALL_STEP:
+        torch.set_num_threads(1)
     dtype_name = config.dtype
     if dtype_name == "auto":
         dtype_name = "float32"
