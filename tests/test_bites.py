@@ -1,0 +1,114 @@
+"""The suite bites: with each guard of a run's safety removed, it fails."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from conftest import PROJECT
+
+
+@dataclass
+class Guard:
+    """A guard, how to take it out of a file, and the tests that must notice."""
+
+    name: str
+    file: str
+    code: str
+    without: str
+    tests: str
+
+
+GUARDS = [
+    Guard(
+        "fsync of the file",
+        "files.py",
+        "                os.fsync(descriptor)\n            finally:",
+        "                pass\n            finally:",
+        "tests/test_checkpoint.py -k synced",
+    ),
+    Guard(
+        "fsync of the folder",
+        "files.py",
+        "        sync_folder(path.parent)\n",
+        "        pass\n",
+        "tests/test_checkpoint.py -k synced",
+    ),
+    Guard(
+        "temporary file and rename",
+        "files.py",
+        '    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")\n',
+        "    temporary = path\n",
+        "tests/test_faults_kill.py -k any_file_call",
+    ),
+    Guard(
+        "digest of tensor files",
+        "files.py",
+        'about["sha256"] == digest(tensors, metadata)',
+        'bool(about["sha256"])',
+        "tests/test_faults_damage.py -k damaged_weights",
+    ),
+    Guard(
+        "seed of each step",
+        "utils_alg1/utils_runtime.py",
+        'text = f"{seed}/{purpose}/{step}/{micro_batch}".encode()',
+        'text = f"{seed}/{torch.randint(2**40, ()).item()}".encode()',
+        "tests/test_checkpoint.py -k change_no_byte",
+    ),
+    Guard(
+        "lock of a run",
+        "utils_alg1/utils_run_manager.py",
+        "        lock.acquire()\n",
+        "        pass\n",
+        "tests/test_checkpoint.py -k in_use",
+    ),
+    Guard(
+        "cut of the metrics",
+        "train.py",
+        "        cut_metrics(run.metrics_path, start.checkpoint.progress.step)\n",
+        "        pass\n",
+        "tests/test_checkpoint.py -k every_row_once",
+    ),
+    Guard(
+        "purge of TensorBoard",
+        "utils_alg1/utils_trackers.py",
+        "tensorboard_synced if resumed else None",
+        "None",
+        "tests/test_tensorboard.py -k one_clean_curve",
+    ),
+    Guard(
+        "check of loss and gradient",
+        "utils_alg1/utils_training.py",
+        "if not math.isfinite(mean_loss) or",
+        "if False and",
+        "tests/test_training.py -k finite",
+    ),
+    Guard(
+        "older checkpoint where the newest is damaged",
+        "utils_alg1/utils_checkpoint.py",
+        '            warn(f"{error.message}; trying an older one")\n',
+        "            raise\n",
+        "tests/test_checkpoint.py -k damaged_newest",
+    ),
+]
+
+
+@pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
+def test_without_a_guard_the_suite_fails(guard, tmp_path, campaign):
+    text = (PROJECT / guard.file).read_text()
+    assert text.count(guard.code) == 1, "the guard is written otherwise by now"
+    if not campaign.whole:
+        pytest.skip("seconds for each guard: pytest --campaign")
+    copy = tmp_path / "project"
+    shutil.copytree(
+        PROJECT, copy, ignore=shutil.ignore_patterns(".*", "runs", "data", "__pycache__", "*.egg-info")
+    )
+    (copy / guard.file).write_text(text.replace(guard.code, guard.without))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *guard.tests.split()]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1, result.stdout[-2000:]
+    assert " failed" in result.stdout and " error" not in result.stdout.splitlines()[-1]
+    campaign.count("guard removed, and the suite failed", 1)
