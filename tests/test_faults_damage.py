@@ -41,10 +41,11 @@ def structure(path: Path) -> tuple[list[int], dict[str, tuple[int, int]]]:
 
 
 def truncate(size: int, data: bytes) -> bytes:
-    return data[:size]
+    return data[: min(size, len(data) - 1)]
 
 
 def flip(place: int, bit: int, data: bytes) -> bytes:
+    place = min(place, len(data) - 1)  # checkpoints differ in size by a few bytes
     return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
 
 

@@ -73,9 +73,10 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 
 def print_error(error: Alg1Error) -> None:
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk may be where stderr goes, too
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
 
 
 class Console:
