@@ -161,26 +161,31 @@ class Corpus:
         self, train_split: float = 0.9, val_split: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The first `train_split` of the tokens, and the last `val_split` (default: all others)."""
-        n = len(self.tokens)
-        n_train = int(train_split * n)
-        n_val = n - n_train if val_split is None else min(n - n_train, round(val_split * n))
-        return self.tokens[:n_train], self.tokens[n - n_val :]
+        n_train, n_val = split_sizes(len(self.tokens), train_split, val_split)
+        return self.tokens[:n_train], self.tokens[len(self.tokens) - n_val :]
 
-    def check_block_size(self, block_size: int, train_split: float, val_split: float) -> None:
-        """Check that both splits hold at least one sequence and its target.
 
-        Raises:
-            Alg1Error: naming block_size, the text's length and the largest block_size that fits.
-        """
-        largest = min(len(part) for part in self.split(train_split, val_split)) - 1
-        if block_size <= largest:
-            return
-        text = f"{self.path}: {len(self.tokens):,} characters are too few for block_size = {block_size}"
-        if largest >= 1:
-            raise Alg1Error(text, f"use a longer text, or --block-size {largest} at most")
-        raise Alg1Error(
-            f"{text}, and for any other", "each of train_split and val_split needs two characters"
-        )
+def split_sizes(n: int, train_split: float, val_split: float | None) -> tuple[int, int]:
+    """How many of n characters are for training and for validation; see `Corpus.split`."""
+    n_train = int(train_split * n)
+    return n_train, n - n_train if val_split is None else min(n - n_train, round(val_split * n))
+
+
+def check_block_size(
+    path: Path, n: int, block_size: int, train_split: float, val_split: float | None
+) -> None:
+    """Check that both splits of a text of n characters hold at least one sequence and its target.
+
+    Raises:
+        Alg1Error: naming block_size, the text's length and the largest block_size that fits.
+    """
+    largest = min(split_sizes(n, train_split, val_split)) - 1
+    if block_size <= largest:
+        return
+    text = f"{path}: {n:,} characters are too few for block_size = {block_size}"
+    if largest >= 1:
+        raise Alg1Error(text, f"use a longer text, or --block-size {largest} at most")
+    raise Alg1Error(f"{text}, and for any other", "each of train_split and val_split needs two characters")
 
 
 def load_data(
@@ -198,11 +203,14 @@ def load_data(
     return *corpus.split(train_split, val_split), corpus.tokenizer
 
 
-def open_corpus(path: Path | str) -> Corpus:
+def open_corpus(path: Path | str, check: Callable[[int, int], None] = lambda n, vocab_size: None) -> Corpus:
     """Check and tokenise a text file, or map the tokens of an earlier time.
 
     The cache lies beside the text, keyed by its content. Where that folder cannot be written, the tokens
     go to an unnamed temporary file instead.
+
+    Args:
+        check: called with the text's length and vocab_size before anything is written; it may raise.
 
     Raises:
         Alg1Error: empty, not UTF-8 (naming the byte), or not readable.
@@ -215,10 +223,13 @@ def open_corpus(path: Path | str) -> Corpus:
     key = sha256.hexdigest()
     cached = _cached_tokens(path, key)
     if cached is None:
-        tokenizer = Tokenizer(_characters(path))
-        if not tokenizer.vocab_size:
+        tokenizer, n = _survey(path)
+        if not n:
             raise Alg1Error(f"{path}: the file is empty", "give it some text, or name another file")
+        check(n, tokenizer.vocab_size)
         cached = tokenizer, _write_tokens(path, key, tokenizer)
+    else:
+        check(len(cached[1]), cached[0].vocab_size)
     return Corpus(path, key, *cached)
 
 
@@ -261,17 +272,21 @@ def _decode(path: Path, data: bytes, offset: int, final: bool) -> tuple[str, int
         return codecs.utf_8_decode(data, "strict", final)
     except UnicodeDecodeError as error:
         at = offset + error.start
+        encoding = "UTF-16" if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
         raise Alg1Error(
             f"{path}: not UTF-8 at byte {at} (0x{data[error.start]:02X})",
-            "save the file as UTF-8, for instance: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+            f"save the file as UTF-8, for instance: iconv -f {encoding} -t UTF-8 OLD > NEW",
         ) from None
 
 
-def _characters(path: Path) -> Iterator[str]:
+def _survey(path: Path) -> tuple[Tokenizer, int]:
+    """The tokenizer of a text, and its length in characters."""
     seen = np.zeros(N_CODE_POINTS, dtype=bool)
+    n = 0
     for points in _code_points(path):
         seen[points] = True
-    return map(chr, np.flatnonzero(seen))
+        n += len(points)
+    return Tokenizer(map(chr, np.flatnonzero(seen))), n
 
 
 def _cached_tokens(path: Path, sha256: str) -> tuple[Tokenizer, np.ndarray] | None:

@@ -45,6 +45,11 @@ def disk_error(action: str, error: OSError) -> Alg1Error:
     return Alg1Error(f"cannot {action}: {reason}", hints.get(error.errno or 0), exit_code)
 
 
+def first_line(problem: object) -> str:
+    """The first line of an exception's or a problem's text."""
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
+
+
 class Guard:
     """Runs what training can do without: its first failure is one warning and switches it off for good.
 
@@ -71,5 +76,4 @@ class Guard:
         """Switch off, with one warning the first time."""
         if self.enabled:
             self.enabled = False
-            first_line = reason.splitlines()[0][:200]
-            self._warn(f"{self.name} is switched off, training goes on: {first_line}")
+            self._warn(f"{self.name} is switched off, training goes on: {first_line(reason)[:200]}")

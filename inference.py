@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from errors import DONE, Alg1Error
 from parameters import Problem, raise_problems, specs
+from utils import show_characters
 from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
 from utils_alg1.utils_output import run_script
 
@@ -39,27 +40,37 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="python inference.py",
         description="Sample text from a trained model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--run", metavar="RUN", help="a run id or directory (default: the latest)")
     source.add_argument("--model", metavar="PATH", help="an exported file or a checkpoint")
     parser.add_argument("--prompt", metavar="TEXT", help="what the text begins with")
-    parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="characters")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest")
+    parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="characters (500)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest (1.0)"
+    )
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest only")
     parser.add_argument("--top-p", type=float, metavar="X", help="draw from the fewest that make up X only")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts")
-    parser.add_argument("--seed", type=int, default=specs()["seed"].default, metavar="N", help="of the draws")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts (1)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=specs()["seed"].default,
+        metavar="N",
+        help=f"of the draws ({specs()['seed'].default})",
+    )
     parser.add_argument("--stop", metavar="TEXT", help="end a text once it has drawn this")
     parser.add_argument(
         "--unknown",
         choices=("error", "skip", "replace"),
         default="error",
-        help="what to do with prompt characters that the model does not know",
+        help="what to do with prompt characters that the model does not know (error)",
     )
     parser.add_argument("--device", default=specs()["device"].default, metavar="NAME", help="as in training")
+    parser.add_argument(
+        "--vocabulary", metavar="PATH", help="the text that weights without a vocabulary were trained on"
+    )
     parser.add_argument("--interactive", action="store_true", help="ask for prompts")
     parser.add_argument(
         "--runs-dir", metavar="PATH", help="where runs are looked for (default: as in training)"
@@ -73,6 +84,8 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         ("top_p", arguments.top_p is None or 0 < arguments.top_p <= 1, "above 0, at most 1"),
         ("seed", 0 <= arguments.seed < 2**63, "at least 0 and below 2**63"),
     ]
+    if arguments.interactive and arguments.prompt is not None:
+        problems.append(Problem("--interactive asks for prompts: leave --prompt out", ("prompt",)))
     for name, good, wanted in limits:
         if not good:
             flag = "--" + name.replace("_", "-")
@@ -91,14 +104,16 @@ def main(argv: list[str] | None = None) -> int:
     from utils_alg1.utils_runtime import find_device
 
     device = find_device(arguments.device)
-    if arguments.model:
+    if arguments.model is not None:
         path = Path(arguments.model)
     else:
-        runs_dir = arguments.runs_dir or ConfigLoader.runs_dir(Options())
+        runs_dir = arguments.runs_dir
+        if runs_dir is None:
+            runs_dir = ConfigLoader.runs_dir(Options())
         path = find_weights(runs_dir, arguments.run)
     model = load_for_sampling(path)
     if model.vocabulary is None:
-        raise Alg1Error(f"{path}: it does not hold its vocabulary", "use an export of ALG1")
+        model.vocabulary = vocabulary_of(arguments.vocabulary, model, path)
     model.to(device).eval()
     print(f"{path}", file=sys.stderr)
     tokenizer = Tokenizer(model.vocabulary)
@@ -113,6 +128,29 @@ def main(argv: list[str] | None = None) -> int:
     return DONE
 
 
+def vocabulary_of(text_path: str | None, model: BigramLanguageModel, path: Path) -> list[str]:
+    """The characters of a text, for weights of another program that do not hold theirs.
+
+    Raises:
+        Alg1Error: no text was named, or it has another number of characters.
+    """
+    from data import find_corpus, open_corpus
+
+    if text_path is None:
+        raise Alg1Error(
+            f"{path}: it does not hold its vocabulary",
+            "name the text that it was trained on: --vocabulary PATH",
+        )
+    vocabulary = open_corpus(find_corpus(text_path)).tokenizer.vocabulary
+    if len(vocabulary) != model.config.vocab_size:
+        raise Alg1Error(
+            f"{text_path}: the text has {len(vocabulary)} characters,"
+            f" {path} is for {model.config.vocab_size}",
+            "name the text that it was trained on",
+        )
+    return vocabulary
+
+
 def known_characters(prompt: str, tokenizer: Tokenizer, unknown: str) -> str:
     """The prompt in characters that the model knows.
 
@@ -121,11 +159,10 @@ def known_characters(prompt: str, tokenizer: Tokenizer, unknown: str) -> str:
     """
     unseen = set(tokenizer.unseen(prompt))
     if unseen and unknown == "error":
-        try:
-            tokenizer.encode(prompt)
-        except Alg1Error as error:
-            error.hint = "leave them out with --unknown skip, or --unknown replace"
-            raise
+        raise Alg1Error(
+            f"not in the model's vocabulary: {show_characters(unseen)}",
+            "leave them out with --unknown skip, or --unknown replace",
+        )
     stand_in = "" if unknown == "skip" else tokenizer.stand_in
     return "".join(stand_in if character in unseen else character for character in prompt)
 
@@ -149,17 +186,12 @@ def write_sample(
         arguments.top_k,
         arguments.top_p,
         generator,
+        stop=tokenizer.encode(arguments.stop or ""),
     )
     sys.stdout.write(prompt)
-    written = ""
     for token in stream:
-        character = tokenizer.decode(token.tolist())
-        sys.stdout.write(character)
+        sys.stdout.write(tokenizer.decode(token.tolist()))
         sys.stdout.flush()
-        if arguments.stop:
-            written = (written + character)[-len(arguments.stop) :]
-            if written == arguments.stop:
-                break
     sys.stdout.write("\n")
     sys.stdout.flush()
 

@@ -308,6 +308,8 @@ class BigramLanguageModel(nn.Module):
         Raises:
             Alg1Error: the file system refused (exit code 4).
         """
+        if self.config.vocab_size is None:
+            raise ValueError("this model is empty: give it a config, or load weights first")
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -420,7 +422,7 @@ def next_token(
 
 # --- layout on disk -----------------------------------------------------------------------------------
 
-PARTS = ("query", "key", "value")  # the order of their rows in the fused matrix
+PROJECTIONS = ("query", "key", "value")  # the order of their rows in the fused matrix
 
 
 def split_heads(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -431,9 +433,9 @@ def split_heads(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
             tensors[name] = tensor
             continue
         prefix = name.removesuffix("qkv.weight")
-        heads = tensor.view(len(PARTS), config.n_head, -1, config.n_embd)  # (3, H, S, C)
+        heads = tensor.view(len(PROJECTIONS), config.n_head, -1, config.n_embd)  # (3, H, S, C)
         for h in range(config.n_head):
-            for p, part in enumerate(PARTS):
+            for p, part in enumerate(PROJECTIONS):
                 tensors[f"{prefix}heads.{h}.{part}.weight"] = heads[p, h]
     return tensors
 
@@ -496,6 +498,8 @@ def join_heads(tensors: Mapping[str, Tensor], config: ModelConfig, path: str | P
     state = {name: tensor for name, tensor in tensors.items() if ".sa.heads." not in name}
     for layer in range(config.n_layer):
         prefix = f"blocks.{layer}.sa."
-        rows = [tensors[f"{prefix}heads.{h}.{part}.weight"] for part in PARTS for h in range(config.n_head)]
+        rows = [
+            tensors[f"{prefix}heads.{h}.{part}.weight"] for part in PROJECTIONS for h in range(config.n_head)
+        ]
         state[f"{prefix}qkv.weight"] = torch.cat(rows)
     return state

@@ -173,7 +173,7 @@ class TrainConfig:
     grad_accum_steps: int = setting(1, "micro-batches summed into one step", above=0)
     checkpoint_interval: int = setting(
         500,
-        "steps between checkpoints; 0 keeps only the best and the last",
+        "steps between checkpoints, beside those at a better val loss and at the end; 0 is only those",
         minimum=0,
         may_change=True,
     )
@@ -501,7 +501,7 @@ def named_origin(problem: Problem, origins: Mapping[str, str]) -> Problem:
     return problem._replace(text=f"{problem.text} ({', '.join(given)})") if given else problem
 
 
-CONFIG_HINT = "python train.py --print-config shows every value and where it came from"
+CONFIG_HINT = "python train.py --help explains every value"
 
 
 def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:

@@ -22,7 +22,7 @@ from errors import CANNOT_TRAIN, DONE, Alg1Error
 from files import write_json
 from parameters import raise_problems, specs
 from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
-from utils_alg1.utils_output import Console, run_script
+from utils_alg1.utils_output import Console, leave_if_told, run_script
 
 if TYPE_CHECKING:
     from parameters import Parameters
@@ -76,10 +76,14 @@ def run_phases(
     splits = params.data.train_split, params.data.val_split
     utils_checkpoint.check_output(params.train.output)
     runtime = utils_runtime.start_runtime(params.train, params.flops_per_step())
-    corpus = data.open_corpus(data.find_corpus(params.data.data_path, console.say))
-    corpus.check_block_size(params.model.block_size, *splits)
+    text_path = data.find_corpus(params.data.data_path, console.say)
+
+    def check_text(n_characters: int, vocab_size: int) -> None:
+        data.check_block_size(text_path, n_characters, params.model.block_size, *splits)
+        params.model.check_vocab_size(vocab_size)
+
+    corpus = data.open_corpus(text_path, check_text)
     start.check(params, corpus)
-    params.model.check_vocab_size(corpus.tokenizer.vocab_size)
 
     # 3. Run id, and 4. run directory; a resumed run has both.
     tag = params.train.run_tag
@@ -98,10 +102,11 @@ def run_phases(
         cut_metrics(run.metrics_path, start.checkpoint.progress.step)
     hparams = params.flat() | {"vocab_size": corpus.tokenizer.vocab_size}
     trackers = stack.enter_context(start_trackers(run, params, hparams, origin, console.warn, state))
+    before_leaving = [console.restore_terminal]
     if options.serve_tensorboard:
         port = params.tensorboard.port
-        server = TensorBoardServer(params.train.runs_dir, port, console.say, console.warn)
-        stack.enter_context(server)
+        server = TensorBoardServer(run.path.parent, port, console.say, console.warn)
+        before_leaving.append(stack.enter_context(server).kill)
 
     # 8. Tokens: memory-mapped, so that a text larger than memory serves too.
     tokens = corpus.split(*splits)
@@ -127,7 +132,8 @@ def run_phases(
     # 11. The loop.
     run.begun = True
     about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
-    signals = stack.enter_context(utils_runtime.StopSignals())
+    signals = stack.enter_context(utils_runtime.StopSignals(before_leaving))
+    leave_if_told()
     try:
         with utils_runtime.memory_guard(params):
             loop(trainer, progress, trackers, store, params, about, signals, console)
@@ -149,10 +155,12 @@ def run_phases(
     utils_report.try_loss_curve(run, console)
 
     # 13. Clean up: trackers, server, lock.
+    trackers.flush(progress.step)
+    shown_in = trackers.working
     stack.close()
 
     # 14. Summary.
-    console.summary(utils_report.describe_end(run, params, progress, exported), samples[0])
+    console.summary(utils_report.describe_end(run, params, progress, exported, shown_in), samples[0])
     return DONE
 
 

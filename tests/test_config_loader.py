@@ -87,7 +87,7 @@ FILES = {
     "configs/tensorboard.json": TensorBoardConfig,
 }
 
-CONFIG_HINT = "hint: python train.py --print-config shows every value and where it came from\n"
+CONFIG_HINT = "hint: python train.py --help explains every value\n"
 
 
 def write(path: str | Path, values: object) -> None:

@@ -17,7 +17,7 @@ from errors import Alg1Error, Guard, disk_error
 from utils_alg1.utils_output import Console, loss_in_words, run_script
 from utils_alg1.utils_run_manager import LOCK_NAME, RunDirectoryCreator, RunIDGenerator, create_run, lock_run
 
-SHOWS = "python train.py --print-config shows every value and where it came from"
+SHOWS = "python train.py --help explains every value"
 LISTS = "python train.py --help lists every flag"
 LISTS_SAMPLING = "python inference.py --help lists every flag"
 CHECK_DATA = "check the path of --data; --data python-docs is there without a file or a network"

@@ -304,7 +304,7 @@ class Start:
         if self.initial is None:
             return None
         sizes = dataclasses.asdict(self.initial.config)
-        return {name: value for name, value in sizes.items() if name != "dropout"}
+        return {name: value for name, value in sizes.items() if name not in ("dropout", "vocab_size")}
 
     def check(self, params: Parameters, corpus: Corpus) -> None:
         """Check that parameters and text fit to what the run starts from.
@@ -347,7 +347,12 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpo
     """
     file = Path(name)
     from_file = bool(NAME.fullmatch(file.name)) and file.is_file()
-    run = lock_run(file.absolute().parents[2] if from_file else find_run(runs_dir, name))
+    if from_file:
+        path = file.absolute().parents[2]
+    else:
+        saved = [run for run in list_runs(runs_dir) if checkpoint_paths(checkpoint_dir(run))]
+        path = saved[-1] if saved and name == "latest" else find_run(runs_dir, name)
+    run = lock_run(path)
     try:
         for folder in (run.checkpoint_dir, run.export_path.parent, run.meta_dir, run.eval_dir):
             remove_temporary_files(folder)  # left by a killed process
@@ -381,8 +386,14 @@ def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str
     Raises:
         Alg1Error: showing the characters that differ.
     """
+    if model.vocabulary is None and model.config.vocab_size == tokenizer.vocab_size:
+        return  # weights of another program: what the text has is all that is known
     if model.vocabulary is None:
-        raise Alg1Error(f"{path}: it does not hold its vocabulary", "use an export of ALG1")
+        raise Alg1Error(
+            f"{path}: it does not hold its vocabulary, and is for {model.config.vocab_size} characters;"
+            f" the text has {tokenizer.vocab_size}",
+            "use the text that it was trained on",
+        )
     ours, theirs = set(tokenizer.vocabulary), set(model.vocabulary)
     if ours != theirs:
         parts = {"only in the text": ours - theirs, "only in the model": theirs - ours}
@@ -432,10 +443,10 @@ def check_resumable(checkpoint: Checkpoint, params: Parameters, corpus_sha256: s
 
 
 def check_output(output: str | None) -> None:
-    """Check before training that --output can name a file.
+    """Check before training that --output can name a file, and that nothing else is lost by writing it.
 
     Raises:
-        Alg1Error: its folder is not there, or it is a folder itself.
+        Alg1Error: its folder is not there, it is a folder itself, or a file that is not an export.
     """
     if output is None:
         return
@@ -443,6 +454,12 @@ def check_output(output: str | None) -> None:
         raise Alg1Error(f"--output {output}: there is no folder {Path(output).parent}", "create it")
     if Path(output).is_dir():
         raise Alg1Error(f"--output {output}: this is a folder", "name a file in it")
+    if Path(output).exists():
+        try:
+            read_tensors(output)
+        except Alg1Error:
+            hint = "name another file: an export would take its place"
+            raise Alg1Error(f"--output {output}: this file is not an export", hint) from None
 
 
 def find_weights(runs_dir: str, name: str | None = None) -> Path:

@@ -29,26 +29,31 @@ def run_script(main: Callable[[], int]) -> None:
 
     A failure that a user can cause ends in one `error:` line and, where there is one, a `hint:` line.
     """
+    # A program started without them (`>&-`) has no streams at all.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     # A terminal that cannot show a character shows a stand-in instead of ending the program.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        with _sigterm_unwinds():
+        with _signals_unwind():
             code = main()
-        sys.stdout.flush()
     except Alg1Error as error:
         print_error(error)
         code = error.exit_code
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:  # the reader went away (`| head`): nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     except OSError as error:  # met where nobody expected one, such as a name that is too long
         failure = disk_error(f"use {error.filename}" if error.filename else "go on", error)
         print_error(failure)
         code = failure.exit_code
+    try:
+        sys.stdout.flush()
+    except OSError:  # else Python tries again at exit, and complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if any(getattr(thread, "given_up", False) for thread in threading.enumerate()):
         # A tracker hangs: what it has asked Python to do at exit may hang as well.
         for stream in (sys.stdout, sys.stderr):
@@ -58,18 +63,36 @@ def run_script(main: Callable[[], int]) -> None:
     sys.exit(code)
 
 
+_told_to_leave: int | None = None  # the signal that came while no loop was there to stop
+
+
 @contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM end the program like Ctrl-C does: through every `with` and `finally` on the way."""
+def _signals_unwind() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the program through every `with` and `finally` on the way.
+
+    An exception that comes in the middle of an import or a callback of Python's can get lost there, so the
+    signal is noted too: see `leave_if_told`.
+    """
+    global _told_to_leave
+    _told_to_leave = None
 
     def leave(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        global _told_to_leave
+        _told_to_leave = number
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def leave_if_told() -> None:
+    """End the program now if a signal has asked for it earlier, and was not heard."""
+    if _told_to_leave is not None:
+        raise SystemExit(128 + _told_to_leave)
 
 
 def print_error(error: Alg1Error) -> None:
@@ -114,10 +137,13 @@ class Console:
         self._print(f"warning: {text}", sys.stderr)
 
     def _print(self, text: str, stream: TextIO) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=stream, flush=True)
+        try:
+            if self._bar is not None and stream.isatty():
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=stream, flush=True)
+        except OSError:  # the reader went away, or its disk is full: that is no reason to stop training
+            self.quiet, self.verbose = True, False
 
     def log_to(self, path: Path) -> None:
         """Copy every line to a file from now on. A disk that refuses costs the copy only."""
@@ -207,6 +233,11 @@ class Console:
         if now - self._redrawn >= PROGRESS_INTERVAL:
             self._redrawn = now
             self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", refresh=True)
+
+    def restore_terminal(self) -> None:
+        """Show the cursor again that the progress bar hides; for leaving at once."""
+        if self._bar is not None:
+            os.write(1, b"\x1b[?25h\n")
 
     def end_progress(self) -> None:
         if self._bar is not None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errors import first_line
 from files import write_atomically, write_json
 from model import BigramLanguageModel
 from parameters import Parameters, specs
@@ -86,7 +89,7 @@ def write_results(
         "best_bits_per_character": progress.best_val / math.log(2),
         "tokens": tokens,
         "seconds_in_loop": round(progress.seconds, 3),
-        "tokens_per_second": round(tokens / progress.seconds, 1) if progress.seconds else None,
+        "tokens_per_second_overall": round(tokens / progress.seconds, 1) if progress.seconds else None,
         "export": exported,
     }
     write_json(run.eval_dir / "final.json", final)
@@ -148,7 +151,9 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a tag may have letters that the font lacks
+        figure.savefig(buffer, format="png")
     write_atomically(picture, buffer.getvalue())
 
 
@@ -157,16 +162,19 @@ def try_loss_curve(run: Run, console: Console) -> None:
     try:
         draw_loss_curve(run.metrics_path, run.eval_dir / "loss.png", run.run_id)
     except Exception as error:  # matplotlib fails in many ways, and the run is done
-        console.warn(f"no loss curve was drawn: {error}")
+        console.warn(f"no loss curve was drawn: {first_line(error)}")
 
 
 def describe_end(
-    run: Run, params: Parameters, progress: Progress, exported: dict[str, Any]
+    run: Run, params: Parameters, progress: Progress, exported: dict[str, Any], shown_in: Collection[str]
 ) -> dict[str, str]:
-    """The block of lines that a run ends with: what was reached, where it lies, what to type next."""
+    """The block of lines that a run ends with: what was reached, where it lies, what to type next.
+
+    `shown_in` names the trackers that have the run.
+    """
     evaluation = progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # the loop ends with one
-    runs_dir = params.train.runs_dir
+    runs_dir = str(run.path.parent)
     default = runs_dir == specs()["runs_dir"].default
     lines = {
         "reached": f"step {progress.step}: train loss {evaluation.train_loss:.4f},"
@@ -175,9 +183,9 @@ def describe_end(
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']})",
         "sample": "python inference.py" + ("" if default else f" --run {shlex.quote(str(run.path))}"),
     }
-    if params.tensorboard.tensorboard:
+    if "tensorboard" in shown_in:
         lines["curves"] = tensorboard_instructions(runs_dir, params.tensorboard.port)
-    if params.train.aim:
+    if "aim" in shown_in:
         lines["compare"] = aim_instructions()
     return lines
 
@@ -191,7 +199,7 @@ def describe_start(
         f"{name}={getattr(part, name)}"
         for part in (model, train, params.data, params.tensorboard)
         for name in (f.name for f in dataclasses.fields(part))
-        if params.origins[name] != "default"
+        if getattr(part, name) != specs()[name].default
     ]
     dtype = str(runtime.dtype).removeprefix("torch.")
     lines = {

@@ -139,8 +139,9 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
         if not runs:
             raise Alg1Error(f"there is no run in {runs_dir}", "start one: python train.py")
         return runs[-1]
-    if RUN_ID.fullmatch(name) and (Path(runs_dir) / name).is_dir():
-        return Path(runs_dir) / name
+    for run in runs:
+        if run.name == name or (run.name.startswith(f"{name}_") and RUN_ID.fullmatch(name)):
+            return run  # a number is enough: no two runs of a day have the same
     path = Path(name)
     if path.is_dir() and (path / "artifacts").is_dir():
         return path

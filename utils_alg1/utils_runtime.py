@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -198,8 +198,10 @@ class StopSignals:
     every file is written atomically. Outside the `with` block the handlers are what they were.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before_leaving: Sequence[Callable[[], object]] = ()) -> None:
+        """`before_leaving`: what must be done even when a second signal ends the process at once."""
         self.received: int | None = None
+        self._before_leaving = before_leaving
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -213,6 +215,9 @@ class StopSignals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
+            for last_act in self._before_leaving:
+                with contextlib.suppress(Exception):
+                    last_act()
             os._exit(128 + number)
         self.received = number
         # Not through the console: a handler may interrupt a print, which cannot be entered twice.

@@ -208,6 +208,11 @@ class Background(Tracker):
         self._thread.start()
 
     @property
+    def working(self) -> bool:
+        """Whether nothing has failed so far."""
+        return self._guard.enabled and getattr(self._tracker, "enabled", True)
+
+    @property
     def started(self) -> bool:
         """Whether the tracker is open by now."""
         return self._tracker is not None
@@ -260,7 +265,7 @@ class Background(Tracker):
 
     def flushed(self, step: int) -> None:
         """A flush after all points before `step` is done: the tracker has them, unless it failed."""
-        if self._guard.enabled and getattr(self._tracker, "enabled", True):
+        if self.working:
             self.synced = step
 
     def start_close(self) -> threading.Event:
@@ -326,6 +331,11 @@ class Trackers:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, to continue the same curves after a resume."""
         return {name: {"run": copy.identity, "synced": copy.synced} for name, copy in self.copies.items()}
+
+    @property
+    def working(self) -> list[str]:
+        """The names of the copies that have not failed."""
+        return [name for name, copy in self.copies.items() if copy.working]
 
     def close(self) -> None:
         """Close all; a copy that does not answer within PATIENCE seconds is left behind."""

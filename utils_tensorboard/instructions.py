@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+
 from parameters import TensorBoardConfig
 
 
 def launch_command(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -> str:
     """The command that serves every run on this machine."""
-    return f"tensorboard --logdir={runs_dir} --port={port}"
+    return f"tensorboard --logdir={shlex.quote(runs_dir)} --port={port}"
 
 
 def instructions(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -> str:

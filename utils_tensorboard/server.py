@@ -75,6 +75,11 @@ class TensorBoardServer:
             time.sleep(0.1)
         return False
 
+    def kill(self) -> None:
+        """End the server without waiting for it."""
+        if self._process is not None:
+            self._process.kill()
+
     def stop(self) -> None:
         """End the server; harmless when there is none."""
         process, self._process = self._process, None
