@@ -130,10 +130,10 @@ def run_phases(
     console.start(utils_report.describe_start(run, params, corpus, runtime, n_parameters, progress.step))
 
     # 11. The loop.
-    run.begun = True
     about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
     signals = stack.enter_context(utils_runtime.StopSignals(before_leaving))
     leave_if_told()
+    run.begun = True
     try:
         with utils_runtime.memory_guard(params):
             loop(trainer, progress, trackers, store, params, about, signals, console)

@@ -679,8 +679,8 @@ def test_a_runs_folder_that_is_none_holds_no_runs(workdir, runs_dir):
         ([], "x", "x: no such run in runs, and no run directory", "start one: python train.py"),
         (
             ["2026-01-01_001_a"],
-            "2026-01-01_001",
-            "2026-01-01_001: no such run in runs, and no run directory",
+            "2026-01-01_00",
+            "2026-01-01_00: no such run in runs, and no run directory",
             "the latest is 2026-01-01_001_a",
         ),
         (
@@ -702,6 +702,11 @@ def test_a_run_that_is_not_there(workdir, made, name, message, hint):
     with pytest.raises(Alg1Error) as caught:
         find_run("runs", name)
     assert (caught.value.message, caught.value.hint, caught.value.exit_code) == (message, hint, 2)
+
+
+def test_a_number_names_a_run_without_its_tag(workdir):
+    make_runs("2026-01-01_001_a", "2026-01-01_0011_b", "2026-01-01_002")
+    assert find_run("runs", "2026-01-01_001").name == "2026-01-01_001_a"
 
 
 # --- run directories ---

@@ -364,17 +364,17 @@ def test_a_folder_that_may_not_be_entered_says_why(open_folder):
 def test_a_text_that_changes_while_it_is_read_is_refused(workdir, monkeypatch):
     path = Path("text.txt")
     path.write_text("abc" * 50)
-    characters = data._characters
+    survey = data._survey
 
     def change_afterwards(path):
-        seen = list(characters(path))
+        seen = survey(path)
         path.write_text("abcz" * 50)
         return seen
 
-    monkeypatch.setattr(data, "_characters", change_afterwards)
+    monkeypatch.setattr(data, "_survey", change_afterwards)
 
     assert message_of(path) == "text.txt: it changed while it was read"
-    monkeypatch.setattr(data, "_characters", characters)
+    monkeypatch.setattr(data, "_survey", survey)
     assert decoded(path) == "abcz" * 50
 
 
@@ -424,7 +424,7 @@ def test_check_block_size_agrees_with_get_batch(length, train_split, block_size)
 
     def passes():
         try:
-            corpus.check_block_size(block_size, train_split, val_split)
+            data.check_block_size(Path("x"), length, block_size, train_split, val_split)
         except Alg1Error:
             return False
         return True

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -17,7 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process
+from safetensors.torch import save_file
 
+import train as train_script
 from files import read_tensors
 from model import BigramLanguageModel
 from parameters import ModelConfig, specs
@@ -455,3 +461,105 @@ def test_a_process_told_to_stop_goes_on_with_the_command_it_printed(train, text_
         assert a.keys() == b.keys()
         assert [key for key in a if not torch.equal(a[key], b[key])] == []
     assert (whole / "logs/metrics.jsonl").read_bytes() == (ours / "logs/metrics.jsonl").read_bytes()
+
+
+# --- streams, signals and files that others own -------------------------------------------------------
+
+
+class ClosedPipe(io.StringIO):
+    """A stdout whose reader goes away after some lines."""
+
+    def write(self, text):
+        if self.getvalue().count("\n") > 3:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().write(text)
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_training(text_file, fast_end, monkeypatch):
+    from utils_alg1.utils_output import run_script
+
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    arguments = ["--data", str(text_file), *TINY, *QUIET_TRACKERS]
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: train_script.main(arguments))
+    assert end.value.code == 0
+    assert (list_runs("runs")[0] / "artifacts" / "export" / "model.safetensors").is_file()
+
+
+def test_a_program_started_without_streams_trains(text_file):
+    arguments = [PROJECT / "train.py", "--data", text_file, *TINY, *QUIET_TRACKERS]
+    command = " ".join(shlex.quote(str(word)) for word in [sys.executable, *arguments])
+    done = subprocess.run(f"{command} >&- 2>&-", shell=True, timeout=120)
+    assert done.returncode == 0
+    assert (list_runs("runs")[0] / "eval" / "final.json").is_file()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_python_loses_before_the_loop_still_ends_the_run(
+    number, code, train, text_file, monkeypatch
+):
+    write_records = utils_report.write_records
+
+    def interrupted(*arguments):
+        with contextlib.suppress(BaseException):  # as a callback of the import system does
+            os.kill(os.getpid(), number)
+        return write_records(*arguments)
+
+    monkeypatch.setattr(utils_report, "write_records", interrupted)
+    assert train("--data", text_file, *TINY, *QUIET_TRACKERS).code == code
+    assert list_runs("runs") == []
+
+
+@pytest.mark.parametrize("name", ["text.txt", "notes.md"])
+def test_an_output_never_takes_the_place_of_another_file(name, train, text_file):
+    Path("notes.md").write_text("mine")
+    before = Path(name).read_bytes()
+    result = train("--data", text_file, *TINY, *QUIET_TRACKERS, "--output", name)
+    assert result.code == 2
+    assert result.err.splitlines()[0] == f"error: --output {name}: this file is not an export"
+    assert Path(name).read_bytes() == before
+    assert not Path("runs").exists()
+
+
+def test_an_output_takes_the_place_of_an_older_export(train, text_file, fast_end):
+    for seed in (1, 2):
+        flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--output", "m.safetensors", "--seed", seed]
+        assert train(*flags).code == 0
+    (last,) = list_runs("runs")[1:]
+    assert Path("m.safetensors").read_bytes() == (last / "artifacts/export/model.safetensors").read_bytes()
+
+
+def test_a_text_that_is_too_short_leaves_nothing(train, workdir):
+    Path("short.txt").write_text("abc")
+    assert train("--data", "short.txt", *TINY, *QUIET_TRACKERS).code == 2
+    assert [path.name for path in workdir.iterdir()] == ["short.txt"]
+
+
+def test_the_commands_at_the_end_name_where_the_run_lies_now(train, text_file, fast_end):
+    assert train("--data", text_file, *TINY, *QUIET_TRACKERS).code == 0
+    shutil.move("runs", "my runs")
+    (run_dir,) = list_runs("my runs")
+    flags = ["--max-iters", "7", "--tensorboard"]
+    result = train("--resume", run_dir, *flags)
+    assert result.code == 0, result.err
+    assert f"python inference.py --run '{run_dir}'\n" in result.out
+    assert "tensorboard --logdir='my runs' --port=6006" in result.out
+
+
+def test_weights_of_another_program_take_the_vocabulary_of_a_text(train, sample, text_file, fast_end):
+    assert train("--data", text_file, *TINY, *QUIET_TRACKERS).code == 0
+    export = list_runs("runs")[0] / "artifacts" / "export" / "model.safetensors"
+    save_file(read_tensors(export)[0], "other.safetensors")
+    refused = sample("--model", "other.safetensors")
+    assert refused.code == 2 and "--vocabulary PATH" in refused.err
+    drawn = [
+        sample("--model", model, "--max-new-tokens", 20, *flags).out
+        for model, flags in ((export, []), ("other.safetensors", ["--vocabulary", text_file]))
+    ]
+    assert drawn[0] == drawn[1]
+    flags = ["--data", text_file, *TINY[4:], *QUIET_TRACKERS, "--init-from", "other.safetensors"]
+    assert train(*flags).code == 0
+    Path("more.txt").write_text(text_file.read_text() + "§")
+    flags[1] = "more.txt"
+    result = train(*flags)
+    assert result.code == 2 and "is for 48 characters; the text has 49" in result.err
