@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from utils import Tokenizer
-    from utils_alg1.utils_checkpoint import find_weights, load_for_sampling
+    from utils_alg1.utils_checkpoint import find_weights, load_model_file
     from utils_alg1.utils_runtime import find_device
 
     device = find_device(arguments.device)
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         if runs_dir is None:
             runs_dir = ConfigLoader.runs_dir(Options())
         path = find_weights(runs_dir, arguments.run)
-    model = load_for_sampling(path)
+    model = load_model_file(path)
     if model.vocabulary is None:
         model.vocabulary = vocabulary_of(arguments.vocabulary, model, path)
     model.to(device).eval()

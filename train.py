@@ -114,7 +114,7 @@ def run_phases(
     # 9. ModelConfig, and 10. model.
     config = dataclasses.replace(params.model, vocab_size=corpus.tokenizer.vocab_size)
     with utils_runtime.memory_guard(params):
-        utils_runtime.seed_everything(params.train.seed)
+        utils_runtime.seed_initial_weights(params.train.seed)
         model = BigramLanguageModel(config)
         if start.initial:
             model.load_state_dict(start.initial.state_dict())
@@ -138,12 +138,7 @@ def run_phases(
         with utils_runtime.memory_guard(params):
             loop(trainer, progress, trackers, store, params, about, signals, console)
     except Alg1Error as error:
-        if store.newest_step is not None:
-            go_on = f"then go on: {resume_command(run)}"
-            if error.exit_code == CANNOT_TRAIN:  # what helps there, a resumed run may not change
-                go_on = f"its newest weights, for --init-from: {store.path(store.newest_step)}"
-            error.hint = f"{error.hint or 'mend that'}; {go_on}"
-        raise
+        raise with_the_way_on(error, store, run) from error
     if signals.received and progress.step < params.train.max_iters:
         console.say(f"stopped at step {progress.step}; go on with: {resume_command(run)}")
         return signals.exit_code
@@ -242,6 +237,16 @@ def export(
     if params.train.output:
         model.save_safetensors(params.train.output)
     return exported
+
+
+def with_the_way_on(error: Alg1Error, store: CheckpointStore, run: Run) -> Alg1Error:
+    """The error, with what to do with the checkpoints that the run has."""
+    if store.newest_step is None:
+        return error
+    way_on = f"then go on: {resume_command(run)}"
+    if error.exit_code == CANNOT_TRAIN:  # what helps there, a resumed run may not change
+        way_on = f"its newest weights, for --init-from: {store.path(store.newest_step)}"
+    return Alg1Error(error.message, f"{error.hint or 'mend that'}; {way_on}", error.exit_code)
 
 
 def resume_command(run: Run) -> str:

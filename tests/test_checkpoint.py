@@ -862,3 +862,46 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing(tmp_path, monkey
     monkeypatch.setattr(Path, "unlink", unlink)
     store.prune(None)
     assert store.path(1).exists()
+
+
+# --- checkpoints that a stranger made ------------------------------------------------------------------
+
+HOSTILE = {
+    "step is text": lambda m: m["progress"].update(step="5"),
+    "step below zero": lambda m: m["progress"].update(step=-1),
+    "step is a fraction": lambda m: m["progress"].update(step=0.5),
+    "progress is a list": lambda m: m.update(progress=[]),
+    "progress has more": lambda m: m["progress"].update(more=1),
+    "best value is text": lambda m: m["progress"].update(best_val="low"),
+    "evaluation is short": lambda m: m["progress"].update(evaluation={"step": 1}),
+    "no progress": lambda m: m.pop("progress"),
+    "no model": lambda m: m.pop("model"),
+    "huge model": lambda m: m["model"].update(n_embd=2**30),
+    "more layers": lambda m: m["model"].update(n_layer=10**6),
+    "heads do not divide": lambda m: m["model"].update(n_head=3),
+    "vocabulary of numbers": lambda m: m.update(vocabulary=[1, 2, 3, 4, 5]),
+    "vocabulary too short": lambda m: m.update(vocabulary=list("abc")),
+    "vocabulary unsorted": lambda m: m.update(vocabulary=list("edcba")),
+    "no vocabulary": lambda m: m.update(vocabulary=None),
+    "parameters of wrong types": lambda m: m.update(parameters={"batch_size": "many"}),
+    "unknown parameters": lambda m: m.update(parameters={"exec": "import os"}),
+    "parameters are a list": lambda m: m.update(parameters=[1]),
+    "trackers are text": lambda m: m.update(trackers="aim"),
+    "tracker without its step": lambda m: m.update(trackers={"aim": {"run": "x"}}),
+    "tracker's run is a number": lambda m: m.update(trackers={"aim": {"run": 5, "synced": 0}}),
+    "digest is a number": lambda m: m.update(corpus_sha256=5),
+    "scaler is text": lambda m: m.update(scaler="x"),
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_a_checkpoint_with_a_good_digest_and_bad_values_is_refused(how, tmp_path):
+    path = CheckpointStore(tmp_path, 2).save(make_trainer(), Progress(), ABOUT)
+    tensors, metadata = read_tensors(path)
+    assert read_checkpoint(path).metadata == metadata
+    HOSTILE[how](metadata)
+    write_tensors(path, tensors, metadata)
+    with pytest.raises(Alg1Error) as caught:
+        read_checkpoint(path)
+    assert caught.value.message == f"{path}: this checkpoint makes no sense"
+    assert caught.value.exit_code == 2

@@ -110,19 +110,19 @@ def test_where_every_checkpoint_is_damaged_the_resume_is_refused(reference, tmp_
 @pytest.mark.parametrize("kind", ["checkpoint", "export"])
 def test_damaged_weights_are_refused_or_unharmed(kind, reference, tmp_path, campaign):
     from errors import Alg1Error
-    from utils_alg1.utils_checkpoint import load_for_sampling
+    from utils_alg1.utils_checkpoint import load_model_file
 
     path = faults.checkpoints(reference.folder)[-1]
     if kind == "export":
         path = faults.only_run(reference.folder) / "artifacts" / "export" / "model.safetensors"
-    state = load_for_sampling(path).state_dict()
+    state = load_model_file(path).state_dict()
     refused = 0
     cases = damages(path)
     for name, damage in cases.items():
         damaged = tmp_path / "model.safetensors"
         damaged.write_bytes(damage(path.read_bytes()))
         try:
-            model = load_for_sampling(damaged)
+            model = load_model_file(damaged)
         except Alg1Error as error:
             assert error.exit_code == 2, name
             refused += 1

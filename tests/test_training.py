@@ -22,7 +22,7 @@ from model import BigramLanguageModel
 from parameters import ModelConfig, TrainConfig
 from utils_alg1 import utils_report, utils_training
 from utils_alg1.utils_checkpoint import checkpoint_paths, newest_checkpoint
-from utils_alg1.utils_runtime import Runtime, compiled, generator, seed_everything
+from utils_alg1.utils_runtime import Runtime, compiled, generator, seed_initial_weights
 from utils_alg1.utils_training import Progress, Trainer, create_optimizer, learning_rate
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
@@ -41,7 +41,7 @@ def no_picture_and_short_samples(monkeypatch):
 
 def make_trainer(dropout: float = 0.0, **settings) -> Trainer:
     config = TrainConfig(**{"batch_size": 2, "eval_iters": 5, **settings})
-    seed_everything(config.seed)
+    seed_initial_weights(config.seed)
     sizes = ModelConfig(
         n_embd=16, n_head=2, n_layer=1, block_size=BLOCK_SIZE, dropout=dropout, vocab_size=VOCAB_SIZE
     )
@@ -356,7 +356,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(train, text_
 def test_the_seed_decides_weights_batches_and_dropout_each():
     def loss(dropout: float, weights_seed: int, seed: int) -> float:
         trainer = make_trainer(dropout, seed=seed)
-        seed_everything(weights_seed)
+        seed_initial_weights(weights_seed)
         twin = BigramLanguageModel(trainer.model.config)
         trainer.model.load_state_dict(twin.state_dict())
         return trainer.compute_gradients(0)

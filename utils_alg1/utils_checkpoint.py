@@ -333,7 +333,7 @@ def find_start(resume: str | None, init_from: str | None, runs_dir: str, console
     if resume is not None:
         return Start(*reopen_run(runs_dir, resume, console))
     if init_from is not None:
-        return Start(initial=load_for_sampling(Path(init_from)), initial_path=init_from)
+        return Start(initial=load_model_file(Path(init_from)), initial_path=init_from)
     return Start()
 
 
@@ -481,7 +481,7 @@ def find_weights(runs_dir: str, name: str | None = None) -> Path:
     raise Alg1Error(f"{where} any weights yet", "train one: python train.py, or name a --model")
 
 
-def load_for_sampling(path: Path) -> BigramLanguageModel:
+def load_model_file(path: Path) -> BigramLanguageModel:
     """A model from an export, a checkpoint, or any file in the lecture's layout.
 
     Raises:

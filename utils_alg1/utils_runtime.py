@@ -147,7 +147,7 @@ def derive_seed(seed: int, purpose: str, step: int = 0, micro_batch: int = 0) ->
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def seed_everything(seed: int) -> None:
+def seed_initial_weights(seed: int) -> None:
     """Seed PyTorch's own generators, which initial weights are drawn from."""
     torch.manual_seed(derive_seed(seed, "init"))
 
