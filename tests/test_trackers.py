@@ -697,3 +697,39 @@ def test_a_process_leaves_a_hung_tracker_and_its_exit_hooks_behind(text_file, wo
         "warning: Aim is switched off, training goes on: it did not close within 0 seconds\n"
     )
     assert (the_run() / "artifacts/export/model.safetensors").is_file()
+
+
+def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
+    waits: list[int] = []
+    wait_for_all = utils_trackers._wait_for_all
+
+    def counted(events, seconds):
+        waits.append(len(events))
+        return wait_for_all(events, 0.05)
+
+    monkeypatch.setattr(utils_trackers, "_wait_for_all", counted)
+    go_on, opened = threading.Event(), threading.Event()
+
+    class Slow(utils_trackers.Tracker):
+        def log_training_loss(self, loss, step):
+            go_on.wait()
+
+    def start():
+        opened.set()
+        return Slow()
+
+    copy = utils_trackers.Background("Slow", start, pytest.fail)
+    trackers = utils_trackers.Trackers(utils_trackers.MetricsFile(tmp_path / "metrics.jsonl"), {"slow": copy})
+    while not copy.started:
+        opened.wait(0.01)
+    trackers.log_training_loss(1.0, 0)
+    for step in (1, 2, 3):
+        trackers.flush(step)
+    assert waits == [1, 0, 0]
+    assert copy.synced == 0
+    go_on.set()
+    assert copy._flush.wait(10)
+    monkeypatch.setattr(utils_trackers, "_wait_for_all", wait_for_all)
+    trackers.flush(4)
+    assert copy.synced == 4
+    trackers.close()

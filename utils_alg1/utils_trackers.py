@@ -202,6 +202,8 @@ class Background(Tracker):
         self.identity = identity
         self._guard = Guard(name, warn)
         self._tracker: Any = None
+        self._flush = threading.Event()
+        self._flush.set()
         self._calls: queue.Queue[tuple[str, tuple, threading.Event]] = queue.Queue(QUEUE_SIZE)
         self._ended = threading.Event()
         self._thread = TrackerThread(target=self._work, args=(start,), name=name, daemon=True)
@@ -211,6 +213,11 @@ class Background(Tracker):
     def working(self) -> bool:
         """Whether nothing has failed so far."""
         return self._guard.enabled and getattr(self._tracker, "enabled", True)
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether the last flush is done."""
+        return self._flush.is_set()
 
     @property
     def started(self) -> bool:
@@ -261,7 +268,8 @@ class Background(Tracker):
 
     def start_flush(self) -> threading.Event:
         """Ask for a flush; the event is set when it is done."""
-        return self._call("flush")
+        self._flush = self._call("flush")
+        return self._flush
 
     def flushed(self, step: int) -> None:
         """A flush after all points before `step` is done: the tracker has them, unless it failed."""
@@ -320,9 +328,12 @@ class Trackers:
                 tracker.log_histograms(histograms, step)
 
     def flush(self, step: int) -> None:
-        """Make everything before `step` durable; a copy that is late is not waited for long."""
+        """Make everything before `step` durable.
+
+        A copy that is late is not waited for long, and not again before it has caught up.
+        """
         self.local.flush()
-        copies = [copy for copy in self.copies.values() if copy.started]
+        copies = [copy for copy in self.copies.values() if copy.started and copy.caught_up]
         events = [copy.start_flush() for copy in copies]
         for copy, done in zip(copies, _wait_for_all(events, FLUSH_PATIENCE), strict=True):
             if done:
@@ -414,7 +425,7 @@ def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _read_aim_hash(run: Run) -> str | None:
-    """What Aim calls the run, where an earlier session opened it after its last checkpoint."""
+    """What Aim calls the run, where it was opened after the last checkpoint."""
     with contextlib.suppress(OSError, ValueError):
         return (run.meta_dir / AIM_HASH_NAME).read_text().strip() or None
     return None

@@ -84,7 +84,7 @@ class Progress:
         best_val: lowest validation loss so far, and best_step, where it was.
         evaluations_since_best: for --patience.
         evaluation: the newest one.
-        seconds: spent in the loop, over all sessions of a resumed run.
+        seconds: spent in the loop, before and after each resume.
     """
 
     step: int = 0
