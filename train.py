@@ -99,7 +99,7 @@ def run_phases(
     if start.checkpoint:
         state = start.checkpoint.metadata["trackers"]
         utils_checkpoint.set_newer_aside(start.checkpoint, console.say)
-        cut_metrics(run.metrics_path, start.checkpoint.progress.step)
+        cut_metrics(run.metrics_path, start.checkpoint.progress.step, console.warn)
     hparams = params.flat() | {"vocab_size": corpus.tokenizer.vocab_size}
     trackers = stack.enter_context(start_trackers(run, params, hparams, origin, console.warn, state))
     before_leaving = [console.restore_terminal]

@@ -68,7 +68,7 @@ GUARDS = [
     Guard(
         "cut of the metrics",
         "train.py",
-        "        cut_metrics(run.metrics_path, start.checkpoint.progress.step)\n",
+        "        cut_metrics(run.metrics_path, start.checkpoint.progress.step, console.warn)\n",
         "        pass\n",
         "tests/test_checkpoint.py -k every_row_once",
     ),

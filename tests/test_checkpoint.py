@@ -890,6 +890,15 @@ HOSTILE = {
     "tracker without its step": lambda m: m.update(trackers={"aim": {"run": "x"}}),
     "tracker's run is a number": lambda m: m.update(trackers={"aim": {"run": 5, "synced": 0}}),
     "digest is a number": lambda m: m.update(corpus_sha256=5),
+    "best step is a fraction": lambda m: m["progress"].update(best_step=1.5),
+    "seconds are huge": lambda m: m["progress"].update(seconds=10**400),
+    "evaluation step is a float": lambda m: m["progress"].update(
+        evaluation={"step": 0.0, "train_loss": 1, "val_loss": 1, "learning_rate": 1}
+    ),
+    "loss is huge": lambda m: m["progress"].update(
+        evaluation={"step": 0, "train_loss": 10**400, "val_loss": 1, "learning_rate": 1}
+    ),
+    "another step than its name says": lambda m: m["progress"].update(step=7),
     "scaler is text": lambda m: m.update(scaler="x"),
 }
 
@@ -905,3 +914,68 @@ def test_a_checkpoint_with_a_good_digest_and_bad_values_is_refused(how, tmp_path
         read_checkpoint(path)
     assert caught.value.message == f"{path}: this checkpoint makes no sense"
     assert caught.value.exit_code == 2
+
+
+WEIGHT = "ln_f.weight"
+HOSTILE_STATES = {
+    "a scalar moment": lambda t: t.update({f"optimizer.exp_avg.{WEIGHT}": torch.tensor(1.0)}),
+    "a moment too many": lambda t: t.update({f"optimizer.zz.{WEIGHT}": torch.ones(8)}),
+    "a name without parts": lambda t: t.update({"optimizer.foo": torch.ones(8)}),
+    "a moment is missing": lambda t: t.pop(f"optimizer.exp_avg.{WEIGHT}"),
+    "a step is missing": lambda t: t.pop(f"optimizer.step.{WEIGHT}"),
+    "a step with a shape": lambda t: t.update({f"optimizer.step.{WEIGHT}": torch.ones(8)}),
+    "whole numbers": lambda t: t.update({f"optimizer.exp_avg.{WEIGHT}": torch.ones(8, dtype=torch.int64)}),
+    "double precision": lambda t: t.update({f"optimizer.exp_avg.{WEIGHT}": torch.ones(8).double()}),
+    "nothing at all": lambda t: [t.pop(name) for name in list(t) if name.startswith("optimizer.")],
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE_STATES)
+def test_optimizer_state_that_does_not_fit_is_refused(how, tmp_path):
+    trainer = make_trainer()
+    take_steps(trainer, 0, 1)
+    path = CheckpointStore(tmp_path, 2).save(trainer, Progress(step=2), ABOUT)
+    tensors, metadata = read_tensors(path)
+    read_checkpoint(path).load_trainer(make_trainer())
+    HOSTILE_STATES[how](tensors)
+    write_tensors(path, tensors, metadata)
+    with pytest.raises(Alg1Error, match="does not fit|unknown optimizer state") as caught:
+        read_checkpoint(path).load_trainer(make_trainer())
+    assert caught.value.exit_code == 2
+
+
+DAMAGED_LINES = [b"\0" * 60, b"null\n", b"5\n", b'{"a": 1}\n', b"\xff\xfe\n", b'{"step": "3"}\n']
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES)
+def test_a_damaged_metrics_file_costs_a_warning_and_its_rows(line, start, train):
+    assert start().code == 0
+    (run_dir,) = Path("runs").glob("2*")
+    path = run_dir / "logs" / "metrics.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(rows[:3]) + line + b"".join(rows[3:]))
+    result = train("--resume", "latest", "--max-iters", 8)
+    assert result.code == 0, result.err
+    assert result.err.startswith(f"warning: {path} is damaged: its rows of steps ")
+    steps = [json.loads(row)["step"] for row in path.read_bytes().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 8
+
+
+def test_a_checkpoint_outside_a_run_is_refused_and_nothing_is_made(start, train):
+    assert start().code == 0
+    Path("elsewhere/a").mkdir(parents=True)
+    name = checkpoint(6).name
+    copy = shutil.copy(checkpoint(6), f"elsewhere/a/{name}")
+    result = train("--resume", copy)
+    first_line = f"error: {copy}: this checkpoint is not in a run directory"
+    assert (result.code, result.err.splitlines()[0]) == (2, first_line)
+    assert sorted(path.name for path in Path("elsewhere").rglob("*")) == ["a", name]
+
+
+def test_folders_that_were_deleted_by_hand_are_made_again(start, train):
+    assert start().code == 0
+    (run_dir,) = Path("runs").glob("2*")
+    for name in ("eval", "artifacts/export", "meta"):
+        shutil.rmtree(run_dir / name)
+    assert train("--resume", "latest", "--max-iters", 8).code == 0
+    assert (run_dir / "eval" / "final.json").is_file()

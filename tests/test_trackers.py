@@ -170,7 +170,7 @@ def test_reading_leaves_out_a_torn_last_line(tmp_path):
 
 def test_a_metrics_file_that_is_not_there_has_no_rows(tmp_path):
     assert list(read_metrics(tmp_path / "none.jsonl")) == []
-    cut_metrics(tmp_path / "none.jsonl", 3)
+    cut_metrics(tmp_path / "none.jsonl", 0, pytest.fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,7 +182,7 @@ def test_a_cut_keeps_the_rows_before_the_step_byte_for_byte(tmp_path, synced_siz
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines) + torn)
     kept = b"".join(line for line in lines if json.loads(line)["step"] < step)
-    cut_metrics(path, step)
+    cut_metrics(path, step, str)
     assert path.read_bytes() == kept
     assert synced_sizes == [len(kept)]
 
@@ -191,7 +191,7 @@ def test_a_cut_keeps_the_rows_before_the_step_byte_for_byte(tmp_path, synced_siz
     "work",
     [
         lambda path: MetricsFile(path / "no" / "folder"),
-        lambda path: cut_metrics(path, 1),  # a folder, not a file
+        lambda path: cut_metrics(path, 1, pytest.fail),  # a folder, not a file
     ],
     ids=["open", "cut"],
 )

@@ -25,6 +25,7 @@ from utils import Tokenizer, show_characters
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import (
     Run,
+    RunDirectoryCreator,
     checkpoint_dir,
     export_path,
     find_run,
@@ -35,6 +36,7 @@ from utils_alg1.utils_training import Evaluation, Progress, Trainer, learning_ra
 
 FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1
+LARGE = 1e300  # no figure of a run comes near
 NAME = re.compile(r"step_(\d{9,})\.safetensors")
 
 
@@ -81,20 +83,34 @@ class Checkpoint:
             Alg1Error: they are for another model or optimizer.
         """
         self.load_model(trainer.model)
-        states: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in self.tensors.items():
-            if name.startswith("optimizer."):
-                _, key, parameter_name = name.split(".", 2)
-                states.setdefault(parameter_name, {})[key] = tensor
-        for name, parameter in trainer.model.named_parameters():
-            for key, tensor in states.pop(name, {}).items():
-                if tensor.dim() and tensor.shape != parameter.shape:
-                    raise Alg1Error(f"{self.path}: the optimizer's {key} of {name} does not fit")
-                trainer.optimizer.state[parameter][key] = tensor.to(parameter.device)
-        if states:
-            raise Alg1Error(f"{self.path}: optimizer state for unknown {next(iter(states))}")
+        for parameter, state in self._optimizer_states(trainer).items():
+            trainer.optimizer.state[parameter] = state
         if self.metadata["scaler"]:
             trainer.scaler.load_state_dict(self.metadata["scaler"])
+
+    def _optimizer_states(self, trainer: Trainer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
+        """What the optimizer kept for each parameter; every tensor has the size that the update will read."""
+        expected = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
+        keys = expected[trainer.config.optimizer]
+        if trainer.config.optimizer == "sgd" and not trainer.config.beta1:
+            keys = set()
+        found = {name for name in self.tensors if name.startswith("optimizer.")}
+        # Nothing was kept before the first update, which a loss scaler may have put off.
+        if not found and (self.progress.step == 0 or trainer.scaler.is_enabled()):
+            return {}
+        states: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        for name, parameter in trainer.model.named_parameters():
+            states[parameter] = {}
+            found -= {f"optimizer.{key}.{name}" for key in keys}
+            for key in sorted(keys):
+                tensor = self.tensors.get(f"optimizer.{key}.{name}")
+                shape = () if key == "step" else parameter.shape
+                if tensor is None or tensor.shape != shape or tensor.dtype != parameter.dtype:
+                    raise Alg1Error(f"{self.path}: the optimizer's {key} of {name} does not fit")
+                states[parameter][key] = tensor.to(parameter.device)
+        if found:
+            raise Alg1Error(f"{self.path}: unknown optimizer state {sorted(found)[0]}")
+        return states
 
     def build_model(self) -> BigramLanguageModel:
         """A model of its own with these weights, to sample from."""
@@ -237,17 +253,18 @@ def _is_sound(checkpoint: Checkpoint) -> bool:
     positions = checkpoint.tensors["model.position_embedding_table.weight"].shape
     layers = {name.split(".")[2] for name in checkpoint.tensors if name.startswith("model.blocks.")}
     progress = checkpoint.progress
-    numbers = [progress.seconds, *dataclasses.astuple(progress.evaluation or Evaluation(0, 0, 0, 0))]
-    numbers += [progress.best_val or 0, progress.best_step or 0]
+    evaluation = progress.evaluation or Evaluation(0, 0.0, 0.0, 0.0)
+    steps = [progress.step, progress.evaluations_since_best, evaluation.step, progress.best_step or 0]
+    numbers = [*dataclasses.astuple(evaluation), progress.seconds, progress.best_val or 0]
+    named = NAME.fullmatch(checkpoint.path.name)
     vocabulary = metadata["vocabulary"]
     return (
         tokens == (config.vocab_size, config.n_embd)
         and positions == (config.block_size, config.n_embd)
         and len(layers) == config.n_layer
-        and type(progress.step) is int
-        and progress.step >= 0
-        and type(progress.evaluations_since_best) is int
-        and all(isinstance(number, (int, float)) for number in numbers)
+        and all(type(step) is int and step >= 0 for step in steps)
+        and all(isinstance(number, (int, float)) and abs(number) < LARGE for number in numbers)
+        and (named is None or int(named[1]) == progress.step)
         and not coerce_all(checkpoint.parameters)[1]
         and all(isinstance(character, str) for character in vocabulary)
         and vocabulary == sorted(set(vocabulary))
@@ -348,12 +365,19 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpo
     file = Path(name)
     from_file = bool(NAME.fullmatch(file.name)) and file.is_file()
     if from_file:
-        path = file.absolute().parents[2]
+        folders = file.absolute().parents
+        if len(folders) < 3 or file.absolute().parent != checkpoint_dir(folders[2]):
+            raise Alg1Error(
+                f"{file}: this checkpoint is not in a run directory",
+                "to start a new run from its weights: --init-from PATH",
+            )
+        path = folders[2]
     else:
         saved = [run for run in list_runs(runs_dir) if checkpoint_paths(checkpoint_dir(run))]
         path = saved[-1] if saved and name == "latest" else find_run(runs_dir, name)
     run = lock_run(path)
     try:
+        RunDirectoryCreator(run.path.parent).create_subdirectories(run.path)  # what was deleted by hand
         for folder in (run.checkpoint_dir, run.export_path.parent, run.meta_dir, run.eval_dir):
             remove_temporary_files(folder)  # left by a killed process
         if not from_file:
@@ -419,6 +443,11 @@ def check_resumable(checkpoint: Checkpoint, params: Parameters, corpus_sha256: s
     ]
     step = checkpoint.progress.step
     old_train = TrainConfig(**{n: v for n, v in old.items() if n in field_names(TrainConfig)})
+    if step > params.train.max_iters:
+        raise Alg1Error(
+            f"the run is at step {step} already, past max_iters = {params.train.max_iters}",
+            f"use --max-iters {step} or more",
+        )
     longer = old_train.max_iters != params.train.max_iters and not changed
     if longer and any(learning_rate(old_train, s) != learning_rate(params.train, s) for s in range(step)):
         changed.append(
@@ -434,11 +463,6 @@ def check_resumable(checkpoint: Checkpoint, params: Parameters, corpus_sha256: s
         raise Alg1Error(
             f"{params.data.data_path}: this is not the text that the run was trained on",
             "name that text with --data, or start a new run from its weights: --init-from PATH",
-        )
-    if step > params.train.max_iters:
-        raise Alg1Error(
-            f"the run is at step {step} already, past max_iters = {params.train.max_iters}",
-            f"use --max-iters {step} or more",
         )
 
 

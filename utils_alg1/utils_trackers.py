@@ -106,33 +106,48 @@ def _as_disk_error(action: str) -> Iterator[None]:
         raise disk_error(action, error) from error
 
 
+def _parse_row(line: bytes) -> dict[str, float] | None:
+    """A row of a metrics file; None for what a kill or a power cut has left of one."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """The rows of a metrics file. A last line that a kill cut off is left out."""
+    """The rows of a metrics file, up to the first that is damaged."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
+            row = _parse_row(line)
+            if row is None:
                 return
-            yield json.loads(line)
+            yield row
 
 
-def cut_metrics(path: Path, step: int) -> None:
+def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
     """Drop the rows of `step` and later ones: a run that goes on from there writes them again.
+
+    A damaged row ends the file too; where rows before `step` are lost with it, that is a warning.
 
     Raises:
         Alg1Error: the file system refused (exit code 4).
     """
-    keep = 0
-    if not path.exists():
-        return
-    with _as_disk_error(f"cut {path} back to step {step}"), path.open("r+b") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
-                break
-            keep += len(line)
-        file.truncate(keep)
-        os.fsync(file.fileno())
+    keep, kept_step = 0, -1
+    with _as_disk_error(f"cut {path} back to step {step}"):
+        path.touch()
+        with path.open("r+b") as file:
+            for line in file:
+                row = _parse_row(line)
+                if row is None or row["step"] >= step:
+                    break
+                keep, kept_step = keep + len(line), int(row["step"])
+            file.truncate(keep)
+            os.fsync(file.fileno())
+    if kept_step < step - 1:
+        warn(f"{path} is damaged: its rows of steps {kept_step + 1} to {step - 1} are lost")
 
 
 # --- Aim ----------------------------------------------------------------------------------------------
