@@ -939,7 +939,7 @@ def test_optimizer_state_that_does_not_fit_is_refused(how, tmp_path):
     read_checkpoint(path).load_trainer(make_trainer())
     HOSTILE_STATES[how](tensors)
     write_tensors(path, tensors, metadata)
-    with pytest.raises(Alg1Error, match="does not fit|unknown optimizer state") as caught:
+    with pytest.raises(Alg1Error, match=r"does not fit|unknown optimizer state") as caught:
         read_checkpoint(path).load_trainer(make_trainer())
     assert caught.value.exit_code == 2
 

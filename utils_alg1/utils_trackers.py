@@ -136,9 +136,8 @@ def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
         Alg1Error: the file system refused (exit code 4).
     """
     keep, kept_step = 0, -1
-    with _as_disk_error(f"cut {path} back to step {step}"):
-        path.touch()
-        with path.open("r+b") as file:
+    if path.exists():
+        with _as_disk_error(f"cut {path} back to step {step}"), path.open("r+b") as file:
             for line in file:
                 row = _parse_row(line)
                 if row is None or row["step"] >= step:
