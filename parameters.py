@@ -170,7 +170,12 @@ class TrainConfig:
     warmup_iters: int = setting(0, "steps over which the learning rate rises from zero", minimum=0)
     min_lr: float = setting(0.0, "what the schedule decays to", minimum=0)
     grad_clip: float = setting(0.0, "largest gradient norm; 0 does not clip", minimum=0)
-    grad_accum_steps: int = setting(1, "micro-batches summed into one step", above=0)
+    grad_accum_steps: int = setting(
+        1,
+        "micro-batches summed into one step, by each process",
+        above=0,
+        may_change=True,  # its product with the number of processes may not
+    )
     checkpoint_interval: int = setting(
         500,
         "steps between checkpoints, beside those at a better val loss and at the end; 0 is only those",

@@ -6,6 +6,7 @@
     python train.py --print-config                      every value and where it came from
     python train.py --resume latest                     continue an interrupted run, to the same bytes
     python train.py --init-from model.safetensors       start from trained weights
+    torchrun --standalone --nproc_per_node=2 train.py   two processes, on two GPUs or CPU cores
 
 Everything of a run lies in runs/YYYY-MM-DD_NNN_tag/. Afterwards: python inference.py
 """
@@ -23,17 +24,25 @@ from files import write_json
 from parameters import raise_problems, specs
 from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
 from utils_alg1.utils_output import Console, leave_if_told, run_script
+from utils_alg1.utils_processes import Processes, launch_command, start_processes
 
 if TYPE_CHECKING:
+    from data import Corpus
     from parameters import Parameters
-    from utils_alg1.utils_checkpoint import CheckpointStore
+    from utils_alg1.utils_checkpoint import CheckpointStore, Start
     from utils_alg1.utils_run_manager import Run
-    from utils_alg1.utils_runtime import StopSignals
+    from utils_alg1.utils_runtime import Runtime, StopSignals
     from utils_alg1.utils_trackers import Trackers
     from utils_alg1.utils_training import Progress, Trainer
 
 
 def main(argv: list[str] | None = None) -> int:
+    with start_processes() as processes:
+        return lead(argv, processes) if processes.first else follow(processes)
+
+
+def lead(argv: list[str] | None, processes: Processes) -> int:
+    """The whole script, as the only process or the first of several."""
     # 1. Command line. The heavy packages are imported after it, so that --help answers at once.
     options = parse_command_line(argv)
     console = Console(options.quiet, options.verbose)
@@ -44,22 +53,25 @@ def main(argv: list[str] | None = None) -> int:
         return DONE
     with contextlib.closing(console), contextlib.ExitStack() as stack:
         try:
-            return run_phases(options, params, console, stack)
+            return run_phases(options, params, console, stack, processes)
         except Exception as error:
             console.log_failure(error)
             raise
 
 
 def run_phases(
-    options: Options, params: Parameters | None, console: Console, stack: contextlib.ExitStack
+    options: Options,
+    params: Parameters | None,
+    console: Console,
+    stack: contextlib.ExitStack,
+    processes: Processes,
 ) -> int:
     """Phases 2 to 14; what must be closed at the end, however it comes, is put on the stack.
 
     `params` are known by now, unless they depend on the weights that the run starts from.
     """
     import data
-    from model import BigramLanguageModel
-    from utils_alg1 import utils_checkpoint, utils_report, utils_runtime, utils_training
+    from utils_alg1 import utils_checkpoint, utils_report, utils_runtime
     from utils_alg1.utils_run_manager import create_run
     from utils_alg1.utils_trackers import cut_metrics, start_trackers
     from utils_tensorboard.server import TensorBoardServer
@@ -75,7 +87,7 @@ def run_phases(
         return DONE
     splits = params.data.train_split, params.data.val_split
     utils_checkpoint.check_output(params.train.output)
-    runtime = utils_runtime.start_runtime(params.train, params.flops_per_step())
+    runtime = utils_runtime.start_runtime(params.train, params.flops_per_step(), processes)
     text_path = data.find_corpus(params.data.data_path, console.say)
 
     def check_text(n_characters: int, vocab_size: int) -> None:
@@ -83,7 +95,8 @@ def run_phases(
         params.model.check_vocab_size(vocab_size)
 
     corpus = data.open_corpus(text_path, check_text)
-    start.check(params, corpus)
+    start.check(params, corpus, processes.world_size)
+    processes.share((params, start.without_run(), corpus.path, corpus.sha256))
 
     # 3. Run id, and 4. run directory; a resumed run has both.
     tag = params.train.run_tag
@@ -108,44 +121,29 @@ def run_phases(
         server = TensorBoardServer(run.path.parent, port, console.say, console.warn)
         before_leaving.append(stack.enter_context(server).kill)
 
-    # 8. Tokens: memory-mapped, so that a text larger than memory serves too.
-    tokens = corpus.split(*splits)
-
-    # 9. ModelConfig, and 10. model.
-    config = dataclasses.replace(params.model, vocab_size=corpus.tokenizer.vocab_size)
-    with utils_runtime.memory_guard(params):
-        utils_runtime.seed_initial_weights(params.train.seed)
-        model = BigramLanguageModel(config)
-        if start.initial:
-            model.load_state_dict(start.initial.state_dict())
-        model.vocabulary = corpus.tokenizer.vocabulary
-        model.to(runtime.device)
-        forward = utils_runtime.compiled(model, params.train.compile, runtime.device, console.say)
-        trainer = utils_training.Trainer(model, forward, tokens, params.train, runtime)
-        store = utils_checkpoint.CheckpointStore(run.checkpoint_dir, params.train.keep_checkpoints)
-        progress = utils_training.Progress()
-        if start.checkpoint:
-            progress = store.resume(trainer, start.checkpoint)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    console.start(utils_report.describe_start(run, params, corpus, runtime, n_parameters, progress.step))
+    # 8. Tokens, 9. ModelConfig, 10. model.
+    trainer, progress = build_trainer(params, start, corpus, runtime, console)
+    newest_step = progress.step if start.checkpoint else None
+    store = utils_checkpoint.CheckpointStore(run.checkpoint_dir, params.train.keep_checkpoints, newest_step)
+    console.start(utils_report.describe_start(run, params, corpus, trainer, progress.step))
 
     # 11. The loop.
     about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
-    signals = stack.enter_context(utils_runtime.StopSignals(before_leaving))
+    signals = stack.enter_context(utils_runtime.StopSignals(before_leaving, processes))
     leave_if_told()
     run.begun = True
     try:
-        with utils_runtime.memory_guard(params):
+        with utils_runtime.memory_guard(params), processes.loss_of_others():
             loop(trainer, progress, trackers, store, params, about, signals, console)
     except Alg1Error as error:
-        raise with_the_way_on(error, store, run) from error
+        raise with_the_way_on(error, store, run, processes) from error
     if signals.received and progress.step < params.train.max_iters:
-        console.say(f"stopped at step {progress.step}; go on with: {resume_command(run)}")
+        console.say(f"stopped at step {progress.step}; go on with: {resume_command(run, processes)}")
         return signals.exit_code
 
     # 12. Export.
     exported = export(trainer, progress, store, run, params, console)
-    samples = utils_report.draw_samples(model, params.train.seed)
+    samples = utils_report.draw_samples(trainer.model, params.train.seed)
     utils_report.write_results(run, progress, trainer.tokens_per_step, exported, samples)
     utils_report.try_loss_curve(run, console)
 
@@ -157,6 +155,63 @@ def run_phases(
     # 14. Summary.
     console.summary(utils_report.describe_end(run, params, progress, exported, shown_in), samples[0])
     return DONE
+
+
+def follow(processes: Processes) -> int:
+    """What every process but the first does: its share of each step, told by the first, keeping nothing."""
+    from data import find_corpus, open_corpus
+    from utils_alg1 import utils_checkpoint, utils_runtime
+    from utils_alg1.utils_trackers import Tracker, Trackers
+
+    job = processes.share(None)
+    if job is None:  # the first had nothing to train
+        return DONE
+    params, start, text_path, sha256 = job
+    console = Console(quiet=True)
+    try:
+        runtime = utils_runtime.start_runtime(params.train, params.flops_per_step(), processes)
+        if not text_path.exists():  # on a machine of its own
+            text_path = find_corpus(params.data.data_path, console.say)
+        corpus = open_corpus(text_path)
+        if corpus.sha256 != sha256:
+            raise Alg1Error(f"{text_path}: not the text of the first process", "copy that text here")
+        trainer, progress = build_trainer(params, start, corpus, runtime, console)
+        store = utils_checkpoint.NoCheckpoints()
+        silent = Trackers(Tracker(), {})
+        signals = utils_runtime.StopSignals(processes=processes)
+        with signals, processes.loss_of_others(), utils_runtime.memory_guard(params):
+            loop(trainer, progress, silent, store, params, {}, signals, console)
+    except Alg1Error as error:
+        message = f"process {processes.rank} of 0 to {processes.world_size - 1}: {error.message}"
+        raise Alg1Error(message, error.hint, error.exit_code) from error
+    return signals.exit_code
+
+
+def build_trainer(
+    params: Parameters, start: Start, corpus: Corpus, runtime: Runtime, console: Console
+) -> tuple[Trainer, Progress]:
+    """The model with what the run starts from, and everything that a step needs."""
+    from model import BigramLanguageModel
+    from utils_alg1 import utils_runtime, utils_training
+
+    # Memory-mapped, so that a text larger than memory serves too.
+    tokens = corpus.split(params.data.train_split, params.data.val_split)
+    config = dataclasses.replace(params.model, vocab_size=corpus.tokenizer.vocab_size)
+    with utils_runtime.memory_guard(params), runtime.processes.loss_of_others():
+        utils_runtime.seed_initial_weights(params.train.seed)
+        model = BigramLanguageModel(config)
+        if start.initial:
+            model.load_state_dict(start.initial.state_dict())
+        model.vocabulary = corpus.tokenizer.vocabulary
+        model.to(runtime.device)
+        shared = runtime.processes.wrap(model, runtime.device)
+        forward = utils_runtime.compiled(shared, params.train.compile, runtime.device, console.say)
+        trainer = utils_training.Trainer(model, forward, tokens, params.train, runtime)
+        trainer.settle()
+        if start.checkpoint is None:
+            return trainer, utils_training.Progress()
+        start.checkpoint.load_trainer(trainer)
+        return trainer, start.checkpoint.progress
 
 
 def loop(
@@ -186,7 +241,7 @@ def loop(
             console.evaluation(e, progress, speed)
             trainer.clock.lap(progress)
 
-        done = last or signals.received or progress.out_of_patience(config.patience)
+        done = signals.heard() or last or progress.out_of_patience(config.patience)
         worth_saving = done or progress.best_step == step or due(step, config.checkpoint_interval)
         if done:
             trainer.clock.lap(progress)
@@ -239,20 +294,21 @@ def export(
     return exported
 
 
-def with_the_way_on(error: Alg1Error, store: CheckpointStore, run: Run) -> Alg1Error:
+def with_the_way_on(error: Alg1Error, store: CheckpointStore, run: Run, processes: Processes) -> Alg1Error:
     """The error, with what to do with the checkpoints that the run has."""
     if store.newest_step is None:
         return error
-    way_on = f"then go on: {resume_command(run)}"
+    way_on = f"then go on: {resume_command(run, processes)}"
     if error.exit_code == CANNOT_TRAIN:  # what helps there, a resumed run may not change
         way_on = f"its newest weights, for --init-from: {store.path(store.newest_step)}"
     return Alg1Error(error.message, f"{error.hint or 'mend that'}; {way_on}", error.exit_code)
 
 
-def resume_command(run: Run) -> str:
+def resume_command(run: Run, processes: Processes) -> str:
     """What to type to continue a run."""
     in_default_folder = run.path.parent == Path(specs()["runs_dir"].default)
-    return f"python train.py --resume {run.run_id if in_default_folder else shlex.quote(str(run.path))}"
+    name = run.run_id if in_default_folder else shlex.quote(str(run.path))
+    return f"{launch_command(processes)} --resume {name}"
 
 
 if __name__ == "__main__":

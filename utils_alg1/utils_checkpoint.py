@@ -62,6 +62,11 @@ class Checkpoint:
         """The run's parameters, by name."""
         return self.metadata["parameters"]
 
+    @property
+    def world_size(self) -> int:
+        """How many processes shared the steps taken."""
+        return self.metadata.get("world_size", 1)
+
     def load_model(self, model: BigramLanguageModel) -> None:
         """Give the model these weights.
 
@@ -126,15 +131,16 @@ class CheckpointStore:
     Args:
         folder: of the checkpoints; the caller holds the run's lock.
         keep: how many of the newest stay, beside the best.
+        newest_step: of the checkpoint that the run goes on from.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, newest_step: int | None = None):
         self.folder = folder
         self.keep = keep
-        self.newest_step: int | None = None
+        self.newest_step = newest_step
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:09d}.safetensors"
+        return checkpoint_path(self.folder, step)
 
     def save(self, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
         """Write the checkpoint of progress.step, then prune.
@@ -158,6 +164,7 @@ class CheckpointStore:
             "model": dataclasses.asdict(model.config),
             "vocabulary": model.vocabulary,
             "scaler": trainer.scaler.state_dict(),
+            "world_size": trainer.runtime.processes.world_size,
             **about,
         }
         path = self.path(progress.step)
@@ -184,20 +191,20 @@ class CheckpointStore:
         assert progress.best_step is not None  # a run ends with an evaluation
         return read_checkpoint(self.path(progress.best_step))
 
-    def resume(self, trainer: Trainer, checkpoint: Checkpoint) -> Progress:
-        """Bring the trainer back to a checkpoint of this store: the progress to go on from.
 
-        A best checkpoint that is no longer there cannot be exported: the best is then sought anew.
-        """
-        checkpoint.load_trainer(trainer)
-        self.newest_step = checkpoint.progress.step
-        progress = checkpoint.progress
-        if progress.best_step is not None and not self.path(progress.best_step).exists():
-            evaluation, evaluated = progress.evaluation, progress.evaluated()
-            progress = Progress(progress.step, seconds=progress.seconds)
-            if evaluation is not None and evaluated:
-                progress.add(evaluation)
-        return progress
+class NoCheckpoints(CheckpointStore):
+    """For a process that is not the first: it keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), 0)
+
+    def save(self, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
+        self.newest_step = progress.step
+        return self.path(progress.step)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:09d}.safetensors"
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
@@ -270,6 +277,8 @@ def _is_sound(checkpoint: Checkpoint) -> bool:
         and vocabulary == sorted(set(vocabulary))
         and len(vocabulary) == config.vocab_size
         and isinstance(metadata["corpus_sha256"], str)
+        and type(checkpoint.world_size) is int
+        and checkpoint.world_size > 0
         and all(isinstance(copy["synced"], int) for copy in metadata["trackers"].values())
         and all(isinstance(copy["run"], (str, type(None))) for copy in metadata["trackers"].values())
         and isinstance(metadata["scaler"], dict)
@@ -323,14 +332,18 @@ class Start:
         sizes = dataclasses.asdict(self.initial.config)
         return {name: value for name, value in sizes.items() if name not in ("dropout", "vocab_size")}
 
-    def check(self, params: Parameters, corpus: Corpus) -> None:
-        """Check that parameters and text fit to what the run starts from.
+    def without_run(self) -> Start:
+        """The same for another process: the run belongs to one."""
+        return dataclasses.replace(self, run=None)
+
+    def check(self, params: Parameters, corpus: Corpus, world_size: int = 1) -> None:
+        """Check that parameters, text and number of processes fit to what the run starts from.
 
         Raises:
             Alg1Error: naming what does not.
         """
         if self.checkpoint is not None:
-            check_resumable(self.checkpoint, params, corpus.sha256)
+            check_resumable(self.checkpoint, params, corpus.sha256, world_size)
         for name, value in (self.sizes or {}).items():
             asked = getattr(params.model, name)
             if asked != value:
@@ -380,12 +393,23 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpo
         RunDirectoryCreator(run.path.parent).create_subdirectories(run.path)  # what was deleted by hand
         for folder in (run.checkpoint_dir, run.export_path.parent, run.meta_dir, run.eval_dir):
             remove_temporary_files(folder)  # left by a killed process
-        if not from_file:
-            return run, newest_checkpoint(run.path, console.warn)
-        return run, read_checkpoint(file)
+        checkpoint = read_checkpoint(file) if from_file else newest_checkpoint(run.path, console.warn)
+        forget_missing_best(checkpoint)
+        return run, checkpoint
     except BaseException:
         run.lock.release()
         raise
+
+
+def forget_missing_best(checkpoint: Checkpoint) -> None:
+    """A best checkpoint that is no longer there cannot be exported: let the best be sought anew."""
+    old = checkpoint.progress
+    if old.best_step is None or checkpoint_path(checkpoint.path.parent, old.best_step).exists():
+        return
+    progress = Progress(old.step, seconds=old.seconds)
+    if old.evaluation is not None and old.evaluated():
+        progress.add(old.evaluation)
+    checkpoint.metadata["progress"] = dataclasses.asdict(progress)
 
 
 def set_newer_aside(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
@@ -428,8 +452,10 @@ def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str
         )
 
 
-def check_resumable(checkpoint: Checkpoint, params: Parameters, corpus_sha256: str) -> None:
-    """Check that a run may go on with these parameters and this text.
+def check_resumable(
+    checkpoint: Checkpoint, params: Parameters, corpus_sha256: str, world_size: int = 1
+) -> None:
+    """Check that a run may go on with these parameters, this text and this number of processes.
 
     Raises:
         Alg1Error: naming every parameter that shaped the steps already taken and differs, old -> new.
@@ -443,6 +469,9 @@ def check_resumable(checkpoint: Checkpoint, params: Parameters, corpus_sha256: s
     ]
     step = checkpoint.progress.step
     old_train = TrainConfig(**{n: v for n, v in old.items() if n in field_names(TrainConfig)})
+    changed += micro_batches_changed(
+        old_train.grad_accum_steps, checkpoint.world_size, params.train.grad_accum_steps, world_size
+    )
     if step > params.train.max_iters:
         raise Alg1Error(
             f"the run is at step {step} already, past max_iters = {params.train.max_iters}",
@@ -464,6 +493,18 @@ def check_resumable(checkpoint: Checkpoint, params: Parameters, corpus_sha256: s
             f"{params.data.data_path}: this is not the text that the run was trained on",
             "name that text with --data, or start a new run from its weights: --init-from PATH",
         )
+
+
+def micro_batches_changed(old_steps: int, old_world_size: int, steps: int, world_size: int) -> list[str]:
+    """What differs in the micro-batches of a step, however many processes share them; [] if nothing does."""
+    taken = old_steps * old_world_size
+    if taken == steps * world_size:
+        return []
+    if old_world_size == world_size:
+        return [f"grad_accum_steps: {old_steps} -> {steps}"]
+    way_on = f" (--grad-accum-steps {taken // world_size} keeps them)" if taken % world_size == 0 else ""
+    change = f"{old_steps} x {old_world_size} processes -> {steps} x {world_size}"
+    return [f"micro-batches of a step: {change}{way_on}"]
 
 
 def check_output(output: str | None) -> None:

@@ -23,7 +23,7 @@ from utils_tensorboard.instructions import instructions as tensorboard_instructi
 if TYPE_CHECKING:
     from data import Corpus
     from utils_alg1.utils_runtime import Runtime
-    from utils_alg1.utils_training import Progress
+    from utils_alg1.utils_training import Progress, Trainer
 
 SAMPLES = 3
 SAMPLE_LENGTH = 400  # characters
@@ -191,10 +191,11 @@ def describe_end(
 
 
 def describe_start(
-    run: Run, params: Parameters, corpus: Corpus, runtime: Runtime, n_parameters: int, step: int
+    run: Run, params: Parameters, corpus: Corpus, trainer: Trainer, step: int
 ) -> dict[str, str]:
     """The block of lines that a run begins with."""
-    model, train = params.model, params.train
+    model, train, runtime = params.model, params.train, trainer.runtime
+    n_parameters = sum(parameter.numel() for parameter in trainer.parameters)
     changed = [
         f"{name}={getattr(part, name)}"
         for part in (model, train, params.data, params.tensorboard)
@@ -210,8 +211,11 @@ def describe_start(
         "text": f"{corpus.path}: {len(corpus.tokens):,} characters, {corpus.tokenizer.vocab_size} distinct",
         "steps": f"{step} to {train.max_iters}," if step else f"{train.max_iters}",
     }
-    sequences = train.batch_size * train.grad_accum_steps
+    sequences = trainer.tokens_per_step // model.block_size
     lines["steps"] += f" of {sequences} x {model.block_size} characters"
+    world_size = runtime.processes.world_size
+    if world_size > 1:
+        lines["device"] += f", in each of {world_size} processes"
     if changed:
         lines["set"] = ", ".join(changed)
     return lines

@@ -16,6 +16,7 @@ import torch
 
 from errors import CANNOT_TRAIN, DONE, Alg1Error
 from parameters import Parameters, TrainConfig
+from utils_alg1.utils_processes import ALONE, Processes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,11 +29,13 @@ class Runtime:
         device: where the model lies.
         dtype: of the forward pass; weights and optimizer stay float32.
         threads: of the CPU. Sums come out bitwise the same only with the same number.
+        processes: those that share the work; the same goes for their number.
     """
 
     device: torch.device
     dtype: torch.dtype
     threads: int
+    processes: Processes = ALONE
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass; nothing at all in float32."""
@@ -53,7 +56,9 @@ class Runtime:
 SMALL_STEP = 1e9  # floating-point operations
 
 
-def start_runtime(config: TrainConfig, flops_per_step: float = math.inf) -> Runtime:
+def start_runtime(
+    config: TrainConfig, flops_per_step: float = math.inf, processes: Processes = ALONE
+) -> Runtime:
     """Choose device, threads and arithmetic, and set them.
 
     A step of fewer than SMALL_STEP operations gets one thread: a second one gains little there, waits for the
@@ -63,6 +68,8 @@ def start_runtime(config: TrainConfig, flops_per_step: float = math.inf) -> Runt
         Alg1Error: the device is not there, or cannot compute in that dtype.
     """
     device = find_device(config.device)
+    if processes.world_size > 1:
+        device = own_device(device, processes)
     if config.threads:
         torch.set_num_threads(config.threads)
     elif device.type == "cpu" and flops_per_step < SMALL_STEP:
@@ -77,7 +84,30 @@ def start_runtime(config: TrainConfig, flops_per_step: float = math.inf) -> Runt
             f"--dtype float16 needs CUDA, and the device is {device}",
             "use --dtype float32 or --dtype bfloat16",
         )
-    return Runtime(device, DTYPES[dtype_name], torch.get_num_threads())
+    return Runtime(device, DTYPES[dtype_name], torch.get_num_threads(), processes)
+
+
+def own_device(device: torch.device, processes: Processes) -> torch.device:
+    """The device of one process of many: the CPU, which they share, or a GPU for each.
+
+    Raises:
+        Alg1Error: there are more processes than GPUs, or they cannot share that kind of device.
+    """
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or device.index is not None:
+        raise Alg1Error(
+            f"--device {device} is for one process, and there are {processes.world_size}",
+            "use --device cuda, which gives each process a GPU of its own, or --device cpu",
+        )
+    n_gpus = torch.cuda.device_count()
+    if processes.local_rank >= n_gpus:
+        raise Alg1Error(
+            f"there are {n_gpus} GPUs, too few for process {processes.local_rank + 1} of this machine",
+            "start as many processes as there are GPUs: --nproc_per_node",
+        )
+    torch.cuda.set_device(processes.local_rank)
+    return torch.device("cuda", processes.local_rank)
 
 
 def find_device(name: str) -> torch.device:
@@ -198,9 +228,16 @@ class StopSignals:
     every file is written atomically. Outside the `with` block the handlers are what they were.
     """
 
-    def __init__(self, before_leaving: Sequence[Callable[[], object]] = ()) -> None:
-        """`before_leaving`: what must be done even when a second signal ends the process at once."""
+    def __init__(
+        self, before_leaving: Sequence[Callable[[], object]] = (), processes: Processes = ALONE
+    ) -> None:
+        """
+        Args:
+            before_leaving: what must be done even when a second signal ends the process at once.
+            processes: a signal to one of them is a signal to all.
+        """
         self.received: int | None = None
+        self._processes = processes
         self._before_leaving = before_leaving
         self._previous: dict[int, Any] = {}
 
@@ -222,6 +259,11 @@ class StopSignals:
         self.received = number
         # Not through the console: a handler may interrupt a print, which cannot be entered twice.
         os.write(2, b"\nstopping after this step; once more to leave at once\n")
+
+    def heard(self) -> bool:
+        """Whether a signal has come, to any process: all of them get the same answer for the same call."""
+        self.received = self._processes.largest(self.received or 0) or None
+        return self.received is not None
 
     @property
     def exit_code(self) -> int:

@@ -313,7 +313,7 @@ def _wait_for_all(events: list[threading.Event], seconds: float) -> list[bool]:
 class Trackers:
     """Everything that wants to hear of a run's metrics: the run's own file, and the copies."""
 
-    def __init__(self, local: MetricsFile, copies: dict[str, Background]):
+    def __init__(self, local: Tracker, copies: dict[str, Background]):
         self.local = local
         self.copies = copies
         self._every: list[Tracker] = [local, *copies.values()]

@@ -158,7 +158,7 @@ class Trainer:
         config: TrainConfig,
         runtime: Runtime,
     ):
-        """`forward` is the model, or a faster form of it; `data` the train and val tokens."""
+        """`forward` is the model, or a faster or shared form of it; `data` the train and val tokens."""
         self.model = model
         self.forward = forward
         self.data = data
@@ -168,7 +168,8 @@ class Trainer:
         self.optimizer = create_optimizer(model, config)
         self.scaler = runtime.loss_scaler()
         self.parameters = list(model.parameters())
-        self.tokens_per_step = config.batch_size * config.grad_accum_steps * self.block_size
+        sequences = config.batch_size * config.grad_accum_steps * runtime.processes.world_size
+        self.tokens_per_step = sequences * self.block_size
         self.clock = Clock(runtime, self.tokens_per_step)
 
     def compute_gradients(self, step: int) -> float:
@@ -177,30 +178,42 @@ class Trainer:
         Raises:
             Alg1Error: loss or gradient is not finite (exit code 3); the weights are as before.
         """
-        config = self.config
+        config, processes = self.config, self.runtime.processes
         self.optimizer.zero_grad(set_to_none=True)
-        mean_loss = 0.0
+        loss_sum = 0.0
         for i in range(config.grad_accum_steps):
-            x, y = self._batch("train", config.batch_size, "batch", step, i)
-            if self.model.config.dropout:
-                torch.manual_seed(derive_seed(config.seed, "dropout", step, i))
-            with self.runtime.autocast():
-                loss = self.forward(x, y)[1] / config.grad_accum_steps
-            self.scaler.scale(loss).backward()
-            mean_loss += loss.item()
+            with processes.exchange(now=i == config.grad_accum_steps - 1):
+                loss_sum += self._backward(step, processes.rank + processes.world_size * i)
+        mean_loss = processes.sum([loss_sum])[0] / processes.world_size
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         # With float16, a gradient that overflows is the scaler's business: it skips that update.
         if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             what = "gradient" if math.isfinite(mean_loss) else "loss"
-            raise Alg1Error(
-                f"the {what} is not finite at step {step}; the weights were not updated",
-                "lower --learning-rate, or limit the gradient with --grad-clip 1.0",
-                CANNOT_TRAIN,
-            )
+            self._stop(f"the {what} is not finite at step {step}; the weights were not updated")
         if config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
         return mean_loss
+
+    def _backward(self, step: int, micro_batch: int) -> float:
+        """Forward and backward of one micro-batch: its part of this process's mean loss."""
+        x, y = self._batch("train", self.config.batch_size, "batch", step, micro_batch)
+        if self.model.config.dropout:
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", step, micro_batch))
+        with self.runtime.autocast():
+            loss = self.forward(x, y)[1] / self.config.grad_accum_steps
+        self.scaler.scale(loss).backward()
+        return loss.item()
+
+    def settle(self) -> None:
+        """Let DistributedDataParallel order the gradients as it will in every step.
+
+        It does that after the first backward pass, and the order of a sum decides its last digit: without
+        this, the first step of a resumed run would not be to the byte what it was.
+        """
+        if self.runtime.processes.world_size > 1:
+            self._backward(0, self.runtime.processes.rank)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, step: int) -> None:
         """Let the optimizer take the step that the gradients show."""
@@ -211,33 +224,36 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Evaluation:
-        """Mean loss over eval_iters batches of each split, the same ones every time.
+        """Mean loss over eval_iters batches of each split, the same ones every time, shared out evenly.
 
         Raises:
             Alg1Error: a loss is not finite (exit code 3).
         """
-        config = self.config
+        config, processes = self.config, self.runtime.processes
         per_pass = max(1, EVALUATION_TOKENS // (config.batch_size * self.block_size))
+        numbers = range(processes.rank, config.eval_iters, processes.world_size)
         self.model.eval()
-        losses = {}
+        sums = []
         for split in ("train", "val"):
             total = 0.0
-            for start in range(0, config.eval_iters, per_pass):
-                numbers = range(start, min(start + per_pass, config.eval_iters))
-                batches = [self._batch(split, config.batch_size, f"eval-{split}", i) for i in numbers]
+            for start in range(0, len(numbers), per_pass):
+                part = numbers[start : start + per_pass]
+                batches = [self._batch(split, config.batch_size, f"eval-{split}", i) for i in part]
                 x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
                 with self.runtime.autocast():
                     total += len(batches) * self.model(x, y)[1].item()
-            losses[split] = total / config.eval_iters
+            sums.append(total)
         self.model.train()
-        if not all(math.isfinite(loss) for loss in losses.values()):
-            raise Alg1Error(
-                f"the evaluation loss is not finite after step {step}",
-                "lower --learning-rate, or limit the gradient with --grad-clip 1.0",
-                CANNOT_TRAIN,
-            )
-        rate = learning_rate(config, step)
-        return Evaluation(step, losses["train"], losses["val"], rate)
+        train_loss, val_loss = (total / config.eval_iters for total in processes.sum(sums))
+        if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+            self._stop(f"the evaluation loss is not finite after step {step}")
+        return Evaluation(step, train_loss, val_loss, learning_rate(config, step))
+
+    def _stop(self, message: str) -> None:
+        """Raise for a loss that is lost; the other processes see it too, and end when the first is gone."""
+        if self.runtime.processes.first:
+            hint = "lower --learning-rate, or limit the gradient with --grad-clip 1.0"
+            raise Alg1Error(message, hint, CANNOT_TRAIN)
 
     def _batch(self, split: str, size: int, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
         draw = generator(self.config.seed, *key)
