@@ -1,0 +1,455 @@
+"""One run by several processes: the same weights as by one, one run on disk, and nothing hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+from conftest import PROJECT
+
+from files import read_tensors
+from utils_alg1.utils_processes import (
+    ALONE,
+    TorchrunProcesses,
+    is_lost_connection,
+    launch_command,
+    start_processes,
+)
+from utils_alg1.utils_runtime import StopSignals, own_device
+
+RUN = (
+    "--data text.txt --n-embd 16 --n-head 2 --n-layer 2 --block-size 8 --batch-size 2 --dropout 0.1"
+    " --max-iters 12 --eval-interval 4 --eval-iters 3 --checkpoint-interval 3 --keep-checkpoints 9"
+    " --threads 1 --no-aim --no-tensorboard"
+).split()
+AT_ONCE = 30  # seconds in which a job must end when one of its processes is gone
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(world_size: int, arguments: Sequence[str], prepare: Callable[[int], object] | None = None) -> list:
+    """Start so many forked processes as torchrun would; `prepare(rank)` is called in each first."""
+    port = str(free_port())
+
+    def place(rank: int) -> Callable[[], None]:
+        def work() -> None:
+            os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            if prepare is not None:
+                prepare(rank)
+
+        return work
+
+    return [faults.start_train(arguments, place(rank)) for rank in range(world_size)]
+
+
+def run_together(world_size: int, *arguments: str) -> list[int]:
+    """Run train.py in so many processes: their exit codes."""
+    return [faults.wait(pid) for pid in start(world_size, arguments)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def everything_loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A run in this process loads what its children would else load one by one."""
+    import torch.distributed.distributed_c10d
+    import torch.nn.parallel
+
+    with new_folder(tmp_path_factory.mktemp("warm"), "up"):
+        assert faults.train_here(RUN) == 0
+        torch.nn.parallel.DistributedDataParallel  # noqa: B018
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = faults.new_folder(tmp_path, "run")
+    monkeypatch.chdir(path)
+    return path
+
+
+def new_folder(parent: Path, name: str) -> contextlib.AbstractContextManager:
+    """A folder with a text in it, and the working folder while the block lasts."""
+    return contextlib.chdir(faults.new_folder(parent, name))
+
+
+def output() -> str:
+    return Path("output.txt").read_text()
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(run_dir / "artifacts" / "checkpoints" / "step_000000012.safetensors")[0]
+
+
+# --- the same work, shared out ------------------------------------------------------------------------
+
+
+def test_one_two_and_four_processes_take_the_same_steps(tmp_path):
+    runs = {}
+    for world_size, steps in ((1, 4), (2, 2), (4, 1)):
+        with new_folder(tmp_path, f"{world_size}x{steps}"):
+            codes = run_together(world_size, *RUN, "--grad-accum-steps", str(steps))
+            assert codes == [0] * world_size, output()
+            runs[world_size] = faults.only_run(Path()).absolute()
+    alone = weights(runs[1])
+    for world_size in (2, 4):
+        shared = weights(runs[world_size])
+        assert shared.keys() == alone.keys()
+        for name, tensor in alone.items():
+            assert (tensor - shared[name]).abs().max() < 1e-6, (world_size, name)
+    losses = [[row for row in faults.metrics(run) if "loss/val" in row] for run in runs.values()]
+    for rows in zip(*losses, strict=True):
+        assert rows[1] == pytest.approx(rows[0], abs=1e-6)
+        assert rows[2] == pytest.approx(rows[0], abs=1e-6)
+
+
+def test_each_process_draws_micro_batches_of_its_own(folder, monkeypatch):
+    """Two processes on the same data would still agree with each other, and learn from half of it."""
+
+    def note(rank: int) -> None:
+        from utils_alg1 import utils_training
+
+        real = utils_training.Trainer._backward
+
+        def backward(self, step, micro_batch):
+            with Path(f"drawn-{rank}").open("a") as file:
+                file.write(f"{step}/{micro_batch}\n")
+            return real(self, step, micro_batch)
+
+        utils_training.Trainer._backward = backward
+
+    arguments = [*RUN, "--grad-accum-steps", "2", "--max-iters", "2"]
+    assert [faults.wait(pid) for pid in start(2, arguments, note)] == [0, 0], output()
+    drawn = [Path(f"drawn-{rank}").read_text().split() for rank in (0, 1)]
+    # The first line of each is the pass that lets the gradients be laid out.
+    assert drawn[0][1:] == ["0/0", "0/2", "1/0", "1/2"]
+    assert drawn[1][1:] == ["0/1", "0/3", "1/1", "1/3"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_resumed_run_of_several_processes_ends_with_the_same_bytes(folder, world_size):
+    assert run_together(world_size, *RUN) == [0] * world_size, output()
+    run_dir = faults.only_run(folder)
+    last = faults.tensors(faults.checkpoints(folder)[-1])
+    rows = faults.metrics(run_dir)
+    for step in (3, 8):
+        path = run_dir / "artifacts" / "checkpoints" / f"step_{step:09d}.safetensors"
+        assert run_together(world_size, "--resume", str(path)) == [0] * world_size, output()
+        assert faults.tensors(faults.checkpoints(folder)[-1]) == last, f"from step {step}"
+        assert faults.metrics(run_dir) == rows
+
+
+def test_resuming_with_another_number_of_processes(folder):
+    assert run_together(2, *RUN) == [0, 0], output()
+    assert run_together(1, "--resume", "latest", "--max-iters", "14") == [2]
+    expected = "micro-batches of a step: 1 x 2 processes -> 1 x 1 (--grad-accum-steps 2 keeps them)"
+    assert expected in output()
+    arguments = ["--resume", "latest", "--max-iters", "14", "--grad-accum-steps", "2"]
+    assert run_together(1, *arguments) == [0], output()
+    assert faults.metrics(faults.only_run(folder))[-1]["step"] == 14
+
+
+def test_patience_ends_all_processes_at_the_same_step(folder):
+    arguments = [*RUN, "--max-iters", "50", "--eval-interval", "1", "--patience", "2"]
+    assert run_together(2, *arguments, "--learning-rate", "3") == [0, 0], output()
+    final = json.loads((faults.only_run(folder) / "eval" / "final.json").read_text())
+    assert final["steps"] == final["best_step"] + 2 < 50
+
+
+def test_the_trackers_show_one_run(folder):
+    arguments = [word for word in RUN if word not in ("--no-aim", "--no-tensorboard")]
+    assert run_together(2, *arguments) == [0, 0], output()
+    run_dir = faults.only_run(folder)  # one, or this fails
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert len(list(run_dir.glob("logs/tensorboard/events*"))) == 1
+    events = EventAccumulator(str(run_dir / "logs" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [point.step for point in events.Scalars("Loss/train_step")] == list(range(12))
+    assert [point.step for point in events.Scalars("Loss/val")] == [0, 4, 8, 12]
+    aim = pytest.importorskip("aim")
+    (run,) = aim.Repo(str(folder)).iter_runs()
+    assert run.name == run_dir.name
+
+
+# --- one line for a mistake, and no process left ------------------------------------------------------
+
+
+MISTAKES = {
+    "an unknown flag": (["--max-iterss", "3"], 2, "error: unknown flag --max-iterss; did you mean"),
+    "a wrong value": (["--batch-size", "0"], 2, "error: batch_size = 0 must be above 0"),
+    "no such text": (["--data", "nothing.txt"], 2, "error: nothing.txt: no such text file"),
+    "no such run": (["--resume", "latest"], 2, "error: there is no run in runs"),
+    "a loss that explodes": ([*RUN, "--learning-rate", "1e30"], 3, "error: the loss is not finite at step"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_said_once_by_the_first_process(folder, mistake):
+    arguments, code, message = MISTAKES[mistake]
+    pids = start(2, arguments)
+    assert faults.wait(pids[0]) == code
+    os.kill(pids[1], signal.SIGTERM)  # as torchrun does when one has failed
+    assert faults.wait(pids[1]) != 0
+    assert output().count("error:") == 1
+    assert message in output()
+    assert "Traceback" not in output()
+
+
+@pytest.mark.parametrize("flag", ["--help", "--print-config"])
+def test_what_trains_nothing_ends_all_processes(folder, flag):
+    assert run_together(2, flag) == [0, 0]
+    assert output().count("n_embd") + output().count("--n-embd") == 1 + (flag == "--help")
+    assert not Path("runs").exists()
+
+
+def test_a_process_with_another_text_says_so(folder):
+    def change_text(rank: int) -> None:
+        if rank == 1:
+            import data
+
+            real = data.open_corpus
+
+            def other(path, *arguments):
+                Path("other.txt").write_text("other " + Path(path).read_text())
+                return real(Path("other.txt"), *arguments)
+
+            data.open_corpus = other
+
+    codes = [faults.wait(pid) for pid in start(2, RUN, change_text)]
+    assert codes == [4, 2], output()
+    assert "error: process 1 of 0 to 1: text.txt: not the text of the first process" in output()
+    assert "error: another process of this run has ended" in output()
+
+
+# --- processes that die, and signals ------------------------------------------------------------------
+
+
+def at_step(step: int, action: Callable[[], object]) -> None:
+    """In this process: do something when a training step begins."""
+    from utils_alg1.utils_training import Trainer
+
+    real = Trainer.compute_gradients
+
+    def compute_gradients(self, at):
+        if at == step:
+            action()
+        return real(self, at)
+
+    Trainer.compute_gradients = compute_gradients
+
+
+def wait_for_all(pids: list[int]) -> None:
+    """Wait for children; none of them may take longer than AT_ONCE seconds."""
+    end = time.monotonic() + AT_ONCE
+    running = set(pids)
+    while running:
+        running -= {pid for pid in running if os.waitpid(pid, os.WNOHANG)[0]}
+        assert time.monotonic() < end, "a process still waits for one that is gone"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes that interrupted ones must end like."""
+    with new_folder(tmp_path_factory.mktemp("two"), "run"):
+        assert run_together(2, *RUN) == [0, 0], output()
+        return Path().absolute()
+
+
+def check_resumed(folder: Path, uninterrupted: Path) -> None:
+    """Resume in two processes, and compare."""
+    assert run_together(2, "--resume", "latest") == [0, 0], output()
+    assert faults.tensors(faults.checkpoints(folder)[-1]) == faults.tensors(
+        faults.checkpoints(uninterrupted)[-1]
+    )
+    assert faults.metrics(faults.only_run(folder)) == faults.metrics(faults.only_run(uninterrupted))
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, uninterrupted, campaign):
+    draw = random.Random(1)
+    cases = 20 if campaign.whole else 3
+    for case in range(cases):
+        rank, step = draw.randrange(2), draw.randrange(1, 12)
+        with new_folder(tmp_path, f"case-{case}"):
+            pids = start(2, RUN, lambda r, rank=rank, step=step: r == rank and at_step(step, faults.kill_me))
+            wait_for_all(pids)
+            if rank == 1:
+                assert "error: another process of this run has ended" in output()
+                assert re.search(
+                    r"go on: torchrun --standalone --nproc_per_node=2 train.py --resume", output()
+                )
+            check_resumed(Path(), uninterrupted)
+    campaign.count("one of two processes killed at a random step", cases)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_one_process_stops_all(folder, uninterrupted, rank, number):
+    def signal_me() -> None:
+        os.kill(os.getpid(), number)
+
+    pids = start(2, RUN, lambda r: r == rank and at_step(5, signal_me))
+    assert [faults.wait(pid) for pid in pids] == [128 + number] * 2, output()
+    (newest,) = (path for path in faults.checkpoints(folder) if "06" in path.name)
+    assert newest == faults.checkpoints(folder)[-1]
+    assert "stopped at step 6; go on with: torchrun --standalone --nproc_per_node=2 train.py" in output()
+    check_resumed(folder, uninterrupted)
+
+
+# --- torchrun itself ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def torchrun(*arguments: str) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, str(PROJECT / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def process_of(rank: int, parent: int) -> int:
+    """The process id of a rank among the children of torchrun."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            own_parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if own_parent == parent and f"\0RANK={rank}\0".encode() in (path / "environ").read_bytes():
+                return int(path.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_for_step(step: int) -> None:
+    """Until the run in this folder has got so far."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for path in Path("runs").glob("*/logs/metrics.jsonl"):
+            if any(row["step"] >= step for row in faults.metrics(path.parent.parent)):
+                return
+        time.sleep(0.02)
+    raise AssertionError("the run does not get on")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc, as on Linux")
+def test_torchrun_with_a_killed_process_ends_and_resumes(folder):
+    with torchrun(*RUN, "--max-iters", "100000") as job:
+        wait_for_step(4)
+        began = time.monotonic()
+        os.kill(process_of(1, job.pid), signal.SIGKILL)
+        text = job.communicate(timeout=AT_ONCE)[0]
+        assert job.returncode == 1
+        assert time.monotonic() - began < AT_ONCE
+    assert "error: another process of this run has ended" in text
+    before = faults.checkpoints(folder)[-1]
+    with torchrun("--resume", "latest", "--max-iters", str(int(before.stem[5:]) + 2)) as job:
+        assert job.communicate(timeout=60) and job.returncode == 0
+    assert faults.checkpoints(folder)[-1].name > before.name
+
+
+def test_a_signal_to_torchrun_saves(folder):
+    with torchrun(*RUN, "--max-iters", "100000") as job:
+        wait_for_step(4)
+        job.send_signal(signal.SIGINT)
+        text = job.communicate(timeout=AT_ONCE)[0]
+    stopped = re.search(r"stopped at step (\d+); go on with: (torchrun .*)", text)
+    assert stopped, text
+    assert faults.checkpoints(folder)[-1].stem == f"step_{int(stopped[1]):09d}"
+    assert stopped[2].startswith("torchrun --standalone --nproc_per_node=2 train.py --resume 20")
+
+
+# --- the parts ----------------------------------------------------------------------------------------
+
+
+def test_one_process_alone_has_nobody_to_wait_for(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert start_processes() is ALONE
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert start_processes() is ALONE
+    model = torch.nn.Linear(2, 2)
+    assert ALONE.first and ALONE.world_size == 1
+    assert ALONE.wrap(model, torch.device("cpu")) is model
+    assert (ALONE.share("x"), ALONE.sum([1.5]), ALONE.largest(3)) == ("x", [1.5], 3)
+    assert launch_command(ALONE) == "python train.py"
+
+
+def test_the_place_that_torchrun_gives(monkeypatch):
+    for name, value in {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    processes = start_processes()
+    assert (processes.rank, processes.local_rank, processes.world_size) == (3, 1, 4)
+    assert not processes.first
+    assert launch_command(processes) == "torchrun (as before) train.py"
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("cuda:1", "--device cuda:1 is for one process, and there are 2"),
+        ("mps", "--device mps is for one process, and there are 2"),
+        ("cuda", "there are 1 GPUs, too few for process 2 of this machine"),
+    ],
+)
+def test_devices_that_processes_cannot_share(monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Exception, match=re.escape(message)):
+        own_device(torch.device(device), TorchrunProcesses(1, 1, 2))
+
+
+def test_processes_share_the_cpu():
+    assert own_device(torch.device("cpu"), TorchrunProcesses(1, 1, 2)) == torch.device("cpu")
+
+
+def test_an_error_of_the_program_is_no_lost_connection():
+    assert not is_lost_connection(RuntimeError("shape mismatch"))
+    assert is_lost_connection(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    assert is_lost_connection(torch.distributed.DistBackendError("NCCL error"))
+
+
+def test_a_signal_is_heard_by_every_process():
+    class Other(TorchrunProcesses):
+        def largest(self, value: int) -> int:
+            return max(value, signal.SIGTERM)
+
+    signals = StopSignals(processes=Other(0, 0, 2))
+    assert signals.received is None
+    assert signals.heard() and signals.exit_code == 143
+    assert not StopSignals().heard()
+
+
+def test_gpus_share_the_work(folder):
+    """The same run on two GPUs over NCCL; the losses are those of one process to rounding."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    with torchrun(*RUN, "--device", "cuda", "--dtype", "float32", "--compile", "off") as job:
+        text = job.communicate(timeout=120)[0]
+        assert job.returncode == 0, text
+    shared = faults.metrics(faults.only_run(folder))
+    shutil.rmtree("runs")
+    cpu = [*RUN, "--grad-accum-steps", "2"]
+    assert faults.train_in_child(cpu) == 0, output()
+    alone = faults.metrics(faults.only_run(folder))
+    assert shared[-1]["loss/val"] == pytest.approx(alone[-1]["loss/val"], abs=0.05)
