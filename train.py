@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,9 @@ def run_phases(
         return DONE
     splits = params.data.train_split, params.data.val_split
     utils_checkpoint.check_output(params.train.output)
-    runtime = utils_runtime.start_runtime(params.train, params.flops_per_step(), processes)
+    runtime = utils_runtime.start_runtime(
+        params.train, params.flops_per_step(), processes, start.compiled_before
+    )
     text_path = data.find_corpus(params.data.data_path, console.say)
 
     def check_text(n_characters: int, vocab_size: int) -> None:
@@ -169,7 +172,9 @@ def follow(processes: Processes) -> int:
     params, start, text_path, sha256 = job
     console = Console(quiet=True)
     try:
-        runtime = utils_runtime.start_runtime(params.train, params.flops_per_step(), processes)
+        runtime = utils_runtime.start_runtime(
+            params.train, params.flops_per_step(), processes, start.compiled_before
+        )
         if not text_path.exists():  # on a machine of its own
             text_path = find_corpus(params.data.data_path, console.say)
         corpus = open_corpus(text_path)
@@ -204,8 +209,9 @@ def build_trainer(
             model.load_state_dict(start.initial.state_dict())
         model.vocabulary = corpus.tokenizer.vocabulary
         model.to(runtime.device)
-        shared = runtime.processes.wrap(model, runtime.device)
-        forward = utils_runtime.compiled(shared, params.train.compile, runtime.device, console.say)
+        forward: Callable = runtime.processes.wrap(model, runtime.device)
+        if runtime.compile:
+            forward = utils_runtime.compiled(forward, console.say)
         trainer = utils_training.Trainer(model, forward, tokens, params.train, runtime)
         trainer.settle()
         if start.checkpoint is None:

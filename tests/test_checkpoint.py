@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shlex
@@ -272,6 +273,7 @@ MANNERS = {
     "accumulation": ["--grad-accum-steps", 3],
     "clipping": ["--grad-clip", 0.1],
     "bfloat16": ["--dtype", "bfloat16"],
+    "warm-up": ["--lr-schedule", "constant", "--warmup-iters", 4],
     "cosine": ["--lr-schedule", "cosine", "--warmup-iters", 2],
     "linear": ["--lr-schedule", "linear", "--min-lr", 1e-4],
     "step": ["--lr-schedule", "step"],
@@ -287,6 +289,25 @@ def test_a_signal_and_a_resume_change_no_byte(manner, start, train, monkeypatch)
     assert result.code == 143
     assert steps()[-1] == 3
     assert train("--resume", "latest").code == 0
+    assert_same_end()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_run_and_a_resume_change_no_byte(backend, start, train, monkeypatch, campaign):
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    if backend == "inductor" and not campaign.whole:
+        pytest.skip("takes a minute: pytest --campaign")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    flags = ["--compile", "on", "--dropout", 0.2]
+    whole = start(*flags, into="whole")
+    assert whole.code == 0 and "does not work here" not in whole.out
+    stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
+    assert start(*flags).code == 143
+    # The command line is silent about it now: what was compiled stays compiled.
+    result = train("--resume", "latest", "--compile", "auto")
+    assert result.code == 0
+    assert ", compiled" in result.out
     assert_same_end()
 
 

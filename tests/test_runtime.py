@@ -314,6 +314,6 @@ def test_a_compiler_that_fails_is_told_in_one_short_line(monkeypatch):
         raise RuntimeError("x" * 500 + "\nmore")
 
     monkeypatch.setattr(torch, "compile", fail)
-    call = compiled(lambda: 7, "on", torch.device("cpu"), said.append)
+    call = compiled(lambda: 7, said.append)
     assert [call(), call()] == [7, 7]
     assert len(said) == 1 and "\n" not in said[0] and len(said[0]) < 200

@@ -19,10 +19,17 @@ from hypothesis import strategies as st
 from data import get_batch
 from errors import CANNOT_TRAIN, Alg1Error
 from model import BigramLanguageModel
-from parameters import ModelConfig, TrainConfig
+from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
 from utils_alg1 import utils_report, utils_training
 from utils_alg1.utils_checkpoint import checkpoint_paths, newest_checkpoint
-from utils_alg1.utils_runtime import Runtime, compiled, generator, seed_initial_weights
+from utils_alg1.utils_runtime import (
+    Runtime,
+    compiled,
+    compiling_pays,
+    generator,
+    seed_initial_weights,
+    start_runtime,
+)
 from utils_alg1.utils_training import Progress, Trainer, create_optimizer, learning_rate
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
@@ -467,20 +474,46 @@ def test_a_compiler_that_fails_costs_one_line(compiler, train, text_file, monkey
 
 
 @pytest.mark.parametrize(
-    "mode, device, wanted",
+    "mode, before, wanted",
     [
-        ("on", "cpu", True),
-        ("on", "cuda", True),
-        ("off", "cuda", False),
-        ("auto", "cpu", False),
-        ("auto", "cuda", True),
-        ("auto", "mps", False),
+        ("on", None, True),
+        ("on", False, True),
+        ("off", True, False),
+        ("auto", None, False),
+        ("auto", True, True),
+        ("auto", False, False),
     ],
 )
-def test_when_to_compile(mode, device, wanted, monkeypatch):
+def test_when_to_compile(mode, before, wanted):
+    config = TrainConfig(device="cpu", compile=mode, threads=1)
+    assert start_runtime(config, compiled_before=before).compile is wanted
+
+
+@pytest.mark.parametrize(
+    "device, flops, pays",
+    [("cpu", 1e20, False), ("mps", 1e20, False), ("cuda", 0.9e15, False), ("cuda", 1e15, True)],
+)
+def test_a_long_run_on_a_gpu_is_worth_compiling(device, flops, pays):
+    assert compiling_pays(torch.device(device), flops) is pays
+
+
+def test_the_reference_model_is_not_worth_compiling_and_the_six_layer_one_is():
+    small = ModelConfig(), TrainConfig()
+    large = (
+        ModelConfig(n_embd=384, n_head=6, n_layer=6, block_size=256),
+        TrainConfig(batch_size=64, max_iters=5000),
+    )
+    flops = [
+        Parameters(model, train, DataConfig(), TensorBoardConfig(), {}).flops_per_step() * train.max_iters
+        for model, train in (small, large)
+    ]
+    assert [compiling_pays(torch.device("cuda"), f) for f in flops] == [False, True]
+
+
+def test_a_compiled_function_is_called(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: ("compiled", x))
-    call = compiled(lambda x: ("plain", x), mode, torch.device(device), pytest.fail)
-    assert [call(1), call(2)] == [("compiled" if wanted else "plain", x) for x in (1, 2)]
+    call = compiled(lambda x: ("plain", x), pytest.fail)
+    assert [call(1), call(2)] == [("compiled", 1), ("compiled", 2)]
 
 
 # --- CUDA ---------------------------------------------------------------------------------------------

@@ -165,6 +165,7 @@ class CheckpointStore:
             "vocabulary": model.vocabulary,
             "scaler": trainer.scaler.state_dict(),
             "world_size": trainer.runtime.processes.world_size,
+            "compiled": trainer.runtime.compile,
             **about,
         }
         path = self.path(progress.step)
@@ -279,6 +280,7 @@ def _is_sound(checkpoint: Checkpoint) -> bool:
         and isinstance(metadata["corpus_sha256"], str)
         and type(checkpoint.world_size) is int
         and checkpoint.world_size > 0
+        and isinstance(metadata.get("compiled"), (bool, type(None)))
         and all(isinstance(copy["synced"], int) for copy in metadata["trackers"].values())
         and all(isinstance(copy["run"], (str, type(None))) for copy in metadata["trackers"].values())
         and isinstance(metadata["scaler"], dict)
@@ -331,6 +333,11 @@ class Start:
             return None
         sizes = dataclasses.asdict(self.initial.config)
         return {name: value for name, value in sizes.items() if name not in ("dropout", "vocab_size")}
+
+    @property
+    def compiled_before(self) -> bool | None:
+        """Whether the steps taken were compiled; None where none were taken."""
+        return self.checkpoint.metadata.get("compiled") if self.checkpoint else None
 
     def without_run(self) -> Start:
         """The same for another process: the run belongs to one."""

@@ -214,6 +214,8 @@ def describe_start(
     sequences = trainer.tokens_per_step // model.block_size
     lines["steps"] += f" of {sequences} x {model.block_size} characters"
     world_size = runtime.processes.world_size
+    if runtime.compile:
+        lines["device"] += ", compiled"
     if world_size > 1:
         lines["device"] += f", in each of {world_size} processes"
     if changed:
