@@ -58,6 +58,16 @@ TRAIN_MISTAKES = [
         " (patience from --patience, max_iters from --max-iters)",
         SHOWS,
     ),
+    (
+        "--grad-accum-steps 0",
+        "grad_accum_steps = 0 must be above 0 (grad_accum_steps from --grad-accum-steps)",
+        SHOWS,
+    ),
+    (
+        "--serve-tensorboard --no-tensorboard",
+        "--serve-tensorboard has nothing to show: tensorboard is off (--tensorboard)",
+        SHOWS,
+    ),
     ("--min-lr 1", "min_lr = 1 is above learning_rate = 0.001 (min_lr from --min-lr)", SHOWS),
     # flags
     ("--max-iter 5", "unknown flag --max-iter; did you mean --max-iters?", SHOWS),

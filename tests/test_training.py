@@ -122,6 +122,14 @@ def test_learning_rate_at_the_boundaries(schedule, step, expected):
     assert learning_rate(config, step) == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_long_warm_up_leaves_wsd_a_shorter_decay_and_no_jump():
+    config = TrainConfig(
+        learning_rate=1.0, min_lr=0.5, warmup_iters=9, max_iters=10, eval_interval=1, lr_schedule="wsd"
+    )
+    rates = [learning_rate(config, step) for step in (7, 8, 9, 10)]
+    assert rates == pytest.approx([8 / 9, 1.0, 1.0, 0.5])
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_without_warmup_the_first_step_has_the_peak(schedule):
     config = TrainConfig(learning_rate=0.3, max_iters=10, lr_schedule=schedule)

@@ -192,6 +192,9 @@ class ConfigLoader:
             values.update(good)
             origins.update(dict.fromkeys(good, flag))
             problems += [fault._replace(text=f"{fault.text} (from {flag})") for fault in faults]
+        if options.serve_tensorboard and values.get("tensorboard") is False:
+            text = f"--serve-tensorboard has nothing to show: tensorboard is off ({origins['tensorboard']})"
+            problems.append(Problem(text, ()))
         return Parameters.from_values(values, origins, problems)
 
     @staticmethod

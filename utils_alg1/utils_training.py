@@ -29,7 +29,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
     It rises linearly over warmup_iters, then follows lr_schedule from learning_rate down to min_lr:
     constant; cosine; linear; step (a tenth after each third); wsd (constant, then linear over the last
-    fifth of the run; Hu et al. 2024, MiniCPM).
+    fifth of the run, or what warm-up leaves of it; Hu et al. 2024, MiniCPM).
     """
     peak, floor = config.learning_rate, config.min_lr
     if step < config.warmup_iters:
@@ -44,7 +44,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return floor + (peak - floor) * (1 - progress)
     if config.lr_schedule == "step":
         return max(floor, peak * STEP_DECAY_FACTOR ** math.floor(progress / STEP_DECAY_EVERY))
-    decay_steps = max(1, round(WSD_DECAY_SHARE * config.max_iters))
+    decay_steps = max(1, min(steps, round(WSD_DECAY_SHARE * config.max_iters)))
     left = min(1.0, (config.max_iters - step) / decay_steps)
     return floor + (peak - floor) * left
 
