@@ -158,9 +158,9 @@ class TrainConfig:
         maximum=1024,
         may_change=True,
     )
-    optimizer: str = setting("adamw", "how weights are updated", choices=("adamw", "sgd"))
+    optimizer: str = setting("adamw", "how weights are updated", choices=("adamw", "sgd", "muon"))
     weight_decay: float = setting(0.01, "decay of weight matrices", minimum=0)
-    beta1: float = setting(0.9, "AdamW's first moment, SGD's momentum", minimum=0, below=1)
+    beta1: float = setting(0.9, "AdamW's first moment, the momentum of SGD and Muon", minimum=0, below=1)
     beta2: float = setting(0.999, "AdamW's second moment", minimum=0, below=1)
     lr_schedule: str = setting(
         "constant",

@@ -269,6 +269,7 @@ def test_a_run_keeps_the_last_ones_and_the_best(start, monkeypatch):
 MANNERS = {
     "adamw": [],
     "sgd": ["--optimizer", "sgd", "--learning-rate", 0.1],
+    "muon": ["--optimizer", "muon", "--learning-rate", 0.01],
     "dropout": ["--dropout", 0.3],
     "accumulation": ["--grad-accum-steps", 3],
     "clipping": ["--grad-clip", 0.1],

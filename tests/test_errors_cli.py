@@ -37,7 +37,7 @@ TRAIN_MISTAKES = [
     ("--device ''", "device = '' must not be empty (device from --device)", SHOWS),
     (
         "--optimizer adam",
-        "optimizer = 'adam' must be one of adamw, sgd (optimizer from --optimizer)",
+        "optimizer = 'adam' must be one of adamw, sgd, muon (optimizer from --optimizer)",
         SHOWS,
     ),
     (

@@ -22,6 +22,7 @@ from model import BigramLanguageModel
 from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
 from utils_alg1 import utils_report, utils_training
 from utils_alg1.utils_checkpoint import checkpoint_paths, newest_checkpoint
+from utils_alg1.utils_muon import orthogonalise
 from utils_alg1.utils_runtime import (
     Runtime,
     compiled,
@@ -428,6 +429,52 @@ def test_progress_keeps_the_best_and_counts_what_is_not_better():
 )
 def test_patience_is_lost_after_that_many_evaluations(since_best, patience, out):
     assert Progress(evaluations_since_best=since_best).out_of_patience(patience) is out
+
+
+# --- Muon ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
+def test_an_orthogonalised_matrix_is_as_strong_in_every_direction(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(orthogonalise(matrices))
+    assert values.min() > 0.6 and values.max() < 1.3
+    # The directions stay: every matrix times its own transpose is symmetric and positive.
+    product = orthogonalise(matrices) @ matrices.mT
+    assert torch.allclose(product, product.mT, atol=1e-3)
+    assert torch.linalg.eigvalsh(product).min() > -1e-3
+
+
+def test_muon_steps_hidden_matrices_by_their_orthogonalised_momentum():
+    trainer = make_trainer(optimizer="muon", learning_rate=0.01, beta1=0.8, weight_decay=0.1)
+    weight = dict(trainer.model.named_parameters())["blocks.0.sa.qkv.weight"]  # (3 C, C)
+    before, C = weight.detach().clone(), weight.shape[1]
+    momentum = torch.zeros_like(weight)
+    expected = before
+    for step in range(2):
+        trainer.compute_gradients(step)
+        momentum = 0.8 * momentum + 0.2 * weight.grad
+        nesterov = 0.2 * weight.grad + 0.8 * momentum
+        rows = orthogonalise(nesterov.view(3, C, C)).reshape(3 * C, C)  # query, key and value by themselves
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * C**0.5 * rows
+        trainer.update(step)
+    assert torch.allclose(weight, expected, atol=1e-6)
+    assert (weight - before).abs().max() > 1e-3
+
+
+def test_muon_leaves_all_that_is_no_hidden_matrix_to_adamw():
+    """With the hidden matrices' gradients taken away, both optimizers do the same."""
+    states = []
+    for optimizer in ("muon", "adamw"):
+        trainer = make_trainer(optimizer=optimizer, learning_rate=0.01)
+        for step in range(3):
+            trainer.compute_gradients(step)
+            for name, parameter in trainer.model.named_parameters():
+                if name.startswith("blocks.") and parameter.dim() == 2:
+                    parameter.grad = None
+            trainer.update(step)
+        states.append(trainer.model.state_dict())
+    assert_same_bytes(*states)
 
 
 # --- compilation --------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from utils_alg1.utils_run_manager import (
     list_runs,
     lock_run,
 )
-from utils_alg1.utils_training import Evaluation, Progress, Trainer, learning_rate
+from utils_alg1.utils_training import Evaluation, Progress, Trainer, learning_rate, optimizer_state_keys
 
 FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1
@@ -95,10 +95,7 @@ class Checkpoint:
 
     def _optimizer_states(self, trainer: Trainer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
         """What the optimizer kept for each parameter; every tensor has the size that the update will read."""
-        expected = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
-        keys = expected[trainer.config.optimizer]
-        if trainer.config.optimizer == "sgd" and not trainer.config.beta1:
-            keys = set()
+        keys_of = optimizer_state_keys(trainer.optimizer)
         found = {name for name in self.tensors if name.startswith("optimizer.")}
         # Nothing was kept before the first update, which a loss scaler may have put off.
         if not found and (self.progress.step == 0 or trainer.scaler.is_enabled()):
@@ -106,8 +103,8 @@ class Checkpoint:
         states: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
         for name, parameter in trainer.model.named_parameters():
             states[parameter] = {}
-            found -= {f"optimizer.{key}.{name}" for key in keys}
-            for key in sorted(keys):
+            found -= {f"optimizer.{key}.{name}" for key in keys_of[parameter]}
+            for key in sorted(keys_of[parameter]):
                 tensor = self.tensors.get(f"optimizer.{key}.{name}")
                 shape = () if key == "step" else parameter.shape
                 if tensor is None or tensor.shape != shape or tensor.dtype != parameter.dtype:

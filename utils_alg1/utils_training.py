@@ -16,6 +16,7 @@ from data import get_batch
 from errors import CANNOT_TRAIN, Alg1Error
 from model import BigramLanguageModel
 from parameters import TrainConfig
+from utils_alg1.utils_muon import Muon
 from utils_alg1.utils_runtime import Runtime, derive_seed, generator
 
 STEP_DECAY_EVERY = 1 / 3  # of the steps after warm-up, for lr_schedule = step
@@ -50,19 +51,32 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over the model's parameters; matrices decay, biases and norms do not."""
+    """The optimizer over the model's parameters; matrices decay, biases and norms do not.
+
+    Muon's hidden matrices are those of the blocks: not the embeddings, nor the head.
+    """
     named = list(model.named_parameters())
-    groups = [
-        {
-            "params": [p for _, p in named if p.dim() >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    lr, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
+    hidden = [p for name, p in named if p.dim() >= 2 and name.startswith("blocks.")]
+    tables = [p for name, p in named if p.dim() >= 2 and not name.startswith("blocks.")]
+    vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
+    if config.optimizer == "muon":
+        others = [{"params": tables, "weight_decay": decay}, vectors]
+        return Muon(hidden, others, lr, betas, decay)
+    groups = [{"params": [p for _, p in named if p.dim() >= 2], "weight_decay": decay}, vectors]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1)
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=config.beta1)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def optimizer_state_keys(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, set[str]]:
+    """The names of what an optimizer of `create_optimizer` keeps for each parameter after a step."""
+    adamw = {"step", "exp_avg", "exp_avg_sq"}
+    keys: dict[nn.Parameter, set[str]] = {}
+    for group in optimizer.param_groups:
+        own = adamw if "betas" in group else {"momentum_buffer"} if group["momentum"] else set()
+        keys.update(dict.fromkeys(group["params"], own))
+    return keys
 
 
 @dataclass
