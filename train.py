@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from errors import CANNOT_TRAIN, DONE, Alg1Error
 from files import write_json
-from parameters import raise_problems, specs
+from parameters import due, raise_problems, specs
 from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
 from utils_alg1.utils_output import Console, leave_if_told, run_script
 
 if TYPE_CHECKING:
     from parameters import Parameters
     from utils_alg1.utils_checkpoint import CheckpointStore
+    from utils_alg1.utils_observations import Observer
     from utils_alg1.utils_run_manager import Run
     from utils_alg1.utils_runtime import StopSignals
     from utils_alg1.utils_trackers import Trackers
@@ -59,7 +60,7 @@ def run_phases(
     """
     import data
     from model import BigramLanguageModel
-    from utils_alg1 import utils_checkpoint, utils_report, utils_runtime, utils_training
+    from utils_alg1 import utils_checkpoint, utils_observations, utils_report, utils_runtime, utils_training
     from utils_alg1.utils_run_manager import create_run
     from utils_alg1.utils_trackers import cut_metrics, start_trackers
     from utils_tensorboard.server import TensorBoardServer
@@ -131,12 +132,13 @@ def run_phases(
 
     # 11. The loop.
     about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
+    observer = utils_observations.Observer(trainer, trackers, params.tensorboard, console.warn)
     signals = stack.enter_context(utils_runtime.StopSignals(before_leaving))
     leave_if_told()
     run.begun = True
     try:
         with utils_runtime.memory_guard(params):
-            loop(trainer, progress, trackers, store, params, about, signals, console)
+            loop(trainer, progress, trackers, observer, store, params, about, signals, console)
     except Alg1Error as error:
         raise with_the_way_on(error, store, run) from error
     if signals.received and progress.step < params.train.max_iters:
@@ -163,6 +165,7 @@ def loop(
     trainer: Trainer,
     progress: Progress,
     trackers: Trackers,
+    observer: Observer,
     store: CheckpointStore,
     params: Parameters,
     about: dict[str, Any],
@@ -170,7 +173,7 @@ def loop(
     console: Console,
 ) -> None:
     """Evaluate, save, take a step; until max_iters, a signal or lost patience."""
-    config, histogram_interval = params.train, params.tensorboard.histogram_interval
+    config = params.train
     console.begin_progress(progress.step, config.max_iters)
     trainer.clock.start(progress)
     while True:
@@ -185,6 +188,7 @@ def loop(
             trackers.log_evaluation_metrics(e.train_loss, e.val_loss, e.learning_rate, step)
             console.evaluation(e, progress, speed)
             trainer.clock.lap(progress)
+        observer.observe(step)
 
         done = last or signals.received or progress.out_of_patience(config.patience)
         worth_saving = done or progress.best_step == step or due(step, config.checkpoint_interval)
@@ -198,17 +202,10 @@ def loop(
             return
 
         loss = trainer.compute_gradients(step)
-        trackers.log_training_loss(loss, step)
-        if due(step, histogram_interval):
-            trackers.log_model_histograms(trainer.model, step)
+        observer.log_training_step(loss, step)
         trainer.update(step)
         progress.step += 1
         console.progress(progress.step, loss)
-
-
-def due(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps happens at this one; 0 is never."""
-    return interval > 0 and step % interval == 0
 
 
 def export(
