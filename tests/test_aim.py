@@ -14,13 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train as script
 from files import read_tensors
+from observations import HISTOGRAM_BINS
 from parameters import specs
 from utils_aim.instructions import instructions
 from utils_aim.tracker import AimTracker
 from utils_alg1.utils_run_manager import list_runs
 from utils_alg1.utils_trackers import Trackers, read_metrics
 from utils_alg1.utils_training import Trainer
-from utils_tensorboard.logger import HISTOGRAM_BINS
 
 aim = pytest.importorskip("aim", reason="Aim is not installed (it has no wheels for Python 3.13 or Windows)")
 
