@@ -25,6 +25,7 @@ import torch
 from conftest import TEXT, TINY, lasting_metrics
 from google.protobuf import text_format
 from tensorboard import plugin_util
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins import projector
 from tensorboard.util.tensor_util import make_ndarray
@@ -78,13 +79,14 @@ def images(events: EventAccumulator) -> dict[tuple[str, int], np.ndarray]:
     }
 
 
-def texts(events: EventAccumulator) -> dict[tuple[str, int], str]:
-    """Every text, as it was handed over, by tag and step."""
-    return {
-        (tag.removesuffix("/text_summary"), e.step): make_ndarray(e.tensor_proto).item().decode()
-        for tag in events.Tags()["tensors"]
+def texts(folder: Path) -> list[tuple[str, int, str]]:
+    """Every text, as it was handed over, with tag and step; found as the server finds it."""
+    events = plugin_event_accumulator.EventAccumulator(str(folder), {"tensors": 0}).Reload()
+    return [
+        (tag.removesuffix("/text_summary"), e.step, make_ndarray(e.tensor_proto).item().decode())
+        for tag in events.PluginTagToContent("text")
         for e in events.Tensors(tag)
-    }
+    ]
 
 
 def embeddings(folder: Path) -> dict[str, tuple[np.ndarray, list[str]]]:
@@ -121,7 +123,7 @@ def curves(metrics_path: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run with TensorBoard; its parameters at each histogram are in `values.npz`, the rest in `shown.pkl`."""
+    """A run with TensorBoard; its parameters at each histogram are in values.npz, the rest in shown.pkl."""
     folder = tmp_path_factory.mktemp("tensorboard")
     log_model_histograms = Trackers.log_model_histograms
     log_calls = {name: getattr(Trackers, name) for name in ("log_images", "log_texts", "log_embedding")}
@@ -188,7 +190,6 @@ def test_a_run_has_one_point_for_each_step_that_was_due(events):
         due = [0, 2, 4, 6] if tag.startswith("Activations") else HISTOGRAMS
         assert [e.step for e in events.Histograms(tag)] == due
     assert {step for _, step in images(events)} == {0, 3, 6}
-    assert {step for _, step in texts(events)} == {0, 2, 4, 6}
 
 
 def test_tensorboard_shows_what_the_metrics_file_says(run, events):
@@ -231,11 +232,10 @@ def test_pictures_texts_and_embeddings_are_those_that_were_shown(run, events):
     for key, pixels in pictures.items():
         assert found[key].shape == (256, 256, 3)  # TensorBoard has no grey ones
         assert (found[key] == pixels[..., None]).all()
-    assert texts(events) == {
-        ("Samples", step): "    " + data["samples"].replace("\n", "\n    ")
-        for (name, step), data in shown.items()
-        if name == "log_texts"
-    }
+    assert texts(run / "logs/tensorboard") == [
+        ("Samples", step, "    " + shown["log_texts", step]["samples"].replace("\n", "\n    "))
+        for step in (0, 2, 4, 6)
+    ]
     projected = embeddings(run / "logs/tensorboard")
     assert list(projected) == [f"Token_Embeddings:step_{step:09d}" for step in (0, 3, 6)]
     for (vectors, labels), step in zip(projected.values(), (0, 3, 6), strict=True):
@@ -251,8 +251,8 @@ def test_a_text_is_legible_in_tensorboard(tmp_path, text):
     logger = MetricLogger(TensorBoardWriter(tmp_path, warn=pytest.fail))
     logger.log_texts({"samples": text}, 3)
     logger.close()
-    ((key, markdown),) = texts(read_events(tmp_path)).items()
-    assert key == ("Samples", 3)
+    ((tag, step, markdown),) = texts(tmp_path)
+    assert (tag, step) == ("Samples", 3)
     page = plugin_util.markdown_to_safe_html(markdown)
     (inside,) = re.findall("<pre><code>(.*)\n</code></pre>", page, re.DOTALL)
     assert html.unescape(inside).strip("\n") == text.strip("\n")
@@ -314,9 +314,8 @@ def check_resumed(path: Path, run: Path) -> None:
     assert lasting(scalars(ours)) == lasting(scalars(whole))
     for tag in whole.Tags()["images"]:
         assert [e.step for e in ours.Images(tag)] == [0, 3, 6]
-    assert [e.step for e in ours.Tensors("Samples/text_summary")] == [0, 2, 4, 6]
     assert [e.step for e in ours.Histograms("Activations/blocks.0.sa")] == [0, 2, 4, 6]
-    assert texts(ours) == texts(whole)
+    assert texts(path / "logs/tensorboard") == texts(run / "logs/tensorboard")
     a, b = images(ours), images(whole)
     assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
     a, b = embeddings(path / "logs/tensorboard"), embeddings(run / "logs/tensorboard")
@@ -328,7 +327,8 @@ def test_a_stopped_run_goes_on_as_one_clean_curve(train, text_file, run, at_step
     at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert train(*TENSORBOARD_ONLY).code == 130
     (path,) = list_runs("runs")
-    assert [row["step"] for row in read_metrics(path / "logs/metrics.jsonl")][-1] == 2
+    rows = list(read_metrics(path / "logs/metrics.jsonl"))
+    assert [row["step"] for row in rows if "loss/train_step" in row] == [0, 1, 2]
     assert train("--resume", "latest").code == 0
     assert lasting_metrics(path / "logs/metrics.jsonl") == lasting_metrics(run / "logs/metrics.jsonl")
     check_resumed(path, run)
@@ -469,7 +469,10 @@ def test_a_purge_hides_that_step_and_later_ones_however_fast_it_follows(tmp_path
         writer = TensorBoardWriter(tmp_path, purge_step=session if session else None, warn=pytest.fail)
         for step in range(session, 6):
             writer.add_scalar("a", float(session), step)
+            writer.add_text("t", str(session), step)
         writer.close()
+        kept = [(step, text.strip()) for _, step, text in texts(tmp_path)]
+        assert kept == [(step, str(min(step, session))) for step in range(6)]
     assert scalars(read_events(tmp_path))["a"] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 

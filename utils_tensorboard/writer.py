@@ -42,6 +42,10 @@ class TensorBoardWriter:
         # Event files are read in the order of their names, which start with whole seconds: a file of this
         # second could sort after ours, and its points would then outlive the purge.
         log_dir.mkdir(parents=True, exist_ok=True)
+        if not any(log_dir.glob("events.out.tfevents.*")):
+            purge_step = (
+                0  # nothing to hide, but a reader takes the first purge of a folder for its beginning
+            )
         while any(log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
             time.sleep(0.02)
         return SummaryWriter(str(log_dir), purge_step=purge_step)
