@@ -188,7 +188,6 @@ def loop(
             trackers.log_evaluation_metrics(e.train_loss, e.val_loss, e.learning_rate, step)
             console.evaluation(e, progress, speed)
             trainer.clock.lap(progress)
-        observer.observe(step)
 
         done = last or signals.received or progress.out_of_patience(config.patience)
         worth_saving = done or progress.best_step == step or due(step, config.checkpoint_interval)
@@ -198,6 +197,7 @@ def loop(
             trackers.flush(step)
             path = store.save(trainer, progress, about | {"trackers": trackers.state()})
             console.detail(f"saved {path}")
+        observer.observe(step)  # after the flush, which would wait for its pictures
         if done:
             return
 

@@ -99,11 +99,12 @@ def test_a_run_leaves_its_files_and_no_others(train, text_file):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_001_my-try", run.name)
     copies = {"meta/configs/train.yaml", "meta/configs/model.json"}
     found = files_in(run) - {".lock"}
-    curves = {name for name in found if name.startswith("logs/tensorboard/events.out.tfevents.")}
+    of_tensorboard = ("logs/tensorboard/events.out.tfevents.", "logs/tensorboard/projector")
+    shown = {name for name in found if name.startswith(of_tensorboard)}
     steps = {name for name in found if name.startswith("artifacts/checkpoints/")}
     expected_steps = {name for name in RUN_FILES if name.startswith("artifacts/checkpoints/")}
-    assert found - curves - steps == (RUN_FILES | copies) - expected_steps
-    assert len(curves) == 1 and steps >= expected_steps
+    assert found - shown - steps == (RUN_FILES | copies) - expected_steps
+    assert len(shown) == 4 and steps >= expected_steps
     assert (run / "meta/configs/train.yaml").read_text() == "seed: 7  # mine\n"
     assert (run / "meta/configs/model.json").read_text() == '{"n_layer": 2}'
     sizes = struct.unpack(">II", (run / "eval/loss.png").read_bytes()[16:24])

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 AIM_HASH_NAME = "aim.txt"  # in meta/
 QUEUE_SIZE = 10_000  # calls a tracker may be behind
 PATIENCE = 8.0  # seconds: how long a tracker may keep the run waiting before it is given up
-FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; what is late by then is sent again after a resume
+FLUSH_PATIENCE = (
+    1.0  # seconds a checkpoint waits; scalars that are late by then are sent again after a resume
+)
 
 
 class Tracker:
