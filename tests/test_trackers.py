@@ -647,6 +647,15 @@ def test_a_tracker_that_is_not_installed_costs_one_warning(
     assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
 
 
+def test_nothing_is_drawn_for_an_aim_that_failed(train, text_file, fake_aim, fake_tensorboard, monkeypatch):
+    drawn: list = []
+    monkeypatch.setattr(utils_trackers, "draw_embedding", drawn.append)
+    fake_tensorboard("", None)
+    fake_aim("track", boom(RuntimeError("boom")))
+    assert train(*RUN_TINY).err == "warning: Aim is switched off, training goes on: RuntimeError: boom\n"
+    assert drawn == []
+
+
 def test_two_trackers_that_fail_are_two_warnings(train, text_file, plain, fake_aim, fake_tensorboard):
     fake_aim("track", boom(RuntimeError("a")))
     fake_tensorboard("add_scalar", boom(RuntimeError("t")))

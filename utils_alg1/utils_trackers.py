@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 AIM_HASH_NAME = "aim.txt"  # in meta/
 QUEUE_SIZE = 10_000  # calls a tracker may be behind
 PATIENCE = 8.0  # seconds: how long a tracker may keep the run waiting before it is given up
-FLUSH_PATIENCE = (
-    1.0  # seconds a checkpoint waits; scalars that are late by then are sent again after a resume
-)
+FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; rows that are late by then are sent again after a resume
 
 
 class Tracker:
@@ -201,7 +199,8 @@ class AimMetrics(Tracker):
             self.aim.track_text(name, text, step)
 
     def log_embedding(self, embedding: Embedding, step: int) -> None:
-        self.aim.track_image(embedding.name, draw_embedding(embedding), step)
+        if self.enabled:  # drawing takes a while
+            self.aim.track_image(embedding.name, draw_embedding(embedding), step)
 
     def close(self) -> None:
         self.aim.close()

@@ -42,10 +42,9 @@ class TensorBoardWriter:
         # Event files are read in the order of their names, which start with whole seconds: a file of this
         # second could sort after ours, and its points would then outlive the purge.
         log_dir.mkdir(parents=True, exist_ok=True)
+        # Some readers take a folder's first purge for its beginning, and hide nothing.
         if not any(log_dir.glob("events.out.tfevents.*")):
-            purge_step = (
-                0  # nothing to hide, but a reader takes the first purge of a folder for its beginning
-            )
+            purge_step = 0
         while any(log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
             time.sleep(0.02)
         return SummaryWriter(str(log_dir), purge_step=purge_step)
