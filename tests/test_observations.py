@@ -376,8 +376,8 @@ def test_what_is_looked_at_is_the_first_batch_of_every_evaluation(model, monkeyp
     assert torch.equal(trainer.validation_batch(), trainer.validation_batch())
 
 
-def test_few_characters_are_enough_for_activations(observe, monkeypatch):
-    monkeypatch.setattr(utils_observations, "ACTIVATION_TOKENS", 1)
+def test_of_a_large_batch_the_first_sequences_are_enough(observe, monkeypatch):
+    monkeypatch.setattr(utils_observations, "OBSERVED_TOKENS", 1)
     shapes = []
     monkeypatch.setattr(
         utils_observations, "activation_histograms", lambda _, idx: shapes.append(idx.shape) or []

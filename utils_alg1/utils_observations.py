@@ -24,7 +24,7 @@ from utils_alg1.utils_runtime import generator
 from utils_alg1.utils_trackers import Trackers
 from utils_alg1.utils_training import Trainer
 
-ACTIVATION_TOKENS = 1024  # of the batch, at least one sequence; more would only take longer to count
+OBSERVED_TOKENS = 1024  # of the batch, at least one sequence; more would only take longer
 SAMPLE_LENGTH = 200  # characters
 
 
@@ -171,17 +171,19 @@ class Observer:
             with self._trainer.clock.aside():
                 self._guard.attempt(look, step)
 
+    def _tokens(self) -> Tensor:
+        """What the model is looked at with, the same at every step: (B, T)."""
+        idx = self._trainer.validation_batch()
+        return idx[: max(1, OBSERVED_TOKENS // idx.shape[1])]
+
     def _show_parameters(self, step: int) -> None:
         self._trackers.log_model_histograms(self._trainer.model, step)
 
     def _show_activations(self, step: int) -> None:
-        idx = self._trainer.validation_batch()
-        idx = idx[: max(1, ACTIVATION_TOKENS // idx.shape[1])]
-        self._trackers.log_histograms(activation_histograms(self._trainer.model, idx), step)
+        self._trackers.log_histograms(activation_histograms(self._trainer.model, self._tokens()), step)
 
     def _show_attention(self, step: int) -> None:
-        idx = self._trainer.validation_batch()
-        self._trackers.log_images(attention_pictures(self._trainer.model, idx), step)
+        self._trackers.log_images(attention_pictures(self._trainer.model, self._tokens()), step)
 
     def _show_embedding(self, step: int) -> None:
         self._trackers.log_embedding(token_embedding(self._trainer.model), step)
@@ -190,7 +192,7 @@ class Observer:
         model = self._trainer.model
         # Drawing from a distribution that is not finite fails, on CUDA for the whole process.
         with _at_rest(model):
-            drawable = model(self._trainer.validation_batch())[0].isfinite().all()
+            drawable = model(self._tokens())[0].isfinite().all()
         if drawable:
             text = sample_text(model, self._trainer.config.seed)
             self._trackers.log_texts({"samples": text}, step)
