@@ -257,7 +257,7 @@ class DataConfig:
 
 @dataclass
 class TensorBoardConfig:
-    """TensorBoard, and the histograms that Aim gets too."""
+    """TensorBoard, and how often a run is looked at, which Aim is shown too."""
 
     tensorboard: bool = setting(True, "track with TensorBoard", may_change=True)
     histogram_interval: int = setting(
@@ -266,11 +266,37 @@ class TensorBoardConfig:
         minimum=0,
         may_change=True,
     )
+    activation_interval: int = setting(
+        500, "steps between histograms of activations; 0 draws none", minimum=0, may_change=True
+    )
+    attention_interval: int = setting(
+        1000,
+        "steps between pictures of the attention weights; 0 draws none",
+        minimum=0,
+        may_change=True,
+    )
+    embedding_interval: int = setting(
+        1000, "steps between views of the token embeddings; 0 keeps none", minimum=0, may_change=True
+    )
+    sample_interval: int = setting(
+        500, "steps between samples of generated text; 0 draws none", minimum=0, may_change=True
+    )
+    gradient_norm_interval: int = setting(
+        10, "steps between points of the gradient's norm; 0 has none", minimum=0, may_change=True
+    )
+    speed_interval: int = setting(
+        100, "steps between points of tokens per second; 0 has none", minimum=0, may_change=True
+    )
     port: int = setting(6006, "port of --serve-tensorboard", minimum=1, maximum=65535, may_change=True)
 
     def problems(self) -> list[Problem]:
         """What is wrong with these values; an empty list when nothing is."""
         return range_problems(self)
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps happens at this one; 0 is never."""
+    return interval > 0 and step % interval == 0
 
 
 @dataclass

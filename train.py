@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from errors import CANNOT_TRAIN, DONE, Alg1Error
 from files import write_json
-from parameters import raise_problems, specs
+from parameters import due, raise_problems, specs
 from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
 from utils_alg1.utils_output import Console, leave_if_told, run_script
 from utils_alg1.utils_processes import Processes, launch_command, start_processes
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from data import Corpus
     from parameters import Parameters
     from utils_alg1.utils_checkpoint import CheckpointStore, Start
+    from utils_alg1.utils_observations import Observer
     from utils_alg1.utils_run_manager import Run
     from utils_alg1.utils_runtime import Runtime, StopSignals
     from utils_alg1.utils_trackers import Trackers
@@ -72,7 +73,7 @@ def run_phases(
     `params` are known by now, unless they depend on the weights that the run starts from.
     """
     import data
-    from utils_alg1 import utils_checkpoint, utils_report, utils_runtime
+    from utils_alg1 import utils_checkpoint, utils_observations, utils_report, utils_runtime
     from utils_alg1.utils_run_manager import create_run
     from utils_alg1.utils_trackers import cut_metrics, start_trackers
     from utils_tensorboard.server import TensorBoardServer
@@ -132,12 +133,13 @@ def run_phases(
 
     # 11. The loop.
     about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
+    observer = utils_observations.Observer(trainer, trackers, params.tensorboard, console.warn)
     signals = stack.enter_context(utils_runtime.StopSignals(before_leaving, processes))
     leave_if_told()
     run.begun = True
     try:
         with utils_runtime.memory_guard(params), processes.loss_of_others():
-            loop(trainer, progress, trackers, store, params, about, signals, console)
+            loop(trainer, progress, trackers, observer, store, params, about, signals, console)
     except Alg1Error as error:
         raise with_the_way_on(error, store, run, processes) from error
     if signals.received and progress.step < params.train.max_iters:
@@ -163,7 +165,7 @@ def run_phases(
 def follow(processes: Processes) -> int:
     """What every process but the first does: its share of each step, told by the first, keeping nothing."""
     from data import find_corpus, open_corpus
-    from utils_alg1 import utils_checkpoint, utils_runtime
+    from utils_alg1 import utils_checkpoint, utils_observations, utils_runtime
     from utils_alg1.utils_trackers import Tracker, Trackers
 
     job = processes.share(None)
@@ -183,9 +185,10 @@ def follow(processes: Processes) -> int:
         trainer, progress = build_trainer(params, start, corpus, runtime, console)
         store = utils_checkpoint.NoCheckpoints()
         silent = Trackers(Tracker(), {})
+        observer = utils_observations.Observer(trainer, silent, params.tensorboard, console.warn)
         signals = utils_runtime.StopSignals(processes=processes)
         with signals, processes.loss_of_others(), utils_runtime.memory_guard(params):
-            loop(trainer, progress, silent, store, params, {}, signals, console)
+            loop(trainer, progress, silent, observer, store, params, {}, signals, console)
     except Alg1Error as error:
         message = f"process {processes.rank} of 0 to {processes.world_size - 1}: {error.message}"
         raise Alg1Error(message, error.hint, error.exit_code) from error
@@ -224,6 +227,7 @@ def loop(
     trainer: Trainer,
     progress: Progress,
     trackers: Trackers,
+    observer: Observer,
     store: CheckpointStore,
     params: Parameters,
     about: dict[str, Any],
@@ -231,7 +235,7 @@ def loop(
     console: Console,
 ) -> None:
     """Evaluate, save, take a step; until max_iters, a signal or lost patience."""
-    config, histogram_interval = params.train, params.tensorboard.histogram_interval
+    config = params.train
     console.begin_progress(progress.step, config.max_iters)
     trainer.clock.start(progress)
     while True:
@@ -255,21 +259,15 @@ def loop(
             trackers.flush(step)
             path = store.save(trainer, progress, about | {"trackers": trackers.state()})
             console.detail(f"saved {path}")
+        observer.observe(step)  # after the flush, which would wait for its pictures
         if done:
             return
 
         loss = trainer.compute_gradients(step)
-        trackers.log_training_loss(loss, step)
-        if due(step, histogram_interval):
-            trackers.log_model_histograms(trainer.model, step)
+        observer.log_training_step(loss, step)
         trainer.update(step)
         progress.step += 1
         console.progress(progress.step, loss)
-
-
-def due(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps happens at this one; 0 is never."""
-    return interval > 0 and step % interval == 0
 
 
 def export(

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import TEXT
+from conftest import TEXT, lasting_metrics
 
 ARGUMENTS = (
     "--data text.txt --n-embd 16 --n-head 2 --n-layer 1 --block-size 8 --batch-size 2 --dropout 0.1"
@@ -266,7 +266,7 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
-    lines = (run_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+    lines = lasting_metrics(run_dir / "logs" / "metrics.jsonl").splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
@@ -14,28 +15,33 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train as script
 from files import read_tensors
+from observations import HISTOGRAM_BINS
 from parameters import specs
 from utils_aim.instructions import instructions
+from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
 from utils_alg1.utils_run_manager import list_runs
 from utils_alg1.utils_trackers import Trackers, read_metrics
 from utils_alg1.utils_training import Trainer
-from utils_tensorboard.logger import HISTOGRAM_BINS
 
 aim = pytest.importorskip("aim", reason="Aim is not installed (it has no wheels for Python 3.13 or Windows)")
 
 HISTOGRAMS = [0, 3]  # the steps that TINY draws them at
-WITH_AIM = ["--data", "text.txt", *TINY, "--no-tensorboard"]
+LOOKS = (
+    "--activation-interval 2 --attention-interval 3 --embedding-interval 3 --sample-interval 2"
+    " --gradient-norm-interval 2 --speed-interval 3"
+).split()
+WITH_AIM = ["--data", "text.txt", *TINY, *LOOKS, "--no-tensorboard"]
 
 
 def query(folder: Path, kind: str) -> dict[tuple, dict[int, object]]:
-    """What `Repo.query_metrics` or `query_distributions` finds: {(run, name, context): {step: value}}."""
+    """What `Repo.query_metrics`, say, finds: {(run, name, context): {step: value}}."""
     repo = aim.Repo(str(folder))
     found = {}
     for run in getattr(repo, f"query_{kind}")("", report_mode=0).iter_runs():
         for sequence in run:
             steps, (values, *_) = sequence.data.items_list()
-            context = tuple(sequence.context.to_dict().items())
+            context = tuple(sorted(sequence.context.to_dict().items()))
             found[sequence.run.hash, sequence.name, context] = dict(zip(steps, values, strict=True))
     return found
 
@@ -71,7 +77,15 @@ def run(tmp_path_factory) -> Path:
     """A run with both trackers, whose values are kept at each histogram in `values.npz`."""
     folder = tmp_path_factory.mktemp("aim")
     log_model_histograms = Trackers.log_model_histograms
-    values = {}
+    log_calls = {name: getattr(Trackers, name) for name in ("log_images", "log_texts", "log_embedding")}
+    values, shown = {}, {}
+
+    def keep_call(name):
+        def call(trackers, data, step):
+            shown[name, step] = data
+            log_calls[name](trackers, data, step)
+
+        return call
 
     def keep(trackers, model, step):
         for name, p in model.named_parameters():
@@ -82,11 +96,14 @@ def run(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(Trackers, "log_model_histograms", keep)
+        for name in log_calls:
+            patch.setattr(Trackers, name, keep_call(name))
         Path("text.txt").write_text(TEXT, encoding="utf-8")
-        assert script.main(["--data", "text.txt", *TINY, "--quiet"]) == 0
+        assert script.main(["--data", "text.txt", *TINY, *LOOKS, "--quiet"]) == 0
         (path,) = list_runs("runs")
         path = path.absolute()
     np.savez(path / "values.npz", **values)
+    (path / "shown.pkl").write_bytes(pickle.dumps(shown))
     return path
 
 
@@ -103,9 +120,13 @@ def test_aim_shows_what_the_metrics_file_says(run, repo):
         ("loss", (("subset", "train"),)),
         ("loss", (("subset", "val"),)),
         ("learning_rate", ()),
+        ("gradient_norm", ()),
+        ("tokens_per_second", ()),
     }
     assert list(expected["loss", (("subset", "train_step"),)]) == [0, 1, 2, 3, 4, 5]
     assert list(expected["learning_rate", ()]) == [0, 2, 4, 6]
+    assert list(expected["gradient_norm", ()]) == [0, 2, 4]
+    assert list(expected["tokens_per_second", ()]) == [3, 6]
     assert without_run(query(repo, "metrics")) == expected
 
 
@@ -113,6 +134,14 @@ def test_distributions_are_those_of_numpy_and_of_tensorboard(run, repo):
     found = without_run(query(repo, "distributions"))
     events = EventAccumulator(str(run / "logs/tensorboard"), size_guidance={"histograms": 0}).Reload()
     tags = {"parameter": "Parameters", "gradient": "Gradients"}
+    activations = [key for key in found if ("kind", "activation") in key[1]]
+    assert {name for name, _ in activations} == {"blocks.0", "blocks.0.sa", "blocks.0.ffwd.net.1"}
+    for key in activations:
+        drawn = events.Histograms(f"Activations/{key[0]}")
+        points = found.pop(key)
+        assert [e.step for e in drawn] == sorted(points) == [0, 2, 4, 6]
+        for e in drawn:
+            assert points[e.step].to_np_histogram()[0].tolist() == e.histogram_value.bucket
     with np.load(run / "values.npz") as values:
         assert len(values) > 40
         assert set(found) == {(name, (("kind", kind),)) for name, kind, _ in (key.split() for key in values)}
@@ -131,6 +160,39 @@ def test_distributions_are_those_of_numpy_and_of_tensorboard(run, repo):
                     np.testing.assert_array_equal(
                         counts, np.histogram(tensor.astype(float), HISTOGRAM_BINS)[0]
                     )
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image.to_pil_image())
+
+
+def test_pictures_and_texts_are_those_that_were_shown(run, repo):
+    shown = pickle.loads((run / "shown.pkl").read_bytes())
+    found = without_run(query(repo, "images"))
+    contexts = [(("head", head), ("layer", "0")) for head in "01"]
+    assert found.keys() == {("token_embeddings", ()), *(("attention", context) for context in contexts)}
+    for points in found.values():
+        assert sorted(points) == [0, 3, 6]
+    for step in (0, 3, 6):
+        for context, image in zip(contexts, shown["log_images", step], strict=True):
+            drawn = pixels(found["attention", context][step])
+            assert drawn.shape == (256, 256)
+            assert (drawn == image.pixels()).all()
+        drawn = pixels(found["token_embeddings", ()][step])
+        assert drawn.shape == (800, 800, 3)
+        assert (drawn == draw_embedding(shown["log_embedding", step])).all()
+    samples = without_run(query(repo, "texts"))["samples", ()]
+    assert {step: text.data for step, text in samples.items()} == {
+        step: shown["log_texts", step]["samples"] for step in (0, 2, 4, 6)
+    }
+
+
+def test_with_every_interval_at_0_there_are_only_the_losses(train, text_file, workdir):
+    off = [value if value.startswith("--") else "0" for value in LOOKS]
+    assert train(*WITH_AIM, *off, "--histogram-interval", 0).code == 0
+    assert {name for _, name, _ in query(workdir, "metrics")} == {"loss", "learning_rate"}
+    for kind in ("images", "texts", "distributions"):
+        assert query(workdir, kind) == {}
 
 
 def test_aim_keeps_all_parameters_and_where_the_run_came_from(run, repo):
@@ -193,7 +255,19 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
     assert train("--resume", "latest").code == 0
     found = query(workdir, "metrics")
     assert {key[0] for key in found} == {first_hash}
-    assert without_run(found) == curves(run / "logs/metrics.jsonl")
+    ours, whole = (
+        {name: points for name, points in curves_.items() if name[0] != "tokens_per_second"}
+        for curves_ in (without_run(found), curves(run / "logs/metrics.jsonl"))
+    )
+    assert ours == whole
+    for (_, name, _), points in query(workdir, "images").items():
+        assert sorted(points) == [0, 3, 6], name
+    (samples,) = query(workdir, "texts").values()
+    assert [samples[step].data for step in (0, 2, 4, 6)] == [
+        text["samples"]
+        for (name, _), text in pickle.loads((run / "shown.pkl").read_bytes()).items()
+        if name == "log_texts"
+    ]
     assert only_run(workdir).name == path.name
 
 
@@ -223,6 +297,10 @@ def alone(tmp_path_factory) -> tuple[Path, str]:
         tracker.track_distribution("large", [-1e30, 1e30], 4)
         tracker.track_distribution("constant", [2.0] * 5, 4)
         tracker.track_distribution("empty", [], 4)
+        tracker.track_image("grey", np.full((2, 3), 7, np.uint8), 4)
+        tracker.track_image("grey", np.full((2, 3), 8, np.uint8), 4)
+        tracker.track_image("coloured", np.arange(12, dtype=np.uint8).reshape(2, 2, 3), 5, {"a": "b"})
+        tracker.track_text("said", "one\n\ttwo 日", 6, {"c": "d"})
         run_hash = tracker.run_hash
         tracker.close()
         assert not tracker.enabled
@@ -230,6 +308,8 @@ def alone(tmp_path_factory) -> tuple[Path, str]:
         for call in (tracker.track_config, lambda _: tracker.track_metric("late", 1.0, 0)):
             call({"late": True})
         tracker.track_distribution("late", [1.0], 0)
+        tracker.track_image("late", np.zeros((2, 2), np.uint8), 0)
+        tracker.track_text("late", "late", 0)
         tracker.close()
     return folder, run_hash
 
@@ -273,6 +353,19 @@ def test_the_tracker_keeps_distributions_of_the_finite_values(alone):
     assert spans["large"] == pytest.approx((2, -1e30, 1e30))
     assert spans["constant"][0] == 5
     assert spans["constant"][1] <= 2 <= spans["constant"][2]
+
+
+def test_the_tracker_keeps_pictures_and_texts_and_the_last_of_one_step(alone):
+    folder, _ = alone
+    found = without_run(query(folder, "images"))
+    assert {key: list(points) for key, points in found.items()} == {
+        ("grey", ()): [4],
+        ("coloured", (("a", "b"),)): [5],
+    }
+    assert pixels(found["grey", ()][4]).tolist() == [[8, 8, 8]] * 2
+    assert pixels(found["coloured", (("a", "b"),)][5]).ravel().tolist() == list(range(12))
+    ((key, points),) = without_run(query(folder, "texts")).items()
+    assert (key, points[6].data) == (("said", (("c", "d"),)), "one\n\ttwo 日")
 
 
 @pytest.fixture

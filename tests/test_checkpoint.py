@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET_TRACKERS, TEXT, TINY
+from conftest import QUIET_TRACKERS, TEXT, TINY, lasting_metrics
 from filelock import FileLock
 
 import files
@@ -70,7 +70,7 @@ def export_of(runs_dir: str = "runs") -> Path:
 
 
 def metrics(runs_dir: str = "runs") -> bytes:
-    return (only_run(runs_dir) / "logs/metrics.jsonl").read_bytes()
+    return lasting_metrics(only_run(runs_dir) / "logs/metrics.jsonl")
 
 
 def final(runs_dir: str = "runs") -> dict:

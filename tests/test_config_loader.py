@@ -77,6 +77,12 @@ OTHER = {
     "val_split": 0.2,
     "tensorboard": False,
     "histogram_interval": 100,
+    "activation_interval": 200,
+    "attention_interval": 300,
+    "embedding_interval": 0,
+    "sample_interval": 1,
+    "gradient_norm_interval": 5,
+    "speed_interval": 50,
     "port": 7007,
 }
 
@@ -198,12 +204,12 @@ def test_priority_and_origins_are_shown_line_by_line(workdir, train):
     assert result.code == 0
     assert result.err == ""
     assert lines_about(result.out, "seed", "threads", "patience", "eval_iters", "batch_size", "output") == [
-        "batch_size           4               default",
-        "eval_iters           1               config.json",
-        "seed                 4               --seed",
-        "threads              3               preset/train.yaml",
-        "patience             2               configs/train.yaml",
-        "output               none            default",
+        "batch_size              4               default",
+        "eval_iters              1               config.json",
+        "seed                    4               --seed",
+        "threads                 3               preset/train.yaml",
+        "patience                2               configs/train.yaml",
+        "output                  none            default",
     ]
 
 

@@ -49,7 +49,8 @@ DOCUMENTED_DEFAULTS = {
 FURTHER_NAMES = """
     device dtype compile threads optimizer weight_decay beta1 beta2 lr_schedule warmup_iters min_lr grad_clip
     grad_accum_steps checkpoint_interval keep_checkpoints patience export histogram_interval tensorboard aim
-    output runs_dir run_tag
+    output runs_dir run_tag activation_interval attention_interval embedding_interval sample_interval
+    gradient_norm_interval speed_interval
 """
 
 
@@ -250,6 +251,12 @@ LIMITS = [
     ("train_split", 0.5, 0.0, "must be above 0"),
     ("val_split", 0.01, 1.0, "must be below 1"),
     ("histogram_interval", 0, -1, "must be at least 0"),
+    ("activation_interval", 0, -1, "must be at least 0"),
+    ("attention_interval", 0, -1, "must be at least 0"),
+    ("embedding_interval", 0, -1, "must be at least 0"),
+    ("sample_interval", 0, -1, "must be at least 0"),
+    ("gradient_norm_interval", 0, -1, "must be at least 0"),
+    ("speed_interval", 0, -1, "must be at least 0"),
     ("port", 1, 0, "must be at least 1"),
     ("port", 65535, 65536, "must be at most 65535"),
 ]

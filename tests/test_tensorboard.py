@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import http.client
+import io
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -16,14 +19,21 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from conftest import TEXT, TINY
+from conftest import TEXT, TINY, lasting_metrics
+from google.protobuf import text_format
+from tensorboard import plugin_util
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins import projector
+from tensorboard.util.tensor_util import make_ndarray
 
 import train as script
 from errors import BAD_INPUT, Alg1Error
 from files import read_tensors
+from observations import HISTOGRAM_BINS, model_histograms
 from parameters import TensorBoardConfig
 from utils_alg1.utils_run_manager import list_runs
 from utils_alg1.utils_trackers import Trackers, read_metrics
@@ -31,24 +41,64 @@ from utils_alg1.utils_training import Trainer
 from utils_tensorboard import server as server_module
 from utils_tensorboard.config import load_tensorboard_config
 from utils_tensorboard.instructions import instructions, launch_command
-from utils_tensorboard.logger import HISTOGRAM_BINS, MetricLogger, model_histograms
+from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.server import TensorBoardServer
 from utils_tensorboard.writer import TensorBoardWriter
 
 STEPS, EVAL_INTERVAL, HISTOGRAM_INTERVAL = 6, 2, 3  # those of TINY
 EVALUATIONS = [0, 2, 4, 6]
 HISTOGRAMS = [0, 3]
-TENSORBOARD_ONLY = ["--data", "text.txt", *TINY, "--no-aim"]
+LOOKS = (
+    "--activation-interval 2 --attention-interval 3 --embedding-interval 3 --sample-interval 2"
+    " --gradient-norm-interval 2 --speed-interval 3"
+).split()
+TENSORBOARD_ONLY = ["--data", "text.txt", *TINY, *LOOKS, "--no-aim"]
+NO_SAMPLING = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
 
 
 def read_events(folder: Path) -> EventAccumulator:
     """Everything that TensorBoard's own reader finds, with no sampling."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0})
-    return events.Reload()
+    return EventAccumulator(str(folder), size_guidance=NO_SAMPLING).Reload()
 
 
 def scalars(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def lasting(curves: dict[str, list]) -> dict[str, list]:
+    """Those that two runs of the same seed share."""
+    return {tag: points for tag, points in curves.items() if tag != "Tokens_Per_Second"}
+
+
+def images(events: EventAccumulator) -> dict[tuple[str, int], np.ndarray]:
+    """Every picture, decoded, by tag and step."""
+    return {
+        (tag, e.step): np.asarray(PIL.Image.open(io.BytesIO(e.encoded_image_string)))
+        for tag in events.Tags()["images"]
+        for e in events.Images(tag)
+    }
+
+
+def texts(folder: Path) -> list[tuple[str, int, str]]:
+    """Every text, as it was handed over, with tag and step; found as the server finds it."""
+    events = plugin_event_accumulator.EventAccumulator(str(folder), {"tensors": 0}).Reload()
+    return [
+        (tag.removesuffix("/text_summary"), e.step, make_ndarray(e.tensor_proto).item().decode())
+        for tag in events.PluginTagToContent("text")
+        for e in events.Tensors(tag)
+    ]
+
+
+def embeddings(folder: Path) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """What the projector's list leads to: vectors and labels by name."""
+    config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), projector.ProjectorConfig())
+    return {
+        entry.tensor_name: (
+            np.loadtxt(folder / entry.tensor_path, delimiter="\t", ndmin=2),
+            (folder / entry.metadata_path).read_text(encoding="utf-8").removesuffix("\n").split("\n"),
+        )
+        for entry in config.embeddings
+    }
 
 
 def curves(metrics_path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -58,6 +108,8 @@ def curves(metrics_path: Path) -> dict[str, list[tuple[int, float]]]:
         "loss/train": "Loss/train",
         "loss/val": "Loss/val",
         "learning_rate": "Learning_Rate",
+        "gradient_norm": "Gradient_Norm",
+        "tokens_per_second": "Tokens_Per_Second",
     }
     found: dict[str, list[tuple[int, float]]] = {tag: [] for tag in tags.values()}
     for row in read_metrics(metrics_path):
@@ -71,10 +123,18 @@ def curves(metrics_path: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run with TensorBoard, whose values are kept at each histogram in `values.npz`."""
+    """A run with TensorBoard; its parameters at each histogram are in values.npz, the rest in shown.pkl."""
     folder = tmp_path_factory.mktemp("tensorboard")
     log_model_histograms = Trackers.log_model_histograms
-    values = {}
+    log_calls = {name: getattr(Trackers, name) for name in ("log_images", "log_texts", "log_embedding")}
+    values, shown = {}, {}
+
+    def keep_call(name):
+        def call(trackers, data, step):
+            shown[name, step] = data
+            log_calls[name](trackers, data, step)
+
+        return call
 
     def keep(trackers, model, step):
         for name, p in model.named_parameters():
@@ -85,11 +145,14 @@ def run(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(Trackers, "log_model_histograms", keep)
+        for name in log_calls:
+            patch.setattr(Trackers, name, keep_call(name))
         Path("text.txt").write_text(TEXT, encoding="utf-8")
         assert script.main([*TENSORBOARD_ONLY, "--quiet"]) == 0
         (path,) = list_runs("runs")
         path = path.absolute()
     np.savez(path / "values.npz", **values)
+    (path / "shown.pkl").write_bytes(pickle.dumps(shown))
     return path
 
 
@@ -102,10 +165,15 @@ def test_a_run_has_exactly_these_tags(run, events):
     tensors, _ = read_tensors(run / "artifacts/checkpoints/step_000000006.safetensors")
     names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
     assert len(names) > 10
-    assert set(events.Tags()["scalars"]) == {"Loss/train_step", "Loss/train", "Loss/val", "Learning_Rate"}
+    losses = {"Loss/train_step", "Loss/train", "Loss/val"}
+    others = {"Learning_Rate", "Gradient_Norm", "Tokens_Per_Second"}
+    assert set(events.Tags()["scalars"]) == losses | others
     assert set(events.Tags()["histograms"]) == {
-        f"{kind}/{name}" for name in names for kind in ("Parameters", "Gradients")
+        *(f"{kind}/{name}" for name in names for kind in ("Parameters", "Gradients")),
+        *(f"Activations/blocks.0{name}" for name in ("", ".sa", ".ffwd.net.1")),
     }
+    assert set(events.Tags()["images"]) == {"Attention/layer_0/head_0", "Attention/layer_0/head_1"}
+    assert events.Tags()["tensors"] == ["Samples/text_summary"]
 
 
 def test_a_run_has_one_point_for_each_step_that_was_due(events):
@@ -115,9 +183,13 @@ def test_a_run_has_one_point_for_each_step_that_was_due(events):
         "Loss/train": EVALUATIONS,
         "Loss/val": EVALUATIONS,
         "Learning_Rate": EVALUATIONS,
+        "Gradient_Norm": [0, 2, 4],
+        "Tokens_Per_Second": [3, 6],
     }
     for tag in events.Tags()["histograms"]:
-        assert [e.step for e in events.Histograms(tag)] == HISTOGRAMS
+        due = [0, 2, 4, 6] if tag.startswith("Activations") else HISTOGRAMS
+        assert [e.step for e in events.Histograms(tag)] == due
+    assert {step for _, step in images(events)} == {0, 3, 6}
 
 
 def test_tensorboard_shows_what_the_metrics_file_says(run, events):
@@ -127,8 +199,9 @@ def test_tensorboard_shows_what_the_metrics_file_says(run, events):
 
 def test_histograms_are_those_of_numpy(run, events):
     checked = 0
+    drawn = [tag for tag in events.Tags()["histograms"] if not tag.startswith("Activations")]
     with np.load(run / "values.npz") as values:
-        for tag in events.Tags()["histograms"]:
+        for tag in drawn:
             for event in events.Histograms(tag):
                 histogram, tensor = event.histogram_value, values[f"{tag} {event.step}"].ravel()
                 if tensor.min() == tensor.max():
@@ -146,6 +219,55 @@ def test_histograms_are_those_of_numpy(run, events):
     assert checked > 40
 
 
+def test_pictures_texts_and_embeddings_are_those_that_were_shown(run, events):
+    shown = pickle.loads((run / "shown.pkl").read_bytes())
+    pictures = {
+        (f"Attention/layer_{image.context['layer']}/head_{image.context['head']}", step): image.pixels()
+        for (name, step), data in shown.items()
+        if name == "log_images"
+        for image in data
+    }
+    found = images(events)
+    assert found.keys() == pictures.keys()
+    for key, pixels in pictures.items():
+        assert found[key].shape == (256, 256, 3)  # TensorBoard has no grey ones
+        assert (found[key] == pixels[..., None]).all()
+    assert texts(run / "logs/tensorboard") == [
+        ("Samples", step, "    " + shown["log_texts", step]["samples"].replace("\n", "\n    "))
+        for step in (0, 2, 4, 6)
+    ]
+    projected = embeddings(run / "logs/tensorboard")
+    assert list(projected) == [f"Token_Embeddings:step_{step:09d}" for step in (0, 3, 6)]
+    for (vectors, labels), step in zip(projected.values(), (0, 3, 6), strict=True):
+        embedding = shown["log_embedding", step]
+        assert vectors.shape == (len(set(TEXT)), 16)
+        np.testing.assert_allclose(vectors, embedding.vectors, rtol=1e-6)
+        assert labels == embedding.labels
+    assert labels[:2] == ["\\n", "\\x20"]
+
+
+@pytest.mark.parametrize("text", ["one\n  two\n\n<b>*three*</b> & # four", "\n\nfirst", "a\u2028b|c|d"])
+def test_a_text_is_legible_in_tensorboard(tmp_path, text):
+    logger = MetricLogger(TensorBoardWriter(tmp_path, warn=pytest.fail))
+    logger.log_texts({"samples": text}, 3)
+    logger.close()
+    ((tag, step, markdown),) = texts(tmp_path)
+    assert (tag, step) == ("Samples", 3)
+    page = plugin_util.markdown_to_safe_html(markdown)
+    (inside,) = re.findall("<pre><code>(.*)\n</code></pre>", page, re.DOTALL)
+    assert html.unescape(inside).strip("\n") == text.strip("\n")
+
+
+def test_with_every_interval_at_0_there_are_only_the_losses(train, text_file):
+    off = [value if value.startswith("--") else "0" for value in LOOKS]
+    assert train("--data", "text.txt", *TINY, *off, "--histogram-interval", 0, "--no-aim").code == 0
+    (path,) = list_runs("runs")
+    tags = read_events(path / "logs/tensorboard").Tags()
+    assert set(tags["scalars"]) == {"Loss/train_step", "Loss/train", "Loss/val", "Learning_Rate"}
+    assert tags["histograms"] == tags["images"] == tags["tensors"] == []
+    assert [p.name for p in (path / "logs/tensorboard").iterdir() if "tfevents" not in p.name] == []
+
+
 def test_a_run_without_tensorboard_writes_no_events(train, text_file):
     assert train(*TENSORBOARD_ONLY, "--no-tensorboard").code == 0
     (path,) = list_runs("runs")
@@ -153,7 +275,7 @@ def test_a_run_without_tensorboard_writes_no_events(train, text_file):
 
 
 def test_intervals_decide_which_steps_are_drawn(train, text_file):
-    flags = ["--eval-interval", 4, "--histogram-interval", 0]
+    flags = ["--eval-interval", 4, "--histogram-interval", 0, "--activation-interval", 0]
     assert train(*TENSORBOARD_ONLY, *flags).code == 0
     (path,) = list_runs("runs")
     found = read_events(path / "logs/tensorboard")
@@ -185,14 +307,31 @@ class Killed(BaseException):
     """Ends a run as no handler expects."""
 
 
+def check_resumed(path: Path, run: Path) -> None:
+    """TensorBoard shows the same of both runs, each step once."""
+    ours, whole = read_events(path / "logs/tensorboard"), read_events(run / "logs/tensorboard")
+    assert scalars(ours) == curves(path / "logs/metrics.jsonl")
+    assert lasting(scalars(ours)) == lasting(scalars(whole))
+    for tag in whole.Tags()["images"]:
+        assert [e.step for e in ours.Images(tag)] == [0, 3, 6]
+    assert [e.step for e in ours.Histograms("Activations/blocks.0.sa")] == [0, 2, 4, 6]
+    assert texts(path / "logs/tensorboard") == texts(run / "logs/tensorboard")
+    a, b = images(ours), images(whole)
+    assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
+    a, b = embeddings(path / "logs/tensorboard"), embeddings(run / "logs/tensorboard")
+    assert list(a) == list(b)
+    assert all((a[name][0] == b[name][0]).all() and a[name][1] == b[name][1] for name in a)
+
+
 def test_a_stopped_run_goes_on_as_one_clean_curve(train, text_file, run, at_step):
     at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert train(*TENSORBOARD_ONLY).code == 130
     (path,) = list_runs("runs")
-    assert [row["step"] for row in read_metrics(path / "logs/metrics.jsonl")][-1] == 2
+    rows = list(read_metrics(path / "logs/metrics.jsonl"))
+    assert [row["step"] for row in rows if "loss/train_step" in row] == [0, 1, 2]
     assert train("--resume", "latest").code == 0
-    assert (path / "logs/metrics.jsonl").read_bytes() == (run / "logs/metrics.jsonl").read_bytes()
-    assert scalars(read_events(path / "logs/tensorboard")) == curves(run / "logs/metrics.jsonl")
+    assert lasting_metrics(path / "logs/metrics.jsonl") == lasting_metrics(run / "logs/metrics.jsonl")
+    check_resumed(path, run)
 
 
 def test_a_killed_run_goes_on_as_one_clean_curve(train, text_file, run, at_step):
@@ -206,9 +345,9 @@ def test_a_killed_run_goes_on_as_one_clean_curve(train, text_file, run, at_step)
     before = scalars(read_events(path / "logs/tensorboard"))["Loss/train_step"]
     assert [step for step, _ in before] == [0, 1, 2, 3, 4, 5]  # further than the newest checkpoint
     assert train("--resume", "latest").code == 0
-    assert (path / "logs/metrics.jsonl").read_bytes() == (run / "logs/metrics.jsonl").read_bytes()
+    assert lasting_metrics(path / "logs/metrics.jsonl") == lasting_metrics(run / "logs/metrics.jsonl")
+    check_resumed(path, run)
     events = read_events(path / "logs/tensorboard")
-    assert scalars(events) == curves(run / "logs/metrics.jsonl")
     assert [e.step for e in events.Histograms("Parameters/lm_head.bias")] == HISTOGRAMS
 
 
@@ -317,6 +456,9 @@ def test_what_is_written_after_the_end_is_dropped(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     writer.add_scalar("a", 2.0, 1)
     writer.add_histogram("h", np.ones(2), np.arange(3.0), 1)
+    writer.add_image("i", np.zeros((2, 2), np.uint8), 1)
+    writer.add_text("t", "late", 1)
+    writer.add_embedding("e", np.zeros((2, 2)), ["a", "b"], 1)
     writer.flush()
     writer.close()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -327,8 +469,37 @@ def test_a_purge_hides_that_step_and_later_ones_however_fast_it_follows(tmp_path
         writer = TensorBoardWriter(tmp_path, purge_step=session if session else None, warn=pytest.fail)
         for step in range(session, 6):
             writer.add_scalar("a", float(session), step)
+            writer.add_text("t", str(session), step)
         writer.close()
+        kept = [(step, text.strip()) for _, step, text in texts(tmp_path)]
+        assert kept == [(step, str(min(step, session))) for step in range(6)]
     assert scalars(read_events(tmp_path))["a"] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+def test_a_purge_forgets_the_embeddings_of_that_step_and_later_ones(tmp_path):
+    def write(purge_step: int | None, *steps: int) -> list[str]:
+        writer = TensorBoardWriter(tmp_path, purge_step, pytest.fail)
+        for step in steps:
+            writer.add_embedding("E", np.full((2, 3), step), ["a", "b"], step)
+        writer.close()
+        return [name.removeprefix("E:step_").lstrip("0") for name in embeddings(tmp_path)]
+
+    assert write(0, 5, 10, 15) == ["5", "10", "15"]
+    assert write(None, 20) == ["5", "10", "15", "20"]
+    assert write(10, 12) == ["5", "12"]
+    assert write(6) == ["5"]
+    assert embeddings(tmp_path)["E:step_000000005"][0].tolist() == [[5, 5, 5], [5, 5, 5]]
+    assert write(0) == []
+
+
+def test_a_coloured_picture_keeps_its_colours(tmp_path):
+    pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    writer = TensorBoardWriter(tmp_path, warn=pytest.fail)
+    writer.add_image("i", pixels, 2)
+    writer.close()
+    ((key, found),) = images(read_events(tmp_path)).items()
+    assert key == ("i", 2)
+    assert (found == pixels).all()
 
 
 def test_no_two_event_files_are_of_one_second(tmp_path, monkeypatch):
@@ -430,6 +601,13 @@ def test_the_server_answers_with_the_points_of_a_run_on_loopback_only(run, event
         for tag, points in scalars(events).items():
             query = f"/data/plugin/scalars/scalars?tag={quote(tag, safe='')}&run={quote(name, safe='')}"
             assert [(step, value) for _, step, value in ask(port, query)] == points
+        (listed,) = ask(port, "/data/plugin/projector/runs")
+        info = ask(port, f"/data/plugin/projector/info?run={quote(listed, safe='')}")
+        assert listed == name
+        assert [entry["tensorName"] for entry in info["embeddings"]] == list(
+            embeddings(run / "logs/tensorboard")
+        )
+        assert info["embeddings"][0]["tensorShape"] == [len(set(TEXT)), 16]
         process = server._process
     assert said == [f"TensorBoard is at http://127.0.0.1:{port}/ while this run lasts"]
     assert process.poll() is not None

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch.utils.tensorboard  # once, here: the runs below start TensorBoard in a moment
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics
+from tensorboard.plugins import projector
 
 import train as script
 from errors import DISK_FAILED, Alg1Error, Guard
@@ -50,14 +51,20 @@ class Recorder(Tracker):
             self.gate.wait()
         self.heard.append(call)
 
-    def log_training_loss(self, loss, step):
-        self._hear("loss", loss, step)
-
-    def log_evaluation_metrics(self, train_loss, val_loss, lr, step):
-        self._hear("evaluation", train_loss, val_loss, lr, step)
+    def log_scalars(self, values, step):
+        self._hear("scalars", values, step)
 
     def log_histograms(self, histograms, step):
         self._hear("histograms", [h.name for h in histograms], step)
+
+    def log_images(self, images, step):
+        self._hear("images", images, step)
+
+    def log_texts(self, texts, step):
+        self._hear("texts", texts, step)
+
+    def log_embedding(self, embedding, step):
+        self._hear("embedding", embedding, step)
 
     def flush(self):
         self._hear("flush")
@@ -70,8 +77,9 @@ def write_rows(path: Path, steps: int, eval_interval: int = 2) -> None:
     with_file = MetricsFile(path)
     for step in range(steps):
         if step % eval_interval == 0:
-            with_file.log_evaluation_metrics(step + 0.1, step + 0.2, 1e-3, step)
-        with_file.log_training_loss(step + 0.3, step)
+            losses = {"loss/train": step + 0.1, "loss/val": step + 0.2}
+            with_file.log_scalars({**losses, "learning_rate": 1e-3}, step)
+        with_file.log_scalars({"loss/train_step": step + 0.3}, step)
     with_file.close()
 
 
@@ -130,8 +138,8 @@ def test_a_metrics_file_is_continued_not_overwritten(tmp_path):
 
 def test_an_evaluation_can_be_read_at_once(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.log_training_loss(1.5, 0)
-    file.log_evaluation_metrics(1.0, 2.0, 1e-3, 1)
+    file.log_scalars({"loss/train_step": 1.5}, 0)
+    file.log_scalars({"loss/val": 2.0}, 1)
     assert [row["step"] for row in read_metrics(file.path)] == [0, 1]
     file.close()
 
@@ -152,7 +160,7 @@ def synced_sizes(monkeypatch) -> list[int]:
 
 def test_a_flush_makes_every_row_durable(tmp_path, synced_sizes):
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.log_training_loss(1.5, 0)
+    file.log_scalars({"loss/train_step": 1.5}, 0)
     file.flush()
     assert synced_sizes == [file.path.stat().st_size]
     assert synced_sizes[0] > 0
@@ -213,12 +221,17 @@ def test_a_copy_hears_everything_once_and_in_order(tmp_path, monkeypatch):
     ) as trackers:
         for step in range(50):
             trackers.log_evaluation_metrics(1.0, 2.0, 3.0, step)
-            trackers.log_training_loss(0.5, step)
+            trackers.log_scalars({"loss/train_step": 0.5}, step)
             trackers.log_model_histograms(torch.nn.Linear(2, 1), step)
+            trackers.log_images([step], step)
+            trackers.log_texts({"samples": "a"}, step)
+            trackers.log_embedding("e", step)
     expected = []
     for step in range(50):
-        expected += [("evaluation", 1.0, 2.0, 3.0, step), ("loss", 0.5, step)]
-        expected += [("histograms", ["weight", "bias"], step)]
+        evaluation = {"loss/train": 1.0, "loss/val": 2.0, "learning_rate": 3.0}
+        expected += [("scalars", evaluation, step), ("scalars", {"loss/train_step": 0.5}, step)]
+        expected += [("histograms", ["weight", "bias"], step), ("images", [step], step)]
+        expected += [("texts", {"samples": "a"}, step), ("embedding", "e", step)]
     assert recorder.heard == [*expected, ("close",)]
     assert not trackers.hung
 
@@ -230,11 +243,11 @@ def test_without_copies_no_histogram_is_counted(tmp_path, monkeypatch):
 
 
 def test_synced_moves_only_when_a_flush_was_delivered(tmp_path, short_patience):
-    recorder = Recorder("loss")
+    recorder = Recorder("scalars")
     copy = Background("X", lambda: recorder, print, synced=2)
     copy.start_flush().wait(30)
     trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy})
-    trackers.log_training_loss(1.0, 6)
+    trackers.log_scalars({"loss/train_step": 1.0}, 6)
     trackers.flush(7)
     assert trackers.state() == {"x": {"run": "hash-1", "synced": 2}}
     recorder.gate.set()
@@ -291,26 +304,26 @@ def test_a_copy_that_cannot_be_opened_keeps_its_identity_for_the_next_session():
 def test_a_full_queue_gives_a_tracker_up_once_and_blocks_never_again(monkeypatch, short_patience):
     monkeypatch.setattr(utils_trackers, "QUEUE_SIZE", 3)
     warnings: list[str] = []
-    recorder = Recorder("loss")
+    recorder = Recorder("scalars")
     copy = Background("X", lambda: recorder, warnings.append)
     for step in range(50):
-        copy.log_training_loss(1.0, step)
+        copy.log_scalars({"loss/train_step": 1.0}, step)
     assert warnings == ["X is switched off, training goes on: it took nothing for 0 seconds"]
     assert copy.start_flush().is_set()
     recorder.gate.set()
     assert copy.start_close().wait(30)
-    assert recorder.heard == [("loss", 1.0, 0), ("close",)]
+    assert recorder.heard == [("scalars", {"loss/train_step": 1.0}, 0), ("close",)]
 
 
 def test_a_tracker_that_fails_is_still_closed_before_the_end():
     class Failing(Recorder):
-        def log_training_loss(self, loss, step):
+        def log_scalars(self, values, step):
             raise RuntimeError("boom")
 
     failing = Failing()
     warnings: list[str] = []
     copy = Background("X", lambda: failing, warnings.append)
-    copy.log_training_loss(1.0, 0)
+    copy.log_scalars({"loss/train_step": 1.0}, 0)
     assert copy.start_close().wait(30)
     assert failing.heard == [("close",)]
     assert warnings == ["X is switched off, training goes on: RuntimeError: boom"]
@@ -481,7 +494,7 @@ def the_run() -> Path:
 def export_and_metrics(run: Path) -> tuple[dict, bytes]:
     tensors, _ = read_tensors(run / "artifacts/export/model.safetensors")
     weights = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-    return weights, (run / "logs/metrics.jsonl").read_bytes()
+    return weights, lasting_metrics(run / "logs/metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -512,12 +525,16 @@ class FakeSummaryWriter:
     def __init__(self, *_, **__): ...
     def add_scalar(self, *_): ...
     def add_histogram_raw(self, *_, **__): ...
+    def add_image(self, *_, **__): ...
+    def add_text(self, *_): ...
     def flush(self): ...
     def close(self): ...
 
 
-AIM_PLACES = ["import", "Repo", "Run", "name", "__setitem__", "track", "Distribution", "close"]
-TENSORBOARD_PLACES = ["import", "SummaryWriter", "add_scalar", "add_histogram_raw", "flush", "close"]
+AIM_VALUES = ["Distribution", "Image", "Text"]
+SUMMARY_WRITER_CALLS = ["add_scalar", "add_histogram_raw", "add_image", "add_text"]
+AIM_PLACES = ["import", "Repo", "Run", "name", "__setitem__", "track", *AIM_VALUES, "draw_embedding", "close"]
+TENSORBOARD_PLACES = ["import", "SummaryWriter", *SUMMARY_WRITER_CALLS, "ProjectorConfig", "flush", "close"]
 
 
 @pytest.fixture
@@ -534,7 +551,10 @@ def fake_aim(monkeypatch):
         aim.Run = fail if place == "Run" else lambda *_, **__: run()
         repo = fail if place == "Repo" else (lambda *_, **__: None)
         aim.Repo = types.SimpleNamespace(from_path=repo)
-        aim.Distribution = fail if place == "Distribution" else (lambda *_, **__: None)
+        for name in AIM_VALUES:
+            setattr(aim, name, fail if place == name else (lambda *_, **__: None))
+        if place == "draw_embedding":
+            monkeypatch.setattr(utils_trackers, "draw_embedding", fail)
         errors = types.ModuleType("aim.sdk.errors")
         errors.MissingRunError = LookupError
         for name, module in {
@@ -559,6 +579,8 @@ def fake_tensorboard(monkeypatch):
             setattr(writer, place, fail)
         broken = place == "SummaryWriter"
         monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", fail if broken else writer)
+        if place == "ProjectorConfig":
+            monkeypatch.setattr(projector, "ProjectorConfig", fail)
         if place == "import":
             fail_at_import(monkeypatch, "torch.utils.tensorboard", fail)
 
@@ -625,6 +647,15 @@ def test_a_tracker_that_is_not_installed_costs_one_warning(
     assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
 
 
+def test_nothing_is_drawn_for_an_aim_that_failed(train, text_file, fake_aim, fake_tensorboard, monkeypatch):
+    drawn: list = []
+    monkeypatch.setattr(utils_trackers, "draw_embedding", drawn.append)
+    fake_tensorboard("", None)
+    fake_aim("track", boom(RuntimeError("boom")))
+    assert train(*RUN_TINY).err == "warning: Aim is switched off, training goes on: RuntimeError: boom\n"
+    assert drawn == []
+
+
 def test_two_trackers_that_fail_are_two_warnings(train, text_file, plain, fake_aim, fake_tensorboard):
     fake_aim("track", boom(RuntimeError("a")))
     fake_tensorboard("add_scalar", boom(RuntimeError("t")))
@@ -638,8 +669,8 @@ def test_two_trackers_that_fail_are_two_warnings(train, text_file, plain, fake_a
 
 
 HANGS = [
-    *(("Aim", place) for place in ("import", "Run", "track", "close")),
-    *(("TensorBoard", place) for place in ("SummaryWriter", "add_scalar", "flush", "close")),
+    *(("Aim", place) for place in AIM_PLACES if place not in ("Repo", "name", "__setitem__")),
+    *(("TensorBoard", place) for place in TENSORBOARD_PLACES if place != "import"),
 ]
 
 
@@ -711,7 +742,7 @@ def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
     go_on, opened = threading.Event(), threading.Event()
 
     class Slow(utils_trackers.Tracker):
-        def log_training_loss(self, loss, step):
+        def log_scalars(self, values, step):
             go_on.wait()
 
     def start():
@@ -722,7 +753,7 @@ def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
     trackers = utils_trackers.Trackers(utils_trackers.MetricsFile(tmp_path / "metrics.jsonl"), {"slow": copy})
     while not copy.started:
         opened.wait(0.01)
-    trackers.log_training_loss(1.0, 0)
+    trackers.log_scalars({"loss/train_step": 1.0}, 0)
     for step in (1, 2, 3):
         trackers.flush(step)
     assert waits == [1, 0, 0]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, run_process
 from safetensors.torch import save_file
 
 import train as train_script
@@ -99,11 +99,12 @@ def test_a_run_leaves_its_files_and_no_others(train, text_file):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_001_my-try", run.name)
     copies = {"meta/configs/train.yaml", "meta/configs/model.json"}
     found = files_in(run) - {".lock"}
-    curves = {name for name in found if name.startswith("logs/tensorboard/events.out.tfevents.")}
+    of_tensorboard = ("logs/tensorboard/events.out.tfevents.", "logs/tensorboard/projector")
+    shown = {name for name in found if name.startswith(of_tensorboard)}
     steps = {name for name in found if name.startswith("artifacts/checkpoints/")}
     expected_steps = {name for name in RUN_FILES if name.startswith("artifacts/checkpoints/")}
-    assert found - curves - steps == (RUN_FILES | copies) - expected_steps
-    assert len(curves) == 1 and steps >= expected_steps
+    assert found - shown - steps == (RUN_FILES | copies) - expected_steps
+    assert len(shown) == 4 and steps >= expected_steps
     assert (run / "meta/configs/train.yaml").read_text() == "seed: 7  # mine\n"
     assert (run / "meta/configs/model.json").read_text() == '{"n_layer": 2}'
     sizes = struct.unpack(">II", (run / "eval/loss.png").read_bytes()[16:24])
@@ -154,10 +155,17 @@ def test_notes_are_kept_by_a_resume(start, train):
 
 
 def test_metrics_have_a_row_for_each_step_and_each_evaluation(start):
-    assert start("--max-iters", 7, "--eval-interval", 3, "--lr-schedule", "linear").code == 0
+    flags = ["--max-iters", 7, "--eval-interval", 3, "--lr-schedule", "linear"]
+    assert start(*flags, "--gradient-norm-interval", 4, "--speed-interval", 3).code == 0
     train_rows = [row for row in rows(only_run()) if "loss/train_step" in row]
     assert [row["step"] for row in train_rows] == list(range(7))
-    assert all(row.keys() == {"step", "loss/train_step"} for row in train_rows)
+    assert [row["step"] for row in train_rows if row.get("gradient_norm", 0) > 0] == [0, 4]
+    assert all(row.keys() - {"gradient_norm"} == {"step", "loss/train_step"} for row in train_rows)
+    speeds = [row for row in rows(only_run()) if "tokens_per_second" in row]
+    assert [(row["step"], row.keys()) for row in speeds] == [
+        (step, {"step", "tokens_per_second"}) for step in (3, 6)
+    ]
+    assert all(row["tokens_per_second"] > 0 for row in speeds)
     assert [row["step"] for row in evaluations(only_run())] == [0, 3, 6, 7]
     assert [row["learning_rate"] for row in evaluations(only_run())] == pytest.approx(
         [1e-3, 1e-3 * 4 / 7, 1e-3 / 7, 0]
@@ -460,7 +468,7 @@ def test_a_process_told_to_stop_goes_on_with_the_command_it_printed(train, text_
         a, b = read_tensors(whole / name)[0], read_tensors(ours / name)[0]
         assert a.keys() == b.keys()
         assert [key for key in a if not torch.equal(a[key], b[key])] == []
-    assert (whole / "logs/metrics.jsonl").read_bytes() == (ours / "logs/metrics.jsonl").read_bytes()
+    assert lasting_metrics(whole / "logs/metrics.jsonl") == lasting_metrics(ours / "logs/metrics.jsonl")
 
 
 # --- streams, signals and files that others own -------------------------------------------------------

@@ -113,6 +113,27 @@ class AimTracker:
             distribution = aim.Distribution(samples)
         self._run.track(distribution, name=name, step=step, context=context)
 
+    def track_image(self, name: str, pixels: Any, step: int, context: dict[str, str] | None = None) -> None:
+        """Track a picture: (H, W) or (H, W, 3) uint8."""
+        if self.enabled:
+            self._guard.attempt(self._track_image, name, pixels, step, context)
+
+    def _track_image(self, name: str, pixels: Any, step: int, context: dict[str, str] | None) -> None:
+        import aim
+        from PIL import Image
+
+        self._run.track(aim.Image(Image.fromarray(pixels)), name=name, step=step, context=context)
+
+    def track_text(self, name: str, text: str, step: int, context: dict[str, str] | None = None) -> None:
+        """Track a text."""
+        if self.enabled:
+            self._guard.attempt(self._track_text, name, text, step, context)
+
+    def _track_text(self, name: str, text: str, step: int, context: dict[str, str] | None) -> None:
+        import aim
+
+        self._run.track(aim.Text(text), name=name, step=step, context=context)
+
     def close(self) -> None:
         """End the run; what is tracked after that is dropped."""
         run, self._run = self._run, None

@@ -15,6 +15,7 @@ from files import write_atomically, write_json
 from model import BigramLanguageModel
 from parameters import Parameters, specs
 from utils_aim.instructions import instructions as aim_instructions
+from utils_alg1.utils_observations import draw_texts
 from utils_alg1.utils_output import Console, loss_in_words
 from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
 from utils_alg1.utils_trackers import read_metrics
@@ -104,19 +105,7 @@ def perplexity(loss: float) -> float | None:
 
 def draw_samples(model: BigramLanguageModel, seed: int) -> list[str]:
     """A few continuations of the vocabulary's default prompt."""
-    import torch
-
-    from utils import Tokenizer
-    from utils_alg1.utils_runtime import generator
-
-    assert model.vocabulary is not None
-    tokenizer = Tokenizer(model.vocabulary)
-    device = model.lm_head.weight.device
-    start = tokenizer.encode(tokenizer.default_prompt) * SAMPLES
-    idx = torch.tensor(start, device=device).view(SAMPLES, 1)
-    draw = generator(seed, "samples", device=device)
-    rows = model.generate(idx, SAMPLE_LENGTH, generator=draw)[:, 1:].tolist()
-    return [tokenizer.decode(row) for row in rows]
+    return draw_texts(model, seed, SAMPLES, SAMPLE_LENGTH)
 
 
 def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
@@ -138,7 +127,7 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
         if "loss/train_step" in row:
             steps.append(row["step"])
             losses.append(row["loss/train_step"])
-        else:
+        elif "loss/val" in row:
             evaluations.append((row["step"], row["loss/train"], row["loss/val"]))
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from errors import Alg1Error, Guard, disk_error
 from files import write_atomically
+from observations import Embedding, Histogram, Image, model_histograms
 from parameters import Parameters
+from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
-from utils_tensorboard.logger import Histogram, MetricLogger, model_histograms
+from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.writer import TensorBoardWriter
 
 if TYPE_CHECKING:
@@ -35,20 +37,26 @@ if TYPE_CHECKING:
 AIM_HASH_NAME = "aim.txt"  # in meta/
 QUEUE_SIZE = 10_000  # calls a tracker may be behind
 PATIENCE = 8.0  # seconds: how long a tracker may keep the run waiting before it is given up
-FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; what is late by then is sent again after a resume
+FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; rows that are late by then are sent again after a resume
 
 
 class Tracker:
     """What a tracker can be told; this one forgets everything. Steps count updates done before."""
 
-    def log_training_loss(self, loss: float, step: int) -> None:
-        """The loss of a training step, in nats."""
-
-    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
-        """The mean losses of an evaluation, and the learning rate."""
+    def log_scalars(self, values: dict[str, float], step: int) -> None:
+        """Numbers by name, such as "loss/val"; together they are a row of the metrics file."""
 
     def log_histograms(self, histograms: list[Histogram], step: int) -> None:
-        """Parameter and gradient histograms."""
+        """Histograms of parameters, gradients or activations."""
+
+    def log_images(self, images: list[Image], step: int) -> None:
+        """Pictures."""
+
+    def log_texts(self, texts: dict[str, str], step: int) -> None:
+        """Texts by name."""
+
+    def log_embedding(self, embedding: Embedding, step: int) -> None:
+        """Vectors with their labels."""
 
     def flush(self) -> None:
         """Make what was told durable."""
@@ -61,7 +69,7 @@ class Tracker:
 
 
 class MetricsFile(Tracker):
-    """`logs/metrics.jsonl`: a line of JSON for each training step and each evaluation, in order.
+    """`logs/metrics.jsonl`: a line of JSON for each set of scalars, in order, and nothing else.
 
     Raises:
         Alg1Error: the file system refused (exit code 4).
@@ -75,18 +83,11 @@ class MetricsFile(Tracker):
     def _disk_errors(self) -> contextlib.AbstractContextManager:
         return _as_disk_error(f"write {self.path}")
 
-    def _write(self, row: dict[str, float]) -> None:
+    def log_scalars(self, values: dict[str, float], step: int) -> None:
         with self._disk_errors():
-            self._file.write(json.dumps(row) + "\n")
-
-    def log_training_loss(self, loss: float, step: int) -> None:
-        self._write({"step": step, "loss/train_step": loss})
-
-    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
-        losses = {"loss/train": train_loss, "loss/val": val_loss}
-        self._write({"step": step, **losses, "learning_rate": lr})
-        with self._disk_errors():
-            self._file.flush()
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            if "loss/train_step" not in values:  # what is rare can be read at once
+                self._file.flush()
 
     def flush(self) -> None:
         with self._disk_errors():
@@ -152,8 +153,19 @@ def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
 # --- Aim ----------------------------------------------------------------------------------------------
 
 
+# The name and the context that Aim's pages group by.
+AIM_NAMES: dict[str, tuple[str, dict[str, str] | None]] = {
+    "loss/train_step": ("loss", {"subset": "train_step"}),
+    "loss/train": ("loss", {"subset": "train"}),
+    "loss/val": ("loss", {"subset": "val"}),
+    "learning_rate": ("learning_rate", None),
+    "gradient_norm": ("gradient_norm", None),
+    "tokens_per_second": ("tokens_per_second", None),
+}
+
+
 class AimMetrics(Tracker):
-    """Tells an `AimTracker` under the names that Aim's pages group by."""
+    """Tells an `AimTracker` under the names of AIM_NAMES."""
 
     def __init__(self, aim: AimTracker, hparams: dict[str, Any], metadata: dict[str, Any]):
         self.aim = aim
@@ -169,17 +181,26 @@ class AimMetrics(Tracker):
     def identity(self) -> str | None:
         return self.aim.run_hash
 
-    def log_training_loss(self, loss: float, step: int) -> None:
-        self.aim.track_metric("loss", loss, step, {"subset": "train_step"})
-
-    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
-        self.aim.track_metric("loss", train_loss, step, {"subset": "train"})
-        self.aim.track_metric("loss", val_loss, step, {"subset": "val"})
-        self.aim.track_metric("learning_rate", lr, step)
+    def log_scalars(self, values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            name, context = AIM_NAMES[key]
+            self.aim.track_metric(name, value, step, context)
 
     def log_histograms(self, histograms: list[Histogram], step: int) -> None:
         for h in histograms:
             self.aim.track_distribution(h.name, (h.counts, h.edges), step, {"kind": h.kind})
+
+    def log_images(self, images: list[Image], step: int) -> None:
+        for image in images:
+            self.aim.track_image(image.name, image.pixels(), step, image.context)
+
+    def log_texts(self, texts: dict[str, str], step: int) -> None:
+        for name, text in texts.items():
+            self.aim.track_text(name, text, step)
+
+    def log_embedding(self, embedding: Embedding, step: int) -> None:
+        if self.enabled:  # drawing takes a while
+            self.aim.track_image(embedding.name, draw_embedding(embedding), step)
 
     def close(self) -> None:
         self.aim.close()
@@ -271,14 +292,20 @@ class Background(Tracker):
             done.set()
         return done
 
-    def log_training_loss(self, loss: float, step: int) -> None:
-        self._call("log_training_loss", loss, step)
-
-    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
-        self._call("log_evaluation_metrics", train_loss, val_loss, lr, step)
+    def log_scalars(self, values: dict[str, float], step: int) -> None:
+        self._call("log_scalars", values, step)
 
     def log_histograms(self, histograms: list[Histogram], step: int) -> None:
         self._call("log_histograms", histograms, step)
+
+    def log_images(self, images: list[Image], step: int) -> None:
+        self._call("log_images", images, step)
+
+    def log_texts(self, texts: dict[str, str], step: int) -> None:
+        self._call("log_texts", texts, step)
+
+    def log_embedding(self, embedding: Embedding, step: int) -> None:
+        self._call("log_embedding", embedding, step)
 
     def start_flush(self) -> threading.Event:
         """Ask for a flush; the event is set when it is done."""
@@ -311,12 +338,11 @@ def _wait_for_all(events: list[threading.Event], seconds: float) -> list[bool]:
 
 
 class Trackers:
-    """Everything that wants to hear of a run's metrics: the run's own file, and the copies."""
+    """Everything that wants to hear of a run: its own file of metrics, and the copies, which see more."""
 
     def __init__(self, local: Tracker, copies: dict[str, Background]):
         self.local = local
         self.copies = copies
-        self._every: list[Tracker] = [local, *copies.values()]
 
     def __enter__(self) -> Trackers:
         return self
@@ -324,22 +350,36 @@ class Trackers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def log_training_loss(self, loss: float, step: int) -> None:
-        """The loss of a training step, in nats."""
-        for tracker in self._every:
-            tracker.log_training_loss(loss, step)
-
     def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
-        """The mean losses of an evaluation, and the learning rate."""
-        for tracker in self._every:
-            tracker.log_evaluation_metrics(train_loss, val_loss, lr, step)
+        """The mean losses of an evaluation, in nats, and the learning rate."""
+        self.log_scalars({"loss/train": train_loss, "loss/val": val_loss, "learning_rate": lr}, step)
+
+    def log_scalars(self, values: dict[str, float], step: int) -> None:
+        """Numbers by name: a row of the metrics file."""
+        self.local.log_scalars(values, step)
+        for copy in self.copies.values():
+            copy.log_scalars(values, step)
 
     def log_model_histograms(self, model: nn.Module, step: int) -> None:
         """Parameter and gradient histograms, counted once for all copies."""
         if self.copies:
-            histograms = list(model_histograms(model))
-            for tracker in self.copies.values():
-                tracker.log_histograms(histograms, step)
+            self.log_histograms(list(model_histograms(model)), step)
+
+    def log_histograms(self, histograms: list[Histogram], step: int) -> None:
+        for copy in self.copies.values():
+            copy.log_histograms(histograms, step)
+
+    def log_images(self, images: list[Image], step: int) -> None:
+        for copy in self.copies.values():
+            copy.log_images(images, step)
+
+    def log_texts(self, texts: dict[str, str], step: int) -> None:
+        for copy in self.copies.values():
+            copy.log_texts(texts, step)
+
+    def log_embedding(self, embedding: Embedding, step: int) -> None:
+        for copy in self.copies.values():
+            copy.log_embedding(embedding, step)
 
     def flush(self, step: int) -> None:
         """Make everything before `step` durable.
@@ -454,10 +494,6 @@ def _write_aim_hash(run: Run, run_hash: str | None) -> None:
 def _send_again(metrics_path: Path, tracker: Tracker, steps: range) -> None:
     """Tell a tracker those rows of the metrics file: a kill can have come before its last flush."""
     for row in read_metrics(metrics_path):
-        step = int(row["step"])
-        if step not in steps:
-            continue
-        if "loss/train_step" in row:
-            tracker.log_training_loss(row["loss/train_step"], step)
-        else:
-            tracker.log_evaluation_metrics(row["loss/train"], row["loss/val"], row["learning_rate"], step)
+        step = int(row.pop("step"))
+        if step in steps:
+            tracker.log_scalars(row, step)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,20 +137,43 @@ class Clock:
 
     def __init__(self, runtime: Runtime, tokens_per_step: int):
         self._runtime, self._tokens_per_step = runtime, tokens_per_step
-        self._time, self._step = 0.0, 0
+        self._time, self._step = 0.0, 0  # of the last lap
+        self._speed_time, self._speed_step = 0.0, 0  # of the last `speed`
+        self._aside = 0.0  # seconds since then that were no training
 
     def start(self, progress: Progress) -> None:
-        self._runtime.synchronize()
-        self._time, self._step = time.perf_counter(), progress.step
+        self._time, self._step = self._now(), progress.step
+        self.speed(progress.step)
 
     def lap(self, progress: Progress) -> float | None:
         """Add the time since the last lap to progress.seconds; its tokens/s, None without a step."""
         time_before, step_before = self._time, self._step
-        self.start(progress)
+        self._time, self._step = self._now(), progress.step
         seconds = self._time - time_before
         progress.seconds += seconds
         tokens = (progress.step - step_before) * self._tokens_per_step
+        if not tokens:
+            self._aside += seconds  # an evaluation
         return tokens / seconds if tokens else None
+
+    def speed(self, step: int) -> float | None:
+        """Tokens/s of the training since the last call or the start; None without a step."""
+        now = self._now()
+        seconds = now - self._speed_time - self._aside
+        tokens = (step - self._speed_step) * self._tokens_per_step
+        self._speed_time, self._speed_step, self._aside = now, step, 0.0
+        return tokens / seconds if tokens else None
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done in here is no training: `speed` leaves it out."""
+        began = self._now()
+        yield
+        self._aside += self._now() - began
+
+    def _now(self) -> float:
+        self._runtime.synchronize()
+        return time.perf_counter()
 
 
 class Trainer:
@@ -162,6 +186,7 @@ class Trainer:
         model: the plain model, for evaluation, export and figures; it shares its weights with `forward`.
         optimizer, scaler: their state belongs to a checkpoint.
         clock: the loop's.
+        gradient_norm: of the newest gradients, before clipping; on the device, so that it costs no wait.
     """
 
     def __init__(
@@ -185,6 +210,7 @@ class Trainer:
         sequences = config.batch_size * config.grad_accum_steps * runtime.processes.world_size
         self.tokens_per_step = sequences * self.block_size
         self.clock = Clock(runtime, self.tokens_per_step)
+        self.gradient_norm = torch.tensor(math.nan)
 
     def compute_gradients(self, step: int) -> float:
         """Forward and backward of all micro-batches of a step; the mean loss.
@@ -205,6 +231,7 @@ class Trainer:
         if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             what = "gradient" if math.isfinite(mean_loss) else "loss"
             self._stop(f"the {what} is not finite at step {step}; the weights were not updated")
+        self.gradient_norm = norm
         if config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
         return mean_loss
@@ -268,6 +295,10 @@ class Trainer:
         if self.runtime.processes.first:
             hint = "lower --learning-rate, or limit the gradient with --grad-clip 1.0"
             raise Alg1Error(message, hint, CANNOT_TRAIN)
+
+    def validation_batch(self) -> torch.Tensor:
+        """The first batch of validation text that every evaluation reads: (B, T)."""
+        return self._batch("val", self.config.batch_size, "eval-val", 0)[0]
 
     def _batch(self, split: str, size: int, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
         draw = generator(self.config.seed, *key)

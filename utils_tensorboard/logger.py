@@ -2,56 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from observations import Embedding, Histogram, Image, model_histograms
 from utils_tensorboard.writer import TensorBoardWriter
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
-HISTOGRAM_BINS = 64
-HISTOGRAM_TAGS = {"parameter": "Parameters", "gradient": "Gradients"}
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """The distribution of a tensor's finite values.
-
-    Attributes:
-        name: of the parameter.
-        kind: "parameter" or "gradient".
-        counts: (HISTOGRAM_BINS,) how many values lie between two edges.
-        edges: (HISTOGRAM_BINS + 1,), evenly spaced.
-    """
-
-    name: str
-    kind: str
-    counts: np.ndarray
-    edges: np.ndarray
-
-
-def model_histograms(model: nn.Module) -> Iterator[Histogram]:
-    """A histogram of each parameter, and of its gradient where it has one with a finite value in it."""
-    import numpy as np
-
-    for name, parameter in model.named_parameters():
-        tensors = {"parameter": parameter.detach(), "gradient": parameter.grad}
-        for kind, tensor in tensors.items():
-            if tensor is None:
-                continue
-            values = tensor.float().cpu().numpy().ravel()
-            values = values[np.isfinite(values)].astype(np.float64)
-            if not values.size:
-                continue
-            low, high = float(values.min()), float(values.max())
-            if low == high:  # give a single value some width, in proportion
-                width = max(abs(low), 1e-6) * 0.5
-                low, high = low - width, high + width
-            counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=(low, high))
-            yield Histogram(name, kind, counts, edges)
+# What each thing is called here; a name that is not among them is a KeyError.
+TAGS = {
+    "loss/train_step": "Loss/train_step",
+    "loss/train": "Loss/train",
+    "loss/val": "Loss/val",
+    "learning_rate": "Learning_Rate",
+    "gradient_norm": "Gradient_Norm",
+    "tokens_per_second": "Tokens_Per_Second",
+    "parameter": "Parameters",
+    "gradient": "Gradients",
+    "activation": "Activations",
+    "attention": "Attention",
+    "samples": "Samples",
+    "token_embeddings": "Token_Embeddings",
+}
 
 
 class MetricLogger:
@@ -67,23 +41,40 @@ class MetricLogger:
 
     def log_training_loss(self, loss: float, step: int) -> None:
         """The loss of one training step."""
-        self.writer.add_scalar("Loss/train_step", loss, step)
+        self.log_scalars({"loss/train_step": loss}, step)
 
     def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
         """The mean losses of an evaluation, and the learning rate."""
-        self.writer.add_scalar("Loss/train", train_loss, step)
-        self.writer.add_scalar("Loss/val", val_loss, step)
-        self.writer.add_scalar("Learning_Rate", lr, step)
-
-    def log_histograms(self, histograms: Iterable[Histogram], step: int) -> None:
-        """Histograms that are already counted."""
-        for h in histograms:
-            tag = f"{HISTOGRAM_TAGS[h.kind]}/{h.name}"
-            self.writer.add_histogram(tag, h.counts, h.edges, step)
+        self.log_scalars({"loss/train": train_loss, "loss/val": val_loss, "learning_rate": lr}, step)
 
     def log_model_histograms(self, model: nn.Module, step: int) -> None:
         """A histogram of each parameter and each gradient."""
         self.log_histograms(model_histograms(model), step)
+
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """A point of each curve named."""
+        for name, value in values.items():
+            self.writer.add_scalar(TAGS[name], value, step)
+
+    def log_histograms(self, histograms: Iterable[Histogram], step: int) -> None:
+        """Histograms that are already counted."""
+        for h in histograms:
+            self.writer.add_histogram(f"{TAGS[h.kind]}/{h.name}", h.counts, h.edges, step)
+
+    def log_images(self, images: Iterable[Image], step: int) -> None:
+        """Pictures, each under a tag that says which of its kind it is."""
+        for image in images:
+            which = [f"{key}_{value}" for key, value in image.context.items()]
+            self.writer.add_image("/".join([TAGS[image.name], *which]), image.pixels(), step)
+
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Texts, shown as they are."""
+        for name, text in texts.items():
+            self.writer.add_text(TAGS[name], text, step)
+
+    def log_embedding(self, embedding: Embedding, step: int) -> None:
+        """Vectors, for the projector."""
+        self.writer.add_embedding(TAGS[embedding.name], embedding.vectors, embedding.labels, step)
 
     def flush(self) -> None:
         self.writer.flush()

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import Guard
+from files import write_atomically
+
+PROJECTOR_FOLDER = "projector"  # beside the event files
 
 
 class TensorBoardWriter:
@@ -27,7 +30,10 @@ class TensorBoardWriter:
         warn: Callable[[str], None] = warnings.warn,
     ):
         self._guard = Guard("TensorBoard", warn)
-        self._writer = self._guard.attempt(self._open, Path(log_dir), purge_step)
+        self._log_dir = Path(log_dir)
+        self._writer = self._guard.attempt(self._open, self._log_dir, purge_step)
+        if purge_step is not None and self.enabled:
+            self._guard.attempt(self._purge_embeddings, purge_step)
 
     @staticmethod
     def _open(log_dir: Path, purge_step: int | None) -> Any:
@@ -36,6 +42,9 @@ class TensorBoardWriter:
         # Event files are read in the order of their names, which start with whole seconds: a file of this
         # second could sort after ours, and its points would then outlive the purge.
         log_dir.mkdir(parents=True, exist_ok=True)
+        # Some readers take a folder's first purge for its beginning, and hide nothing.
+        if not any(log_dir.glob("events.out.tfevents.*")):
+            purge_step = 0
         while any(log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
             time.sleep(0.02)
         return SummaryWriter(str(log_dir), purge_step=purge_step)
@@ -70,6 +79,59 @@ class TensorBoardWriter:
             bucket_counts=counts.tolist(),
             global_step=step,
         )
+
+    def add_image(self, tag: str, pixels: Any, step: int) -> None:
+        """Write a picture: (H, W) or (H, W, 3) uint8."""
+        if self.enabled:
+            layout = "HW" if pixels.ndim == 2 else "HWC"
+            self._guard.attempt(self._writer.add_image, tag, pixels, step, dataformats=layout)
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Write a text, shown as it is: every line and space of it."""
+        if self.enabled:
+            # TensorBoard reads Markdown; lines that are indented are code to it, which it leaves alone.
+            code = "    " + text.replace("\n", "\n    ")
+            self._guard.attempt(self._writer.add_text, tag, code, step)
+
+    def add_embedding(self, tag: str, vectors: Any, labels: list[str], step: int) -> None:
+        """Write (V, C) vectors for the projector; the labels stay on one line and have no tabs."""
+        if self.enabled:
+            self._guard.attempt(self._add_embedding, tag, vectors, labels, step)
+
+    # SummaryWriter.add_embedding forgets, once reopened, what it has written before. Here the files are the
+    # memory: the projector's list is made anew from those that lie there.
+
+    def _add_embedding(self, tag: str, vectors: Any, labels: list[str], step: int) -> None:
+        folder = self._log_dir / PROJECTOR_FOLDER / tag
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = ("\t".join(f"{value:.7g}" for value in row) for row in vectors.tolist())
+        write_atomically(folder / "labels.tsv", "".join(f"{label}\n" for label in labels).encode())
+        write_atomically(folder / f"step_{step:09d}.tsv", "".join(f"{row}\n" for row in rows).encode())
+        self._list_embeddings()
+
+    def _purge_embeddings(self, purge_step: int) -> None:
+        for path in self._embedding_files():
+            if int(path.stem.removeprefix("step_")) >= purge_step:
+                path.unlink()
+        if (self._log_dir / PROJECTOR_FOLDER).exists():
+            self._list_embeddings()
+
+    def _embedding_files(self) -> list[Path]:
+        return sorted((self._log_dir / PROJECTOR_FOLDER).glob("*/step_*.tsv"))
+
+    def _list_embeddings(self) -> None:
+        from google.protobuf import text_format
+        from tensorboard.plugins import projector
+        from tensorboard.plugins.projector.metadata import PROJECTOR_FILENAME
+
+        config = projector.ProjectorConfig()
+        for path in self._embedding_files():
+            entry = config.embeddings.add()
+            entry.tensor_name = f"{path.parent.name}:{path.stem}"
+            entry.tensor_path = path.relative_to(self._log_dir).as_posix()
+            entry.metadata_path = (path.parent / "labels.tsv").relative_to(self._log_dir).as_posix()
+        text = text_format.MessageToString(config)
+        write_atomically(self._log_dir / PROJECTOR_FILENAME, text.encode())
 
     def flush(self) -> None:
         """Hand everything written so far to the operating system."""

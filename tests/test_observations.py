@@ -1,0 +1,465 @@
+"""What is seen of a model, that it is what the model does, and that looking changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, TINY, lasting_metrics
+
+import train as script
+from files import read_tensors
+from model import BigramLanguageModel
+from observations import HISTOGRAM_BINS, Embedding, Image
+from parameters import ModelConfig, TensorBoardConfig, TrainConfig, due, field_names
+from utils_aim.pictures import draw_embedding, in_font, principal_components
+from utils_alg1 import utils_observations
+from utils_alg1.utils_observations import (
+    SAMPLE_LENGTH,
+    Observer,
+    activation_histograms,
+    attention_pictures,
+    attention_weights,
+    character_label,
+    sample_text,
+    token_embedding,
+)
+from utils_alg1.utils_report import draw_samples
+from utils_alg1.utils_run_manager import list_runs
+from utils_alg1.utils_runtime import Runtime
+from utils_alg1.utils_trackers import Background, MetricsFile, Tracker, Trackers
+from utils_alg1.utils_training import Clock, Progress, Trainer
+
+VOCABULARY = sorted("\n\t \\abcé日")
+LAYERS, HEADS, WIDTH, T = 2, 4, 16, 8
+INTERVALS = [name for name in field_names(TensorBoardConfig) if name.endswith("_interval")]
+
+
+@pytest.fixture
+def model() -> BigramLanguageModel:
+    torch.manual_seed(1)
+    sizes = {"n_embd": WIDTH, "n_head": HEADS, "n_layer": LAYERS, "block_size": T}
+    model = BigramLanguageModel(ModelConfig(**sizes, dropout=0.5, vocab_size=len(VOCABULARY)))
+    for parameter in model.parameters():  # as after some training: attention that is not uniform
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.vocabulary = VOCABULARY
+    return model
+
+
+@pytest.fixture
+def idx() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(len(VOCABULARY), (3, T), generator=generator)
+
+
+def inner_values(model, idx) -> dict[str, torch.Tensor]:
+    """What each block does to tokens, written out: its attention's input, and what its parts put out."""
+    values = {}
+    x = model.token_embedding_table(idx) + model.position_embedding_table.weight[: idx.shape[1]]
+    for layer, block in enumerate(model.blocks):
+        values[f"input {layer}"] = block.ln1(x)
+        joined = torch.cat([head(block.ln1(x)) for head in block.sa.heads], dim=-1)
+        values[f"blocks.{layer}.sa"] = block.sa.proj(joined)
+        x = x + values[f"blocks.{layer}.sa"]
+        values[f"blocks.{layer}.ffwd.net.1"] = block.ffwd.net[0](block.ln2(x)).relu()
+        x = x + block.ffwd.net[2](values[f"blocks.{layer}.ffwd.net.1"])
+        values[f"blocks.{layer}"] = x
+    return values
+
+
+# --- what is seen -------------------------------------------------------------------------------------
+
+
+def test_activations_are_those_of_every_attention_relu_and_block(model, idx):
+    with torch.no_grad():
+        expected = inner_values(model, idx)
+    histograms = {h.name: h for h in activation_histograms(model, idx)}
+    assert histograms.keys() == {name for name in expected if not name.startswith("input")}
+    for name, histogram in histograms.items():
+        values = expected[name].double().numpy()
+        assert histogram.kind == "activation"
+        assert histogram.counts.shape == (HISTOGRAM_BINS,)
+        assert histogram.counts.sum() == values.size
+        np.testing.assert_allclose(histogram.edges[[0, -1]], (values.min(), values.max()), atol=1e-5)
+    assert histograms["blocks.0.ffwd.net.1"].edges[0] == 0
+    assert histograms["blocks.0.ffwd.net.1"].counts.sum() == idx.numel() * 4 * WIDTH
+
+
+def test_attention_is_that_of_each_head_on_what_its_block_is_given(model, idx):
+    weights = attention_weights(model, idx)
+    assert weights.shape == (LAYERS, HEADS, T, T)
+    with torch.no_grad():
+        values = inner_values(model, idx)
+        for layer, block in enumerate(model.blocks):
+            for h, head in enumerate(block.sa.heads):
+                expected = head.weights(values[f"input {layer}"])[0].numpy()
+                np.testing.assert_allclose(weights[layer, h], expected, atol=1e-6)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-6)
+    assert (np.triu(weights, 1) == 0).all()
+    assert np.ptp(weights[:, :, -1]) > 0.1
+
+
+def test_a_picture_shows_each_weight_as_a_square_with_its_root_as_brightness(model, idx):
+    weights = attention_weights(model, idx)
+    pictures = attention_pictures(model, idx)
+    assert [p.context for p in pictures] == [
+        {"layer": str(layer), "head": str(head)} for layer in range(LAYERS) for head in range(HEADS)
+    ]
+    for picture, expected in zip(pictures, weights.reshape(-1, T, T), strict=True):
+        pixels = picture.pixels()
+        assert (pixels.shape, pixels.dtype) == ((256, 256), np.uint8)
+        blocks = pixels.reshape(T, 256 // T, T, 256 // T)
+        assert (blocks == blocks[:, :1, :, :1]).all()
+        np.testing.assert_array_equal(blocks[:, 0, :, 0], np.rint(255 * np.sqrt(expected)))
+
+
+@pytest.mark.parametrize(("size", "pixels"), [(1, 256), (3, 255), (100, 200), (256, 256), (300, 300)])
+def test_a_picture_is_enlarged_by_a_whole_factor(size, pixels):
+    assert Image("attention", {}, np.zeros((size, size))).pixels().shape == (pixels, pixels)
+
+
+def test_a_weight_that_is_not_finite_is_black():
+    assert Image("attention", {}, np.array([[math.nan, 1.0]])).pixels()[0, [0, -1]].tolist() == [0, 255]
+
+
+def test_the_attention_of_a_long_context_is_cut_to_a_picture(idx):
+    config = ModelConfig(n_embd=4, n_head=1, n_layer=1, block_size=300, vocab_size=9)
+    long = torch.zeros(1, 300, dtype=torch.int64)
+    assert attention_weights(BigramLanguageModel(config), long).shape == (1, 1, 256, 256)
+
+
+def test_the_embedding_is_a_copy_of_the_table_with_a_label_for_each_character(model):
+    embedding = token_embedding(model)
+    table = model.token_embedding_table.weight.detach().numpy()
+    assert embedding.vectors.dtype == np.float32
+    np.testing.assert_array_equal(embedding.vectors, table)
+    assert not np.shares_memory(embedding.vectors, table)
+    assert embedding.labels == ["\\t", "\\n", "\\x20", "\\\\", "a", "b", "c", "é", "日"]
+
+
+def test_no_label_breaks_a_table():
+    for character in map(chr, [*range(0x3100), 0xFEFF, 0xD800, 0xE000, 0x1F642]):
+        label = character_label(character)
+        assert label.isprintable() and label.split() == label.splitlines() == [label]
+        assert label == character or label.encode().decode("unicode_escape") == character
+
+
+def test_labels_differ():
+    characters = list(map(chr, range(0x3100)))
+    assert len(set(map(character_label, characters))) == len(characters)
+
+
+def test_a_sample_depends_on_the_weights_and_the_seed_alone(model):
+    text = sample_text(model, 7)
+    assert len(text) == SAMPLE_LENGTH
+    assert set(text) <= set(VOCABULARY)
+    torch.manual_seed(99)
+    assert sample_text(model, 7) == text
+    assert sample_text(model, 8) != text
+    assert len(draw_samples(model, 7)) == 3
+
+
+def test_looking_leaves_model_gradients_and_random_state_as_they_were(model, idx):
+    model(idx, idx)[1].backward()
+    before = {name: (p.clone(), p.grad.clone()) for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    looks = [activation_histograms, attention_pictures, lambda m, _: sample_text(m, 1)]
+    for training in (True, False):
+        model.train(training)
+        for look in [*looks, lambda m, _: token_embedding(m)]:
+            look(model, idx)
+            assert all(module.training == training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(not module._forward_hooks for module in model.modules())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0]) and torch.equal(p.grad, before[name][1])
+
+
+def test_a_look_that_fails_takes_its_hooks_along_and_restores_the_mode(model):
+    model.train()
+    with pytest.raises(IndexError):
+        activation_histograms(model, torch.full((1, T), len(VOCABULARY)))
+    assert model.training
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+# --- the picture of an embedding ----------------------------------------------------------------------
+
+
+def test_principal_components_are_the_directions_of_most_variance():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(40, 5)) * [1, 9, 0.1, 3, 0.5] + 7
+    places = principal_components(vectors)
+    covariance = np.cov(vectors.T)
+    np.testing.assert_allclose(places.var(axis=0, ddof=1), np.linalg.eigvalsh(covariance)[:-3:-1])
+    np.testing.assert_allclose(places.mean(axis=0), 0, atol=1e-9)
+    np.testing.assert_allclose(principal_components(vectors[:, ::-1]), places)
+    assert (places.max(axis=0) == np.abs(places).max(axis=0)).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (5, 1), (2, 2), (600, 3)])
+def test_an_embedding_of_any_shape_can_be_drawn(shape):
+    vectors = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    assert principal_components(vectors).shape == (shape[0], 2)
+    assert draw_embedding(Embedding("e", vectors, ["x"] * shape[0])).shape == (800, 800, 3)
+
+
+def test_each_label_is_drawn_at_its_place():
+    vectors = np.array([[-1.0, 0.0], [0.0, 0.1], [1.0, 0.0]])
+    pixels = draw_embedding(Embedding("e", vectors, ["m", "$", "日"]))
+    columns = np.flatnonzero((pixels < 255).any(axis=(0, 2)))
+    assert pixels.dtype == np.uint8
+    assert columns.min() < 100 and columns.max() > 700
+    assert ((columns > 380) & (columns < 420)).any()
+
+
+def test_characters_that_the_font_lacks_are_escaped():
+    assert [in_font(text) for text in ("a", "é", "\\n", "日")] == ["a", "é", "\\n", "\\u65e5"]
+
+
+# --- when it is seen ----------------------------------------------------------------------------------
+
+
+class Noting(Tracker):
+    """Notes what it is shown and when."""
+
+    def __init__(self):
+        self.shown: list[tuple] = []
+
+    def log_scalars(self, values, step):
+        self.shown.append((step, *values))
+
+    def log_histograms(self, histograms, step):
+        self.shown.append((step, *sorted({h.kind for h in histograms})))
+
+    def log_images(self, images, step):
+        self.shown.append((step, images[0].name, len(images)))
+
+    def log_texts(self, texts, step):
+        self.shown.append((step, *texts))
+
+    def log_embedding(self, embedding, step):
+        self.shown.append((step, embedding.name))
+
+
+def make_trainer(model) -> Trainer:
+    data = (np.arange(200) % len(VOCABULARY)).astype(np.uint8)
+    config = TrainConfig(batch_size=2, eval_iters=2, grad_clip=1e-3)
+    return Trainer(model, model, (data, data), config, Runtime(torch.device("cpu"), torch.float32, 1))
+
+
+def all_intervals(interval: int) -> TensorBoardConfig:
+    return TensorBoardConfig(**dict.fromkeys(INTERVALS, interval))
+
+
+@pytest.fixture
+def observe(model, tmp_path):
+    """`observe(config, steps)`: trains that long; what one copy was shown, and what was warned."""
+
+    def run(config, steps, prepare=lambda trainer: None):
+        trainer, noting, warnings = make_trainer(model), Noting(), []
+        prepare(trainer)
+        path = tmp_path / "metrics.jsonl"
+        with Trackers(MetricsFile(path), {"x": Background("X", lambda: noting, print)}) as trackers:
+            observer = Observer(trainer, trackers, config, warnings.append)
+            trainer.clock.start(Progress())
+            for step in range(steps):
+                observer.observe(step)
+                observer.log_training_step(trainer.compute_gradients(step), step)
+                trainer.update(step)
+            observer.observe(steps)
+        return types.SimpleNamespace(
+            shown=noting.shown,
+            warnings=warnings,
+            rows=[json.loads(line) for line in path.read_text().splitlines()],
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("histogram_interval", ("gradient", "parameter")),
+        ("activation_interval", ("activation",)),
+        ("attention_interval", ("attention", LAYERS * HEADS)),
+        ("embedding_interval", ("token_embeddings",)),
+        ("sample_interval", ("samples",)),
+        ("gradient_norm_interval", ("loss/train_step", "gradient_norm")),
+        ("speed_interval", ("tokens_per_second",)),
+    ],
+)
+def test_each_interval_decides_when_its_own_is_shown(observe, name, what):
+    config = all_intervals(0)
+    setattr(config, name, 2)
+    result = observe(config, 5)
+    first = 2 if name == "speed_interval" else 0  # there is no speed before a step
+    last = 4
+    others = [shown for shown in result.shown if shown[1:] not in (what, ("loss/train_step",))]
+    assert [shown for shown in result.shown if shown[1:] == what] == [
+        (step, *what) for step in range(first, last + 1, 2)
+    ]
+    assert others == result.warnings == []
+
+
+def test_with_every_interval_at_0_there_is_nothing_but_the_loss(observe, monkeypatch):
+    monkeypatch.setattr(Clock, "aside", lambda _: pytest.fail("looked"))
+    result = observe(all_intervals(0), 3)
+    assert result.shown == [(step, "loss/train_step") for step in range(3)]
+    assert [row.keys() for row in result.rows] == [{"step", "loss/train_step"}] * 3
+
+
+def test_without_a_copy_nothing_is_looked_at_but_the_scalars_are_kept(model, tmp_path, monkeypatch):
+    trainer = make_trainer(model)
+    monkeypatch.setattr(trainer, "validation_batch", lambda: pytest.fail("looked"))
+    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {}) as trackers:
+        observer = Observer(trainer, trackers, all_intervals(1), pytest.fail)
+        for step in range(2):
+            observer.observe(step)
+            observer.log_training_step(trainer.compute_gradients(step), step)
+    rows = [json.loads(line) for line in lasting_metrics(tmp_path / "m.jsonl").splitlines()]
+    assert [row.keys() for row in rows] == [{"step", "loss/train_step", "gradient_norm"}] * 2
+
+
+def test_the_gradient_norm_is_that_of_all_gradients_before_clipping(observe):
+    trainers = []
+    result = observe(all_intervals(1), 1, trainers.append)
+    (row,) = (row for row in result.rows if "gradient_norm" in row)
+    # The clipped gradients are still there; SGD and AdamW do not change them.
+    norm = torch.cat([p.grad.flatten() for p in trainers[0].parameters]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+    assert row["gradient_norm"] > 10 * norm
+    assert row["gradient_norm"] == trainers[0].gradient_norm.item()
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_is_no_point(model, tmp_path, norm):
+    trainer = make_trainer(model)
+    trainer.gradient_norm = torch.tensor(norm)
+    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {}) as trackers:
+        Observer(trainer, trackers, all_intervals(1), pytest.fail).log_training_step(1.5, 0)
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0, "loss/train_step": 1.5}\n'
+
+
+def test_a_look_that_fails_is_one_warning(observe):
+    def break_batch(trainer):
+        trainer.validation_batch = lambda: 1 / 0
+
+    result = observe(all_intervals(1), 3, break_batch)
+    assert result.warnings == [
+        "looking at the model is switched off, training goes on: ZeroDivisionError: division by zero"
+    ]
+    assert [row["step"] for row in result.rows if "loss/train_step" in row] == [0, 1, 2]
+
+
+def test_no_sample_is_drawn_from_a_model_that_is_not_finite(model, tmp_path):
+    trainer, noting = make_trainer(model), Noting()
+    model.lm_head.bias.data[0] = math.nan
+    with Trackers(
+        MetricsFile(tmp_path / "m.jsonl"), {"x": Background("X", lambda: noting, print)}
+    ) as trackers:
+        Observer(trainer, trackers, all_intervals(1), pytest.fail).observe(0)
+    assert (0, "samples") not in noting.shown
+    assert (0, "activation") in noting.shown
+
+
+def test_what_is_looked_at_is_the_first_batch_of_every_evaluation(model, monkeypatch):
+    trainer, seen = make_trainer(model), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    trainer.evaluate(0)
+    assert torch.equal(seen[-1][:2], trainer.validation_batch())
+    assert torch.equal(trainer.validation_batch(), trainer.validation_batch())
+
+
+def test_of_a_large_batch_the_first_sequences_are_enough(observe, monkeypatch):
+    monkeypatch.setattr(utils_observations, "OBSERVED_TOKENS", 1)
+    shapes = []
+    monkeypatch.setattr(
+        utils_observations, "activation_histograms", lambda _, idx: shapes.append(idx.shape) or []
+    )
+    observe(all_intervals(1), 0)
+    assert shapes == [(1, T)]
+
+
+@pytest.mark.parametrize(
+    ("step", "interval", "expected"), [(0, 0, False), (0, 5, True), (5, 5, True), (6, 5, False)]
+)
+def test_an_interval_of_0_is_never_due(step, interval, expected):
+    assert due(step, interval) is expected
+
+
+# --- the clock ----------------------------------------------------------------------------------------
+
+
+def test_speed_leaves_out_evaluations_and_looks(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("utils_alg1.utils_training.time.perf_counter", lambda: now[0])
+    clock = Clock(Runtime(torch.device("cpu"), torch.float32, 1), tokens_per_step=10)
+    progress = Progress(step=3)
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    clock.start(progress)
+    assert clock.speed(3) is None
+    with clock.aside():
+        spend(7)
+    for _ in range(4):
+        spend(0.5)
+        progress.step += 1
+    assert clock.lap(progress) == pytest.approx(40 / 9)
+    spend(50)  # an evaluation
+    assert clock.lap(progress) is None
+    spend(0.5)
+    progress.step += 1
+    assert clock.speed(8) == pytest.approx(50 / 2.5)
+    spend(1)
+    progress.step += 1
+    assert clock.speed(9) == pytest.approx(10)
+    clock.lap(progress)
+    assert progress.seconds == pytest.approx(now[0] - 100)
+
+
+# --- a run --------------------------------------------------------------------------------------------
+
+
+def test_how_often_one_looks_changes_no_byte(workdir):
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    results = []
+    for interval in (0, 1):
+        flags = [text for name in INTERVALS for text in ("--" + name.replace("_", "-"), str(interval))]
+        folder = f"runs-{interval}"
+        arguments = ["--data", "text.txt", *TINY, "--dropout", "0.2", "--no-aim", "--runs-dir", folder]
+        assert script.main([*arguments, *flags, "--quiet"]) == 0
+        (run,) = list_runs(folder)
+        tensors, _ = read_tensors(run / "artifacts/checkpoints/step_000000006.safetensors")
+        export, _ = read_tensors(run / "artifacts/export/model.safetensors")
+        metrics = [json.loads(row) for row in lasting_metrics(run / "logs/metrics.jsonl").splitlines()]
+        for row in metrics:
+            row.pop("gradient_norm", None)
+        state = {n: t.numpy().tobytes() for tensors_ in (tensors, export) for n, t in tensors_.items()}
+        results.append((state, metrics, (run / "eval/samples.txt").read_bytes()))
+    assert results[0] == results[1]
+    assert len(results[0][0]) > 50
+
+
+@pytest.mark.parametrize("name", INTERVALS)
+@pytest.mark.parametrize("value", ["-1", "often", "0.5"])
+def test_an_interval_that_is_none_ends_with_2(name, value, train, text_file):
+    result = train("--data", "text.txt", *TINY, f"--{name.replace('_', '-')}={value}")
+    assert result.code == 2
+    assert result.err.startswith("error: ") and name.replace("_", "-") in result.err.replace("_", "-")
+    assert not Path("runs").exists()
+
+
+def test_an_interval_that_is_not_known_ends_with_2(train, text_file, workdir):
+    (workdir / "configs").mkdir()
+    (workdir / "configs/tensorboard.json").write_text('{"atention_interval": 3}')
+    result = train("--data", "text.txt", *TINY)
+    assert result.code == 2
+    assert "unknown name 'atention_interval'; did you mean attention_interval?" in result.err
