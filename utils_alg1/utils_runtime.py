@@ -198,9 +198,12 @@ class StopSignals:
     every file is written atomically. Outside the `with` block the handlers are what they were.
     """
 
-    def __init__(self, before_leaving: Sequence[Callable[[], object]] = ()) -> None:
+    def __init__(
+        self, before_leaving: Sequence[Callable[[], object]] = (), notice: str = "stopping after this step"
+    ) -> None:
         """`before_leaving`: what must be done even when a second signal ends the process at once."""
         self.received: int | None = None
+        self._notice = f"\n{notice}; once more to leave at once\n".encode()
         self._before_leaving = before_leaving
         self._previous: dict[int, Any] = {}
 
@@ -221,7 +224,7 @@ class StopSignals:
             os._exit(128 + number)
         self.received = number
         # Not through the console: a handler may interrupt a print, which cannot be entered twice.
-        os.write(2, b"\nstopping after this step; once more to leave at once\n")
+        os.write(2, self._notice)
 
     @property
     def exit_code(self) -> int:
