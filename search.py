@@ -26,7 +26,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import CANNOT_TRAIN, DONE, Alg1Error
+from errors import DONE, Alg1Error
 from parameters import Problem, raise_problems
 from utils_alg1.utils_config_loader import (
     Options,
@@ -143,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     study = utils_search.Study(plan, settings)
     with contextlib.closing(Console()) as console:
         console.log_to(study.folder / "search.log")
-        describe_start(study, options, console)
+        console.start(utils_search_report.describe_start(study, options.space, options.workers))
+        if plan.no_defaults and options.sampler != "grid":
+            console.say(f"the defaults are not tried, they are outside the space: {plan.no_defaults}")
 
         # 3. Trials, until all have ended or a signal comes.
         search = utils_search.Search(study, console, threads_of_a_trial(options))
@@ -159,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         # 4. Tables, pictures and the best parameters.
         utils_search_report.write_results(study, console)
         utils_search_report.show_table(study, console)
-        describe_end(study, utils_search_report.describe_search(study), console)
+        console.start(utils_search_report.describe_end(study))
         return DONE
 
 
@@ -180,39 +182,6 @@ def threads_of_a_trial(options: SearchOptions) -> int | None:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // options.workers)
-
-
-def describe_start(study, options: SearchOptions, console: Console) -> None:
-    """The block that a search begins with."""
-    n_finished = len(study.finished())
-    console.start(
-        {
-            "study": str(study.folder),
-            "space": f"{options.space}: {', '.join(study.plan.space)}",
-            "trials": f"{study.wanted}" + (f", of which {n_finished} are finished" if n_finished else ""),
-            "how": f"{options.sampler}, {options.workers} at a time",
-        }
-    )
-    if study.plan.no_defaults and options.sampler != "grid":
-        console.say(f"the defaults are not tried, they lie outside the space: {study.plan.no_defaults}")
-
-
-def describe_end(study, lines: dict[str, str], console: Console) -> None:
-    """The block that a search ends with.
-
-    Raises:
-        Alg1Error: no trial was completed.
-    """
-    if "best" not in lines:
-        raise Alg1Error(
-            f"none of {lines['trials']} trials was completed",
-            f"{study.folder / 'results.csv'} says why",
-            CANNOT_TRAIN,
-        )
-    lines["results"] = f"{study.folder}: results.csv, results.md, history.png, importance.png, slice.png"
-    lines["runs"] = f"{study.plan.fixed['runs_dir']}/*_{study.settings.name}-*"
-    lines["next"] = f"python train.py --config {shlex.quote(str(study.folder / 'best'))}"
-    console.start(lines)
 
 
 if __name__ == "__main__":

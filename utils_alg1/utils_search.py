@@ -260,7 +260,11 @@ class Study:
             self.optuna.sampler = self._sampler(len(trials))
             trial = self.optuna.ask()
             lock = take_lock(self.trial_file(trial.number, "lock"))
-            assert lock is not None  # its number is new
+            if lock is None:
+                raise Alg1Error(
+                    f"trial {trial.number} of an earlier search in {self.folder} still runs",
+                    "wait for it, or end it",
+                )
             return Taken(trial, {n: domain.suggest(trial, n) for n, domain in self.plan.space.items()}, lock)
 
     def trial_file(self, number: int, kind: str) -> Path:
@@ -372,7 +376,7 @@ class Search:
             taken.trial.set_user_attr("reason", outcome.reason)
         with self._telling:
             state = optuna.trial.TrialState[outcome.state]
-            told = self.study.optuna.tell(taken.trial, outcome.loss, state=state)
+            told = self.study.optuna.tell(taken.trial, outcome.loss, state, skip_if_finished=True)
             finished = self.study.finished()
             best = best_of(finished)
             line = f"trial {told.number:3d}  {state_of(told):8}  {loss_of(told):>8}  {in_words(taken.drawn)}"
@@ -453,8 +457,9 @@ class TrialRun:
 
     def _follow(self, child: subprocess.Popen[bytes]) -> bool:
         """Watch the process until it ends, or `stop` is set, or the trial is hopeless: then True."""
+        compared_with = "defaults" in self._trial.user_attrs  # what is gained is counted from its result
         while child.poll() is None and not self._stop.is_set():
-            if self._report() and self._trial.should_prune():
+            if self._report() and not compared_with and self._trial.should_prune():
                 return True
             self._stop.wait(POLL)
         return False

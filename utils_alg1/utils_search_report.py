@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import first_line
+from errors import CANNOT_TRAIN, Alg1Error, first_line
 from files import write_atomically, write_json
 from parameters import specs
 from utils_alg1.utils_config_loader import CONFIG_FILES, ConfigLoader
@@ -132,6 +133,33 @@ def describe_search(study: Study) -> dict[str, str]:
     return lines
 
 
+def describe_start(study: Study, space_file: str, n_workers: int) -> dict[str, str]:
+    """The block of lines that a search begins with."""
+    n_finished = len(study.finished())
+    return {
+        "study": str(study.folder),
+        "space": f"{space_file}: {', '.join(study.plan.space)}",
+        "trials": f"{study.wanted}" + (f", {n_finished} of them finished" if n_finished else ""),
+        "how": f"{study.settings.sampler}, {n_workers} at a time",
+    }
+
+
+def describe_end(study: Study) -> dict[str, str]:
+    """The block of lines that a search ends with: what was gained, where it lies, what to type next.
+
+    Raises:
+        Alg1Error: no trial was completed.
+    """
+    lines = describe_search(study)
+    if "best" not in lines:
+        table_path = study.folder / "results.csv"
+        raise Alg1Error("no trial was completed", f"{table_path} says why", CANNOT_TRAIN)
+    lines["results"] = f"{study.folder}: results.csv, results.md, history.png, importance.png, slice.png"
+    lines["runs"] = f"{study.plan.fixed['runs_dir']}/*_{study.settings.name}-*"
+    lines["next"] = f"python train.py --config {shlex.quote(str(study.folder / 'best'))}"
+    return lines
+
+
 # --- the preset ---------------------------------------------------------------------------------------
 
 
@@ -188,13 +216,14 @@ def draw_pictures(study: Study, console: Console) -> None:
     }
     for name, draw in drawings.items():
         try:
-            draw_picture(study.folder / f"{name}.png", draw)
+            width = 3.0 * (len(names) + 1) if name == "slice" else None  # its labels overlap otherwise
+            draw_picture(study.folder / f"{name}.png", draw, width)
         except Exception as error:  # matplotlib and Optuna fail in many ways, and the search is done
             console.warn(f"{name}.png was not drawn: {first_line(error)}")
 
 
-def draw_picture(path: Path, draw: Callable[[], object]) -> None:
-    """Write what a function draws on matplotlib's current figure."""
+def draw_picture(path: Path, draw: Callable[[], object], width: float | None) -> None:
+    """Write what a function draws on matplotlib's current figure, `width` inches wide where given."""
     from matplotlib import pyplot
 
     with warnings.catch_warnings():
@@ -202,6 +231,8 @@ def draw_picture(path: Path, draw: Callable[[], object]) -> None:
         try:
             draw()
             buffer = io.BytesIO()
+            if width:
+                pyplot.gcf().set_figwidth(width)
             pyplot.gcf().savefig(buffer, format="png", dpi=100, bbox_inches="tight")
         finally:
             pyplot.close("all")
