@@ -25,6 +25,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import DONE, Alg1Error
 from parameters import Problem, raise_problems
@@ -36,6 +37,9 @@ from utils_alg1.utils_config_loader import (
     split_parameters,
 )
 from utils_alg1.utils_output import Console, leave_if_told, run_script
+
+if TYPE_CHECKING:
+    from utils_alg1.utils_search_space import Plan
 
 SEARCHES_DIR = Path("searches")
 LONGEST_NAME = 40  # characters of a study's name: it begins the tags of the runs
@@ -148,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             console.say(f"the defaults are not tried, they are outside the space: {plan.no_defaults}")
 
         # 3. Trials, until all have ended or a signal comes.
-        search = utils_search.Search(study, console, threads_of_a_trial(options))
+        search = utils_search.Search(study, console, threads_of_a_trial(plan, options.workers))
         with StopSignals(notice="stopping: the trials save and leave") as signals:
             leave_if_told()
             utils_search.run_workers(search, options.workers, lambda: signals.received is not None)
@@ -176,12 +180,12 @@ def require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def threads_of_a_trial(options: SearchOptions) -> int | None:
-    """A fair share of the cores for each of several workers; None where --threads or train.py decides."""
-    if options.workers == 1 or "threads" in options.training.values:
+def threads_of_a_trial(plan: Plan, n_workers: int) -> int | None:
+    """A fair share of the cores for each of several workers; None where a parameter or train.py decides."""
+    if n_workers == 1 or "threads" in plan.given.values or plan.fixed.get("threads") != 0:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // options.workers)
+    return max(1, cores // n_workers)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import optuna
 from errors import Alg1Error
 from utils_alg1 import utils_search, utils_search_report, utils_search_space
 from utils_alg1.utils_config_loader import Options
-from utils_alg1.utils_run_manager import list_runs
+from utils_alg1.utils_run_manager import create_run, list_runs
 from utils_alg1.utils_search import Settings
 from utils_alg1.utils_search_space import Choices, Range, read_space
 from utils_alg1.utils_trackers import new_metrics, read_metrics
@@ -400,6 +401,60 @@ def test_a_database_serves_as_storage_and_belongs_to_one_folder(search, fake_tra
     assert result.err.startswith(
         "error: the study space of --storage belongs to another folder than searches/space\n"
     )
+
+
+def study_with(name: str = "space", **domains: Any) -> utils_search.Study:
+    """The study that search.py would open, with two trials to come."""
+    plan = utils_search_space.make_plan(read_space(write_space(**domains), for_grid=False), Options())
+    return utils_search.Study(plan, Settings(name, Path("searches", name), trials=2))
+
+
+@pytest.mark.parametrize(
+    ("left", "loss", "n_runs"),
+    [
+        ("eval/final.json", 0.5, 1),
+        ("artifacts/checkpoints/step_000000000.safetensors", 0.125, 1),
+        (None, 0.009, 2),
+    ],
+)
+def test_a_dead_trial_is_replaced_where_it_stopped(search, fake_train, left, loss, n_runs):
+    old = create_run("runs", "space-0")  # of a search that has been removed since
+    (old.eval_dir / "final.json").write_text('{"best_val_loss": 0.0}')
+    old.begun = True
+    old.lock.release()
+    study = study_with(n_layer=[4])
+    taken = study.take_trial()
+    trial_run = utils_search.TrialRun(study, taken, None, threading.Event())
+    assert trial_run._command()[-1] == "--run-tag=space-0"
+    run = create_run("runs", "space-0")
+    if left:
+        (run.path / left).write_text('{"best_val_loss": 0.5}')
+    run.lock.release()
+    os.close(taken.lock)
+    result = search("--space", "space.yaml", "--trials", 1)
+    assert result.code == 0, result.err
+    (row,) = results()
+    assert (row["trial"], row["state"]) == ("1", "complete")
+    assert float(row["best_val_loss"]) == pytest.approx(loss)
+    assert len(list_runs("runs")) == n_runs + 1
+    assert row["run"].endswith("_002_space-0" if left else "_003_space-1")
+    assert Path("searches/space/trials/1.log").exists() == (left != "eval/final.json")
+    assert "(the defaults)" in Path("searches/space/results.md").read_text()
+
+
+def test_a_trial_lives_as_long_as_its_process(workdir):
+    study = study_with(learning_rate=[1e-3, 1e-2])
+    taken = study.take_trial()
+    orphan = subprocess.Popen(["sleep", "60"], pass_fds=[taken.lock])
+    os.close(taken.lock)  # the worker is dead, its process is not
+    second = study_with(learning_rate=[1e-3, 1e-2]).take_trial()
+    assert second.trial.number == 1 and study.take_trial() is None
+    orphan.kill()
+    orphan.wait()
+    third = study.take_trial()
+    assert (third.trial.number, third.trial.user_attrs["replaces"]) == (2, 0)
+    assert third.drawn == taken.drawn == {"learning_rate": 1e-3}
+    assert study.take_trial() is None and [trial.number for trial in study.trials()] == [1, 2]
 
 
 def start_search(

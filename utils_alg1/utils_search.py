@@ -588,14 +588,12 @@ def run_workers(search: Search, n_workers: int, asked_to_stop: Callable[[], bool
     from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
     with ThreadPoolExecutor(n_workers) as pool:
-        futures = {pool.submit(search.work) for _ in range(n_workers)}
+        futures = running = {pool.submit(search.work) for _ in range(n_workers)}
         try:
-            while True:
-                done, running = wait(futures, timeout=POLL, return_when=FIRST_EXCEPTION)
+            while running:
+                done, running = wait(running, timeout=POLL, return_when=FIRST_EXCEPTION)
                 if asked_to_stop() or any(future.exception() for future in done):
                     search.stop.set()
-                if not running:
-                    break
         finally:
             search.stop.set()  # whatever ended the waiting: no worker stays behind
     for future in futures:
