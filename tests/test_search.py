@@ -480,6 +480,34 @@ def test_two_searches_at_once_share_the_trials(fake_train):
     assert len(study_of().trials) == 9 == len(list_runs("runs"))
 
 
+def test_no_two_workers_take_the_last_trial(workdir):
+    taken: list[utils_search.Taken] = []
+    studies = [study_with(n_layer=[2, 4]) for _ in range(8)]
+
+    def take(study: utils_search.Study) -> None:
+        while found := study.take_trial():
+            taken.append(found)
+
+    threads = [threading.Thread(target=take, args=(study,)) for study in studies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found.trial.number for found in taken) == [0, 1] == [t.number for t in study_of().trials]
+
+
+def test_the_process_of_a_trial_holds_its_lock(fake_train):
+    space = write_space(learning_rate={"low": 1e-4, "high": 1e-1})
+    process = start_search("--space", space, "--weight-decay", 0.5)
+    wait_for(lambda: list_runs("runs"))
+    (orphan,) = children_of(process.pid)
+    process.kill()
+    process.communicate()
+    assert not lock_is_free(Path("searches/space/trials/0.lock"))
+    os.kill(orphan, signal.SIGKILL)
+    wait_for(lambda: lock_is_free(Path("searches/space/trials/0.lock")))
+
+
 def test_ctrl_c_leaves_the_trials_for_the_next_start(fake_train):
     space = write_space(learning_rate={"low": 1e-4, "high": 1e-1})
     flags = ["--space", space, "--trials", 3, "--max-iters", 100, "--eval-interval", 1, "--no-prune"]

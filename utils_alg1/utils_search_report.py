@@ -216,7 +216,7 @@ def draw_pictures(study: Study, console: Console) -> None:
     }
     for name, draw in drawings.items():
         try:
-            width = 3.0 * (len(names) + 1) if name == "slice" else None  # its labels overlap otherwise
+            width = 3.8 * (len(names) + 1) if name == "slice" else None  # its labels overlap otherwise
             draw_picture(study.folder / f"{name}.png", draw, width)
         except Exception as error:  # matplotlib and Optuna fail in many ways, and the search is done
             console.warn(f"{name}.png was not drawn: {first_line(error)}")
