@@ -393,7 +393,7 @@ def test_a_hopeless_trial_is_pruned(search, fake_train, monkeypatch):
 def test_a_database_serves_as_storage_and_belongs_to_one_folder(search, fake_train, tmp_path, monkeypatch):
     flags = ["--space", write_space(n_layer=[2, 4]).absolute(), "--storage", f"sqlite:///{tmp_path / 's.db'}"]
     assert search(*flags, "--trials", 1).code == 0
-    assert search(*flags, "--trials", 2).code == 0 and len(results()) == 2
+    assert search(*flags, "--trials", 4, "--workers", 2).code == 0 and len(results()) == 4
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     result = search(*flags)
@@ -561,7 +561,8 @@ def test_a_pruned_run_has_really_ended_early(search, text_file, monkeypatch):
     assert 200 <= last < 800 and not Path(hopeless["run"], "eval/final.json").exists()
 
 
-FLAGS = ["--data", "text.txt", *TINY, *QUIET_TRACKERS, "--max-iters", "60", "--eval-interval", "10"]
+SMALL = TINY[: TINY.index("--threads")]  # the search divides the cores
+FLAGS = ["--data", "text.txt", *SMALL, *QUIET_TRACKERS, "--max-iters", "60", "--eval-interval", "10"]
 KILLED = ["--trials", "5", "--no-prune", "--workers", "2", "--study", "k", *FLAGS]
 
 
@@ -624,7 +625,8 @@ def test_the_table_holds_what_the_runs_have_reached(after_the_kill):
         used = json.loads(Path(row["run"], "meta/full_config.json").read_text())["parameters"]
         assert float(row["learning_rate"]) == used["learning_rate"]
         assert float(row["weight_decay"]) == used["weight_decay"]
-        assert (used["max_iters"], used["threads"], final["steps"]) == (60, 1, 60)
+        share = max(1, len(os.sched_getaffinity(0)) // 2)
+        assert (used["max_iters"], used["threads"], final["steps"]) == (60, share, 60)
 
 
 def test_the_first_trial_is_the_defaults_and_something_is_better(after_the_kill):
@@ -650,8 +652,11 @@ def test_the_best_preset_is_what_the_best_trial_was(after_the_kill, train):
     assert shown.code == 0, shown.err
     values = {line.split()[0]: line.split()[1] for line in shown.out.splitlines() if len(line.split()) > 2}
     used = json.loads(Path(best["run"], "meta/full_config.json").read_text())["parameters"]
-    for name in ("learning_rate", "weight_decay", "n_embd", "max_iters", "data_path", "aim", "tensorboard"):
+    for name in ("learning_rate", "weight_decay", "n_embd", "max_iters", "data_path", "aim", "threads"):
         assert values[name] == str(used[name])
+    assert train("--config", "searches/k/best", "--quiet").code == 0
+    final = json.loads(Path(list_runs("runs")[-1], "eval/final.json").read_text())
+    assert final["best_val_loss"] == float(best["best_val_loss"])
     assert f"{'run_tag':{max(map(len, values))}}    " in shown.out
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from errors import CANNOT_TRAIN, Alg1Error, first_line
 from files import write_atomically, write_json
-from parameters import specs
+from parameters import read_json_object, specs
 from utils_alg1.utils_config_loader import CONFIG_FILES, ConfigLoader
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import make_folder
@@ -169,6 +169,7 @@ def write_preset(study: Study) -> None:
     if best is None:
         return
     values, _, _ = ConfigLoader.merge(study.plan.options(parameters_of(best)))
+    values |= threads_of(best)
     preset = {name: value for name, value in values.items() if name not in WHERE}
     folder = study.folder / "best"
     make_folder(folder)
@@ -176,6 +177,16 @@ def write_preset(study: Study) -> None:
     for file_name, part in zip(CONFIG_FILES, ("model", "train", "data", "tensorboard"), strict=True):
         own = {name: value for name, value in preset.items() if specs()[name].part == part}
         write_settings(folder / file_name, about, own)
+
+
+def threads_of(trial: optuna.trial.FrozenTrial) -> dict[str, int]:
+    """The threads that the search gave the trial: only with as many a run ends with the same digits."""
+    record = Path(trial.user_attrs.get("run", "")) / "meta" / "full_config.json"
+    try:
+        threads = read_json_object(record)["parameters"]["threads"]
+    except (Alg1Error, KeyError, TypeError):  # the run has been removed
+        return {}
+    return {"threads": threads} if threads else {}
 
 
 def write_settings(path: Path, about: str, values: dict[str, Any]) -> None:

@@ -269,22 +269,23 @@ def make_plan(space: Space, given: Options) -> Plan:
     Raises:
         Alg1Error: a parameter is both fixed and searched, or a fixed one is wrong.
     """
-    problems = [
+    both = [
         Problem(f"{name} is fixed by {specs()[name].flag} and searched in the space file", ())
         for name in space
         if name in given.values
     ]
-    problems += [
+    own = [
         Problem(f"{specs()[name].flag} cannot be given: the search names its runs itself", ())
         for name in OWN
         if name in given.values
     ]
+    raise_problems([*both, *own], "leave the flag out, or take the name out of the space file")
     values, origins, faults = ConfigLoader.merge(given)
     parts = build_parts(values)
     further = part_problems(parts, origins)
     # What is wrong only together with a searched parameter is wrong with the defaults, not with the search.
     of_defaults = [problem for problem in further if set(problem.names) & space.keys()]
-    raise_problems([*problems, *faults, *(problem for problem in further if problem not in of_defaults)])
+    raise_problems([*faults, *(problem for problem in further if problem not in of_defaults)])
 
     flat = {name: getattr(parts[spec.part], name) for name, spec in specs().items()}
     fixed = {name: value for name, value in flat.items() if name not in space}
