@@ -23,6 +23,7 @@ import contextlib
 import os
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -178,6 +179,8 @@ def require_optuna() -> None:
             "search.py needs Optuna, which is not installed", "pip install -e '.[search]'"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # In Optuna 4 the sampler's way of serving several workers counts as experimental.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def threads_of_a_trial(plan: Plan, n_workers: int) -> int | None:
