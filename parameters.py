@@ -318,12 +318,8 @@ class Parameters:
         Raises:
             Alg1Error: `problems` found so far and every further one, in one message.
         """
-        parts = {
-            part: config_class(**{n: values[n] for n in field_names(config_class) if n in values})
-            for part, config_class in PARTS.items()
-        }
-        further = [problem for config in parts.values() for problem in config.problems()]
-        raise_problems([*problems, *(named_origin(problem, origins) for problem in further)])
+        parts = build_parts(values)
+        raise_problems([*problems, *part_problems(parts, origins)])
         return cls(**parts, origins={name: origins.get(name, "default") for name in specs()})
 
     def flops_per_step(self) -> float:
@@ -346,6 +342,20 @@ PARTS: dict[str, Any] = {
     "data": DataConfig,
     "tensorboard": TensorBoardConfig,
 }
+
+
+def build_parts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The dataclasses of PARTS, by their keys there, unchecked; what `values` leaves out is the default."""
+    return {
+        part: config_class(**{n: values[n] for n in field_names(config_class) if n in values})
+        for part, config_class in PARTS.items()
+    }
+
+
+def part_problems(parts: Mapping[str, Any], origins: Mapping[str, str]) -> list[Problem]:
+    """What is wrong with the values of `build_parts`, each with where it came from."""
+    found = [problem for config in parts.values() for problem in config.problems()]
+    return [named_origin(problem, origins) for problem in found]
 
 
 @dataclass(frozen=True)
@@ -474,7 +484,7 @@ def range_problems(config: Any) -> list[Problem]:
         spec, value = specs()[name], getattr(config, name)
         fitting = (int, float) if spec.type is float else spec.type
         try:
-            complaint = _limit_broken(spec, coerce(spec, value))
+            complaint = limit_broken(spec, coerce(spec, value))
             if value is not None and not isinstance(value, fitting):  # text that is a number, say
                 complaint = f"must be {TYPE_NAMES[spec.type]}"
         except ValueError as error:
@@ -497,7 +507,8 @@ def joint_problem(text: str, *names: str) -> list[Problem]:
 LARGEST = 2**31 - 1  # of a whole number without a limit of its own; more cannot be allocated anyway
 
 
-def _limit_broken(spec: Spec, value: Any) -> str | None:
+def limit_broken(spec: Spec, value: Any) -> str | None:
+    """What a value of the right type must be to keep the field's limits; None when it does."""
     limits = spec.limits
     if value is None:
         return None

@@ -93,6 +93,34 @@ GUARDS = [
         "            raise\n",
         "tests/test_checkpoint.py -k damaged_newest",
     ),
+    Guard(
+        "lock of a study",
+        "utils_alg1/utils_search.py",
+        "            with FileLock(self.folder / LOCK_NAME):\n",
+        "            with contextlib.nullcontext():\n",
+        "tests/test_search.py -k last_trial",
+    ),
+    Guard(
+        "lock of a trial, in its process",
+        "utils_alg1/utils_search.py",
+        "                    pass_fds=[self._taken.lock],\n",
+        "",
+        "tests/test_search.py -k holds_its_lock",
+    ),
+    Guard(
+        "replaced trials do not count",
+        "utils_alg1/utils_search.py",
+        "    return [trial for trial in trials if trial.number not in replaced]\n",
+        "    return trials\n",
+        "tests/test_search.py -k dead_trial",
+    ),
+    Guard(
+        "half line of the journal",
+        "utils_alg1/utils_search.py",
+        "            file.truncate(whole)\n",
+        "",
+        "tests/test_search.py -k half_line",
+    ),
 ]
 
 

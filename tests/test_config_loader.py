@@ -506,7 +506,16 @@ def test_the_shipped_folder_has_the_four_files():
 
 # --- nothing is loaded before it is needed ---
 
-LIGHT = ["errors", "parameters", "config", "utils", "utils_alg1.utils_config_loader", "train", "inference"]
+LIGHT = [
+    "errors",
+    "parameters",
+    "config",
+    "utils",
+    "utils_alg1.utils_config_loader",
+    "train",
+    "inference",
+    "search",
+]
 HEAVY = {"torch", "numpy", "yaml", "rich", "aim", "tensorboard", "matplotlib", "safetensors", "optuna"}
 
 IMPORT_ALL = """
@@ -550,7 +559,7 @@ except SystemExit as stop:
 """
 
 
-@pytest.mark.parametrize("script", ["train", "inference"])
+@pytest.mark.parametrize("script", ["train", "inference", "search"])
 def test_help_loads_nothing_heavy(script):
     *text, modules = run_python(HELP, script).splitlines()
     assert text[0].startswith(f"usage: python {script}.py")

@@ -88,7 +88,7 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--config", metavar="PATH", help="a JSON file, or a folder like configs/ (a preset)")
+    add_config_flag(run)
     start = run.add_mutually_exclusive_group()
     start.add_argument("--resume", metavar="RUN", help="continue a run: latest, a run id or a run directory")
     start.add_argument("--init-from", metavar="PATH", help="start from the weights of an exported model")
@@ -97,15 +97,31 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
     volume.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     volume.add_argument("--verbose", action="store_true", help="print what happens inside too")
     run.add_argument("--serve-tensorboard", action="store_true", help="serve TensorBoard while training")
+    add_parameter_flags(parser)
+    namespace, problems = parser.parse_with_suggestions(argv)
+    values, given = split_parameters(namespace)
+    return Options(values=values, problems=problems, **given)
+
+
+def add_config_flag(group: Any) -> None:
+    """The flag that names further settings."""
+    group.add_argument("--config", metavar="PATH", help="a JSON file, or a folder like configs/ (a preset)")
+
+
+def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each parameter, in the groups of PARTS; the parser's default must be SUPPRESS."""
     for part, config_class in PARTS.items():
         group = parser.add_argument_group(part, config_class.__doc__)
         for spec in specs().values():
             if spec.part == part:
                 _add_flag(group, spec)
-    namespace, problems = parser.parse_with_suggestions(argv)
+
+
+def split_parameters(namespace: argparse.Namespace) -> tuple[dict[str, str | bool], dict[str, Any]]:
+    """What was given on the command line: parameters by name, and the rest."""
     given = vars(namespace)
     values = {name: given.pop(name) for name in list(given) if name in specs()}
-    return Options(values=values, problems=problems, **given)
+    return values, given
 
 
 def _add_flag(group: Any, spec: Spec) -> None:
@@ -144,6 +160,11 @@ class ConfigLoader:
         return _load_file(Path(path))
 
     @staticmethod
+    def load_search_space(path: str | Path) -> dict[str, Any]:
+        """Read the YAML or JSON file of a search space. Raises Alg1Error naming file and fault."""
+        return _load_file(Path(path))
+
+    @staticmethod
     def load_configs(config_dir: str | Path = CONFIG_DIR) -> dict[str, Any]:
         """Merge the files of a folder that are there, later ones over earlier: see CONFIG_FILES.
 
@@ -171,6 +192,15 @@ class ConfigLoader:
         Raises:
             Alg1Error: every problem of every source in one message.
         """
+        return Parameters.from_values(*ConfigLoader.merge(options, resumed, initial))
+
+    @staticmethod
+    def merge(
+        options: Options,
+        resumed: dict[str, Any] | None = None,
+        initial: dict[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
+        """What `resolve` builds parameters from: values of the right types, their origins, the problems."""
         if resumed is not None:
             sources = [("resumed run", resumed), *_named_sources(options)]
         else:
@@ -195,7 +225,7 @@ class ConfigLoader:
         if options.serve_tensorboard and values.get("tensorboard") is False:
             text = f"--serve-tensorboard has nothing to show: tensorboard is off ({origins['tensorboard']})"
             problems.append(Problem(text, ()))
-        return Parameters.from_values(values, origins, problems)
+        return values, origins, problems
 
     @staticmethod
     def runs_dir(options: Options) -> str:

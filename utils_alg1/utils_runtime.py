@@ -250,15 +250,20 @@ class StopSignals:
     """
 
     def __init__(
-        self, before_leaving: Sequence[Callable[[], object]] = (), processes: Processes = ALONE
+        self,
+        before_leaving: Sequence[Callable[[], object]] = (),
+        processes: Processes = ALONE,
+        notice: str = "stopping after this step",
     ) -> None:
         """
         Args:
             before_leaving: what must be done even when a second signal ends the process at once.
             processes: a signal to one of them is a signal to all.
+            notice: said at the first signal.
         """
         self.received: int | None = None
         self._processes = processes
+        self._notice = f"\n{notice}; once more to leave at once\n".encode()
         self._before_leaving = before_leaving
         self._previous: dict[int, Any] = {}
 
@@ -279,7 +284,7 @@ class StopSignals:
             os._exit(128 + number)
         self.received = number
         # Not through the console: a handler may interrupt a print, which cannot be entered twice.
-        os.write(2, b"\nstopping after this step; once more to leave at once\n")
+        os.write(2, self._notice)
 
     def heard(self) -> bool:
         """Whether a signal has come, to any process: all of them get the same answer for the same call."""

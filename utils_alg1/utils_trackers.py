@@ -128,6 +128,29 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
             yield row
 
 
+def new_metrics(path: Path, start: int) -> tuple[list[dict[str, float]], int]:
+    """The whole rows of a metrics file that grows, from byte `start` on, and the byte where they end.
+
+    A line that is still being written waits for the next call. Where a resumed run has cut the file back
+    so that no row ends at `start` any more, all rows are new.
+    """
+    rows: list[dict[str, float]] = []
+    if not path.exists():
+        return rows, 0
+    with path.open("rb") as file:
+        file.seek(max(start - 1, 0))
+        if start and file.read(1) != b"\n":
+            start = 0
+            file.seek(0)
+        for line in file:
+            row = _parse_row(line)
+            if row is None:
+                break
+            rows.append(row)
+            start += len(line)
+    return rows, start
+
+
 def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
     """Drop the rows of `step` and later ones: a run that goes on from there writes them again.
 

@@ -1,0 +1,195 @@
+"""Search for better hyperparameters: many short runs of train.py, compared by their validation loss.
+
+    python search.py                                     20 trials of configs/search.yaml
+    python search.py --max-iters 500 --data book.txt     train.py's flags, the same in every trial
+    python search.py --space my.yaml --trials 50         another space (the study is named after the file)
+    python search.py --workers 2                         two trials at a time; or start this on several
+                                                         machines that share the folder
+    python search.py --sampler grid                      every combination; random draws them blindly
+    python search.py --storage sqlite:///search.db       a database instead of searches/NAME/journal.log
+
+The same command again goes on where the last one ended, however it ended. Every trial is an ordinary run.
+Tables, pictures and the best parameters lie in searches/NAME/. Afterwards:
+
+    python train.py --config searches/search/best
+
+Optuna is needed: pip install -e '.[search]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errors import DONE, Alg1Error
+from parameters import Problem, raise_problems
+from utils_alg1.utils_config_loader import (
+    Options,
+    Parser,
+    add_config_flag,
+    add_parameter_flags,
+    split_parameters,
+)
+from utils_alg1.utils_output import Console, leave_if_told, run_script
+
+if TYPE_CHECKING:
+    from utils_alg1.utils_search_space import Plan
+
+SEARCHES_DIR = Path("searches")
+LONGEST_NAME = 40  # characters of a study's name: it begins the tags of the runs
+
+
+@dataclass
+class SearchOptions:
+    """The command line of search.py: what to search and how, and train.py's flags for every trial."""
+
+    space: str = "configs/search.yaml"
+    study: str = ""
+    trials: int = 20
+    workers: int = 1
+    sampler: str = "tpe"
+    sampler_seed: int = 0
+    prune: bool = True
+    storage: str | None = None
+    training: Options = field(default_factory=Options)
+
+    @property
+    def name(self) -> str:
+        return self.study or Path(self.space).stem
+
+
+def parse_command_line(argv: list[str] | None = None) -> SearchOptions:
+    """Read search.py's command line. The values of train.py's flags stay text: they are checked later.
+
+    Raises:
+        Alg1Error: unknown flags, or values out of range.
+        SystemExit: after --help.
+    """
+    parser = Parser(
+        prog="python search.py",
+        usage="python search.py [--flag VALUE ...]",
+        description="Search for better hyperparameters: many short runs, compared by their val loss.",
+        epilog="The flags below `search` are train.py's: they hold for every trial.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    search = parser.add_argument_group("search")
+    search.add_argument("--space", metavar="PATH", help="what is searched (configs/search.yaml)")
+    search.add_argument("--study", metavar="NAME", help="of its folder in searches/ (the space file's name)")
+    search.add_argument("--trials", type=int, metavar="N", help="in all, those of earlier starts too (20)")
+    search.add_argument("--workers", type=int, metavar="N", help="trials at a time (1)")
+    samplers = ("tpe", "random", "grid")
+    search.add_argument(
+        "--sampler", choices=samplers, help="what chooses the next trial; tpe is Bayesian (tpe)"
+    )
+    search.add_argument("--sampler-seed", type=int, metavar="N", help="of its draws (0)")
+    search.add_argument(
+        "--no-prune", dest="prune", action="store_false", help="let hopeless trials run to their end"
+    )
+    search.add_argument(
+        "--storage", metavar="PATH|URL", help="a journal file or a database (the study's own)"
+    )
+    add_config_flag(search)
+    add_parameter_flags(parser)
+    namespace, problems = parser.parse_with_suggestions(argv)
+    values, given = split_parameters(namespace)
+    training = Options(values=values, config=given.pop("config", None))
+    options = SearchOptions(training=training, **given)
+    raise_problems([*problems, *problems_of(options)], f"{parser.prog} --help lists every flag")
+    return options
+
+
+def problems_of(options: SearchOptions) -> list[Problem]:
+    """What is wrong with search.py's own flags."""
+    from utils_alg1.utils_run_manager import sanitise_tag
+
+    problems = [
+        Problem(f"--{name.replace('_', '-')} {value}: must be at least {lowest}", ())
+        for name, value, lowest in (
+            ("trials", options.trials, 1),
+            ("workers", options.workers, 1),
+            ("sampler_seed", options.sampler_seed, 0),
+        )
+        if value < lowest
+    ]
+    if sanitise_tag(options.name) != options.name or not 0 < len(options.name) <= LONGEST_NAME:
+        wanted = f"letters, digits, - _ and . within, at most {LONGEST_NAME}"
+        problems.append(Problem(f"--study {options.name!r}: must be a name of {wanted}", ()))
+    return problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    # 1. Command line and space, checked before anything is created.
+    options = parse_command_line(argv)
+    require_optuna()
+    from utils_alg1 import utils_search, utils_search_report, utils_search_space
+    from utils_alg1.utils_runtime import StopSignals
+
+    space = utils_search_space.read_space(options.space, options.sampler == "grid")
+    plan = utils_search_space.make_plan(space, options.training)
+
+    # 2. The study: a new one, or one that goes on.
+    settings = utils_search.Settings(
+        options.name,
+        SEARCHES_DIR / options.name,
+        options.storage,
+        options.trials,
+        options.sampler,
+        options.sampler_seed,
+        options.prune,
+    )
+    study = utils_search.Study(plan, settings)
+    with contextlib.closing(Console()) as console:
+        console.log_to(study.folder / "search.log")
+        console.start(utils_search_report.describe_start(study, options.space, options.workers))
+        if plan.no_defaults and options.sampler != "grid":
+            console.say(f"the defaults are not tried, they are outside the space: {plan.no_defaults}")
+
+        # 3. Trials, until all have ended or a signal comes.
+        search = utils_search.Search(study, console, threads_of_a_trial(plan, options.workers))
+        with StopSignals(notice="stopping: the trials save and leave") as signals:
+            leave_if_told()
+            utils_search.run_workers(search, options.workers, lambda: signals.received is not None)
+        n_finished = len(study.finished())
+        if signals.received and n_finished < study.wanted:
+            again = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])
+            console.say(f"stopped after {n_finished} of {study.wanted} trials; go on with: {again}")
+            return signals.exit_code
+
+        # 4. Tables, pictures and the best parameters.
+        utils_search_report.write_results(study, console)
+        utils_search_report.show_table(study, console)
+        console.start(utils_search_report.describe_end(study))
+        return DONE
+
+
+def require_optuna() -> None:
+    """Raise Alg1Error where Optuna is not installed; keep it quiet where it is."""
+    try:
+        import optuna
+    except ImportError:
+        raise Alg1Error(
+            "search.py needs Optuna, which is not installed", "pip install -e '.[search]'"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # In Optuna 4 the sampler's way of serving several workers counts as experimental.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+def threads_of_a_trial(plan: Plan, n_workers: int) -> int | None:
+    """A fair share of the cores for each of several workers; None where a parameter or train.py decides."""
+    if n_workers == 1 or "threads" in plan.given.values or plan.fixed.get("threads") != 0:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // n_workers)
+
+
+if __name__ == "__main__":
+    run_script(main)

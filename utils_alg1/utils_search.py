@@ -1,0 +1,600 @@
+"""The work of a hyperparameter search: the study on disk, and its trials, each a run.
+
+searches/NAME/
+    journal.log   every trial, for all workers to read and write (unless --storage names another place)
+    trials/       NUMBER.log: what the trial's train.py printed; NUMBER.lock: held while the trial lives
+    results.csv   results.md   history.png   importance.png   slice.png   search.log
+    best/         the best parameters as a preset for train.py --config
+
+A trial's lock is held by the worker and by the trial's process. So a trial that is marked as running while
+its lock is free is dead, wherever it ran, and gets a replacement that goes on with its run. A replaced trial
+does not count. Trials are counted and asked for under one lock: no two workers ask for the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from errors import CANNOT_TRAIN, DISK_FAILED, DONE, Alg1Error, disk_error, first_line
+from files import write_atomically
+from parameters import read_json_object, shown, specs
+from utils_alg1.utils_output import Console
+from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, checkpoint_dir, list_runs, make_folder
+from utils_alg1.utils_search_space import MAY_VARY, Plan, grid_points
+from utils_alg1.utils_trackers import new_metrics
+
+if TYPE_CHECKING:
+    import optuna
+
+TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
+POLL = 0.2  # seconds between looks at a trial's process and metrics
+PATIENCE = 120.0  # seconds that a trial's process may take to save and leave
+STARTUP_TRIALS = 5  # completed ones before any is pruned
+WARMUP_SHARE = 0.25  # of a run's steps, before which it is not pruned
+HOPELESS_AFTER = 3  # trials that all fail for one reason
+
+
+# --- the study on disk --------------------------------------------------------------------------------
+
+
+class JournalLock:
+    """Lets one process at a time append to the journal, and drops the half line that a killed one left.
+
+    Optuna's own locks are files that outlive the process that made them; this one ends with its process.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lock = FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        with self._path.open("r+b") as file:
+            whole = file.seek(0, os.SEEK_END)
+            while whole and file.seek(whole - 1) >= 0 and file.read(1) != b"\n":
+                whole -= 1
+            file.truncate(whole)
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def open_storage(where: str) -> Any:
+    """Optuna's storage: a database for a URL, a journal for a path.
+
+    Raises:
+        Alg1Error: it cannot be opened.
+    """
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    try:
+        if "://" in where:
+            return optuna.storages.RDBStorage(where)
+        path = Path(where).absolute()
+        make_folder(path.parent)
+        lock: Any = JournalLock(path)
+        return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    except Alg1Error:
+        raise
+    except Exception as error:  # each database has errors of its own
+        raise Alg1Error(
+            f"--storage {where}: {first_line(error)}", "name a file, or a database URL (sqlite:///a.db)"
+        ) from None
+
+
+def take_lock(path: Path) -> int | None:
+    """A file descriptor that holds a trial's lock; None where another one does.
+
+    Not a FileLock: a child that inherits this descriptor keeps the lock when its parent is killed.
+    """
+    import fcntl
+
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise disk_error(f"lock {path}", error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@dataclass
+class Taken:
+    """A trial in this worker's hands: its values, and the descriptor that holds its lock."""
+
+    trial: optuna.Trial
+    drawn: dict[str, Any]
+    lock: int
+
+
+def counted(trials: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
+    """The trials without those that another one has replaced."""
+    replaced = {trial.user_attrs.get("replaces") for trial in trials}
+    return [trial for trial in trials if trial.number not in replaced]
+
+
+@dataclass
+class Settings:
+    """How a search is run; unlike the plan, each start may choose anew."""
+
+    name: str
+    folder: Path
+    storage: str | None = None
+    trials: int = 20
+    sampler: str = "tpe"
+    seed: int = 0
+    prune: bool = True
+
+
+class Study:
+    """An Optuna study in a folder that every worker shares.
+
+    Raises:
+        Alg1Error: it has begun with another plan or in another folder, or cannot be opened.
+    """
+
+    def __init__(self, plan: Plan, settings: Settings):
+        import optuna
+
+        self.plan, self.settings = plan, settings
+        self.folder = settings.folder
+        self.wanted = settings.trials
+        self._grid: list[dict[str, Any]] = []
+        if settings.sampler == "grid":
+            self._grid = grid_points(plan.space, settings.seed)
+            self.wanted = min(self.wanted, len(self._grid))
+        make_folder(self.folder / "trials")
+        storage = open_storage(settings.storage or str(self.folder / "journal.log"))
+        with self._alone():
+            self.optuna = optuna.create_study(
+                storage=storage,
+                study_name=settings.name,
+                direction="minimize",
+                load_if_exists=True,
+                pruner=self._pruner(),
+            )
+            self._check_folder()
+            self._check_plan()
+            if plan.defaults and not self._grid and not self.optuna.trials:
+                self._enqueue(plan.defaults, {"defaults": True})
+            if "plan" not in self.optuna.user_attrs:
+                self.optuna.set_user_attr("plan", plan.describe())
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            with FileLock(self.folder / LOCK_NAME):
+                yield
+        except OSError as error:
+            raise disk_error(f"use {self.folder}", error) from error
+
+    def _pruner(self) -> optuna.pruners.BasePruner:
+        import optuna
+
+        if not self.settings.prune:
+            return optuna.pruners.NopPruner()
+        steps = int(WARMUP_SHARE * self.plan.fixed.get("max_iters", 0))
+        return optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=max(1, steps))
+
+    def _sampler(self, n_trials: int) -> optuna.samplers.BaseSampler:
+        """A sampler for the next trial: one stream of draws in every process would repeat its values."""
+        import optuna
+
+        seed = (self.settings.seed + n_trials) % 2**32
+        if self.settings.sampler == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    def _check_folder(self) -> None:
+        """A study is one folder, since its locks are there: refuse a database's study from another one."""
+        path = self.folder / "study.id"
+        if not path.exists():
+            write_atomically(path, uuid.uuid4().hex.encode())
+        own, other = path.read_text(), self.optuna.user_attrs.get("folder")
+        if other not in (None, own):
+            raise Alg1Error(
+                f"the study {self.settings.name} of --storage belongs to another folder than {self.folder}",
+                "run in the folder where it was begun (machines share it), or name another --study",
+            )
+        self.optuna.set_user_attr("folder", own)
+
+    def _check_plan(self) -> None:
+        new, old = self.plan.describe(), self.optuna.user_attrs.get("plan")
+        if old is None:
+            return
+        known = {name: spec.default for name, spec in specs().items()}  # a parameter may be new since then
+        before, after = known | old, known | new
+        changes = [
+            f"{name}: {shown(before[name])} -> {shown(after.get(name))}"
+            for name in before
+            if before[name] != after.get(name) and name not in MAY_VARY
+        ]
+        if changes:
+            raise Alg1Error(
+                f"the study {self.settings.name} has begun with other settings: {', '.join(changes)}",
+                f"name another --study, or remove {self.folder} to forget that one",
+            )
+
+    def _enqueue(self, parameters: dict[str, Any], attributes: dict[str, Any]) -> None:
+        self.optuna.enqueue_trial(parameters, user_attrs={**attributes, "parameters": parameters})
+
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """Every trial that counts."""
+        return counted(self.optuna.get_trials(deepcopy=False))
+
+    def finished(self) -> list[optuna.trial.FrozenTrial]:
+        """Every trial that counts and has ended."""
+        return [trial for trial in self.trials() if trial.state.is_finished()]
+
+    def someone_is_running(self) -> bool:
+        """Whether a worker, of this process or another, is at a trial."""
+        return any(trial.state.name == "RUNNING" for trial in self.trials())
+
+    def take_trial(self) -> Taken | None:
+        """The next trial; None when all are taken."""
+        with self._alone():
+            self._replace_the_dead()
+            trials = self.trials()
+            waiting = [trial for trial in trials if trial.state.name == "WAITING"]
+            if len(trials) - len(waiting) >= self.wanted:
+                return None
+            if self._grid and not waiting and not self._enqueue_from_grid():
+                return None
+            self.optuna.sampler = self._sampler(len(trials))
+            trial = self.optuna.ask()
+            lock = take_lock(self.trial_file(trial.number, "lock"))
+            if lock is None:
+                raise Alg1Error(
+                    f"trial {trial.number} of an earlier search in {self.folder} still runs",
+                    "wait for it, or end it",
+                )
+            return Taken(trial, {n: domain.suggest(trial, n) for n, domain in self.plan.space.items()}, lock)
+
+    def trial_file(self, number: int, kind: str) -> Path:
+        return self.folder / "trials" / f"{number}.{kind}"
+
+    def _enqueue_from_grid(self) -> bool:
+        """Queue the next point that no trial has; False when there is none."""
+        tried = [parameters_of(trial) for trial in self.optuna.get_trials(deepcopy=False)]
+        for point in self._grid:
+            if point not in tried:
+                self._enqueue(point, {})
+                return True
+        return False
+
+    def _replace_the_dead(self) -> None:
+        """End each running trial whose lock is free, and queue one that goes on with its run.
+
+        Killed between any two of these lines, the next worker does what is left.
+        """
+        import optuna
+
+        everyone = self.optuna.get_trials(deepcopy=False)
+        replaced = {trial.user_attrs.get("replaces") for trial in everyone}
+        for trial in everyone:
+            if trial.state.name != "RUNNING":
+                continue
+            lock = take_lock(self.trial_file(trial.number, "lock"))
+            if lock is None:
+                continue
+            try:
+                if trial.number not in replaced:
+                    known = trial.user_attrs
+                    kept: dict[str, Any] = {n: known[n] for n in ("defaults", "tag") if n in known}
+                    self._enqueue(parameters_of(trial), {**kept, "replaces": trial.number})
+                self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            finally:
+                os.close(lock)
+
+
+def parameters_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """The searched parameters of a trial, also of one that has only been queued."""
+    return {**trial.user_attrs.get("parameters", {}), **trial.params}
+
+
+# --- trials -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """How a trial ended: "COMPLETE" with a loss, or "PRUNED" or "FAIL" with a reason.
+
+    Attributes:
+        exit_code: of the trial's process.
+    """
+
+    state: str
+    loss: float | None = None
+    reason: str = ""
+    exit_code: int = DONE
+
+
+@dataclass
+class Search:
+    """The workers of this process, at a study that others may work at too."""
+
+    study: Study
+    console: Console
+    threads: int | None = None  # of each trial's process; None leaves that to the parameters
+    stop: threading.Event = field(default_factory=threading.Event)
+    _telling: threading.Lock = field(default_factory=threading.Lock)
+
+    def work(self) -> None:
+        """Ask, run, tell; until every trial has ended, wherever it runs, or `stop` is set.
+
+        Raises:
+            Alg1Error: no trial can succeed, or the storage failed.
+        """
+        import optuna
+
+        try:
+            while not self.stop.is_set():
+                taken = self.study.take_trial()
+                if taken:
+                    self._run_taken(taken)
+                elif self.study.someone_is_running():
+                    self.stop.wait(POLL)
+                else:
+                    return
+        except optuna.exceptions.StorageInternalError as error:
+            raise Alg1Error(f"the storage failed: {first_line(error)}", None, DISK_FAILED) from error
+
+    def _run_taken(self, taken: Taken) -> None:
+        try:
+            refusal = self.study.plan.refusal(taken.drawn)
+            if refusal:
+                taken.trial.set_user_attr("refused", True)
+                outcome: Outcome | None = Outcome("PRUNED", reason=refusal)
+            else:
+                outcome = TrialRun(self.study, taken, self.threads, self.stop).finish()
+            if outcome:  # else it was stopped, and waits for the next start
+                self._tell(taken, outcome)
+        finally:
+            os.close(taken.lock)
+
+    def _tell(self, taken: Taken, outcome: Outcome) -> None:
+        import optuna
+
+        if outcome.reason:
+            taken.trial.set_user_attr("reason", outcome.reason)
+        with self._telling:
+            state = optuna.trial.TrialState[outcome.state]
+            told = self.study.optuna.tell(taken.trial, outcome.loss, state, skip_if_finished=True)
+            finished = self.study.finished()
+            best = best_of(finished)
+            line = f"trial {told.number:3d}  {state_of(told):8}  {loss_of(told):>8}  {in_words(taken.drawn)}"
+            line += f"  ({outcome.reason})" if outcome.reason else ""
+            self.console.say(line + ("  best" if best and best.number == told.number else ""))
+        reasons = {trial.user_attrs.get("reason") for trial in finished}
+        failed = all(trial.state.name == "FAIL" for trial in finished)
+        if failed and len(finished) >= HOPELESS_AFTER and len(reasons) == 1:
+            raise Alg1Error(
+                f"the first {len(finished)} trials have all failed: {outcome.reason}",
+                f"their output is in {self.study.folder / 'trials'}; mend that and start again",
+                outcome.exit_code if outcome.exit_code > 0 else CANNOT_TRAIN,
+            )
+
+
+class TrialRun:
+    """A trial as a process of train.py, from its start, or from where a dead worker left it, to its end."""
+
+    def __init__(self, study: Study, taken: Taken, threads: int | None, stop: threading.Event):
+        self._study, self._taken, self._stop = study, taken, stop
+        self._trial = taken.trial
+        self._threads = [] if threads is None else [f"--threads={threads}"]
+        self._log = study.trial_file(taken.trial.number, "log")
+        self._run: Path | None = None
+        self._read, self._reported = 0, -1  # bytes of the metrics, and the last step told to Optuna
+
+    def finish(self) -> Outcome | None:
+        """Run it to its end; None when `stop` came first."""
+        command = self._command()
+        if command is None:
+            return self._result()
+        with self._start(command) as child:
+            pruned = self._follow(child)
+            code = self._end(child) if pruned or self._stop.is_set() else child.wait()
+        if code == DONE:
+            return self._result()
+        if self._stop.is_set():
+            return None
+        self._report()
+        if pruned and code in (128 + signal.SIGTERM, -signal.SIGTERM):
+            return Outcome("PRUNED")
+        return Outcome("FAIL", None, self._last_words(code), code)
+
+    def _command(self) -> list[str] | None:
+        """The words to start the process with; None when a dead worker's run is already finished."""
+        plan = self._study.plan
+        self._find_run()
+        if self._run:
+            self._wait_until_free(self._run)
+            if (self._run / "eval" / "final.json").exists():
+                return None
+            if any(checkpoint_dir(self._run).glob("step_*.safetensors")):
+                return ["--resume", str(self._run), *self._threads]
+        self._run = None
+        tag = f"{self._study.settings.name}-{self._trial.number}"
+        earlier = [run.name for run in runs_tagged(plan.fixed["runs_dir"], tag)]
+        self._trial.set_user_attr("tag", {"words": tag, "not": earlier})
+        config = [] if plan.given.config is None else [f"--config={plan.given.config}"]
+        values = plan.options(self._taken.drawn).values
+        words = [flag_word(name, value) for name, value in values.items()]
+        return [*config, *words, f"--run-tag={tag}", *self._threads]
+
+    def _start(self, words: list[str]) -> subprocess.Popen[bytes]:
+        """Start the process in a session of its own, so that Ctrl-C reaches search.py alone."""
+        command = [sys.executable, str(TRAIN_SCRIPT), *words, "--quiet"]
+        try:
+            with self._log.open("wb") as log:
+                return subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=[self._taken.lock],
+                )
+        except OSError as error:
+            raise disk_error(f"start trial {self._trial.number}", error) from error
+
+    def _follow(self, child: subprocess.Popen[bytes]) -> bool:
+        """Watch the process until it ends, or `stop` is set, or the trial is hopeless: then True."""
+        compared_with = "defaults" in self._trial.user_attrs  # what is gained is counted from its result
+        while child.poll() is None and not self._stop.is_set():
+            if self._report() and not compared_with and self._trial.should_prune():
+                return True
+            self._stop.wait(POLL)
+        return False
+
+    def _report(self) -> bool:
+        """Tell Optuna what the run has newly evaluated; whether there was anything."""
+        self._find_run()
+        if self._run is None:
+            return False
+        rows, self._read = new_metrics(self._run / "logs" / "metrics.jsonl", self._read)
+        news = False
+        for row in rows:
+            if "loss/val" in row and row["step"] > self._reported:
+                self._reported = int(row["step"])
+                self._trial.report(row["loss/val"], self._reported)
+                news = True
+        return news
+
+    def _find_run(self) -> None:
+        """Look for the run by its tag, among those that were not there before the trial."""
+        tag = self._trial.user_attrs.get("tag") if self._run is None else None
+        if tag:
+            runs = runs_tagged(self._study.plan.fixed["runs_dir"], tag["words"])
+            new = [run for run in runs if run.name not in tag["not"]]
+            self._run = new[-1] if new else None
+            if self._run:
+                self._trial.set_user_attr("run", str(self._run))
+
+    def _wait_until_free(self, run: Path) -> None:
+        """Wait for a process that has outlived its worker, where it could not keep the trial's lock."""
+        lock = FileLock(run / LOCK_NAME, timeout=0)
+        while not self._stop.is_set():
+            try:
+                with lock:
+                    return
+            except Timeout:
+                self._stop.wait(POLL)
+            except OSError as error:
+                raise disk_error(f"lock {run}", error) from error
+
+    def _end(self, child: subprocess.Popen[bytes]) -> int:
+        """Let the process save and leave."""
+        child.terminate()
+        try:
+            return child.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return child.wait()
+
+    def _result(self) -> Outcome:
+        """What the finished run has reached."""
+        self._report()
+        if self._run is None:
+            return Outcome("FAIL", None, f"its run is not in {self._study.plan.fixed['runs_dir']}")
+        try:
+            loss = read_json_object(self._run / "eval" / "final.json")["best_val_loss"]
+        except (Alg1Error, KeyError) as error:
+            return Outcome("FAIL", None, f"no result: {first_line(error)}")
+        return Outcome("COMPLETE", loss)
+
+    def _last_words(self, code: int) -> str:
+        """Why the process failed: its error line, or else the last one."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+        spoken = [line.strip() for line in lines if line.strip()]
+        errors = [line.removeprefix("error: ") for line in spoken if line.startswith("error: ")]
+        if code < 0:
+            return f"killed by signal {-code}"
+        return (errors or spoken or [f"exit code {code}"])[-1][:300]
+
+
+def runs_tagged(runs_dir: str | Path, tag: str) -> list[Path]:
+    """The runs whose name ends with a tag, oldest first."""
+    found = ((RUN_ID.fullmatch(run.name), run) for run in list_runs(runs_dir))
+    return [run for match, run in found if match and match[3] == tag]
+
+
+def flag_word(name: str, value: Any) -> str:
+    """A parameter as one word of train.py's command line."""
+    flag = specs()[name].flag
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    return f"{flag}={value}"
+
+
+def state_of(trial: optuna.trial.FrozenTrial) -> str:
+    """A word for how a trial ended."""
+    words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+    return "refused" if trial.user_attrs.get("refused") else words.get(trial.state.name, "running")
+
+
+def loss_reached(trial: optuna.trial.FrozenTrial) -> float | None:
+    """The result of a complete trial, and the lowest loss on the way of another; None where there is none."""
+    if trial.state.name == "COMPLETE":
+        return trial.value
+    return min(trial.intermediate_values.values(), default=None)
+
+
+def loss_of(trial: optuna.trial.FrozenTrial) -> str:
+    """The loss as a table shows it."""
+    loss = loss_reached(trial)
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def best_of(trials: list[optuna.trial.FrozenTrial]) -> optuna.trial.FrozenTrial | None:
+    """The complete trial with the lowest loss."""
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    return min(complete, key=lambda trial: (trial.value, trial.number), default=None)
+
+
+def in_words(parameters: dict[str, Any]) -> str:
+    """Parameters as a line shows them."""
+    return " ".join(f"{name}={short(value)}" for name, value in parameters.items())
+
+
+def short(value: Any) -> str:
+    """A value as a table shows it."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def run_workers(search: Search, n_workers: int, asked_to_stop: Callable[[], bool]) -> None:
+    """Let workers share the trials out among themselves; the first failure of one stops all.
+
+    Raises:
+        Alg1Error: see Search.work.
+    """
+    from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+    with ThreadPoolExecutor(n_workers) as pool:
+        futures = running = {pool.submit(search.work) for _ in range(n_workers)}
+        try:
+            while running:
+                done, running = wait(running, timeout=POLL, return_when=FIRST_EXCEPTION)
+                if asked_to_stop() or any(future.exception() for future in done):
+                    search.stop.set()
+        finally:
+            search.stop.set()  # whatever ended the waiting: no worker stays behind
+    for future in futures:
+        future.result()
