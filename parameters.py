@@ -279,7 +279,7 @@ class TensorBoardConfig:
         1000, "steps between views of the token embeddings; 0 keeps none", minimum=0, may_change=True
     )
     sample_interval: int = setting(
-        500, "steps between samples of generated text; 0 draws none", minimum=0, may_change=True
+        1000, "steps between samples of generated text; 0 draws none", minimum=0, may_change=True
     )
     gradient_norm_interval: int = setting(
         10, "steps between points of the gradient's norm; 0 has none", minimum=0, may_change=True

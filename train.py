@@ -15,26 +15,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import CANNOT_TRAIN, DONE, Alg1Error
-from files import write_json
-from parameters import due, raise_problems, specs
+from errors import DONE, Alg1Error
+from parameters import due, raise_problems
 from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
 from utils_alg1.utils_output import Console, leave_if_told, run_script
-from utils_alg1.utils_processes import Processes, launch_command, start_processes
+from utils_alg1.utils_processes import Processes, start_processes
 
 if TYPE_CHECKING:
     from data import Corpus
     from parameters import Parameters
     from utils_alg1.utils_checkpoint import CheckpointStore, Start
     from utils_alg1.utils_observations import Observer
-    from utils_alg1.utils_run_manager import Run
     from utils_alg1.utils_runtime import Runtime, StopSignals
-    from utils_alg1.utils_trackers import Trackers
     from utils_alg1.utils_training import Progress, Trainer
 
 
@@ -139,15 +134,16 @@ def run_phases(
     run.begun = True
     try:
         with utils_runtime.memory_guard(params), processes.loss_of_others():
-            loop(trainer, progress, trackers, observer, store, params, about, signals, console)
+            loop(trainer, progress, observer, store, about, signals, console)
     except Alg1Error as error:
-        raise with_the_way_on(error, store, run, processes) from error
+        raise utils_report.with_the_way_on(error, store, run, processes) from error
     if signals.received and progress.step < params.train.max_iters:
-        console.say(f"stopped at step {progress.step}; go on with: {resume_command(run, processes)}")
+        way_on = utils_report.resume_command(run, processes)
+        console.say(f"stopped at step {progress.step}; go on with: {way_on}")
         return signals.exit_code
 
     # 12. Export.
-    exported = export(trainer, progress, store, run, params, console)
+    exported = utils_report.export_weights(trainer, progress, store, run, params, console)
     samples = utils_report.draw_samples(trainer.model, params.train.seed)
     utils_report.write_results(run, progress, trainer.tokens_per_step, exported, samples)
     utils_report.try_loss_curve(run, console)
@@ -188,7 +184,7 @@ def follow(processes: Processes) -> int:
         observer = utils_observations.Observer(trainer, silent, params.tensorboard, console.warn)
         signals = utils_runtime.StopSignals(processes=processes)
         with signals, processes.loss_of_others(), utils_runtime.memory_guard(params):
-            loop(trainer, progress, silent, observer, store, params, {}, signals, console)
+            loop(trainer, progress, observer, store, {}, signals, console)
     except Alg1Error as error:
         message = f"process {processes.rank} of 0 to {processes.world_size - 1}: {error.message}"
         raise Alg1Error(message, error.hint, error.exit_code) from error
@@ -226,16 +222,14 @@ def build_trainer(
 def loop(
     trainer: Trainer,
     progress: Progress,
-    trackers: Trackers,
     observer: Observer,
     store: CheckpointStore,
-    params: Parameters,
     about: dict[str, Any],
     signals: StopSignals,
     console: Console,
 ) -> None:
     """Evaluate, save, take a step; until max_iters, a signal or lost patience."""
-    config = params.train
+    config, trackers = trainer.config, observer.trackers
     console.begin_progress(progress.step, config.max_iters)
     trainer.clock.start(progress)
     while True:
@@ -268,51 +262,6 @@ def loop(
         trainer.update(step)
         progress.step += 1
         console.progress(progress.step, loss)
-
-
-def export(
-    trainer: Trainer,
-    progress: Progress,
-    store: CheckpointStore,
-    run: Run,
-    params: Parameters,
-    console: Console,
-) -> dict[str, Any]:
-    """Write the best or the last weights where inference.py finds them; returns what they are."""
-    model, evaluation = trainer.model, progress.evaluation
-    assert evaluation is not None  # the loop ends with one
-    exported: dict[str, Any] = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
-    if params.train.export == "best":
-        try:
-            if progress.best_step != progress.step:
-                store.load_best(progress).load_model(model)
-            best = {"weights": "best", "step": progress.best_step, "val_loss": progress.best_val}
-            exported = best
-        except Alg1Error as error:
-            console.warn(f"{error.message}; exporting the last weights instead of the best")
-    model.provenance = {"run_id": run.run_id, **exported}
-    model.save_safetensors(run.export_path)
-    write_json(run.export_path.with_name("config.json"), dataclasses.asdict(model.config))
-    if params.train.output:
-        model.save_safetensors(params.train.output)
-    return exported
-
-
-def with_the_way_on(error: Alg1Error, store: CheckpointStore, run: Run, processes: Processes) -> Alg1Error:
-    """The error, with what to do with the checkpoints that the run has."""
-    if store.newest_step is None:
-        return error
-    way_on = f"then go on: {resume_command(run, processes)}"
-    if error.exit_code == CANNOT_TRAIN:  # what helps there, a resumed run may not change
-        way_on = f"its newest weights, for --init-from: {store.path(store.newest_step)}"
-    return Alg1Error(error.message, f"{error.hint or 'mend that'}; {way_on}", error.exit_code)
-
-
-def resume_command(run: Run, processes: Processes) -> str:
-    """What to type to continue a run."""
-    in_default_folder = run.path.parent == Path(specs()["runs_dir"].default)
-    name = run.run_id if in_default_folder else shlex.quote(str(run.path))
-    return f"{launch_command(processes)} --resume {name}"
 
 
 if __name__ == "__main__":

@@ -232,10 +232,10 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
             os.kill(os.getpid(), signal.SIGINT)
         update(trainer, step)
 
-    def wait_and_loop(trainer, progress, trackers, *rest):
-        trackers.copies["aim"].start_flush().wait(60)
-        assert trackers.copies["aim"].started
-        loop(trainer, progress, trackers, *rest)
+    def wait_and_loop(trainer, progress, observer, *rest):
+        observer.trackers.copies["aim"].start_flush().wait(60)
+        assert observer.trackers.copies["aim"].started
+        loop(trainer, progress, observer, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", stop)

@@ -233,7 +233,7 @@ LIMITS = [
     ("compile", "on", "yes", "must be one of auto, on, off"),
     ("threads", 0, -1, "must be at least 0"),
     ("threads", 1024, 1025, "must be at most 1024"),
-    ("optimizer", "sgd", "adam", "must be one of adamw, sgd"),
+    ("optimizer", "sgd", "adam", "must be one of adamw, sgd, muon"),
     ("weight_decay", 0.0, -1.0, "must be at least 0"),
     ("beta1", 0.0, 1.0, "must be below 1"),
     ("beta2", 0.5, -0.5, "must be at least 0"),

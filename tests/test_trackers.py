@@ -602,11 +602,11 @@ def seen(monkeypatch) -> list[Trackers]:
     runs: list[Trackers] = []
     loop = script.loop
 
-    def wait_and_loop(trainer, progress, trackers, *rest):
-        runs.append(trackers)
-        for copy in trackers.copies.values():
+    def wait_and_loop(trainer, progress, observer, *rest):
+        runs.append(observer.trackers)
+        for copy in observer.trackers.copies.values():
             copy.start_flush().wait(utils_trackers.PATIENCE)
-        loop(trainer, progress, trackers, *rest)
+        loop(trainer, progress, observer, *rest)
 
     monkeypatch.setattr(script, "loop", wait_and_loop)
     return runs

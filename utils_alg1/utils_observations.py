@@ -128,12 +128,15 @@ class Observer:
     """Shows the trackers what is due at a step; does nothing in the others.
 
     A look that fails costs one warning and never the run.
+
+    Attributes:
+        trackers: those that are shown it.
     """
 
     def __init__(
         self, trainer: Trainer, trackers: Trackers, config: TensorBoardConfig, warn: Callable[[str], None]
     ):
-        self._trainer, self._trackers, self._config = trainer, trackers, config
+        self.trackers, self._trainer, self._config = trackers, trainer, config
         self._guard = Guard("looking at the model", warn)
         self._looks = [
             (config.activation_interval, self._show_activations),
@@ -157,17 +160,17 @@ class Observer:
             norm = float(self._trainer.gradient_norm)
             if math.isfinite(norm):  # with float16 it may overflow, and the update is skipped
                 values["gradient_norm"] = norm
-        self._trackers.log_scalars(values, step)
+        self.trackers.log_scalars(values, step)
         if due(step, self._config.histogram_interval):
             self._attempt(self._show_parameters, step)
 
     def _log_speed(self, step: int) -> None:
         speed = self._trainer.clock.speed(step)
         if speed is not None:
-            self._trackers.log_scalars({"tokens_per_second": speed}, step)
+            self.trackers.log_scalars({"tokens_per_second": speed}, step)
 
     def _attempt(self, look: Callable[[int], None], step: int) -> None:
-        if self._trackers.working:
+        if self.trackers.working:
             with self._trainer.clock.aside():
                 self._guard.attempt(look, step)
 
@@ -177,16 +180,16 @@ class Observer:
         return idx[: max(1, OBSERVED_TOKENS // idx.shape[1])]
 
     def _show_parameters(self, step: int) -> None:
-        self._trackers.log_model_histograms(self._trainer.model, step)
+        self.trackers.log_model_histograms(self._trainer.model, step)
 
     def _show_activations(self, step: int) -> None:
-        self._trackers.log_histograms(activation_histograms(self._trainer.model, self._tokens()), step)
+        self.trackers.log_histograms(activation_histograms(self._trainer.model, self._tokens()), step)
 
     def _show_attention(self, step: int) -> None:
-        self._trackers.log_images(attention_pictures(self._trainer.model, self._tokens()), step)
+        self.trackers.log_images(attention_pictures(self._trainer.model, self._tokens()), step)
 
     def _show_embedding(self, step: int) -> None:
-        self._trackers.log_embedding(token_embedding(self._trainer.model), step)
+        self.trackers.log_embedding(token_embedding(self._trainer.model), step)
 
     def _show_sample(self, step: int) -> None:
         model = self._trainer.model
@@ -195,4 +198,4 @@ class Observer:
             drawable = model(self._tokens())[0].isfinite().all()
         if drawable:
             text = sample_text(model, self._trainer.config.seed)
-            self._trackers.log_texts({"samples": text}, step)
+            self.trackers.log_texts({"samples": text}, step)

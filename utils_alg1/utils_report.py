@@ -10,19 +10,21 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import first_line
+from errors import CANNOT_TRAIN, Alg1Error, first_line
 from files import write_atomically, write_json
 from model import BigramLanguageModel
 from parameters import Parameters, specs
 from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.utils_observations import draw_texts
 from utils_alg1.utils_output import Console, loss_in_words
+from utils_alg1.utils_processes import Processes, launch_command
 from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
 from utils_alg1.utils_trackers import read_metrics
 from utils_tensorboard.instructions import instructions as tensorboard_instructions
 
 if TYPE_CHECKING:
     from data import Corpus
+    from utils_alg1.utils_checkpoint import CheckpointStore
     from utils_alg1.utils_runtime import Runtime
     from utils_alg1.utils_training import Progress, Trainer
 
@@ -96,6 +98,34 @@ def write_results(
     write_json(run.eval_dir / "final.json", final)
     text = "\n\n".join(f"--- sample {i + 1}\n{sample}" for i, sample in enumerate(samples)) + "\n"
     write_atomically(run.eval_dir / "samples.txt", text.encode("utf-8", "surrogatepass"))
+
+
+def export_weights(
+    trainer: Trainer,
+    progress: Progress,
+    store: CheckpointStore,
+    run: Run,
+    params: Parameters,
+    console: Console,
+) -> dict[str, Any]:
+    """Write the best or the last weights where inference.py finds them; returns what they are."""
+    model, evaluation = trainer.model, progress.evaluation
+    assert evaluation is not None  # the loop ends with one
+    exported: dict[str, Any] = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
+    if params.train.export == "best":
+        try:
+            if progress.best_step != progress.step:
+                store.load_best(progress).load_model(model)
+            best = {"weights": "best", "step": progress.best_step, "val_loss": progress.best_val}
+            exported = best
+        except Alg1Error as error:
+            console.warn(f"{error.message}; exporting the last weights instead of the best")
+    model.provenance = {"run_id": run.run_id, **exported}
+    model.save_safetensors(run.export_path)
+    write_json(run.export_path.with_name("config.json"), dataclasses.asdict(model.config))
+    if params.train.output:
+        model.save_safetensors(params.train.output)
+    return exported
 
 
 def perplexity(loss: float) -> float | None:
@@ -177,6 +207,23 @@ def describe_end(
     if "aim" in shown_in:
         lines["compare"] = aim_instructions()
     return lines
+
+
+def with_the_way_on(error: Alg1Error, store: CheckpointStore, run: Run, processes: Processes) -> Alg1Error:
+    """The error, with what to do with the checkpoints that the run has."""
+    if store.newest_step is None:
+        return error
+    way_on = f"then go on: {resume_command(run, processes)}"
+    if error.exit_code == CANNOT_TRAIN:  # what helps there, a resumed run may not change
+        way_on = f"its newest weights, for --init-from: {store.path(store.newest_step)}"
+    return Alg1Error(error.message, f"{error.hint or 'mend that'}; {way_on}", error.exit_code)
+
+
+def resume_command(run: Run, processes: Processes) -> str:
+    """What to type to continue a run."""
+    in_default_folder = run.path.parent == Path(specs()["runs_dir"].default)
+    name = run.run_id if in_default_folder else shlex.quote(str(run.path))
+    return f"{launch_command(processes)} --resume {name}"
 
 
 def describe_start(
