@@ -1,0 +1,59 @@
+"""Every preset that ships loads, holds nothing that is a default already, and trains."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+from conftest import PROJECT, QUIET_TRACKERS
+
+from parameters import specs
+from utils_alg1.utils_config_loader import ConfigLoader, Options
+
+PRESETS = sorted(path.name for path in (PROJECT / "configs").iterdir() if path.is_dir())
+
+
+def load(preset: str) -> dict[str, object]:
+    return ConfigLoader.load_configs(PROJECT / "configs" / preset)
+
+
+def test_the_presets_are_these():
+    assert PRESETS == ["fast", "gpu", "laptop"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_loads_and_differs_from_the_defaults(preset, workdir):
+    folder = PROJECT / "configs" / preset
+    params = ConfigLoader.resolve(Options(config=str(folder)))
+    values, flat = load(preset), params.flat()
+    assert values
+    for name, value in values.items():
+        spec = specs()[name]
+        assert flat[name] == spec.type(value), name
+        assert flat[name] != spec.default, f"{name} is the default already"
+        assert params.origins[name].startswith(str(folder)), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_trains(preset, train, text_file, workdir):
+    """Some steps of it, on less: the sizes of the 6-layer model are not for a test."""
+    small = ["--n-embd", 24, "--block-size", 16, "--batch-size", 2, "--max-iters", 101, "--eval-iters", 1]
+    arguments = ["--config", PROJECT / "configs" / preset, "--data", text_file, *small, *QUIET_TRACKERS]
+    result = train(*arguments, "--device", "cpu", "--threads", 1)
+    assert result.code == 0, result.err
+    assert "reached   step 101" in result.out
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_in_the_readme(preset):
+    readme = (PROJECT / "README.md").read_text()
+    assert re.search(rf"^\| `--config configs/{preset}`", readme, re.M)
+
+
+def test_a_preset_is_copied_with_the_folder_it_lies_in(workdir, train, text_file):
+    """A sub-folder of configs/ is a preset, and no part of configs/ itself."""
+    shutil.copytree(PROJECT / "configs", workdir / "configs")
+    assert set(ConfigLoader.load_configs()) <= {"_comment"}
+    result = train("--print-config", "--config", "configs/fast")
+    assert re.search(r"^n_layer +3 +configs/fast/model.json$", result.out, re.M)
