@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
 
     space = utils_search_space.read_space(options.space, options.sampler == "grid")
     plan = utils_search_space.make_plan(space, options.training)
+    utils_search_space.check_surroundings(plan)
 
     # 2. The study: a new one, or one that goes on.
     settings = utils_search.Settings(

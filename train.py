@@ -133,13 +133,13 @@ def run_phases(
     leave_if_told()
     run.begun = True
     try:
-        with utils_runtime.memory_guard(params), processes.loss_of_others():
+        with utils_runtime.memory_guard(params), processes.lost_connection():
             loop(trainer, progress, observer, store, about, signals, console)
     except Alg1Error as error:
         raise utils_report.with_the_way_on(error, store, run, processes) from error
     if signals.received and progress.step < params.train.max_iters:
         way_on = utils_report.resume_command(run, processes)
-        console.say(f"stopped at step {progress.step}; go on with: {way_on}")
+        console.remind(f"stopped at step {progress.step}; go on with: {way_on}")
         return signals.exit_code
 
     # 12. Export.
@@ -183,7 +183,8 @@ def follow(processes: Processes) -> int:
         silent = Trackers(Tracker(), {})
         observer = utils_observations.Observer(trainer, silent, params.tensorboard, console.warn)
         signals = utils_runtime.StopSignals(processes=processes)
-        with signals, processes.loss_of_others(), utils_runtime.memory_guard(params):
+        with signals, processes.lost_connection(), utils_runtime.memory_guard(params):
+            leave_if_told()
             loop(trainer, progress, observer, store, {}, signals, console)
     except Alg1Error as error:
         message = f"process {processes.rank} of 0 to {processes.world_size - 1}: {error.message}"
@@ -201,7 +202,7 @@ def build_trainer(
     # Memory-mapped, so that a text larger than memory serves too.
     tokens = corpus.split(params.data.train_split, params.data.val_split)
     config = dataclasses.replace(params.model, vocab_size=corpus.tokenizer.vocab_size)
-    with utils_runtime.memory_guard(params), runtime.processes.loss_of_others():
+    with utils_runtime.memory_guard(params), runtime.processes.lost_connection():
         utils_runtime.seed_initial_weights(params.train.seed)
         model = BigramLanguageModel(config)
         if start.initial:

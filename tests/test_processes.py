@@ -366,7 +366,8 @@ def test_torchrun_with_a_killed_process_ends_and_resumes(folder):
     assert "error: another process of this run has ended" in text
     before = faults.checkpoints(folder)[-1]
     with torchrun("--resume", "latest", "--max-iters", str(int(before.stem[5:]) + 2)) as job:
-        assert job.communicate(timeout=60) and job.returncode == 0
+        text = job.communicate(timeout=60)[0]
+        assert job.returncode == 0, text
     assert faults.checkpoints(folder)[-1].name > before.name
 
 
@@ -438,6 +439,48 @@ def test_a_signal_is_heard_by_every_process():
     assert signals.received is None
     assert signals.heard() and signals.exit_code == 143
     assert not StopSignals().heard()
+
+
+def test_a_signal_that_comes_while_processes_agree_is_heard_next_time():
+    class Slow(TorchrunProcesses):
+        def largest(self, value: int) -> int:
+            if not value:
+                os.kill(os.getpid(), signal.SIGTERM)  # the others have heard of none yet
+            return value
+
+    with StopSignals(processes=Slow(0, 0, 2)) as signals:
+        assert not signals.heard()
+        assert signals.received == signal.SIGTERM
+        assert signals.heard() and signals.exit_code == 143
+
+
+def test_a_job_that_lost_its_torchrun_stops():
+    class Lost(TorchrunProcesses):
+        orphaned = True
+
+        def largest(self, value: int) -> int:
+            return value
+
+    signals = StopSignals(processes=Lost(0, 0, 2))
+    assert signals.heard() and signals.exit_code == 143
+    assert not TorchrunProcesses(0, 0, 2).orphaned
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_waits_for_another_can_be_ended(folder, rank):
+    """Here the other one never comes: torchrun ends what is left with a signal."""
+    port = str(free_port())
+
+    def wait_for_ever() -> int:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
+        with TorchrunProcesses(rank, rank, 2) as processes:
+            processes.share(None)
+        return 0
+
+    pid = faults.start_child(wait_for_ever)
+    time.sleep(1.5)
+    os.kill(pid, signal.SIGTERM)
+    wait_for_all([pid])
 
 
 def test_gpus_share_the_work(folder):

@@ -125,6 +125,11 @@ class Console:
         if not self.quiet:
             self._print(text, sys.stdout)
 
+    def remind(self, text: str) -> None:
+        """A line that --quiet does not leave out: what to do next."""
+        self._write_log(text)
+        self._print(text, sys.stderr if self.quiet else sys.stdout)
+
     def detail(self, text: str) -> None:
         """A line for --verbose, and for the log."""
         self._write_log(text)

@@ -42,6 +42,11 @@ class Processes:
         """Whether this is the process that keeps the run and speaks."""
         return self.rank == 0
 
+    @property
+    def orphaned(self) -> bool:
+        """Whether what started the processes, and would end them together, is gone."""
+        return False
+
     def __enter__(self) -> Processes:
         return self
 
@@ -68,7 +73,7 @@ class Processes:
         """The context of a forward and backward pass; only where `now` are gradients averaged at its end."""
         return contextlib.nullcontext()
 
-    def loss_of_others(self) -> contextlib.AbstractContextManager:
+    def lost_connection(self) -> contextlib.AbstractContextManager:
         """The context of what fails when another process is gone, as an error that says so."""
         return contextlib.nullcontext()
 
@@ -79,21 +84,29 @@ class TorchrunProcesses(Processes):
     def __init__(self, rank: int, local_rank: int, world_size: int):
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
         self._connected = False
+        self._parent = os.getppid()
         self._wrapped: Any = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if kind is None or (isinstance(error, SystemExit) and error.code in (None, DONE)):
-            # Who left before the first were a failure to torchrun, which ends the others then.
             with contextlib.suppress(RuntimeError):
                 if not self._connected:  # --help, say: the others still wait for something to train
                     self.share(None)
-                with self._mortal():
-                    self.largest(0)
+                self._wait_for_all()
         if self._connected:
             import torch.distributed
 
             self._wrapped = None
             torch.distributed.destroy_process_group()
+
+    def _wait_for_all(self) -> None:
+        """Leave together: to torchrun one who left early would be a failure, and it would end the others."""
+        with self._mortal():
+            self.largest(0)
+
+    @property
+    def orphaned(self) -> bool:
+        return os.getppid() != self._parent
 
     def _connect(self) -> None:
         import torch
@@ -105,10 +118,10 @@ class TorchrunProcesses(Processes):
 
     @contextlib.contextmanager
     def _mortal(self) -> Iterator[None]:
-        """While a process other than the first only waits, a signal ends it at once: it holds nothing."""
-        if self.first:
-            yield
-            return
+        """While a process only waits for others, before or after its work, a signal ends it at once.
+
+        Python's own handlers would not be called before the wait is over.
+        """
         numbers = (signal.SIGINT, signal.SIGTERM)
         previous = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
         try:
@@ -120,7 +133,7 @@ class TorchrunProcesses(Processes):
     def share(self, value: Any) -> Any:
         import torch
 
-        with self._mortal(), self.loss_of_others():
+        with self._mortal(), self.lost_connection():
             self._connect()
             values = [value]
             torch.distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
@@ -154,7 +167,7 @@ class TorchrunProcesses(Processes):
         return contextlib.nullcontext() if now else self._wrapped.no_sync()
 
     @contextlib.contextmanager
-    def loss_of_others(self) -> Iterator[None]:
+    def lost_connection(self) -> Iterator[None]:
         """Turn a broken connection into one line; the others than the first leave it to that one.
 
         Raises:

@@ -288,8 +288,11 @@ class StopSignals:
 
     def heard(self) -> bool:
         """Whether a signal has come, to any process: all of them get the same answer for the same call."""
-        self.received = self._processes.largest(self.received or 0) or None
-        return self.received is not None
+        mine = signal.SIGTERM if self._processes.orphaned else self.received or 0
+        agreed = self._processes.largest(int(mine))
+        if agreed:  # if not, one may still have come here meanwhile, for the next call
+            self.received = agreed
+        return bool(agreed)
 
     @property
     def exit_code(self) -> int:

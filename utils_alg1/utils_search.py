@@ -32,7 +32,7 @@ from files import write_atomically
 from parameters import read_json_object, shown, specs
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, checkpoint_dir, list_runs, make_folder
-from utils_alg1.utils_search_space import MAY_VARY, Plan, grid_points
+from utils_alg1.utils_search_space import MAY_VARY, Plan, grid_points, tidy
 from utils_alg1.utils_trackers import new_metrics
 
 if TYPE_CHECKING:
@@ -306,7 +306,8 @@ class Study:
 
 def parameters_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     """The searched parameters of a trial, also of one that has only been queued."""
-    return {**trial.user_attrs.get("parameters", {}), **trial.params}
+    drawn = {name: tidy(value) for name, value in trial.params.items()}
+    return {**trial.user_attrs.get("parameters", {}), **drawn}
 
 
 # --- trials -------------------------------------------------------------------------------------------

@@ -204,7 +204,12 @@ def write_settings(path: Path, about: str, values: dict[str, Any]) -> None:
 
 
 def draw_pictures(study: Study, console: Console) -> None:
-    """history.png, importance.png and slice.png; one that cannot be drawn costs one line."""
+    """history.png, importance.png and slice.png; one that cannot be drawn costs one line.
+
+    Without a complete trial there is nothing to draw.
+    """
+    if best_of(study.finished()) is None:
+        return
     try:
         import matplotlib
 

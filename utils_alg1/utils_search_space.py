@@ -14,8 +14,10 @@ from errors import Alg1Error
 from parameters import (
     Problem,
     Spec,
+    TensorBoardConfig,
     build_parts,
     coerce,
+    field_names,
     limit_broken,
     nearest,
     part_problems,
@@ -29,12 +31,12 @@ if TYPE_CHECKING:
     import optuna
 
 LARGEST_GRID = 100_000
-MEASURE = ("data_path", "train_split", "val_split", "eval_iters", "eval_interval")
+MEASURE = ("seed", "data_path", "train_split", "val_split", "eval_iters", "eval_interval")
 OWN = ("run_tag", "output")  # the search names the runs itself, and one file cannot take every export
 WHERE = ("runs_dir", *OWN)
 MAY_VARY = (  # neither shape the result of a trial nor where it is found
     *OWN,
-    *("device", "compile", "threads", "aim", "tensorboard", "histogram_interval", "port"),
+    *("device", "compile", "threads", "aim", *field_names(TensorBoardConfig)),
     *("checkpoint_interval", "keep_checkpoints", "export"),
 )
 SPACE_HINT = "configs/search.yaml shows how a space is written; python train.py --help explains every name"
@@ -79,7 +81,7 @@ class Range:
         """The trial's value."""
         if isinstance(self.low, int):
             return trial.suggest_int(name, self.low, int(self.high), step=int(self.step or 1), log=self.log)
-        return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
+        return tidy(trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log))
 
     def grid(self) -> list[Any]:
         """Every step of it."""
@@ -102,11 +104,16 @@ class Range:
 
     def _at(self, i: int) -> Any:
         value = self.low + i * (self.step or 0)
-        return value if isinstance(value, int) else float(f"{value:.12g}")  # 0.3, not 0.30000000000000004
+        return tidy(value)
 
     def ending_on_a_step(self) -> Range:
         """The same values, with a `high` that is one of them."""
         return self if self.step is None else replace(self, high=self._at(self._steps))
+
+
+def tidy(value: Any) -> Any:
+    """A number as a person would write it: 0.3, not 0.30000000000000004; anything else as it is."""
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 Space = dict[str, Choices | Range]
@@ -182,6 +189,8 @@ def read_range(spec: Spec, entry: dict[Any, Any], for_grid: bool) -> Range:
     if not faults:
         if not low < high:
             faults.append(f"{name}: low = {low} must be below high = {high}")
+        if step is not None and step > high - low:
+            faults.append(f"{name}: step = {step} is wider than the range")
         if log and not low > 0:
             faults.append(f"{name}: low = {low} must be above 0 on a log scale")
         if log and step is not None:
@@ -261,6 +270,23 @@ class Plan:
         """What a study may not change once it has begun: for each name its domain or its value."""
         kept = {name: value for name, value in self.fixed.items() if name not in MAY_VARY}
         return kept | {name: domain.describe() for name, domain in self.space.items()}
+
+
+def check_surroundings(plan: Plan) -> None:
+    """Check once what every trial would trip over: the device and the text.
+
+    Raises:
+        Alg1Error: there is no such device, or the text is missing, not UTF-8 or too short.
+    """
+    from data import check_block_size, find_corpus, open_corpus
+    from utils_alg1.utils_runtime import find_device
+
+    fixed = plan.fixed
+    find_device(fixed.get("device", "auto"))
+    path = find_corpus(fixed["data_path"])
+    length = len(open_corpus(path).tokens)
+    if "block_size" in fixed:
+        check_block_size(path, length, fixed["block_size"], fixed["train_split"], fixed["val_split"])
 
 
 def make_plan(space: Space, given: Options) -> Plan:
