@@ -108,6 +108,26 @@ def study_of(name: str = "space", folder: Path = Path()) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=storage)
 
 
+# --- what every trial would trip over -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data", "nothing.txt"], "nothing.txt: no such text file"),
+        (["--data", "short.txt"], "short.txt: 6 characters are too few for block_size = 32"),
+        (["--device", "cuda:77"], "--device cuda:77: this machine has no such device"),
+    ],
+)
+def test_text_and_device_are_checked_before_anything_is_created(flags, message, search, workdir):
+    Path("short.txt").write_text("abcdef")
+    write_space(n_layer=[1, 2])
+    result = search("--space", "space.yaml", *flags)
+    assert result.code == 2
+    assert result.err.startswith(f"error: {message}")
+    assert not Path("searches").exists()
+
+
 # --- the space file -----------------------------------------------------------------------------------
 
 SPACE_MISTAKES = [
@@ -135,6 +155,8 @@ SPACE_MISTAKES = [
     ),
     ("lr_schedule: {low: 1, high: 2}", "lr_schedule is no number; give a list of choices"),
     ("run_tag: [a, b]", "run_tag says where a run is kept; it cannot be searched"),
+    ("seed: [1, 2]", "seed changes how the loss is measured; losses could not be compared"),
+    ("n_head: {low: 1, high: 3, step: 5}", "n_head: step = 5 is wider than the range"),
     ("eval_iters: [1, 2]", "eval_iters changes how the loss is measured; losses could not be compared"),
     ("# nothing", "names no parameter to search"),
 ]
@@ -167,7 +189,7 @@ def test_a_grid_needs_steps_and_an_end(workdir):
     path = write_space(dropout={"low": 0, "high": 0.5})
     with pytest.raises(Alg1Error, match="dropout: a grid needs a list of choices, or a range with a step"):
         read_space(path, for_grid=True)
-    path = write_space(seed={"low": 0, "high": 100_000, "step": 1})
+    path = write_space(warmup_iters={"low": 0, "high": 100_000, "step": 1})
     with pytest.raises(Alg1Error, match=r"the grid has more than 100,000 points"):
         read_space(path, for_grid=True)
 
