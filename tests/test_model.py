@@ -22,6 +22,7 @@ from errors import Alg1Error
 from files import read_tensors, write_tensors
 from model import BigramLanguageModel, check_sampling, next_token
 from parameters import ModelConfig, field_names
+from sampling import Decoder
 
 SIZES = [
     {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8, "vocab_size": 11},
@@ -330,13 +331,14 @@ def test_past_block_size_the_older_half_of_the_context_is_dropped(sizes):
 def test_how_much_context_each_character_is_drawn_from(monkeypatch, size, lengths):
     model = build(block_size=size)
     seen = []
-    forward = model.forward
+    logits = Decoder.logits
 
-    def record(idx, cache):
-        seen.append(cache.length + idx.shape[1])
-        return forward(idx, cache=cache)
+    def record(decoder, idx):
+        result = logits(decoder, idx)
+        seen.append(decoder.cache.length)
+        return result
 
-    monkeypatch.setattr(model, "forward", record)
+    monkeypatch.setattr(Decoder, "logits", record)
     model.generate(random_tokens(model, 1, lengths[0]), len(lengths))
 
     assert seen == lengths
