@@ -13,10 +13,8 @@ from types import ModuleType
 def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds that each function took in each round; in a round they run one after another.
 
-    What else the machine does then slows all of them. They run once before, untimed.
+    What else the machine does then slows all of them. Nothing is run before: take medians.
     """
-    for function in functions.values():
-        function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
