@@ -19,7 +19,7 @@ from parameters import ModelConfig
 if TYPE_CHECKING:
     from model import BigramLanguageModel
 
-ONE_THREAD_FLOPS = 1e8  # below, one thread was faster than two
+ONE_THREAD_FLOPS = 3e8  # below, two threads were never faster than one, and much slower on busy cores
 
 
 class KeyValueCache:
@@ -123,8 +123,7 @@ class Decoder:
         self.keys, self.values = keys.transpose(2, 3), values  # (n_layer, B H, S, block_size), (..., S)
         new = cache.store.new_empty
         self.qkv = new(B, 3 * C)
-        self.q, kv = self.qkv.view(B, 3, H, S).permute(1, 0, 2, 3).split((1, 2))  # (1 and 2, B, H, S)
-        self.kv = kv
+        self.q, self.kv = self.qkv.view(B, 3, H, S).permute(1, 0, 2, 3).split((1, 2))  # (1 or 2, B, H, S)
         self.scale = cache.store.new_tensor(S**-0.5)
         self.scaled = new(1, B, H, S)
         self.query = self.scaled.view(B * H, 1, S)
@@ -135,12 +134,10 @@ class Decoder:
 
     def logits(self, idx: Tensor) -> Tensor:
         """Add idx (B, T) to the cache; the logits of what follows: (B, V). T is 1 or the cache is empty."""
-        with _threads(self.flops * idx.numel(), idx.device):
+        with torch.inference_mode(), _threads(self.flops * idx.numel(), idx.device):
             if self.cache.length == 0:
-                with torch.no_grad():
-                    return self.model(idx, cache=self.cache)[0][:, -1]
-            with torch.inference_mode():
-                return self._step(idx.view(-1))
+                return self.model(idx, cache=self.cache)[0][:, -1]
+            return self._step(idx.view(-1))
 
     def _step(self, token: Tensor) -> Tensor:
         t = self.cache.length

@@ -10,6 +10,7 @@ goes past block_size. The columns are medians of rounds in which the programs ta
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import statistics
 import sys
@@ -42,7 +43,8 @@ def nanogpt(path: str, size: tuple[int, ...], streams: int, n: int) -> Sampler:
     n_embd, n_head, n_layer, block_size = size
     peer = load(Path(path) / "model.py", "nanogpt_model")
     config = peer.GPTConfig(block_size, VOCAB_SIZE, n_layer, n_head, n_embd, dropout=0.0, bias=False)
-    model = peer.GPT(config).eval()
+    with contextlib.redirect_stdout(None):  # it prints its number of parameters
+        model = peer.GPT(config).eval()
     return functools.partial(model.generate, torch.zeros(streams, 1, dtype=torch.int64), n)
 
 
