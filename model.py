@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from errors import Alg1Error
 from files import read_tensors, write_tensors
 from parameters import ModelConfig, field_names
+from sampling import Decoder, KeyValueCache, check_sampling, next_token
 
 FORMAT = "alg1-model"
 FORMAT_VERSION = 1
@@ -35,27 +36,6 @@ n_layer = ModelConfig.n_layer
 block_size = ModelConfig.block_size
 dropout = ModelConfig.dropout
 vocab_size = ModelConfig.vocab_size
-
-
-class KeyValueCache:
-    """Keys and values of the characters already read, so that each is computed once.
-
-    Attributes:
-        length: how many characters it holds; the same in every layer.
-    """
-
-    def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_size)
-        self.store = like.new_empty(shape)  # (n_layer, 2, B, H, block_size, S)
-        self.length = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, H, T, S) keys and values; all of the layer's so far: (B, H, length + T, S) each."""
-        end = self.length + k.shape[2]
-        self.store[layer, 0, :, :, self.length : end] = k
-        self.store[layer, 1, :, :, self.length : end] = v
-        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
 
 
 class Head:
@@ -240,10 +220,9 @@ class BigramLanguageModel(nn.Module):
 
         See `generate_stream` for the arguments.
         """
-        tokens = self.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, generator, stop)
-        return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
+        tokens = list(self.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, generator, stop))
+        return torch.cat([idx, torch.stack(tokens, dim=1)], dim=1) if tokens else idx.clone()
 
-    @torch.no_grad()
     def generate_stream(
         self,
         idx: Tensor,
@@ -280,25 +259,26 @@ class BigramLanguageModel(nn.Module):
         self.eval()
         try:
             B, size = idx.shape[0], self.config.block_size
-            context = idx[:, -size:]
-            cache = KeyValueCache(self.config, B, self.lm_head.weight)
-            fresh = context  # what the cache has not seen
-            recent = idx.new_full((B, len(stop)), -1) if stop else None
+            decoder = Decoder(self, B)
+            fresh = idx[:, -size:]  # what the decoder has not seen
+            context = [fresh]  # in pieces (B, T)
+            ending = idx.new_tensor(list(stop or ()))
+            recent = idx.new_full((B, len(ending)), -1)
             stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
             for _ in range(max_new_tokens):
-                logits = self(fresh, cache=cache)[0][:, -1]  # (B, V)
+                logits = decoder.logits(fresh)  # (B, V)
                 token = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
                 yield token
-                if recent is not None:
+                if stop:
                     recent = torch.cat([recent[:, 1:], token[:, None]], dim=1)
-                    stopped |= (recent == recent.new_tensor(list(stop or ()))).all(dim=1)
+                    stopped |= (recent == ending).all(dim=1)
                     if stopped.all():
                         return
                 fresh = token[:, None]
-                context = torch.cat([context, fresh], dim=1)
-                if cache.length == size:
-                    context = context[:, -max(1, size // 2) :]
-                    cache.length, fresh = 0, context
+                context.append(fresh)
+                if decoder.cache.length == size:
+                    fresh = torch.cat(context, dim=1)[:, -max(1, size // 2) :]
+                    context, decoder.cache.length = [fresh], 0
         finally:
             self.train(was_training)
 
@@ -380,44 +360,6 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, mean=0.0, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-# --- sampling -----------------------------------------------------------------------------------------
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError for a sampling argument that is out of range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature = {temperature} must be 0 or above")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k = {top_k} must be above 0")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p} must be above 0 and at most 1")
-
-
-def next_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw a token from each row of logits: (B, V) -> (B,). See `generate_stream`."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing; one that float32 cannot
-    # hold would divide by zero.
-    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probabilities = logits.softmax(dim=-1)  # (B, V)
-    if top_p is not None and top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        unneeded = ordered.cumsum(dim=-1) - ordered >= top_p  # the likelier ones suffice
-        probabilities = probabilities.masked_fill(unneeded.gather(-1, order.argsort(-1)), 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 # --- layout on disk -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ from errors import Alg1Error
 from files import read_tensors, write_tensors
 from model import BigramLanguageModel, check_sampling, next_token
 from parameters import ModelConfig, field_names
+from sampling import Decoder
 
 SIZES = [
     {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8, "vocab_size": 11},
@@ -330,16 +332,151 @@ def test_past_block_size_the_older_half_of_the_context_is_dropped(sizes):
 def test_how_much_context_each_character_is_drawn_from(monkeypatch, size, lengths):
     model = build(block_size=size)
     seen = []
-    forward = model.forward
+    logits = Decoder.logits
 
-    def record(idx, cache):
-        seen.append(cache.length + idx.shape[1])
-        return forward(idx, cache=cache)
+    def record(decoder, idx):
+        result = logits(decoder, idx)
+        seen.append(decoder.cache.length)
+        return result
 
-    monkeypatch.setattr(model, "forward", record)
+    monkeypatch.setattr(Decoder, "logits", record)
     model.generate(random_tokens(model, 1, lengths[0]), len(lengths))
 
     assert seen == lengths
+
+
+def prefixed(model: BigramLanguageModel, B: int, read: int) -> tuple[Decoder, torch.Tensor]:
+    """A decoder that has read all but the last character of a text, and the text."""
+    idx = random_tokens(model, B, read + 1)
+    decoder = Decoder(model, B)
+    decoder.logits(idx[:, :read])
+    return decoder, idx
+
+
+@pytest.mark.parametrize("sizes", SIZES[:5])
+@pytest.mark.parametrize("B", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11), (torch.bfloat16, 0.1)]
+)
+@torch.no_grad()
+def test_the_decoder_gives_the_logits_of_the_model(sizes, B, dtype, tolerance):
+    model = build(spread=0.2, **sizes).to(dtype)
+    for read in {1, sizes["block_size"] // 2, sizes["block_size"] - 1}:
+        decoder, idx = prefixed(model, B, read)
+
+        logits = decoder.logits(idx[:, read:])
+
+        expected = model(idx)[0][:, -1]
+        assert logits.dtype == dtype and decoder.cache.length == read + 1
+        assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("B", [1, 4])
+@torch.no_grad()
+def test_what_is_drawn_is_what_full_recomputation_draws(dtype, B):
+    model = build(spread=0.5, **SIZES[3]).to(dtype)
+    idx, generators = random_tokens(model, B, 3), [torch.Generator().manual_seed(5) for _ in range(2)]
+
+    text = model.generate(idx, 40, 0.8, 20, 0.9, generators[0])
+
+    def draw(logits):
+        return next_token(logits, 0.8, 20, 0.9, generators[1])
+
+    assert torch.equal(text, recomputed(model, idx, 40, draw))
+
+
+def change(model: BigramLanguageModel) -> None:
+    """What an optimizer does: every parameter moves, in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9)))
+
+
+@pytest.mark.parametrize("how", ["in place", "other tensors", "loaded"])
+def test_a_model_that_changed_between_two_texts_draws_with_its_new_weights(tmp_path, how):
+    model, other = build(spread=0.5), build(spread=0.5)
+    change(other)
+    idx = random_tokens(model, 2, 3)
+    before = model.generate(idx, 30, temperature=0)
+
+    if how == "in place":
+        change(model)
+    elif how == "other tensors":
+        model.load_state_dict(other.state_dict(), assign=True)
+    else:
+        other.save_safetensors(tmp_path / "other.safetensors")
+        model.load_safetensors(tmp_path / "other.safetensors")
+
+    after = model.generate(idx, 30, temperature=0)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, recomputed(other, idx, 30, likeliest))
+
+
+@torch.no_grad()
+def test_a_model_that_changes_while_a_text_is_drawn_is_followed():
+    model = build(spread=0.2)
+    decoder, idx = prefixed(model, 2, 5)
+    cache = model_module.KeyValueCache(model.config, 2, model.lm_head.weight)
+    model(idx[:, :5], cache=cache)
+
+    change(model)
+
+    expected = model(idx[:, 5:], cache=cache)[0][:, -1]
+    assert torch.allclose(decoder.logits(idx[:, 5:]), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_texts_that_are_drawn_by_turns_are_those_drawn_alone():
+    model = build(spread=0.5)
+    starts = [random_tokens(model, 1, 3, seed) for seed in (1, 2)]
+
+    def stream(i):
+        return model.generate_stream(starts[i], 30, generator=torch.Generator().manual_seed(i))
+
+    alone = [torch.cat(list(stream(i))) for i in range(2)]
+    by_turns = zip(*zip(stream(0), stream(1), strict=True), strict=True)
+
+    assert all(torch.equal(torch.cat(one), other) for one, other in zip(by_turns, alone, strict=True))
+
+
+def test_what_was_drawn_can_be_trained_on():
+    model = build()
+    text = model.generate(random_tokens(model, 2, 3), 5)
+
+    model(text[:, :-1], text[:, 1:])[1].backward()
+
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_the_decoder_follows_the_model_under_autocast():
+    model = build(spread=0.2)
+    decoder, idx = prefixed(model, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, expected = decoder.logits(idx[:, 4:]), model(idx)[0][:, -1]
+    assert torch.allclose(logits.float(), expected.float(), atol=0.1)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_generation_leaves_the_number_of_threads_as_it_was(monkeypatch, failing):
+    model = build()
+    torch.set_num_threads(2)
+    counts = []
+
+    def norm(*arguments):
+        counts.append(torch.get_num_threads())
+        if failing:
+            raise MemoryError
+        return layer_norm(*arguments)
+
+    layer_norm = torch.layer_norm
+    monkeypatch.setattr(torch, "layer_norm", norm)
+    with pytest.raises(MemoryError) if failing else contextlib.nullcontext():
+        for _ in model.generate_stream(random_tokens(model, 1, 3), 3):
+            assert torch.get_num_threads() == 2
+
+    assert torch.get_num_threads() == 2
+    assert set(counts) == {1}
 
 
 def test_only_the_last_block_size_characters_of_a_prompt_count():
@@ -421,6 +558,26 @@ def test_tokens_are_drawn_with_the_plain_probabilities(temperature, top_k, top_p
         expected = torch.tensor(plain_probabilities(LOGITS, temperature, top_k, top_p))
     assert torch.equal(shares[expected < 1e-9], torch.zeros(int((expected < 1e-9).sum())))
     assert torch.allclose(shares, expected, atol=0.012)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_the_same_state_draws_what_torch_multinomial_draws(B):
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    for seed in range(50):
+        logits = torch.randn(B, 65, generator=torch.Generator().manual_seed(seed)) * 3
+        expected = torch.multinomial(logits.softmax(-1), 1, generator=generators[0])[:, 0]
+
+        assert torch.equal(next_token(logits, generator=generators[1]), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_from_logits_that_are_not_finite_nothing_is_drawn(value, temperature):
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = value
+
+    with pytest.raises(RuntimeError, match="the model's logits are not finite"):
+        next_token(logits, temperature)
 
 
 def test_temperature_zero_takes_the_likeliest_of_each_row():

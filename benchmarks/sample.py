@@ -1,0 +1,112 @@
+"""Characters that are sampled in a second, beside nanoGPT and Hugging Face transformers.
+
+    python benchmarks/sample.py --nanogpt PATH          nanoGPT's checkout
+    python benchmarks/sample.py --nanogpt PATH --transformers
+
+Models of the same sizes with random weights, each with its own sampling loop, temperature 1. What is sampled
+goes past block_size. The columns are medians of rounds in which the programs take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import interleave, load, table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import BigramLanguageModel
+from parameters import ModelConfig
+
+VOCAB_SIZE = 65
+SIZES = [(64, 4, 4, 32), (128, 4, 4, 64), (384, 6, 6, 256)]  # n_embd, n_head, n_layer, block_size
+
+Sampler = Callable[[], object]
+
+
+def alg1(size: tuple[int, ...], streams: int, n: int) -> Sampler:
+    n_embd, n_head, n_layer, block_size = size
+    model = BigramLanguageModel(
+        ModelConfig(n_embd, n_head, n_layer, block_size, vocab_size=VOCAB_SIZE)
+    ).eval()
+    return functools.partial(model.generate, torch.zeros(streams, 1, dtype=torch.int64), n)
+
+
+def nanogpt(path: str, size: tuple[int, ...], streams: int, n: int) -> Sampler:
+    n_embd, n_head, n_layer, block_size = size
+    peer = load(Path(path) / "model.py", "nanogpt_model")
+    config = peer.GPTConfig(block_size, VOCAB_SIZE, n_layer, n_head, n_embd, dropout=0.0, bias=False)
+    with contextlib.redirect_stdout(None):  # it prints its number of parameters
+        model = peer.GPT(config).eval()
+    return functools.partial(model.generate, torch.zeros(streams, 1, dtype=torch.int64), n)
+
+
+def transformers_gpt2(size: tuple[int, ...], streams: int, n: int) -> Sampler:
+    """Its cache cannot go past its positions, so it has as many positions as it is to sample."""
+    import transformers  # type: ignore[import-not-found]
+
+    n_embd, n_head, n_layer, _ = size
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=n + 1, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
+        bos_token_id=0, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    start = torch.zeros(streams, 1, dtype=torch.int64)
+    mask = torch.ones_like(start)
+    return lambda: model.generate(start, attention_mask=mask, max_new_tokens=n, do_sample=True, top_k=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Characters that are sampled in a second.")
+    parser.add_argument("--nanogpt", metavar="PATH", help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--transformers", action="store_true", help="compare with Hugging Face's GPT-2 too")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(5)")
+    parser.add_argument(
+        "--characters", type=int, metavar="N", help="of a stream (1.5 times block_size, >= 200)"
+    )
+    parser.add_argument("--sizes", metavar="N,N", help="n_embd of the sizes (64,128,384)")
+    parser.add_argument("--streams", default="1,16", metavar="N,N", help="texts side by side (1,16)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch, for all (torch's choice)")
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    if arguments.transformers:
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            print("transformers is not installed: left out", file=sys.stderr)
+            arguments.transformers = False
+    sizes = [s for s in SIZES if arguments.sizes is None or str(s[0]) in arguments.sizes.split(",")]
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds; tok/s\n")
+    rows: list[list[str]] = []
+    for streams in map(int, arguments.streams.split(",")):
+        for size in sizes:
+            n = arguments.characters or max(200, size[-1] * 3 // 2)
+            samplers = {"ALG1": alg1(size, streams, n)}
+            if arguments.nanogpt is not None:
+                samplers["nanoGPT"] = nanogpt(arguments.nanogpt, size, streams, n)
+            if arguments.transformers:
+                samplers["transformers"] = transformers_gpt2(size, streams, n)
+            seconds = interleave(samplers, arguments.rounds)
+            speed = {name: streams * n / statistics.median(times) for name, times in seconds.items()}
+            if not rows:
+                rows.append(["streams", "size", *speed])
+            n_embd, n_head, n_layer, block_size = size
+            rows.append([str(streams), f"{n_embd}/{n_head}/{n_layer} T{block_size}"])
+            for name, value in speed.items():
+                ratio = "" if name == "ALG1" else f" ({speed['ALG1'] / value:.1f}x)"
+                rows[-1].append(f"{value:,.0f}{ratio}")
+            print(table(rows[-1:]).splitlines()[0], file=sys.stderr, flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
