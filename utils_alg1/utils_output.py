@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from errors import DONE, INTERRUPTED, Alg1Error, disk_error
 from parameters import PARTS, Parameters, specs
+from utils_alg1.utils_processes import leave
 
 if TYPE_CHECKING:
     from utils_alg1.utils_training import Evaluation, Progress
@@ -60,7 +61,7 @@ def run_script(main: Callable[[], int]) -> None:
             with contextlib.suppress(OSError):
                 stream.flush()
         os._exit(code)
-    sys.exit(code)
+    leave(code)
 
 
 _told_to_leave: int | None = None  # the signal that came while no loop was there to stop
