@@ -29,14 +29,17 @@ def main() -> None:
     options.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     options.add_argument("--lecture", type=Path, help="a checkout of the lecture (ng-video-lecture)")
     options.add_argument("--data", help="a text; Python's documentation where left out")
-    options.add_argument("--threads", default="0", help="for all alike; 0: PyTorch's choice; best: each its own")
+    options.add_argument(
+        "--threads", default="0", help="for all alike; 0: PyTorch's choice; best: each its own"
+    )
     options.add_argument("--compile", action="store_true", help="nanoGPT and ours compiled too")
     options.add_argument("--size", choices=SIZES, help="only this one")
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--seconds", type=float, default=1.0, help="of each turn, about")
     args = options.parse_args()
     if args.quick:
-        args.rounds, args.seconds, args.size = 2, 0.01, args.size or next(iter(SIZES))
+        args.rounds, args.seconds, args.threads = 2, 0.01, "1"
+        args.size = args.size or next(iter(SIZES))
     print(machine(), flush=True)
     rows = []
     for name, size in SIZES.items():
