@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoint.py
 
-Turns of steps with one checkpoint in the middle take their turn with turns without; the difference is what the
-loop waits for. `synced` is the time of a call that writes the checkpoint, alone.
+Steps with one checkpoint in the middle take turns with steps without; the difference is what the loop waits
+for. "The call" is the time of the call that saves it.
 """
 
 from __future__ import annotations

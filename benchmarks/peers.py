@@ -1,4 +1,4 @@
-"""Training steps of the peers, from checkouts that are named on the command line; none of their code is here."""
+"""Training steps of the peers, from checkouts named on the command line; none of their code is here."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def lecture_step(
     and get_batch are executed alone, with the sizes in place of its own.
     """
     tree = ast.parse((checkout / "gpt.py").read_text(encoding="utf-8"))
-    wanted = [
+    wanted: list[ast.stmt] = [
         node
         for node in tree.body
         if isinstance(node, (ast.Import, ast.ImportFrom, ast.ClassDef))

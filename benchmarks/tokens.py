@@ -3,9 +3,9 @@
     python benchmarks/tokens.py --nanogpt PATH
     python benchmarks/tokens.py --megabytes 2000 --rounds 1
 
-Every turn is a process of its own. Ours is all that a first run on a text does: check it, digest it, collect its
-characters, and write its tokens to the cache, synced; then the second run, which finds them. nanoGPT's script
-makes lists of numbers; it gets a shorter text, for its memory grows with it.
+Every turn is a process of its own. Ours is all that a first run on a text does: check it, digest it, collect
+its characters, and write its tokens to the cache, synced; then the second run, which finds them. nanoGPT's
+script makes lists of numbers; it gets a shorter text, for its memory grows with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import random
 import shutil
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -120,4 +119,4 @@ def write_text(path: Path, kind: str, megabytes: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

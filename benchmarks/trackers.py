@@ -2,10 +2,9 @@
 
     python benchmarks/trackers.py
 
-Both take turns in one process, with train.py's own Trainer, Observer and trackers. Every step's loss and gradient
-norm are tracked; what is drawn at intervals (histograms, attention, samples) is drawn as often as it is by
-default, and is in the mean. After each turn the trackers may catch up, outside of the time: how long that took
-is a column, and no more than the turn itself where they keep up.
+Both take turns in one process, with train.py's own Trainer, Observer and trackers. Every step's loss and
+gradient norm are tracked; what is drawn at intervals (histograms, attention, samples) is drawn as often as by
+default. After each turn the trackers may catch up, outside of the time: how long that took is a column.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training steps per second in steady state, for three sizes, beside nanoGPT and the lecture's gpt.py.
 
-    python benchmarks/training.py --nanogpt PATH --lecture PATH              PyTorch's number of threads for all
+    python benchmarks/training.py --nanogpt PATH --lecture PATH              PyTorch's choice of threads
     python benchmarks/training.py --nanogpt PATH --lecture PATH --threads 1
     python benchmarks/training.py --nanogpt PATH --threads best              each with its own best number
     python benchmarks/training.py --nanogpt PATH --compile                   compiled too
