@@ -9,6 +9,7 @@ default. After each turn the trackers may catch up, outside of the time: how lon
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
@@ -21,16 +22,18 @@ from common import SIZES, Steps, build_trainer, interleave, machine, parameters,
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--data", help="a text; Python's documentation where left out")
-    options.add_argument("--steps", type=int, default=250, help="in a turn")
-    options.add_argument("--rounds", type=int, default=8)
+    options.add_argument("--steps", type=int, default=25, help="in a turn")
+    options.add_argument("--rounds", type=int, default=60)
     options.add_argument("--threads", type=int, default=0, help="0: train.py's choice")
     args = options.parse_args()
     if args.quick:
         args.steps, args.rounds = 4, 2
+    args.data = args.data and Path(args.data).resolve()
     print(machine(), flush=True)
     rows = []
     for name in list(SIZES)[: 1 if args.quick else 2]:
-        with tempfile.TemporaryDirectory() as folder:
+        # Aim opens its repository in the working folder.
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             rows.append(measure(name, args, Path(folder)))
     table(rows)
 
@@ -52,9 +55,10 @@ def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
             "threads": off.steps.trainer.runtime.threads,
             "off, ms/step": 1e3 * statistics.median(seconds["off"]) / args.steps,
             "on, ms/step": 1e3 * statistics.median(steps_on) / args.steps,
-            "on costs": f"{statistics.median(extra):+.1%}",
-            "lowest, highest": f"{min(extra):+.1%}, {max(extra):+.1%}",
-            "then behind, s a turn": statistics.median(on.late),
+            "on costs, median": f"{statistics.median(extra):+.1%}",
+            "in all": f"{sum(steps_on) / sum(seconds['off']) - 1:+.1%}",
+            "middle half": "{0:+.1%} to {2:+.1%}".format(*statistics.quantiles(extra, n=4)),
+            "then behind, ms/step": 1e3 * statistics.median(on.late) / args.steps,
             "still on": ", ".join(on.trackers.working) or "none",
         }
     finally:

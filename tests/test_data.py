@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -312,12 +313,17 @@ def test_an_error_does_not_leave_before_the_calls_beside_do():
 def test_the_disk_is_not_left_behind_while_a_large_text_is_tokenised(workdir, monkeypatch):
     Path("text.txt").write_bytes(b"abcd" * 1000)
     monkeypatch.setattr(data, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(data, "SYNC_BYTES", 1000)
     fsync, times = os.fsync, []
     monkeypatch.setattr(os, "fsync", lambda descriptor: times.append(1) or fsync(descriptor))
 
-    assert decoded(Path("text.txt")) == "abcd" * 1000
-    assert len(times) >= 4
+    def syncs(sync_bytes):
+        shutil.rmtree(data.CACHE_FOLDER, ignore_errors=True)
+        monkeypatch.setattr(data, "SYNC_BYTES", sync_bytes)
+        times.clear()
+        assert decoded(Path("text.txt")) == "abcd" * 1000
+        return len(times)
+
+    assert syncs(1000) == syncs(5000) + 4
 
 
 # --- bad files ----------------------------------------------------------------------------------------
