@@ -20,8 +20,8 @@ from common import SIZES, Steps, build_trainer, interleave, machine, parser, tab
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--data", help="a text; Python's documentation where left out")
-    options.add_argument("--steps", type=int, default=20, help="in a turn")
-    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--steps", type=int, default=4, help="in a turn")
+    options.add_argument("--rounds", type=int, default=40)
     options.add_argument("--threads", type=int, default=0, help="0: train.py's choice")
     args = options.parse_args()
     if args.quick:
@@ -30,16 +30,16 @@ def main() -> None:
     rows = []
     for name in list(SIZES)[: 1 if args.quick else None]:
         with tempfile.TemporaryDirectory() as folder:
-            # The largest takes seconds for a step.
-            steps = args.steps if SIZES[name]["n_embd"] < 200 else max(2, args.steps // 10)
-            rows.append(measure(name, steps, args, Path(folder)))
+            rows.append(measure(name, args, Path(folder)))
     table(rows)
 
 
-def measure(name: str, count: int, args: Any, folder: Path) -> dict[str, Any]:
+def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
     from utils_alg1.utils_checkpoint import CheckpointStore
     from utils_alg1.utils_training import Progress
 
+    count = args.steps
+    rounds = args.rounds if SIZES[name]["n_embd"] < 200 else max(2, args.rounds // 8)  # seconds a step
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir()
     trainer = build_trainer(text_or_docs(args.data, folder), **SIZES[name], threads=args.threads)
@@ -62,7 +62,7 @@ def measure(name: str, count: int, args: Any, folder: Path) -> dict[str, Any]:
     for warm_up in (steps, with_checkpoint):
         warm_up()
     calls.clear()
-    seconds = interleave({"without": steps, "with": with_checkpoint}, args.rounds)
+    seconds = interleave({"without": steps, "with": with_checkpoint}, rounds)
     step = statistics.median(seconds["without"]) / count
     waits = [a - b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
     (newest, *_) = sorted(checkpoints.glob("*.safetensors"), reverse=True)

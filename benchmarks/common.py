@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -105,11 +106,11 @@ def machine() -> str:
 
 
 def text_or_docs(path: str | None, folder: Path) -> Path:
-    """The text that was named, or Python's documentation, written to `folder`."""
+    """A copy of the text that was named, or Python's documentation, in `folder`: its cache is made there too."""
     from data import find_corpus
 
     if path is not None:
-        return Path(path).resolve()
+        return Path(shutil.copy(path, folder)).resolve()
     with contextlib.chdir(folder):
         return find_corpus("python-docs", say=lambda _: None).resolve()
 

@@ -73,9 +73,7 @@ class Ours:
     def __init__(self, args: Any, folder: Path):
         self.folder = folder / "alg1"
         self.folder.mkdir()
-        text = text_or_docs(args.data, self.folder)
-        self.text = self.folder / "text.txt"
-        shutil.copy(text, self.text)
+        self.text = text_or_docs(args.data, self.folder)
         script = str(PROJECT / "train.py")
         self.command = [sys.executable, script, "--config", args.config, "--data", str(self.text)]
         if args.quick:
@@ -83,8 +81,8 @@ class Ours:
         self.own_loss: float | None = None
 
     def __call__(self) -> None:
-        for old in (".tokens", "runs"):
-            shutil.rmtree(self.folder / old, ignore_errors=True)
+        for old in (self.text.parent / ".tokens", self.folder / "runs"):
+            shutil.rmtree(old, ignore_errors=True)
         run(self.command, self.folder)
 
     def loss(self) -> float:
