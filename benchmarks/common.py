@@ -106,11 +106,11 @@ def machine() -> str:
 
 
 def text_or_docs(path: str | None, folder: Path) -> Path:
-    """A copy of the text that was named, or Python's documentation, in `folder`: its cache is made there too."""
+    """A copy of the named text, or Python's documentation, in `folder`, where its cache is made too."""
     from data import find_corpus
 
     if path is not None:
-        return Path(shutil.copy(path, folder)).resolve()
+        return Path(shutil.copyfile(path, folder / "text.txt")).resolve()
     with contextlib.chdir(folder):
         return find_corpus("python-docs", say=lambda _: None).resolve()
 
