@@ -3,6 +3,9 @@
 A corpus is one UTF-8 text file. It is read in pieces, twice: once to check it, digest it and collect its
 characters, once to write its tokens to a cache file that training then maps into memory. So a text larger
 than memory trains in constant memory, and the same text is tokenised once.
+
+What takes long is done in few passes over pieces that stay in the processor's cache: pieces of pure ASCII are
+never decoded, and digest, checksum and disk have a thread beside (`Beside`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import os
 import stat
 import tempfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +41,8 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 DOWNLOAD_TIMEOUT = 5  # seconds
 CACHE_FOLDER = ".tokens"  # beside the corpus
 CACHE_FORMAT = 1
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 19  # of text in a piece: its code points still fit the second-level cache
+SYNC_BYTES = 1 << 26  # of tokens that the disk may be behind
 BOM = "\ufeff"
 
 Say = Callable[[str], None]
@@ -216,21 +222,46 @@ def open_corpus(path: Path | str, check: Callable[[int, int], None] = lambda n, 
         Alg1Error: empty, not UTF-8 (naming the byte), or not readable.
     """
     path = Path(path)
-    sha256 = hashlib.sha256()
-    with _reading(path) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            sha256.update(chunk)
-    key = sha256.hexdigest()
-    cached = _cached_tokens(path, key)
-    if cached is None:
-        tokenizer, n = _survey(path)
-        if not n:
-            raise Alg1Error(f"{path}: the file is empty", "give it some text, or name another file")
-        check(n, tokenizer.vocab_size)
-        cached = tokenizer, _write_tokens(path, key, tokenizer)
-    else:
-        check(len(cached[1]), cached[0].vocab_size)
-    return Corpus(path, key, *cached)
+    cached = _cached_tokens(path) if (path.parent / CACHE_FOLDER).is_dir() else None
+    if cached is not None:
+        check(len(cached.tokens), cached.tokenizer.vocab_size)
+        return cached
+    sha256, tokenizer, n = _survey(path)
+    if not n:
+        raise Alg1Error(f"{path}: the file is empty", "give it some text, or name another file")
+    check(n, tokenizer.vocab_size)
+    return Corpus(path, sha256, tokenizer, _write_tokens(path, sha256, tokenizer))
+
+
+class Beside:
+    """A thread that makes calls in their order while the caller goes on: for what lets go of Python's lock.
+
+    Leaving the `with` block waits for all. What a call raises is raised by a later call, or at the end.
+
+    Args:
+        behind: how many calls may be waiting; with more, the caller waits.
+    """
+
+    def __init__(self, behind: int):
+        self._behind = behind
+        self._executor = ThreadPoolExecutor(1)
+        self._waiting: deque[Future] = deque()
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._executor.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self._wait(0)
+
+    def __call__(self, function: Callable, *arguments: Any) -> None:
+        self._wait(self._behind)
+        self._waiting.append(self._executor.submit(function, *arguments))
+
+    def _wait(self, behind: int) -> None:
+        while len(self._waiting) > behind:
+            self._waiting.popleft().result()
 
 
 @contextlib.contextmanager
@@ -242,8 +273,8 @@ def _reading(path: Path) -> Iterator[Any]:
         raise _unreadable(path, error) from None
 
 
-def _code_points(path: Path, sha256: Any = None) -> Iterator[np.ndarray]:
-    """The text in pieces, as (n,) uint32 code points, without its BOM.
+def _pieces(path: Path, sha256: Any, beside: Beside) -> Iterator[bytes | np.ndarray]:
+    """The text in pieces, without its BOM: pure ASCII as it is, other text as (n,) uint32 code points.
 
     Args:
         sha256: a hashlib object to feed with the file's bytes.
@@ -255,8 +286,11 @@ def _code_points(path: Path, sha256: Any = None) -> Iterator[np.ndarray]:
     rest = b""
     with _reading(path) as file:
         while chunk := file.read(CHUNK_BYTES):
-            if sha256 is not None:
-                sha256.update(chunk)
+            beside(sha256.update, chunk)
+            if not rest and chunk.isascii():
+                consumed += len(chunk)
+                yield chunk
+                continue
             data = rest + chunk
             text, used = _decode(path, data, consumed, final=False)
             rest, start = data[used:], consumed
@@ -279,34 +313,49 @@ def _decode(path: Path, data: bytes, offset: int, final: bool) -> tuple[str, int
         ) from None
 
 
-def _survey(path: Path) -> tuple[Tokenizer, int]:
-    """The tokenizer of a text, and its length in characters."""
+def _survey(path: Path) -> tuple[str, Tokenizer, int]:
+    """The SHA-256 of a text, its tokenizer, and its length in characters."""
+    ascii_seen = b""
     seen = np.zeros(N_CODE_POINTS, dtype=bool)
     n = 0
-    for points in _code_points(path):
-        seen[points] = True
-        n += len(points)
-    return Tokenizer(map(chr, np.flatnonzero(seen))), n
+    sha256 = hashlib.sha256()
+    with Beside(behind=2) as beside:
+        for piece in _pieces(path, sha256, beside):
+            n += len(piece)
+            if isinstance(piece, bytes):
+                ascii_seen += bytes(set(piece.translate(None, ascii_seen)))  # deletes what is known
+            else:
+                seen[piece.astype(np.intp)] = True  # as intp: any other index type is slow here
+    seen[list(ascii_seen)] = True
+    return sha256.hexdigest(), Tokenizer(map(chr, np.flatnonzero(seen))), n
 
 
-def _cached_tokens(path: Path, sha256: str) -> tuple[Tokenizer, np.ndarray] | None:
+def _digest(path: Path) -> str:
+    with _reading(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cached_tokens(path: Path) -> Corpus | None:
     """What an earlier run kept for this content; None if nothing, or nothing whole."""
+    sha256 = _digest(path)
     folder = path.parent / CACHE_FOLDER
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         about = json.loads((folder / f"{sha256}.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer(about["vocabulary"])
         tokens = np.memmap(folder / f"{sha256}.bin", mode="r", dtype=tokenizer.token_type())
-        whole = len(tokens) == about["n_tokens"] and _crc32(tokenizer, tokens) == about["crc32"]
+        crc = _crc32(tokenizer)
+        with (folder / f"{sha256}.bin").open("rb") as file:  # through the map it would count as our memory
+            while chunk := file.read(CHUNK_BYTES):
+                crc = zlib.crc32(chunk, crc)
+        whole = len(tokens) == about["n_tokens"] and crc == about["crc32"]
         if about["format"] == CACHE_FORMAT and whole:
-            return tokenizer, tokens
+            return Corpus(path, sha256, tokenizer, tokens)
     return None
 
 
-def _crc32(tokenizer: Tokenizer, tokens: np.ndarray) -> int:
-    crc = zlib.crc32("".join(tokenizer.vocabulary).encode("utf-8", "surrogatepass"))
-    for start in range(0, len(tokens), CHUNK_BYTES):
-        crc = zlib.crc32(tokens[start : start + CHUNK_BYTES].data, crc)
-    return crc
+def _crc32(tokenizer: Tokenizer) -> int:
+    """Of the vocabulary; that of the tokens goes on from there."""
+    return zlib.crc32("".join(tokenizer.vocabulary).encode("utf-8", "surrogatepass"))
 
 
 def _write_tokens(path: Path, sha256: str, tokenizer: Tokenizer) -> np.ndarray:
@@ -315,7 +364,7 @@ def _write_tokens(path: Path, sha256: str, tokenizer: Tokenizer) -> np.ndarray:
     try:
         folder.mkdir(exist_ok=True)
         with atomic_file(folder / f"{sha256}.bin") as descriptor:
-            n_tokens = _tokenise(path, sha256, tokenizer, descriptor)
+            crc32 = _tokenise(path, sha256, tokenizer, descriptor)
     except (OSError, Alg1Error):
         try:
             with tempfile.TemporaryFile() as file:
@@ -327,8 +376,8 @@ def _write_tokens(path: Path, sha256: str, tokenizer: Tokenizer) -> np.ndarray:
     about = {
         "format": CACHE_FORMAT,
         "text": path.name,
-        "n_tokens": n_tokens,
-        "crc32": _crc32(tokenizer, tokens),
+        "n_tokens": len(tokens),
+        "crc32": crc32,
         "vocabulary": tokenizer.vocabulary,
     }
     with contextlib.suppress(Alg1Error):  # without it the tokens are only made again next time
@@ -337,16 +386,35 @@ def _write_tokens(path: Path, sha256: str, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _tokenise(path: Path, sha256: str, tokenizer: Tokenizer, descriptor: int) -> int:
+    """Write a text's tokens to a file, durably: their CRC-32."""
     table = tokenizer.lookup_table()
-    n_tokens = 0
+    ascii_table = table[:256].tobytes()  # where a token is a byte
     read = hashlib.sha256()
-    for points in _code_points(path, read):
-        write_all(descriptor, memoryview(table[points]).cast("B"))
-        n_tokens += len(points)
+    crc = _crc32(tokenizer)
+
+    def write(tokens: memoryview) -> None:
+        nonlocal crc
+        write_all(descriptor, tokens)
+        crc = zlib.crc32(tokens, crc)
+
+    unsynced = 0
+    with Beside(behind=1) as disk, Beside(behind=4) as beside:
+        for piece in _pieces(path, read, beside):
+            if not isinstance(piece, bytes):
+                tokens = table.take(piece).data
+            elif table.itemsize == 1:
+                tokens = memoryview(piece.translate(ascii_table))
+            else:
+                tokens = table.take(np.frombuffer(piece, dtype=np.uint8)).data
+            beside(write, tokens.cast("B"))
+            unsynced += tokens.nbytes
+            if unsynced >= SYNC_BYTES:  # so that the disk works while we do
+                disk(os.fsync, descriptor)
+                unsynced = 0
     if read.hexdigest() != sha256:  # its new characters would be no tokens of this vocabulary
         raise Alg1Error(f"{path}: it changed while it was read", "train on a copy of it")
     os.fsync(descriptor)
-    return n_tokens
+    return crc
 
 
 # --- tokens -> batches --------------------------------------------------------------------------------

@@ -9,16 +9,16 @@ goes past block_size. The columns are medians of rounds in which the programs ta
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import interleave, load, table
+from common import interleave, load, machine, parser, ratio, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -64,17 +64,17 @@ def transformers_gpt2(size: tuple[int, ...], streams: int, n: int) -> Sampler:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Characters that are sampled in a second.")
-    parser.add_argument("--nanogpt", metavar="PATH", help="a checkout of karpathy/nanoGPT")
-    parser.add_argument("--transformers", action="store_true", help="compare with Hugging Face's GPT-2 too")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(5)")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--nanogpt", metavar="PATH", help="a checkout of karpathy/nanoGPT")
+    options.add_argument("--transformers", action="store_true", help="compare with Hugging Face's GPT-2 too")
+    options.add_argument("--rounds", type=int, default=5, metavar="N", help="(5)")
+    options.add_argument(
         "--characters", type=int, metavar="N", help="of a stream (1.5 times block_size, >= 200)"
     )
-    parser.add_argument("--sizes", metavar="N,N", help="n_embd of the sizes (64,128,384)")
-    parser.add_argument("--streams", default="1,16", metavar="N,N", help="texts side by side (1,16)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of torch, for all (torch's choice)")
-    arguments = parser.parse_args()
+    options.add_argument("--sizes", metavar="N,N", help="n_embd of the sizes (64,128,384)")
+    options.add_argument("--streams", default="1,16", metavar="N,N", help="texts side by side (1,16)")
+    options.add_argument("--threads", type=int, metavar="N", help="of torch, for all (torch's choice)")
+    arguments = options.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.transformers:
@@ -84,9 +84,12 @@ def main() -> None:
             print("transformers is not installed: left out", file=sys.stderr)
             arguments.transformers = False
     sizes = [s for s in SIZES if arguments.sizes is None or str(s[0]) in arguments.sizes.split(",")]
+    rounds = arguments.rounds
+    if arguments.quick:
+        sizes, rounds, arguments.characters = sizes[:1], 1, 20
 
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds; tok/s\n")
-    rows: list[list[str]] = []
+    print(f"{machine()}; {torch.get_num_threads()} threads, tok/s, medians of {rounds} rounds")
+    rows: list[dict[str, Any]] = []
     for streams in map(int, arguments.streams.split(",")):
         for size in sizes:
             n = arguments.characters or max(200, size[-1] * 3 // 2)
@@ -95,17 +98,15 @@ def main() -> None:
                 samplers["nanoGPT"] = nanogpt(arguments.nanogpt, size, streams, n)
             if arguments.transformers:
                 samplers["transformers"] = transformers_gpt2(size, streams, n)
-            seconds = interleave(samplers, arguments.rounds)
-            speed = {name: streams * n / statistics.median(times) for name, times in seconds.items()}
-            if not rows:
-                rows.append(["streams", "size", *speed])
+            seconds = interleave(samplers, rounds)
             n_embd, n_head, n_layer, block_size = size
-            rows.append([str(streams), f"{n_embd}/{n_head}/{n_layer} T{block_size}"])
-            for name, value in speed.items():
-                ratio = "" if name == "ALG1" else f" ({speed['ALG1'] / value:.1f}x)"
-                rows[-1].append(f"{value:,.0f}{ratio}")
-            print(table(rows[-1:]).splitlines()[0], file=sys.stderr, flush=True)
-    print(table(rows))
+            row: dict[str, Any] = {"streams": streams, "size": f"{n_embd}/{n_head}/{n_layer} T{block_size}"}
+            for name, times in seconds.items():
+                row[name] = streams * n / statistics.median(times)
+                if name != "ALG1":
+                    row[f"ratio to {name}"] = ratio(times, seconds["ALG1"])
+            rows.append(row)
+    table(rows)
 
 
 if __name__ == "__main__":

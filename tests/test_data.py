@@ -8,11 +8,13 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -259,6 +261,69 @@ def test_a_text_is_never_in_memory_as_a_whole(workdir, monkeypatch):
         assert len(train_data) + len(val_data) == size
 
     assert max(peaks) < size / 2
+
+
+def test_calls_beside_are_made_in_order_and_awaited():
+    made = []
+
+    with data.Beside(behind=2) as beside:
+        for i in range(20):
+            beside(lambda i=i: (time.sleep(0.001), made.append(i)))
+
+    assert made == list(range(20))
+
+
+def test_no_more_calls_wait_beside_than_allowed():
+    go, made = threading.Event(), []
+
+    def call_often():
+        with data.Beside(behind=2) as beside:
+            for i in range(9):
+                beside(go.wait)
+                made.append(i)
+
+    caller = threading.Thread(target=call_often)
+    caller.start()
+    time.sleep(0.05)
+    assert made == [0, 1, 2]
+    go.set()
+    caller.join()
+    assert len(made) == 9
+
+
+@pytest.mark.parametrize("further_calls", [0, 5])
+def test_what_a_call_beside_raises_is_raised(further_calls):
+    with pytest.raises(ZeroDivisionError), data.Beside(behind=2) as beside:
+        beside(lambda: 1 / 0)
+        for _ in range(further_calls):
+            beside(int)
+
+
+def test_an_error_does_not_leave_before_the_calls_beside_do():
+    made = []
+
+    with pytest.raises(KeyError), data.Beside(behind=2) as beside:
+        beside(lambda: (time.sleep(0.05), made.append(1)))
+        time.sleep(0.01)
+        raise KeyError
+
+    assert made == [1]
+
+
+def test_the_disk_is_not_left_behind_while_a_large_text_is_tokenised(workdir, monkeypatch):
+    Path("text.txt").write_bytes(b"abcd" * 1000)
+    monkeypatch.setattr(data, "CHUNK_BYTES", 100)
+    fsync, times = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: times.append(1) or fsync(descriptor))
+
+    def syncs(sync_bytes):
+        shutil.rmtree(data.CACHE_FOLDER, ignore_errors=True)
+        monkeypatch.setattr(data, "SYNC_BYTES", sync_bytes)
+        times.clear()
+        assert decoded(Path("text.txt")) == "abcd" * 1000
+        return len(times)
+
+    assert syncs(1000) == syncs(5000) + 4
 
 
 # --- bad files ----------------------------------------------------------------------------------------

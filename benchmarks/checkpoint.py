@@ -1,0 +1,82 @@
+"""What a checkpoint costs the loop, in steps.
+
+    python benchmarks/checkpoint.py
+
+Steps with one checkpoint in the middle take turns with steps without; the difference is what the loop waits
+for. "The call" is the time of the call that saves it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import SIZES, Steps, build_trainer, interleave, machine, parser, table, text_or_docs
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--data", help="a text; Python's documentation where left out")
+    options.add_argument("--steps", type=int, default=4, help="in a turn")
+    options.add_argument("--rounds", type=int, default=40)
+    options.add_argument("--threads", type=int, default=0, help="0: train.py's choice")
+    args = options.parse_args()
+    if args.quick:
+        args.steps, args.rounds = 2, 2
+    print(machine(), flush=True)
+    rows = []
+    for name in list(SIZES)[: 1 if args.quick else None]:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(name, args, Path(folder)))
+    table(rows)
+
+
+def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
+    from utils_alg1.utils_checkpoint import CheckpointStore
+    from utils_alg1.utils_training import Progress
+
+    count = args.steps
+    rounds = args.rounds if SIZES[name]["n_embd"] < 200 else max(2, args.rounds // 8)  # seconds a step
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir()
+    trainer = build_trainer(text_or_docs(args.data, folder), **SIZES[name], threads=args.threads)
+    steps = Steps(trainer, count)
+    store = CheckpointStore(checkpoints, keep=2)
+    about = {"run_id": "benchmark", "parameters": {}, "corpus_sha256": "", "trackers": {}}
+    calls = []
+
+    def save() -> None:
+        began = time.perf_counter()
+        store.save(trainer, Progress(steps.step), about)
+        calls.append(time.perf_counter() - began)
+
+    def with_checkpoint() -> None:
+        for i in range(count):
+            if i == count // 2:
+                save()
+            steps.take()
+
+    for warm_up in (steps, with_checkpoint):
+        warm_up()
+    calls.clear()
+    seconds = interleave({"without": steps, "with": with_checkpoint}, rounds)
+    step = statistics.median(seconds["without"]) / count
+    waits = [a - b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
+    (newest, *_) = sorted(checkpoints.glob("*.safetensors"), reverse=True)
+    return {
+        "size": name,
+        "threads": trainer.runtime.threads,
+        "file, MB": newest.stat().st_size / 1e6,
+        "ms/step": 1e3 * step,
+        "the call, ms": 1e3 * statistics.median(calls),
+        "the loop waits, ms": 1e3 * statistics.median(waits),
+        "in steps": statistics.median(waits) / step,
+        "the call, in steps": statistics.median(calls) / step,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""How cost grows: tokens a second and peak memory over width, block size, batch and corpus.
+
+    python benchmarks/scaling.py            a table, and the picture benchmarks/scaling.png
+
+One of them changes, the others stay at 128/4/4 T64 B12 and a text of 1 MB. Every point is a process of its
+own, with the number of threads that train.py chooses; its steps are those of train.py's Trainer. The first
+step on a text waits for its tokens. The speed is that of the quickest step, which other work disturbs least.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import FOLDER, SIZES, child, machine, parser, table
+from tokens import write_text
+
+BASE = SIZES["128/4/4 T64 B12"]
+MEGABYTES = 1
+AXES = {
+    "n_embd": [32, 64, 128, 256, 512],
+    "block_size": [16, 32, 64, 128, 256, 512],
+    "batch_size": [1, 3, 12, 48, 96],
+    "corpus, MB": [1, 10, 100, 1000],
+}
+QUICK = {"n_embd": [32, 64], "corpus, MB": [1]}
+MEASURE = """
+import json, pathlib
+from common import Steps, build_trainer
+text, values, seconds = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
+began = time.perf_counter()
+trainer = build_trainer(text, **values)
+ready = time.perf_counter() - began
+steps = Steps(trainer, 3)
+steps()
+times, end = [], time.perf_counter() + seconds
+while not times or time.perf_counter() < end:
+    began = time.perf_counter()
+    steps.take()
+    times.append(time.perf_counter() - began)
+report(ready=ready, step=min(times), tokens=trainer.tokens_per_step,
+       threads=trainer.runtime.threads)
+"""
+
+
+def main() -> None:
+    import json
+
+    options = parser(__doc__)
+    options.add_argument("--threads", type=int, default=0)
+    options.add_argument("--seconds", type=float, default=3.0, help="of steps for each point and round")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--picture", type=Path, default=FOLDER / "scaling.png")
+    args = options.parse_args()
+    axes = QUICK if args.quick else AXES
+    if args.quick:
+        args.seconds, args.rounds, args.threads = 0.0, 1, 1
+    print(machine(), flush=True)
+    points = [(axis, value) for axis, values in axes.items() for value in values]
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {point: [] for point in points}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for _ in range(args.rounds):  # not point by point: a slow minute would be a dent in the curve
+            for axis, value in points:
+                megabytes = value if axis == "corpus, MB" else MEGABYTES
+                text = folder / f"{megabytes}.txt"
+                if not text.exists():
+                    write_text(text, "ASCII", megabytes)
+                changed = {} if axis == "corpus, MB" else {axis: value}
+                values = json.dumps({**BASE, **changed, "threads": args.threads})
+                found[axis, value].append(child(MEASURE, text, values, args.seconds, folder=folder))
+    rows = []
+    for (axis, value), done in found.items():
+        step = min(one["step"] for one in done)  # other work only makes it longer
+        rows.append(
+            {
+                "what changes": axis,
+                "to": value,
+                "threads": done[0]["threads"],
+                "ms/step": 1e3 * step,
+                "tok/s": done[0]["tokens"] / step,
+                "peak memory, MB": max(one["peak"] for one in done) / 1e6,
+                "seconds to the first step": done[0]["ready"],
+            }
+        )
+    table(rows)
+    draw(rows, args.picture)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A pair of curves for each axis, in logarithmic scales."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axes = list(dict.fromkeys(row["what changes"] for row in rows))
+    figure = Figure(figsize=(3 * len(axes), 4.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, len(axes), sharey="row", squeeze=False)
+    for column, axis in enumerate(axes):
+        own = [row for row in rows if row["what changes"] == axis]
+        x = [row["to"] for row in own]
+        for line, name in enumerate(["tok/s", "peak memory, MB"]):
+            panel = panels[line, column]
+            panel.plot(x, [row[name] for row in own], marker="o", color=f"C{line}")
+            panel.set(xscale="log", yscale="log" if line == 0 else "linear", xlabel=axis)
+            panel.set_xticks(x, [f"{value:,}" for value in x])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            if line:
+                panel.set_ylim(bottom=0)
+            if column == 0:
+                panel.set_ylabel(name)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

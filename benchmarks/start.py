@@ -1,0 +1,89 @@
+"""How long one waits: for --help, and for the first step of a run, against importing torch alone.
+
+    python benchmarks/start.py
+
+Every turn is a new process. The first step is that of a run with the default settings, trackers included, on
+a text whose tokens are in the cache; before it the loop evaluates once and saves a checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from common import PROJECT, interleave, machine, parser, ratio, run, table, text_or_docs
+
+# Leaves as soon as the first step is taken.
+UNTIL_FIRST_STEP = """
+import os
+import train
+
+def loop(trainer, *rest):
+    update = trainer.update
+    def update_and_leave(step):
+        update(step)
+        os._exit(0)
+    trainer.update = update_and_leave
+    wait(trainer, *rest)
+
+wait, train.loop = train.loop, loop
+train.run_script(train.main)
+"""
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--data", help="a text; Python's documentation where left out")
+    options.add_argument("--rounds", type=int, default=9)
+    args = options.parse_args()
+    if args.quick:
+        args.rounds = 1
+    print(machine(), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = str(text_or_docs(args.data, folder))
+        first_step = [sys.executable, "-c", UNTIL_FIRST_STEP, "--data", text]
+        commands = {
+            "python -c pass": [sys.executable, "-c", "pass"],
+            "python -c 'import torch'": [sys.executable, "-c", "import torch"],
+            "train.py --help": [sys.executable, str(PROJECT / "train.py"), "--help"],
+            "inference.py --help": [sys.executable, str(PROJECT / "inference.py"), "--help"],
+            "first step": first_step,
+            "first step, no trackers": [*first_step, "--no-aim", "--no-tensorboard"],
+            "first step, no trackers, one batch to evaluate": [
+                *first_step,
+                *["--no-aim", "--no-tensorboard", "--eval-iters", "1"],
+            ],
+        }
+
+        if args.quick:
+            commands = dict(list(commands.items())[1::2])
+
+        def start(command: list[str]) -> None:
+            run(command, folder)
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+
+        turns = {name: (lambda command=command: start(command)) for name, command in commands.items()}
+        if not args.quick:
+            for turn in turns.values():
+                turn()  # files into memory, tokens into the cache
+        seconds = interleave(turns, args.rounds)
+    torch_alone = seconds["python -c 'import torch'"]
+    table(
+        [
+            {
+                "until": name,
+                "seconds, median": statistics.median(times),
+                "lowest": min(times),
+                "x importing torch": ratio(times, torch_alone),
+            }
+            for name, times in seconds.items()
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

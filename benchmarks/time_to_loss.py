@@ -1,0 +1,152 @@
+"""Wall time to a validation loss below 1.88 on tiny Shakespeare: the whole program, beside nanoGPT's.
+
+    python benchmarks/time_to_loss.py --data input.txt --nanogpt PATH
+
+Ours is `python train.py --config configs/fast`, trackers, evaluations and export included, on a text that it
+has not seen before. nanoGPT's is its train.py with the flags that its README gives for a CPU, in a copy of
+the checkout; making its data is a row of its own, and not in the ratio. The loss on all of the val text is
+measured alike for both: the mean over the last tenth of the text, in sequences of the model's block_size.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import PROJECT, interleave, load, machine, parser, ratio, run, silence, table, text_or_docs
+
+GOAL = 1.88
+NANOGPT_FLAGS = (
+    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12"
+    " --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+).split()
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    options.add_argument("--data", help="tiny Shakespeare, as a file; else Python's documentation")
+    options.add_argument("--config", default=str(PROJECT / "configs" / "fast"), help="our preset")
+    options.add_argument("--rounds", type=int, default=1)
+    options.add_argument("--threads", type=int, default=0, help="of both; 0 is each one's own choice")
+    args = options.parse_args()
+    if args.quick:
+        args.threads = args.threads or 1
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    print(machine(), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        contestants: dict[str, Ours | NanoGPT] = {"ALG1": Ours(args, folder)}
+        if args.nanogpt:
+            contestants["nanoGPT"] = NanoGPT(args, folder)
+        seconds = interleave(contestants, args.rounds)
+        rows: list[dict[str, Any]] = []
+        for who, times in seconds.items():
+            loss = contestants[who].loss()
+            rows.append(
+                {
+                    "who": who,
+                    "seconds": statistics.median(times),
+                    "x nanoGPT": ratio(seconds["nanoGPT"], times) if args.nanogpt else None,
+                    "its own val loss": contestants[who].own_loss,
+                    "loss on all of the val text": loss,
+                    f"below {GOAL}": "yes" if loss < GOAL else "no",
+                }
+            )
+        if args.nanogpt:
+            rows.append({"who": "nanoGPT, its data", "seconds": contestants["nanoGPT"].preparing})
+        table(rows)
+
+
+class Ours:
+    """A run of train.py in a folder of its own."""
+
+    preparing = 0.0
+
+    def __init__(self, args: Any, folder: Path):
+        self.folder = folder / "alg1"
+        self.folder.mkdir()
+        self.text = text_or_docs(args.data, self.folder)
+        script = str(PROJECT / "train.py")
+        self.command = [sys.executable, script, "--config", args.config, "--data", str(self.text)]
+        if args.quick:
+            self.command += "--max-iters 21 --eval-iters 1 --batch-size 1 --block-size 8 --no-aim".split()
+        self.own_loss: float | None = None
+
+    def __call__(self) -> None:
+        for old in (self.text.parent / ".tokens", self.folder / "runs"):
+            shutil.rmtree(old, ignore_errors=True)
+        run(self.command, self.folder)
+
+    def loss(self) -> float:
+        """Of the export, over the validation text."""
+        import torch
+
+        from data import open_corpus
+        from utils_alg1.utils_checkpoint import find_weights, load_model_file
+
+        model = load_model_file(find_weights(str(self.folder / "runs")))
+        self.own_loss = float(model.provenance["val_loss"])
+        tokens = torch.from_numpy(open_corpus(self.text).split()[1].astype("int64"))
+        return mean_loss(model, tokens)
+
+
+class NanoGPT:
+    """A run of nanoGPT's train.py in a copy of its checkout."""
+
+    def __init__(self, args: Any, folder: Path):
+        self.folder = folder / "nanoGPT"
+        shutil.copytree(args.nanogpt, self.folder, ignore=shutil.ignore_patterns(".git"))
+        data = self.folder / "data" / "shakespeare_char"
+        shutil.copy(text_or_docs(args.data, folder), data / "input.txt")
+        (data / "requests.py").touch()  # imported to download what is here already
+        began = time.perf_counter()
+        run([sys.executable, str(data / "prepare.py")], self.folder)
+        self.preparing = time.perf_counter() - began
+        flags = list(NANOGPT_FLAGS)
+        if args.quick:
+            flags += ["--max_iters=2", "--eval_interval=1", "--eval_iters=1", "--batch_size=2"]
+        self.command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags]
+        self.own_loss: float | None = None
+
+    def __call__(self) -> None:
+        run(self.command, self.folder)
+
+    def loss(self) -> float:
+        """Of its best checkpoint, over the validation text."""
+        import numpy as np
+        import torch
+
+        path = self.folder / "out-shakespeare-char" / "ckpt.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        self.own_loss = float(checkpoint["best_val_loss"])
+        model_py = load(self.folder / "model.py", "nanogpt_model")
+        with silence():
+            model = model_py.GPT(model_py.GPTConfig(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint["model"])
+        tokens = np.fromfile(self.folder / "data" / "shakespeare_char" / "val.bin", dtype=np.uint16)
+        return mean_loss(model, torch.from_numpy(tokens.astype(np.int64)))
+
+
+def mean_loss(model: Any, tokens: Any) -> float:
+    """The mean over all whole sequences of the text, one after the other."""
+    import torch
+
+    T = model.config.block_size
+    n = (len(tokens) - 1) // T
+    x, y = tokens[: n * T].view(n, T), tokens[1 : n * T + 1].view(n, T)
+    model.eval()
+    with torch.no_grad():
+        parts = [len(a) * float(model(a, b)[1]) for a, b in zip(x.split(64), y.split(64), strict=True)]
+    return sum(parts) / n
+
+
+if __name__ == "__main__":
+    main()
