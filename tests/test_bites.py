@@ -75,7 +75,7 @@ GUARDS = [
     Guard(
         "purge of TensorBoard",
         "utils_alg1/utils_trackers.py",
-        "tensorboard_synced if resumed else None",
+        "synced if resumed else None",
         "None",
         "tests/test_tensorboard.py -k one_clean_curve",
     ),
