@@ -80,6 +80,20 @@ GUARDS = [
         "tests/test_tensorboard.py -k one_clean_curve",
     ),
     Guard(
+        "lock of a run, in the processes of its trackers",
+        "utils_alg1/utils_trackers.py",
+        "    let_go_of_files(keep={1, 2, connection.fileno()})\n",
+        "",
+        "tests/test_trackers.py -k parent_is_killed",
+    ),
+    Guard(
+        "end of a tracker that hangs and has no parent any more",
+        "utils_alg1/utils_trackers.py",
+        "    threading.Thread(target=_outlive, args=(os.getppid(), PATIENCE), daemon=True).start()\n",
+        "",
+        "tests/test_trackers.py -k outlive",
+    ),
+    Guard(
         "check of loss and gradient",
         "utils_alg1/utils_training.py",
         "if not math.isfinite(mean_loss) or",

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch.utils.tensorboard  # once, here: the runs below start TensorBoard in a moment
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Notes, lasting_metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins import projector
 
 import train as script
@@ -30,6 +31,7 @@ from utils_alg1.utils_run_manager import create_run, list_runs, lock_run
 from utils_alg1.utils_trackers import (
     Background,
     MetricsFile,
+    StartAim,
     Tracker,
     Trackers,
     cut_metrics,
@@ -37,8 +39,23 @@ from utils_alg1.utils_trackers import (
     start_trackers,
 )
 
-FORK = multiprocessing.get_context("fork")  # its events are set in one process and seen in another
+NO_LOOKS = ["--histogram-interval=0", "--embedding-interval=0", "--sample-interval=0"]
 RUN_TINY = ["--data", "text.txt", *TINY, "--quiet"]
+
+
+class Gate:
+    """Like an event, for several processes. (One of multiprocessing's hangs when who waits for it is killed.)"""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def set(self) -> None:
+        self.path.touch()
+
+    def wait(self) -> bool:
+        while not self.path.exists():
+            time.sleep(0.01)
+        return True
 
 
 class Recorder(Tracker):
@@ -49,7 +66,7 @@ class Recorder(Tracker):
     def __init__(self, folder: Path, *block: str):
         self.notes = Notes(folder / "heard.pkl")
         self.block = block
-        self.gate = FORK.Event()
+        self.gate = Gate(folder / "gate")
 
     @property
     def heard(self) -> list[tuple]:
@@ -281,7 +298,7 @@ def test_synced_moves_only_when_a_flush_was_delivered(tmp_path, short_patience):
 
 def test_a_flush_does_not_wait_for_a_copy_that_is_still_opening(tmp_path, monkeypatch):
     monkeypatch.setattr(utils_trackers, "FLUSH_PATIENCE", 0)
-    opened = FORK.Event()
+    opened = Gate(tmp_path / "opened")
     recorder = Recorder(tmp_path)
     copy = background(lambda _: opened.wait() and recorder)
     trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy})
@@ -319,7 +336,7 @@ def test_a_copy_that_failed_is_never_marked_as_synced(tmp_path):
 
 
 def test_a_copy_keeps_the_identity_it_had_until_it_has_opened(tmp_path):
-    opened = FORK.Event()
+    opened = Gate(tmp_path / "opened")
     copy = background(lambda _: opened.wait() and Recorder(tmp_path), identity="hash-0")
     assert copy.identity == "hash-0"
     opened.set()
@@ -415,6 +432,188 @@ def test_a_guard_lets_a_keyboard_interrupt_through():
 
     with pytest.raises(KeyboardInterrupt):
         Guard("X", print).attempt(interrupt)
+
+
+# --- a process that is killed -------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process that is more than an entry in its parent's table."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def orphans(tmp_path, monkeypatch):
+    """`orphans(recorders)`: the directory of a run whose process was killed, and the pids of its trackers.
+
+    Each tracker has been told one row. Whatever they wait for comes at the end of the test.
+    """
+    recorders: list[Recorder] = []
+    pids = Notes(tmp_path / "pids.pkl")
+
+    def run_and_die(started: list[Recorder]) -> None:
+        run = create_run(tmp_path / "runs")
+        copies = {str(i): Background("X", of(recorder), print) for i, recorder in enumerate(started)}
+        trackers = Trackers(MetricsFile(run.metrics_path), copies)
+        for copy in copies.values():
+            pids.append(copy.attend()._process.pid)
+        trackers.log_scalars({"loss/val": 1.0}, 0)
+        wait_until(lambda: all(recorder.heard for recorder in started))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def leave(*started: Recorder) -> tuple[Path, list[int]]:
+        recorders.extend(started)
+        process = multiprocessing.get_context("fork").Process(target=run_and_die, args=(started,))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        (path,) = list_runs(tmp_path / "runs")
+        return path, pids.read()
+
+    yield leave
+    for recorder in recorders:
+        recorder.gate.set()
+
+
+def list_no_proc(folder=".", real=os.listdir):
+    if folder == "/proc/self/fd":
+        raise FileNotFoundError(folder)
+    return real(folder)
+
+
+@pytest.mark.parametrize("proc", [True, False], ids=["with-proc", "without-proc"])
+def test_when_its_parent_is_killed_a_tracker_holds_no_lock_closes_and_leaves(
+    tmp_path, orphans, monkeypatch, proc
+):
+    if not proc:
+        monkeypatch.setattr(os, "listdir", list_no_proc)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    recorders = [Recorder(folder, "close") for folder in folders]
+    path, pids = orphans(*recorders)
+    with lock_run(path):
+        assert [alive(pid) for pid in pids] == [True, True]  # they still close
+    for recorder in recorders:
+        recorder.gate.set()
+    wait_until(lambda: not any(map(alive, pids)))
+    assert [recorder.heard for recorder in recorders] == [[("scalars", {"loss/val": 1.0}, 0), ("close",)]] * 2
+
+
+def test_a_tracker_that_hangs_does_not_outlive_its_parent(tmp_path, orphans, short_patience):
+    path, (pid,) = orphans(Recorder(tmp_path, "close"))
+    lock_run(path).lock.release()
+    wait_until(lambda: not alive(pid), 10)
+
+
+def test_a_tracker_leaves_signals_to_its_parent(tmp_path):
+    recorder = Recorder(tmp_path)
+    copy = background(of(recorder))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(copy._process.pid, number)
+    copy.log_scalars({"loss/val": 1.0}, 0)
+    assert copy.start_close().wait(30)
+    assert recorder.heard == [("scalars", {"loss/val": 1.0}, 0), ("close",)]
+    assert copy._process.exitcode == 0
+
+
+def test_a_copy_whose_process_is_killed_is_one_warning_and_nobody_waits_for_it(tmp_path):
+    warnings: list[str] = []
+    recorder = Recorder(tmp_path, "flush")
+    copy = background(of(recorder), warnings.append, synced=2)
+    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy})
+    wait_until(lambda: copy.started)
+    flushed = copy.start_flush()
+    copy._process.kill()
+    assert flushed.wait(30)
+    copy.flushed(5)
+    for step in range(20_000):  # more than the queue takes
+        trackers.log_scalars({"loss/val": 1.0}, step)
+    trackers.flush(6)
+    assert copy.start_flush().is_set()
+    assert trackers.state() == {"x": {"run": "hash-1", "synced": 2}}
+    trackers.close()
+    assert warnings == ["X is switched off, training goes on: its process has ended (-9)"]
+
+
+def test_a_process_that_cannot_be_started_is_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fork", boom(BlockingIOError(11, "Resource temporarily unavailable")))
+    warnings: list[str] = []
+    with Trackers(
+        MetricsFile(tmp_path / "m.jsonl"), {"x": background(boom(KeyError()), warnings.append)}
+    ) as trackers:
+        trackers.log_scalars({"loss/val": 1.0}, 0)
+        trackers.flush(1)
+        assert trackers.working == []
+    reason = "BlockingIOError: [Errno 11] Resource temporarily unavailable"
+    assert warnings == [f"X is switched off, training goes on: {reason}"]
+
+
+def test_what_cannot_be_sent_is_one_warning_and_the_tracker_is_closed(tmp_path):
+    warnings: list[str] = []
+    recorder = Recorder(tmp_path)
+    copy = background(of(recorder), warnings.append)
+    copy.log_texts({"samples": lambda: 0}, 0)
+    copy.log_texts({"samples": "a"}, 1)
+    wait_until(lambda: not copy.working)
+    assert copy.start_close().wait(30)
+    assert recorder.heard == [("close",)]
+    (warning,) = warnings
+    assert warning.startswith("X is switched off, training goes on: ")
+    assert "pickle" in warning
+
+
+def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_may_be_gone(tmp_path):
+    code = (
+        "import sys\n"
+        "from utils_alg1.utils_trackers import Background, Tracker\n"
+        "def start(warn):\n    print('opened', flush=True)\n    return Tracker()\n"
+        "sys.stdout.write('once ')\n"
+        "copy = Background('X', start, lambda text: print(text, file=sys.stderr)).attend()\n"
+        "assert copy.start_close().wait(60)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "opened\nonce ", "")
+    gone, stdout = os.pipe()
+    os.close(gone)
+    code = (
+        code.replace("print('opened', flush=True)", "pass") + "print('fine', file=sys.stderr, flush=True)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(stdout)
+    assert done.stderr.startswith("fine\n")
+
+
+def test_a_process_begun_anew_serves_as_well_as_a_forked_one(train, text_file, monkeypatch):
+    monkeypatch.setattr(utils_trackers, "START_METHOD", "spawn")
+    monkeypatch.setattr(utils_trackers, "PATIENCE", 100)
+    result = train(*RUN_TINY, "--no-aim")
+    assert (result.code, result.err) == (0, "")
+    path = the_run()
+    events = EventAccumulator(str(path / "logs/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("Loss/train_step")] == [0, 1, 2, 3, 4, 5]
+    start = StartAim(path, path / "logs/metrics.jsonl", None, "hash-0", 3, {"n_embd": 16}, {"git": {}})
+    assert pickle.loads(pickle.dumps(start)) == start
 
 
 # --- what a resumed run sends again -------------------------------------------------------------------
@@ -676,6 +875,26 @@ def test_a_tracker_that_raises_costs_one_warning(
     assert set(exit_codes(seen[0]).values()) == {0}
 
 
+CRASHES = [
+    *(("Aim", place) for place in ("import", "Run", "track", "close")),
+    *(("TensorBoard", place) for place in ("SummaryWriter", "add_scalar", "flush", "close")),
+]
+
+
+@pytest.mark.parametrize(("name", "place"), CRASHES, ids=[f"{n}-{p}" for n, p in CRASHES])
+def test_a_tracker_that_crashes_costs_one_warning(
+    name, place, train, text_file, plain, seen, fake_aim, fake_tensorboard
+):
+    def crash(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    (fake_aim if name == "Aim" else fake_tensorboard)(place, crash)
+    result = train(*RUN_TINY, "--no-tensorboard" if name == "Aim" else "--no-aim")
+    reason = "training goes on: its process has ended (-9)"
+    assert (result.code, result.err) == (0, f"warning: {name} is switched off, {reason}\n")
+    assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
+
+
 @pytest.mark.parametrize(("name", "module"), [("Aim", "aim"), ("TensorBoard", "torch.utils.tensorboard")])
 def test_a_tracker_that_is_not_installed_costs_one_warning(
     name, module, train, text_file, plain, monkeypatch
@@ -740,7 +959,8 @@ def test_a_tracker_that_raises_and_then_hangs_is_still_one_warning(
     assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
 
 
-def test_a_process_leaves_a_hung_tracker_and_its_exit_hooks_behind(text_file, workdir):
+@pytest.mark.parametrize("hangs", [True, False])
+def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workdir, hangs):
     package = workdir / "fake" / "aim"
     (package / "sdk").mkdir(parents=True)
     (package / "sdk" / "errors.py").write_text("MissingRunError = LookupError\n")
@@ -750,22 +970,26 @@ def test_a_process_leaves_a_hung_tracker_and_its_exit_hooks_behind(text_file, wo
         "atexit.register(never.wait)\n"
         "threading.Thread(target=never.wait).start()\n"
         "class Repo:\n    from_path = staticmethod(lambda *_, **__: None)\n"
-        "def Run(*_, **__):\n    never.wait()\n"
+        "class Run:\n"
+        "    hash = 'f' * 24\n"
+        f"    def __init__(self, *_, **__): {'never.wait()' if hangs else 'pass'}\n"
+        "    def track(self, *_, **__): pass\n"
+        "    def __setitem__(self, key, value): pass\n"
+        "    def close(self): pass\n"
     )
     code = (
         "import train\n"
         "from utils_alg1 import utils_output, utils_trackers\n"
-        "utils_trackers.PATIENCE = 0.5\n"
-        f"utils_output.run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard']!r}))\n"
+        f"utils_trackers.PATIENCE = {0.5 if hangs else 50}\n"
+        f"utils_output.run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard', *NO_LOOKS]!r}))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(PROJECT)])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0
-    assert done.stderr == (
-        "warning: Aim is switched off, training goes on: it did not close within 0 seconds\n"
-    )
+    warning = "warning: Aim is switched off, training goes on: it did not close within 0 seconds\n"
+    assert done.stderr == (warning if hangs else "")
     assert (the_run() / "artifacts/export/model.safetensors").is_file()
 
 
@@ -778,7 +1002,7 @@ def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
         return wait_for_all(events, 0.05)
 
     monkeypatch.setattr(utils_trackers, "_wait_for_all", counted)
-    go_on = FORK.Event()
+    go_on = Gate(tmp_path / "go_on")
 
     class Slow(Tracker):
         def log_scalars(self, values, step):
