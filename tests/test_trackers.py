@@ -39,12 +39,13 @@ from utils_alg1.utils_trackers import (
     start_trackers,
 )
 
-NO_LOOKS = ["--histogram-interval=0", "--embedding-interval=0", "--sample-interval=0"]
+LOOKS = ("histogram", "activation", "attention", "embedding", "sample")
+NO_LOOKS = [f"--{look}-interval=0" for look in LOOKS]
 RUN_TINY = ["--data", "text.txt", *TINY, "--quiet"]
 
 
 class Gate:
-    """Like an event, for several processes. (One of multiprocessing's hangs when who waits for it is killed.)"""
+    """An event for several processes; multiprocessing's own hangs once a process that waits is killed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -574,6 +575,7 @@ def test_what_cannot_be_sent_is_one_warning_and_the_tracker_is_closed(tmp_path):
 
 
 def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_may_be_gone(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": ""}
     code = (
         "import sys\n"
         "from utils_alg1.utils_trackers import Background, Tracker\n"
@@ -583,9 +585,7 @@ def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_
         "assert copy.start_close().wait(60)\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "opened\nonce ", "")
     gone, stdout = os.pipe()
     os.close(gone)
@@ -595,7 +595,7 @@ def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        env=environment,
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
