@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,25 @@ QUIET_TRACKERS = ["--no-aim", "--no-tensorboard"]
 TEXT = "".join(
     f"{i}. The quick brown fox jumps over the lazy dog; café, naïve, 日本, 🙂!\n" for i in range(60)
 )
+
+
+class Notes:
+    """A list on disk: what the process of a tracker appends is seen in that of the test."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.touch()
+
+    def append(self, item: object) -> None:
+        with self.path.open("ab") as file:
+            file.write(pickle.dumps(item))
+
+    def read(self) -> list:
+        with self.path.open("rb") as file, contextlib.suppress(EOFError):
+            items: list = []
+            while True:
+                items.append(pickle.load(file))
+        return items
 
 
 def lasting_metrics(path: Path) -> bytes:

@@ -243,7 +243,8 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
             patch.setattr(script, "loop", wait_and_loop)
             patch.setattr("utils_alg1.utils_trackers.FLUSH_PATIENCE", 60)
         else:
-            patch.setattr("utils_alg1.utils_trackers.Background.started", False)
+            never = property(lambda _: False, lambda *_: None)
+            patch.setattr("utils_alg1.utils_trackers.Background.started", never, raising=False)
             patch.setattr(Trackers, "state", lambda _: {"aim": {"run": None, "synced": 0}})
         assert train(*WITH_AIM).code == 130
     first_hash = only_run(workdir).hash

@@ -75,9 +75,23 @@ GUARDS = [
     Guard(
         "purge of TensorBoard",
         "utils_alg1/utils_trackers.py",
-        "tensorboard_synced if resumed else None",
+        "synced if resumed else None",
         "None",
         "tests/test_tensorboard.py -k one_clean_curve",
+    ),
+    Guard(
+        "lock of a run, in the processes of its trackers",
+        "utils_alg1/utils_trackers.py",
+        "    let_go_of_files(keep={1, 2, connection.fileno()})\n",
+        "",
+        "tests/test_trackers.py -k parent_is_killed",
+    ),
+    Guard(
+        "end of a tracker that hangs and has no parent any more",
+        "utils_alg1/utils_trackers.py",
+        "    threading.Thread(target=_outlive, args=(os.getppid(), PATIENCE), daemon=True).start()\n",
+        "",
+        "tests/test_trackers.py -k outlive",
     ),
     Guard(
         "check of loss and gradient",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY, lasting_metrics
+from conftest import TEXT, TINY, Notes, lasting_metrics
 
 import train as script
 from files import read_tensors
@@ -228,23 +228,31 @@ def test_characters_that_the_font_lacks_are_escaped():
 class Noting(Tracker):
     """Notes what it is shown and when."""
 
-    def __init__(self):
-        self.shown: list[tuple] = []
+    def __init__(self, folder: Path):
+        self.notes = Notes(folder / "shown.pkl")
+
+    @property
+    def shown(self) -> list[tuple]:
+        return self.notes.read()
 
     def log_scalars(self, values, step):
-        self.shown.append((step, *values))
+        self.notes.append((step, *values))
 
     def log_histograms(self, histograms, step):
-        self.shown.append((step, *sorted({h.kind for h in histograms})))
+        self.notes.append((step, *sorted({h.kind for h in histograms})))
 
     def log_images(self, images, step):
-        self.shown.append((step, images[0].name, len(images)))
+        self.notes.append((step, images[0].name, len(images)))
 
     def log_texts(self, texts, step):
-        self.shown.append((step, *texts))
+        self.notes.append((step, *texts))
 
     def log_embedding(self, embedding, step):
-        self.shown.append((step, embedding.name))
+        self.notes.append((step, embedding.name))
+
+
+def copy_of(tracker: Tracker) -> Background:
+    return Background("X", lambda _: tracker, pytest.fail).attend()
 
 
 def make_trainer(model) -> Trainer:
@@ -262,10 +270,10 @@ def observe(model, tmp_path):
     """`observe(config, steps)`: trains that long; what one copy was shown, and what was warned."""
 
     def run(config, steps, prepare=lambda trainer: None):
-        trainer, noting, warnings = make_trainer(model), Noting(), []
+        trainer, noting, warnings = make_trainer(model), Noting(tmp_path), []
         prepare(trainer)
         path = tmp_path / "metrics.jsonl"
-        with Trackers(MetricsFile(path), {"x": Background("X", lambda: noting, print)}) as trackers:
+        with Trackers(MetricsFile(path), {"x": copy_of(noting)}) as trackers:
             observer = Observer(trainer, trackers, config, warnings.append)
             trainer.clock.start(Progress())
             for step in range(steps):
@@ -358,11 +366,9 @@ def test_a_look_that_fails_is_one_warning(observe):
 
 
 def test_no_sample_is_drawn_from_a_model_that_is_not_finite(model, tmp_path):
-    trainer, noting = make_trainer(model), Noting()
+    trainer, noting = make_trainer(model), Noting(tmp_path)
     model.lm_head.bias.data[0] = math.nan
-    with Trackers(
-        MetricsFile(tmp_path / "m.jsonl"), {"x": Background("X", lambda: noting, print)}
-    ) as trackers:
+    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy_of(noting)}) as trackers:
         Observer(trainer, trackers, all_intervals(1), pytest.fail).observe(0)
     assert (0, "samples") not in noting.shown
     assert (0, "activation") in noting.shown

@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -55,12 +54,6 @@ def run_script(main: Callable[[], int]) -> None:
         sys.stdout.flush()
     except OSError:  # else Python tries again at exit, and complains
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if any(getattr(thread, "given_up", False) for thread in threading.enumerate()):
-        # A tracker hangs: what it has asked Python to do at exit may hang as well.
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(code)
     leave(code)
 
 

@@ -70,7 +70,7 @@ def start_runtime(
     """Choose device, threads and arithmetic, and set them.
 
     A step of fewer than SMALL_STEP operations gets one thread: a second one gains little there, waits for the
-    first at every operator, and is missing to the trackers, which have a thread of their own.
+    first at every operator, and is missing to the trackers, which have processes of their own.
 
     Args:
         flops_per_step: see Parameters.flops_per_step.

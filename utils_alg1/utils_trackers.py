@@ -1,24 +1,31 @@
 """Metrics -> the run's own file, TensorBoard and Aim.
 
 The loop knows one object, `Trackers`, and tells it what happened. `logs/metrics.jsonl` is the truth and is
-written at once; TensorBoard and Aim are copies, each fed by a thread of its own, so that a tracker that is
-slow, raises, blocks or hangs costs one warning and never the run.
+written at once; TensorBoard and Aim are copies, each kept by a process of its own, so that a tracker that is
+slow, raises, blocks, hangs or crashes costs one warning and never the run.
 
 To add a tracker: write a class with the methods of `Tracker` and start it in `start_trackers`.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import io
 import json
+import multiprocessing
 import os
 import queue
+import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from errors import Alg1Error, Guard, disk_error
 from files import write_atomically
@@ -36,8 +43,18 @@ if TYPE_CHECKING:
 
 AIM_HASH_NAME = "aim.txt"  # in meta/
 QUEUE_SIZE = 10_000  # calls a tracker may be behind
+PARCEL = 500  # calls that are sent together at most, so that a slow tracker can be told from one that hangs
+HANDOVER = 0.1  # seconds between two parcels
 PATIENCE = 8.0  # seconds: how long a tracker may keep the run waiting before it is given up
 FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; rows that are late by then are sent again after a resume
+
+
+# A forked process has PyTorch imported already; elsewhere than on Linux forking is not safe.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Call = tuple[str, tuple]  # a method of Tracker, its arguments
+CLOSE: Call = ("close", ())
 
 
 class Tracker:
@@ -229,91 +246,212 @@ class AimMetrics(Tracker):
         self.aim.close()
 
 
-# --- a thread for each copy ---------------------------------------------------------------------------
+# --- a process for each copy --------------------------------------------------------------------------
 
 
-class TrackerThread(threading.Thread):
-    """A thread that a tracker may hang in; `given_up` says that the process must leave without it."""
+class Starter(Protocol):
+    """Opens a tracker in its own process. It travels there, so it holds plain values only."""
 
-    given_up = False
+    def __call__(self, warn: Callable[[str], None]) -> Any: ...
+
+
+def run_tracker(connection: Connection, name: str, start: Starter) -> None:
+    """All that the process of a tracker does."""
+    for number in STOP_SIGNALS:  # they are for the parent, which sends what is left and then `close`
+        signal.signal(number, signal.SIG_IGN)
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):  # without what the parent has buffered
+        with contextlib.suppress(OSError):
+            setattr(sys, stream, open(descriptor, "w", buffering=1, errors="replace", closefd=False))  # noqa: SIM115
+    let_go_of_files(keep={1, 2, connection.fileno()})
+    threading.Thread(target=_outlive, args=(os.getppid(), PATIENCE), daemon=True).start()
+    serve(connection, name, start)
+    os._exit(0)  # whatever threads and exit hooks the tracker has made are left behind
+
+
+def let_go_of_files(keep: set[int]) -> None:
+    """In a forked process: the parent's open files, the lock of its run among them, are its own.
+
+    They become /dev/null instead of being closed, since Python may still close those numbers some day.
+    """
+    if sys.platform != "linux":  # nothing was inherited
+        return
+    try:
+        descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        descriptors = list(range(1024))
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # not open
+            if descriptor not in keep | {nowhere} and os.fstat(descriptor):
+                os.dup2(nowhere, descriptor, inheritable=False)
+    os.close(nowhere)
+
+
+def _outlive(parent: int, patience: float) -> None:
+    """In a thread of a tracker's process: leave when the parent is gone and the tracker does not close."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(patience)
+    os._exit(1)
+
+
+def serve(connection: Connection, name: str, start: Starter) -> None:
+    """Open a tracker and do what is sent, in order, until `close`; a parent that is gone counts as that.
+
+    The parent is told ("started", identity), ("flushed", None), ("closed", None), or ("failed", a line): the
+    tracker is closed then, and nothing else is heard.
+    """
+    told: list[str] = []
+
+    def tell(what: str, value: str | None = None) -> None:
+        with contextlib.suppress(OSError):  # a parent that is gone
+            connection.send((what, value))
+
+    def warn(text: str) -> None:
+        if not told:
+            tell("failed", text)
+        told.append(text)
+
+    def receive() -> list[Call]:
+        with contextlib.suppress(EOFError, OSError):
+            return connection.recv()
+        return [CLOSE]
+
+    guard = Guard(name, warn)
+    tracker = guard.attempt(start, warn)
+    if tracker is not None:
+        tell("started", getattr(tracker, "identity", None))
+    calls: list[Call] = []
+    while not told:
+        calls = calls or receive()
+        method, arguments = calls.pop(0)
+        guard.attempt(getattr(tracker, method), *arguments)
+        if not told and method == "flush":
+            tell("flushed")
+        if method == "close":
+            if not told:
+                tell("closed")
+            return
+    if tracker is not None:  # it holds locks and files
+        with contextlib.suppress(Exception, SystemExit):
+            tracker.close()
 
 
 class Background(Tracker):
-    """Feeds one tracker from a thread of its own, in order.
+    """Feeds one tracker in a process of its own, in order.
 
-    The tracker is also made there: importing and opening one takes seconds that training need not wait.
+    There it can neither hold up the loop, as a thread of this process would, nor hang or crash it. Its calls
+    are sent some times a second, all that have come together.
 
     Attributes:
         synced: points before this step have reached the tracker and were flushed.
         identity: what the tracker calls the run, once that is known.
+        started: whether the tracker is open by now.
     """
 
     def __init__(
         self,
         name: str,
-        start: Callable[[], Any],
+        start: Starter,
         warn: Callable[[str], None],
         synced: int = 0,
         identity: str | None = None,
     ):
         self.synced = synced
         self.identity = identity
-        self._guard = Guard(name, warn)
-        self._tracker: Any = None
-        self._flush = threading.Event()
+        self.started = False
+        self._warn = _once(warn)
+        self._guard = Guard(name, self._warn)
+        self._calls: queue.Queue[Call] = queue.Queue(QUEUE_SIZE)
+        self._urgent, self._flush, self._ended = (threading.Event() for _ in range(3))
         self._flush.set()
-        self._calls: queue.Queue[tuple[str, tuple, threading.Event]] = queue.Queue(QUEUE_SIZE)
-        self._ended = threading.Event()
-        self._thread = TrackerThread(target=self._work, args=(start,), name=name, daemon=True)
-        self._thread.start()
+        self._connection: Any = None
+        self._process: Any = None
+        self._guard.attempt(self._fork, start)
+
+    def _fork(self, start: Starter) -> None:
+        context: Any = multiprocessing.get_context(START_METHOD)
+        ours, theirs = context.Pipe()
+        with theirs, _signals_wait(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking while PyTorch's threads sleep
+            process = context.Process(target=run_tracker, args=(theirs, self._guard.name, start))
+            # Else the standard streams are flushed first, which fails for good once their reader is gone.
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                process.start()
+            atexit.register(process.kill)  # where an exception has kept `close` from being called
+        self._connection, self._process = ours, process
+
+    def attend(self) -> Background:
+        """Begin to send and to listen; once all are forked, since a fork does not go well with threads."""
+        if self._process is None:
+            self._ended.set()
+            return self
+        for work in (self._send, self._listen):
+            threading.Thread(target=work, name=self._guard.name, daemon=True).start()
+        return self
 
     @property
     def working(self) -> bool:
         """Whether nothing has failed so far."""
-        return self._guard.enabled and getattr(self._tracker, "enabled", True)
+        return self._guard.enabled
 
     @property
     def caught_up(self) -> bool:
         """Whether the last flush is done."""
         return self._flush.is_set()
 
-    @property
-    def started(self) -> bool:
-        """Whether the tracker is open by now."""
-        return self._tracker is not None
-
-    @property
-    def hung(self) -> bool:
-        """Whether the tracker was given up while its thread was still in it."""
-        return self._thread.given_up
-
-    def _work(self, start: Callable[[], Any]) -> None:
-        self._tracker = tracker = self._guard.attempt(start)
-        self.identity = getattr(tracker, "identity", None) or self.identity
+    def _send(self) -> None:
+        """In a thread: send what has come, up to `close`; after a failure only that."""
         method = ""
-        while self._guard.enabled and method != "close":
-            method, arguments, done = self._calls.get()
-            self._guard.attempt(getattr(tracker, method), *arguments)
-            done.set()
-        if tracker is not None and method != "close":  # it failed, but holds locks and files
-            with contextlib.suppress(Exception, SystemExit):
-                tracker.close()
-        with contextlib.suppress(queue.Empty):
-            while True:  # nobody waits for what is not done any more
-                self._calls.get_nowait()[2].set()
-        self._ended.set()
+        while self.working and method != "close":
+            if self._calls.qsize() < PARCEL:
+                self._urgent.wait(HANDOVER)
+                self._urgent.clear()
+            calls = self._take(PARCEL)
+            if calls:
+                self._guard.attempt(self._deliver, calls)
+                method = calls[-1][0]
+        self._take(QUEUE_SIZE)  # who waits for a place in the queue need not
+        if method != "close":
+            self._deliver([CLOSE])
 
-    def _call(self, method: str, *arguments: Any) -> threading.Event:
-        done = threading.Event()
-        if not self._guard.enabled:
-            done.set()
-            return done
-        try:
-            self._calls.put((method, arguments, done), timeout=PATIENCE)
-        except queue.Full:
-            self._guard.fail(f"it took nothing for {PATIENCE:.0f} seconds")
-            done.set()
-        return done
+    def _take(self, most: int) -> list[Call]:
+        calls: list[Call] = []
+        with contextlib.suppress(queue.Empty):
+            while len(calls) < most:
+                calls.append(self._calls.get_nowait())
+        return calls
+
+    def _deliver(self, calls: list[Call]) -> None:
+        with contextlib.suppress(OSError):  # `_listen` sees what has become of the process
+            self._connection.send(calls)
+
+    def _listen(self) -> None:
+        """In a thread: hear what the process says, until it ends."""
+        what = ""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                what, value = self._connection.recv()
+                if what == "started":
+                    self.identity, self.started = value or self.identity, True
+                elif what == "failed":
+                    self._guard.enabled = False
+                    self._warn(value)
+                if what in ("flushed", "failed"):
+                    self._flush.set()
+        self._process.join()
+        if what != "closed":
+            self._guard.fail(f"its process has ended ({self._process.exitcode})")
+        atexit.unregister(self._process.kill)
+        self._ended.set()
+        self._flush.set()
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        if self.working:
+            try:
+                self._calls.put((method, arguments), timeout=PATIENCE)
+            except queue.Full:
+                self._guard.fail(f"it took nothing for {PATIENCE:.0f} seconds")
 
     def log_scalars(self, values: dict[str, float], step: int) -> None:
         self._call("log_scalars", values, step)
@@ -332,7 +470,11 @@ class Background(Tracker):
 
     def start_flush(self) -> threading.Event:
         """Ask for a flush; the event is set when it is done."""
-        self._flush = self._call("flush")
+        self._flush.clear()
+        self._call("flush")
+        self._urgent.set()
+        if not self.working or self._ended.is_set():  # nobody will answer
+            self._flush.set()
         return self._flush
 
     def flushed(self, step: int) -> None:
@@ -343,12 +485,41 @@ class Background(Tracker):
     def start_close(self) -> threading.Event:
         """Ask for the end; the event is set when the tracker has let go."""
         self._call("close")
+        self._urgent.set()
         return self._ended
 
     def give_up(self) -> None:
-        """Stop waiting for a tracker that does not answer."""
-        self._thread.given_up = True
+        """End the process of a tracker that does not answer."""
         self._guard.fail(f"it did not close within {PATIENCE:.0f} seconds")
+        self._process.kill()
+        self._ended.wait(PATIENCE)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """SIGINT and SIGTERM wait meanwhile: a new process would take them for its own before it ignores them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
+    """`warn` for the first text; what fails in two ways, or is found by two threads, is still one warning."""
+    left = [warn]
+
+    def warn_once(text: str) -> None:
+        try:
+            first = left.pop()
+        except IndexError:
+            return
+        first(text)
+
+    return warn_once
 
 
 def _wait_for_all(events: list[threading.Event], seconds: float) -> list[bool]:
@@ -426,7 +597,7 @@ class Trackers:
         return [name for name, copy in self.copies.items() if copy.working]
 
     def close(self) -> None:
-        """Close all; a copy that does not answer within PATIENCE seconds is left behind."""
+        """Close all; the process of a copy that does not answer within PATIENCE seconds is ended."""
         try:
             self.local.close()
         finally:
@@ -436,11 +607,6 @@ class Trackers:
             for copy, done in zip(copies, _wait_for_all(events, end - time.monotonic()), strict=True):
                 if not done:
                     copy.give_up()
-
-    @property
-    def hung(self) -> bool:
-        """Whether a thread is stuck in a tracker: the process must not wait for it."""
-        return any(copy.hung for copy in self.copies.values())
 
 
 def start_trackers(
@@ -462,56 +628,74 @@ def start_trackers(
     """
     resumed = state is not None
     state = state or {}
+    local = MetricsFile(run.metrics_path)
     copies: dict[str, Background] = {}
     if params.train.aim:
         known = state.get("aim", {})
         old_hash = known.get("run")
-        aim_synced = known.get("synced", 0) if old_hash else 0
-        run_hash = old_hash or _read_aim_hash(run)
-        warn_aim = _once(warn)
-
-        def start_aim() -> AimMetrics:
-            aim = AimTracker(run.run_id, run.path.absolute(), run_hash=run_hash, warn=warn_aim)
-            _write_aim_hash(run, aim.run_hash)
-            metrics = AimMetrics(aim, hparams, metadata)
-            if aim.run_hash != old_hash:  # Aim no longer has that run: this one is new
-                _send_again(run.metrics_path, metrics, range(aim_synced))
-            return metrics
-
-        copies["aim"] = Background("Aim", start_aim, warn_aim, aim_synced, run_hash)
-    if params.tensorboard.tensorboard:
-        tensorboard_synced = state.get("tensorboard", {}).get("synced", 0)
-        purge_step = tensorboard_synced if resumed else None
-        warn_tensorboard = _once(warn)
-
-        def start_tensorboard() -> MetricLogger:
-            return MetricLogger(TensorBoardWriter(run.tensorboard_dir, purge_step, warn_tensorboard))
-
-        copies["tensorboard"] = Background(
-            "TensorBoard", start_tensorboard, warn_tensorboard, tensorboard_synced
+        synced = known.get("synced", 0) if old_hash else 0
+        run_hash = old_hash or _read_aim_hash(run.meta_dir / AIM_HASH_NAME)
+        start_aim = StartAim(
+            run.path.absolute(), run.metrics_path, run_hash, old_hash, synced, hparams, metadata
         )
+        copies["aim"] = Background("Aim", start_aim, warn, synced, run_hash)
+    if params.tensorboard.tensorboard:
+        synced = state.get("tensorboard", {}).get("synced", 0)
+        start_tensorboard = StartTensorBoard(run.tensorboard_dir, synced if resumed else None)
+        copies["tensorboard"] = Background("TensorBoard", start_tensorboard, warn, synced)
     for copy in copies.values():
-        _send_again(run.metrics_path, copy, range(copy.synced, sys.maxsize))
-    return Trackers(MetricsFile(run.metrics_path), copies)
+        copy.attend()
+    with contextlib.ExitStack() as after_failure:
+        trackers = after_failure.enter_context(Trackers(local, copies))
+        for copy in copies.values():
+            _send_again(run.metrics_path, copy, range(copy.synced, sys.maxsize))
+        after_failure.pop_all()
+    return trackers
 
 
-def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
-    """`warn` for the first text; a tracker that fails in two ways is still one warning."""
-    left = [warn]
-    return lambda text: left.pop()(text) if left else None
+@dataclass
+class StartAim:
+    """Opens the run in Aim; where Aim no longer has it, a new one gets the rows before `synced` too."""
+
+    run_dir: Path
+    metrics_path: Path
+    run_hash: str | None
+    checkpoint_hash: str | None
+    synced: int
+    hparams: dict[str, Any]
+    metadata: dict[str, Any]
+
+    def __call__(self, warn: Callable[[str], None]) -> AimMetrics:
+        aim = AimTracker(self.run_dir.name, self.run_dir, run_hash=self.run_hash, warn=warn)
+        _write_aim_hash(self.run_dir / "meta" / AIM_HASH_NAME, aim.run_hash)
+        metrics = AimMetrics(aim, self.hparams, self.metadata)
+        if aim.run_hash != self.checkpoint_hash:
+            _send_again(self.metrics_path, metrics, range(self.synced))
+        return metrics
 
 
-def _read_aim_hash(run: Run) -> str | None:
+@dataclass
+class StartTensorBoard:
+    """Opens TensorBoard's events; after a resume, what was written past `purge_step` is hidden."""
+
+    folder: Path
+    purge_step: int | None
+
+    def __call__(self, warn: Callable[[str], None]) -> MetricLogger:
+        return MetricLogger(TensorBoardWriter(self.folder, self.purge_step, warn))
+
+
+def _read_aim_hash(path: Path) -> str | None:
     """What Aim calls the run, where it was opened after the last checkpoint."""
     with contextlib.suppress(OSError, ValueError):
-        return (run.meta_dir / AIM_HASH_NAME).read_text().strip() or None
+        return path.read_text().strip() or None
     return None
 
 
-def _write_aim_hash(run: Run, run_hash: str | None) -> None:
+def _write_aim_hash(path: Path, run_hash: str | None) -> None:
     if run_hash is not None:
         with contextlib.suppress(Alg1Error):  # a checkpoint keeps it too
-            write_atomically(run.meta_dir / AIM_HASH_NAME, f"{run_hash}\n".encode())
+            write_atomically(path, f"{run_hash}\n".encode())
 
 
 def _send_again(metrics_path: Path, tracker: Tracker, steps: range) -> None:
