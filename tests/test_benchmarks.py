@@ -11,6 +11,7 @@ from conftest import PROJECT, run_process
 FOLDER = PROJECT / "benchmarks"
 HELPERS = {"common.py", "peers.py"}
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in HELPERS)
+QUICK = ("checkpoint.py", "sample.py", "tokens.py")  # what the plain suite has time for
 QUICK_FLAGS = {"scaling.py": ["--picture", "scaling.png"]}
 
 
@@ -24,7 +25,9 @@ def common(monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_benchmark_prints_its_table(script, workdir):
+def test_a_benchmark_prints_its_table(script, workdir, campaign):
+    if script not in QUICK and not campaign.whole:
+        pytest.skip("takes some seconds: pytest --campaign")
     flags = QUICK_FLAGS.get(script, [])
 
     result = run_process(f"benchmarks/{script}", "--quick", *flags, timeout=300, cwd=workdir)

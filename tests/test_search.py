@@ -412,7 +412,11 @@ def test_a_hopeless_trial_is_pruned(search, fake_train, monkeypatch):
     assert [row["state"] for row in results("all")] == ["complete", "complete"]
 
 
-def test_a_database_serves_as_storage_and_belongs_to_one_folder(search, fake_train, tmp_path, monkeypatch):
+def test_a_database_serves_as_storage_and_belongs_to_one_folder(
+    search, fake_train, tmp_path, monkeypatch, campaign
+):
+    if not campaign.whole:
+        pytest.skip("takes ten seconds: pytest --campaign")
     flags = ["--space", write_space(n_layer=[2, 4]).absolute(), "--storage", f"sqlite:///{tmp_path / 's.db'}"]
     assert search(*flags, "--trials", 1).code == 0
     assert search(*flags, "--trials", 4, "--workers", 2).code == 0 and len(results()) == 4
@@ -488,7 +492,9 @@ def start_search(
     )
 
 
-def test_two_searches_at_once_share_the_trials(fake_train):
+def test_two_searches_at_once_share_the_trials(fake_train, campaign):
+    if not campaign.whole:
+        pytest.skip("takes ten seconds: pytest --campaign")
     space = write_space(learning_rate={"low": 1e-4, "high": 1e-1})
     flags = ["--space", space, "--trials", 9, "--workers", 2, "--no-prune"]
     both = [start_search(*flags) for _ in range(2)]
@@ -568,7 +574,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 # --- searches of train.py -----------------------------------------------------------------------------
 
 
-def test_a_pruned_run_has_really_ended_early(search, text_file, monkeypatch):
+def test_a_pruned_run_has_really_ended_early(search, text_file, monkeypatch, campaign):
+    if not campaign.whole:
+        pytest.skip("takes ten seconds: pytest --campaign")
     monkeypatch.setattr(utils_search, "STARTUP_TRIALS", 1)
     space = write_space(learning_rate=[1e-2, 1e-9])
     seed = 0 if utils_search_space.grid_points(read_space(space, True), 0)[0]["learning_rate"] == 1e-2 else 1
