@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import PROJECT
 
+from errors import Alg1Error
 from files import read_tensors
 from utils_alg1.utils_processes import (
     ALONE,
@@ -416,7 +417,7 @@ def test_the_place_that_torchrun_gives(monkeypatch):
 )
 def test_devices_that_processes_cannot_share(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(Exception, match=re.escape(message)):
+    with pytest.raises(Alg1Error, match=re.escape(message)):
         own_device(torch.device(device), TorchrunProcesses(1, 1, 2))
 
 
