@@ -474,9 +474,15 @@ def test_a_process_that_waits_for_another_can_be_ended(folder, rank):
 
     def wait_for_ever() -> int:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
-        with TorchrunProcesses(rank, rank, 2) as processes:
-            processes.share(None)
-        return 0
+        from utils_alg1.utils_output import run_script
+
+        def share() -> int:
+            with TorchrunProcesses(rank, rank, 2) as processes:
+                processes.share(None)
+            return 0
+
+        run_script(share)  # its handlers for signals would not be called while the wait lasts
+        return 99
 
     pid = faults.start_child(wait_for_ever)
     time.sleep(1.5)
