@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from errors import DONE, Alg1Error
@@ -197,7 +196,7 @@ def build_trainer(
 ) -> tuple[Trainer, Progress]:
     """The model with what the run starts from, and everything that a step needs."""
     from model import BigramLanguageModel
-    from utils_alg1 import utils_runtime, utils_training
+    from utils_alg1 import utils_backward, utils_runtime, utils_training
 
     # Memory-mapped, so that a text larger than memory serves too.
     tokens = corpus.split(params.data.train_split, params.data.val_split)
@@ -209,10 +208,8 @@ def build_trainer(
             model.load_state_dict(start.initial.state_dict())
         model.vocabulary = corpus.tokenizer.vocabulary
         model.to(runtime.device)
-        forward: Callable = runtime.processes.wrap(model, runtime.device)
-        if runtime.compile:
-            forward = utils_runtime.compiled(forward, console.say)
-        trainer = utils_training.Trainer(model, forward, tokens, params.train, runtime)
+        backward = utils_backward.find_backward(model, runtime, console.say)
+        trainer = utils_training.Trainer(model, backward, tokens, params.train, runtime)
         trainer.settle()
         if start.checkpoint is None:
             return trainer, utils_training.Progress()

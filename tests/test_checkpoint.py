@@ -22,6 +22,7 @@ from files import atomic_file, read_tensors, write_atomically, write_tensors
 from model import BigramLanguageModel
 from parameters import ModelConfig, TrainConfig
 from utils_alg1 import utils_report, utils_training
+from utils_alg1.utils_backward import find_backward
 from utils_alg1.utils_checkpoint import (
     CheckpointStore,
     checkpoint_paths,
@@ -133,7 +134,8 @@ def make_trainer(**settings) -> Trainer:
     model.vocabulary = list("abcde")
     tokens = torch.arange(100).numpy() % 5
     runtime = Runtime(torch.device("cpu"), torch.float32, 1)
-    return Trainer(model, model, (tokens, tokens), TrainConfig(**settings), runtime)
+    backward = find_backward(model, runtime, pytest.fail)
+    return Trainer(model, backward, (tokens, tokens), TrainConfig(**settings), runtime)
 
 
 def take_steps(trainer: Trainer, *numbers: int) -> None:

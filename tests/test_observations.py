@@ -19,6 +19,7 @@ from observations import HISTOGRAM_BINS, Embedding, Image
 from parameters import ModelConfig, TensorBoardConfig, TrainConfig, due, field_names
 from utils_aim.pictures import draw_embedding, in_font, principal_components
 from utils_alg1 import utils_observations
+from utils_alg1.utils_backward import find_backward
 from utils_alg1.utils_observations import (
     SAMPLE_LENGTH,
     Observer,
@@ -258,7 +259,8 @@ def copy_of(tracker: Tracker) -> Background:
 def make_trainer(model) -> Trainer:
     data = (np.arange(200) % len(VOCABULARY)).astype(np.uint8)
     config = TrainConfig(batch_size=2, eval_iters=2, grad_clip=1e-3)
-    return Trainer(model, model, (data, data), config, Runtime(torch.device("cpu"), torch.float32, 1))
+    runtime = Runtime(torch.device("cpu"), torch.float32, 1)
+    return Trainer(model, find_backward(model, runtime, pytest.fail), (data, data), config, runtime)
 
 
 def all_intervals(interval: int) -> TensorBoardConfig:

@@ -21,8 +21,9 @@ from errors import CANNOT_TRAIN, Alg1Error
 from model import BigramLanguageModel
 from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
 from utils_alg1 import utils_report, utils_training
+from utils_alg1.utils_backward import Backward, find_backward
 from utils_alg1.utils_checkpoint import checkpoint_paths, newest_checkpoint
-from utils_alg1.utils_muon import orthogonalise
+from utils_alg1.utils_optimizers import SGD, create_optimizer, orthogonalise
 from utils_alg1.utils_runtime import (
     Runtime,
     compiled,
@@ -31,7 +32,7 @@ from utils_alg1.utils_runtime import (
     seed_initial_weights,
     start_runtime,
 )
-from utils_alg1.utils_training import Progress, Trainer, create_optimizer, learning_rate
+from utils_alg1.utils_training import Progress, Trainer, learning_rate
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
 BLOCK_SIZE, VOCAB_SIZE = 8, 11
@@ -54,7 +55,7 @@ def make_trainer(dropout: float = 0.0, **settings) -> Trainer:
         n_embd=16, n_head=2, n_layer=1, block_size=BLOCK_SIZE, dropout=dropout, vocab_size=VOCAB_SIZE
     )
     model = BigramLanguageModel(sizes)
-    return Trainer(model, model, (DATA[:300], DATA[300:]), config, CPU)
+    return Trainer(model, find_backward(model, CPU, pytest.fail), (DATA[:300], DATA[300:]), config, CPU)
 
 
 def gradients(trainer: Trainer) -> torch.Tensor:
@@ -202,8 +203,32 @@ def test_the_optimizer_gets_every_parameter_once_and_its_settings():
     assert sorted(given) == sorted(id(parameter) for parameter in trainer.model.parameters())
     assert {group["betas"] for group in groups} == {(0.8, 0.7)}
     sgd = make_trainer(optimizer="sgd", beta1=0.6).optimizer
-    assert isinstance(sgd, torch.optim.SGD)
+    assert isinstance(sgd, SGD)
     assert {group["momentum"] for group in sgd.param_groups} == {0.6}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "sgd without momentum"])
+def test_the_updates_are_those_of_torch_optim_to_the_byte(name):
+    beta1 = 0.0 if "without" in name else 0.9
+    ours = make_trainer(optimizer=name.split()[0], learning_rate=0.01, weight_decay=0.1, beta1=beta1)
+    theirs = make_trainer()
+    matrices = [p for p in theirs.parameters if p.dim() >= 2]
+    vectors = {"params": [p for p in theirs.parameters if p.dim() < 2], "weight_decay": 0.0}
+    groups = [{"params": matrices, "weight_decay": 0.1}, vectors]
+    if name == "adamw":
+        reference = torch.optim.AdamW(groups, lr=0.01, betas=(beta1, ours.config.beta2), fused=True)
+    else:
+        reference = torch.optim.SGD(groups, lr=0.01, momentum=beta1)
+    for step in range(4):
+        ours.compute_gradients(step)
+        for mine, other in zip(ours.parameters, theirs.parameters, strict=True):
+            other.grad = mine.grad.clone()
+        ours.update(step)
+        reference.step()
+    assert_same_bytes(ours.model.state_dict(), theirs.model.state_dict())
+    for mine, other in zip(ours.parameters, theirs.parameters, strict=True):
+        kept = {key: value for key, value in reference.state[other].items() if value is not None}
+        assert_same_bytes(ours.optimizer.state.get(mine, {}), kept)
 
 
 # --- gradients ----------------------------------------------------------------------------------------
@@ -245,13 +270,42 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction():
     assert torch.equal(gradients(loose), gradients(free))
 
 
+def test_a_loss_scaler_scales_checks_and_takes_our_step():
+    """On a GPU it serves float16; here on the CPU, with a scale that rounds nothing."""
+    scaled, plain = make_trainer(), make_trainer()
+    scaled.backward = Backward(scaled.model, CPU)
+    plain.backward = Backward(plain.model, CPU)
+    scaled.scaler = scaled.backward.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(3):
+        assert scaled.compute_gradients(step) == plain.compute_gradients(step)
+        for trainer in (scaled, plain):
+            trainer.update(step)
+    assert_same_bytes(scaled.model.state_dict(), plain.model.state_dict())
+
+    before = weights(scaled).clone()
+    scaled.compute_gradients(3)
+    scaled.parameters[0].grad.fill_(math.inf)
+    scaled.scaler._per_optimizer_states.clear()  # it has looked for overflows already
+    scaled.scaler.unscale_(scaled.optimizer)
+    scaled.update(3)
+    assert torch.equal(weights(scaled), before)
+    assert scaled.scaler.get_scale() == 2.0**7
+
+
 def break_loss(trainer: Trainer) -> None:
     model = trainer.model
-    trainer.forward = lambda x, y: (None, model(x, y)[1] * math.nan)
+    trainer.backward = Backward(lambda x, y: (None, model(x, y)[1] * math.nan), CPU)
 
 
 def break_gradient(trainer: Trainer) -> None:
-    trainer.model.lm_head.bias.register_hook(lambda gradient: gradient * math.inf)
+    backward = trainer.backward
+
+    def broken(x, y, parts):
+        loss = backward(x, y, parts)
+        trainer.model.lm_head.bias.grad *= math.inf
+        return loss
+
+    trainer.backward = broken
 
 
 @pytest.mark.parametrize("sabotage, what", [(break_loss, "loss"), (break_gradient, "gradient")])
@@ -395,7 +449,7 @@ def test_every_micro_batch_has_its_own_dropout(monkeypatch):
         losses.append(model(x, y)[1].item())
         return model(x, y)
 
-    trainer.forward = forward
+    trainer.backward = Backward(forward, CPU)
     trainer.compute_gradients(0)
     trainer.compute_gradients(1)
     assert len(set(losses)) == 6

@@ -32,7 +32,7 @@ from utils_alg1.utils_run_manager import (
     list_runs,
     lock_run,
 )
-from utils_alg1.utils_training import Evaluation, Progress, Trainer, learning_rate, optimizer_state_keys
+from utils_alg1.utils_training import Evaluation, Progress, Trainer, learning_rate
 
 FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1
@@ -95,7 +95,7 @@ class Checkpoint:
 
     def _optimizer_states(self, trainer: Trainer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
         """What the optimizer kept for each parameter; every tensor has the size that the update will read."""
-        keys_of = optimizer_state_keys(trainer.optimizer)
+        keys_of = trainer.optimizer.keys_by_parameter()
         found = {name for name in self.tensors if name.startswith("optimizer.")}
         # Nothing was kept before the first update, which a loss scaler may have put off.
         if not found and (self.progress.step == 0 or trainer.scaler.is_enabled()):

@@ -45,8 +45,8 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def loss_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss where float16 gradients would underflow; elsewhere it changes nothing."""
+    def loss_scaler(self) -> Any:
+        """A torch.amp.GradScaler: scales the loss where float16 gradients would underflow, else does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def synchronize(self) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from data import get_batch
 from errors import CANNOT_TRAIN, Alg1Error
 from model import BigramLanguageModel
 from parameters import TrainConfig
-from utils_alg1.utils_muon import Muon
+from utils_alg1.utils_backward import Backward
+from utils_alg1.utils_optimizers import create_optimizer
 from utils_alg1.utils_runtime import Runtime, derive_seed, generator
 
 STEP_DECAY_EVERY = 1 / 3  # of the steps after warm-up, for lr_schedule = step
@@ -49,35 +49,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     decay_steps = max(1, min(steps, round(WSD_DECAY_SHARE * config.max_iters)))
     left = min(1.0, (config.max_iters - step) / decay_steps)
     return floor + (peak - floor) * left
-
-
-def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over the model's parameters; matrices decay, biases and norms do not.
-
-    Muon's hidden matrices are those of the blocks: not the embeddings, nor the head.
-    """
-    named = list(model.named_parameters())
-    lr, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
-    hidden = [p for name, p in named if p.dim() >= 2 and name.startswith("blocks.")]
-    tables = [p for name, p in named if p.dim() >= 2 and not name.startswith("blocks.")]
-    vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
-    if config.optimizer == "muon":
-        others = [{"params": tables, "weight_decay": decay}, vectors]
-        return Muon(hidden, others, lr, betas, decay)
-    groups = [{"params": [p for _, p in named if p.dim() >= 2], "weight_decay": decay}, vectors]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.beta1)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-
-
-def optimizer_state_keys(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, set[str]]:
-    """The names of what an optimizer of `create_optimizer` keeps for each parameter after a step."""
-    adamw = {"step", "exp_avg", "exp_avg_sq"}
-    keys: dict[nn.Parameter, set[str]] = {}
-    for group in optimizer.param_groups:
-        own = adamw if "betas" in group else {"momentum_buffer"} if group["momentum"] else set()
-        keys.update(dict.fromkeys(group["params"], own))
-    return keys
 
 
 @dataclass
@@ -183,7 +154,8 @@ class Trainer:
     neither an interruption nor the number of evaluations changes what a step does.
 
     Attributes:
-        model: the plain model, for evaluation, export and figures; it shares its weights with `forward`.
+        model: the plain model, for evaluation, export and figures.
+        backward: finds the gradients of a micro-batch.
         optimizer, scaler: their state belongs to a checkpoint.
         clock: the loop's.
         gradient_norm: of the newest gradients, before clipping; on the device, so that it costs no wait.
@@ -192,20 +164,20 @@ class Trainer:
     def __init__(
         self,
         model: BigramLanguageModel,
-        forward: Callable,
+        backward: Backward,
         data: tuple[np.ndarray, np.ndarray],
         config: TrainConfig,
         runtime: Runtime,
     ):
-        """`forward` is the model, or a faster or shared form of it; `data` the train and val tokens."""
+        """`data` are the train and val tokens."""
         self.model = model
-        self.forward = forward
+        self.backward = backward
         self.data = data
         self.config = config
         self.runtime = runtime
         self.block_size = model.config.block_size
         self.optimizer = create_optimizer(model, config)
-        self.scaler = runtime.loss_scaler()
+        self.scaler = backward.scaler
         self.parameters = list(model.parameters())
         sequences = config.batch_size * config.grad_accum_steps * runtime.processes.world_size
         self.tokens_per_step = sequences * self.block_size
@@ -219,21 +191,22 @@ class Trainer:
             Alg1Error: loss or gradient is not finite (exit code 3); the weights are as before.
         """
         config, processes = self.config, self.runtime.processes
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         loss_sum = 0.0
         for i in range(config.grad_accum_steps):
             with processes.exchange(now=i == config.grad_accum_steps - 1):
                 loss_sum += self._backward(step, processes.rank + processes.world_size * i)
         mean_loss = processes.sum([loss_sum])[0] / processes.world_size
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
         # With float16, a gradient that overflows is the scaler's business: it skips that update.
         if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             what = "gradient" if math.isfinite(mean_loss) else "loss"
             self._stop(f"the {what} is not finite at step {step}; the weights were not updated")
         self.gradient_norm = norm
         if config.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
+            torch._foreach_mul_(gradients, (config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         return mean_loss
 
     def _backward(self, step: int, micro_batch: int) -> float:
@@ -241,10 +214,11 @@ class Trainer:
         x, y = self._batch("train", self.config.batch_size, "batch", step, micro_batch)
         if self.model.config.dropout:
             torch.manual_seed(derive_seed(self.config.seed, "dropout", step, micro_batch))
-        with self.runtime.autocast():
-            loss = self.forward(x, y)[1] / self.config.grad_accum_steps
-        self.scaler.scale(loss).backward()
-        return loss.item()
+        return self.backward(x, y, self.config.grad_accum_steps).item()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def settle(self) -> None:
         """Let DistributedDataParallel order the gradients as it will in every step.
@@ -254,7 +228,7 @@ class Trainer:
         """
         if self.runtime.processes.world_size > 1:
             self._backward(0, self.runtime.processes.rank)
-            self.optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
 
     def update(self, step: int) -> None:
         """Let the optimizer take the step that the gradients show."""

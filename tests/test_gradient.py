@@ -1,0 +1,127 @@
+"""The gradient written out equals autograd's, for any sizes, and serves where it says that it does."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gradient
+from gradient import loss_and_gradients
+from model import BigramLanguageModel
+from parameters import ModelConfig
+from utils_alg1.utils_backward import Backward, WrittenOut, find_backward
+from utils_alg1.utils_processes import Processes
+from utils_alg1.utils_runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), torch.float32, 1)
+SMALL = ModelConfig(vocab_size=7, n_embd=8, n_head=2, n_layer=2, block_size=6)
+
+
+def make_model(config: ModelConfig = SMALL) -> BigramLanguageModel:
+    """A model whose every number matters: biases and norms are drawn too."""
+    torch.manual_seed(1)
+    model = BigramLanguageModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def draw_batch(config: ModelConfig, B: int = 3, T: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (B, T or config.block_size)
+    draw = torch.Generator().manual_seed(2)
+    return tuple(torch.randint(config.vocab_size, shape, generator=draw) for _ in range(2))
+
+
+def assert_gradient_is_autograd_s(config: ModelConfig, B: int, T: int, tolerance: float = 1e-12) -> None:
+    model = make_model(config).double()
+    x, y = draw_batch(config, B, T)
+    expected = model(x, y)[1]
+    expected.backward()
+    with torch.no_grad():
+        loss, gradients = loss_and_gradients(dict(model.named_parameters()), config, x, y)
+    assert loss.item() == pytest.approx(expected.item(), abs=tolerance)
+    for (name, parameter), found in zip(model.named_parameters(), gradients, strict=True):
+        assert found.shape == parameter.shape
+        torch.testing.assert_close(found, parameter.grad, atol=tolerance, rtol=tolerance, msg=name)
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@given(
+    n_head=st.integers(1, 4), head_size=st.integers(1, 5), n_layer=st.integers(1, 3),
+    block_size=st.integers(2, 9), short=st.integers(0, 1), B=st.integers(1, 4), vocab_size=st.integers(2, 9),
+)  # fmt: skip
+def test_the_gradient_is_that_of_autograd(
+    plain, n_head, head_size, n_layer, block_size, short, B, vocab_size
+):
+    n_embd = n_head * (head_size + 1)  # a norm over one number has no gradient
+    config = ModelConfig(n_embd, n_head, n_layer, block_size, vocab_size=vocab_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient, "is_plain", lambda T: plain)
+        assert_gradient_is_autograd_s(config, B, block_size - short)
+
+
+@pytest.mark.parametrize("plain_up_to", [0, 64])
+def test_the_compiler_sees_one_graph_with_the_same_gradient(plain_up_to, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.code))
+        return graph.forward
+
+    monkeypatch.setattr(gradient, "PLAIN_ATTENTION", plain_up_to)
+    torch.compiler.reset()
+    function = torch.compile(loss_and_gradients, backend=backend, fullgraph=True)
+    model = make_model()
+    x, y = draw_batch(SMALL)
+    expected = model(x, y)[1]
+    expected.backward()
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for _ in range(2):
+            loss, gradients = function(weights, SMALL, x, y)
+    assert len(graphs) == 1
+    assert ("softmax" in graphs[0].replace("log_softmax", "")) == (plain_up_to > 0)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    for parameter, found in zip(weights.values(), gradients, strict=True):
+        torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_micro_batches_add_up_and_the_loss_is_their_share():
+    config, parts = SMALL, 4
+    ours, theirs = make_model(), make_model()
+    written, autograd = WrittenOut(ours, CPU, pytest.fail), Backward(theirs, CPU)
+    x, y = draw_batch(config)
+    for _ in range(parts):
+        mine, other = written(x, y, parts), autograd(x, y, parts)
+        assert mine.item() == pytest.approx(other.item(), abs=1e-7)
+        assert not mine.requires_grad and not other.requires_grad
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+
+
+class Two(Processes):
+    """The first of two."""
+
+    world_size = 2
+
+
+@pytest.mark.parametrize(
+    "change, dropout",
+    [
+        ({}, 0.1),
+        ({"dtype": torch.bfloat16}, 0.0),
+        ({"processes": Two()}, 0.0),
+        ({"device": torch.device("meta")}, 0.0),
+    ],
+)
+def test_what_it_does_not_serve_is_autograd_s(change, dropout):
+    assert isinstance(find_backward(make_model(), CPU, pytest.fail), WrittenOut)
+    model = BigramLanguageModel(dataclasses.replace(SMALL, dropout=dropout))
+    backward = find_backward(model, dataclasses.replace(CPU, **change), pytest.fail)
+    assert type(backward) is Backward

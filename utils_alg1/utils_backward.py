@@ -1,0 +1,65 @@
+"""The way back: what adds the gradient of a micro-batch to that which the parameters have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gradient import loss_and_gradients
+from model import BigramLanguageModel
+from utils_alg1.utils_runtime import Runtime, compiled
+
+
+class Backward:
+    """By autograd: any device, arithmetic, dropout and number of processes.
+
+    Attributes:
+        scaler: of the loss; its state belongs to a checkpoint.
+    """
+
+    def __init__(self, forward: Callable, runtime: Runtime):
+        """`forward` is the model, or a faster or shared form of it."""
+        self._forward, self._runtime = forward, runtime
+        self.scaler = runtime.loss_scaler()
+
+    def __call__(self, x: Tensor, y: Tensor, parts: int) -> Tensor:
+        """Add the gradient of the mean loss of tokens (B, T), divided by `parts`; that loss, a scalar."""
+        with self._runtime.autocast():
+            loss = self._forward(x, y)[1] / parts
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+
+class WrittenOut(Backward):
+    """By gradient.py: on a CPU, in float32, without dropout, by one process. The same, but for rounding."""
+
+    def __init__(self, model: BigramLanguageModel, runtime: Runtime, say: Callable[[str], None]):
+        super().__init__(
+            compiled(loss_and_gradients, say) if runtime.compile else loss_and_gradients, runtime
+        )
+        self._config = model.config
+        self._weights = dict(model.named_parameters())
+
+    @staticmethod
+    def serves(model: BigramLanguageModel, runtime: Runtime) -> bool:
+        on_cpu = runtime.device.type == "cpu" and runtime.dtype is torch.float32
+        return on_cpu and runtime.processes.world_size == 1 and not model.config.dropout
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, y: Tensor, parts: int) -> Tensor:
+        loss, gradients = self._forward(self._weights, self._config, x, y)
+        if parts > 1:
+            torch._foreach_div_(gradients, parts)
+        for parameter, gradient in zip(self._weights.values(), gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return loss / parts
+
+
+def find_backward(model: BigramLanguageModel, runtime: Runtime, say: Callable[[str], None]) -> Backward:
+    """The quickest way back that serves; compiled where the runtime says so."""
+    if WrittenOut.serves(model, runtime):
+        return WrittenOut(model, runtime, say)
+    forward: Callable = runtime.processes.wrap(model, runtime.device)
+    return Backward(compiled(forward, say) if runtime.compile else forward, runtime)
