@@ -1,7 +1,7 @@
 """The gradient, written out: what backpropagation does to this model, operator by operator.
 
 Autograd finds the same numbers from model.py alone, for any device and with dropout. At the sizes that a
-laptop trains, a third of its time is bookkeeping; a plain function of tensors has none, and torch.compile
+laptop trains, a quarter of its time is bookkeeping; a plain function of tensors has none, and torch.compile
 makes one program of it, forward and backward. The letters of the shapes are those of model.py, N = B T.
 
 Below, `g` is the gradient of the loss with respect to whatever the line before names; the way back through

@@ -46,7 +46,7 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype)
 
     def loss_scaler(self) -> Any:
-        """A torch.amp.GradScaler: scales the loss where float16 gradients would underflow, else does nothing."""
+        """A torch.amp.GradScaler, which does something for float16 only: its gradients would underflow."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def synchronize(self) -> None:
