@@ -20,7 +20,7 @@ import files
 from errors import Alg1Error
 from files import atomic_file, read_tensors, write_atomically, write_tensors
 from model import BigramLanguageModel
-from parameters import ModelConfig, TrainConfig
+from parameters import MODEL_OPTIONS, ModelConfig, TrainConfig
 from utils_alg1 import utils_report, utils_training
 from utils_alg1.utils_checkpoint import (
     CheckpointStore,
@@ -686,7 +686,17 @@ def test_other_sizes_than_the_initial_weights_are_refused(start, train, text_fil
 def test_initial_weights_bring_their_options_and_others_are_refused(start, train, text_file):
     start(*OPTIONS, "--export", "last")
     source = shutil.copy(export_of(), "model.safetensors")
-    flags = ["--data", text_file, "--init-from", source, "--max-iters", 1, "--runs-dir", "new", *QUIET_TRACKERS]
+    flags = [
+        "--data",
+        text_file,
+        "--init-from",
+        source,
+        "--max-iters",
+        1,
+        "--runs-dir",
+        "new",
+        *QUIET_TRACKERS,
+    ]
 
     for flag, value, complaint in (
         ("--positions", "learned", "its positions is rotary, not learned"),
