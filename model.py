@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from errors import Alg1Error
 from files import read_tensors, write_tensors
-from parameters import ModelConfig, field_names
+from parameters import MODEL_OPTIONS, ModelConfig, field_names
 from sampling import Decoder, KeyValueCache, check_sampling, next_token
 
 FORMAT = "alg1-model"
@@ -36,6 +36,29 @@ n_layer = ModelConfig.n_layer
 block_size = ModelConfig.block_size
 dropout = ModelConfig.dropout
 vocab_size = ModelConfig.vocab_size
+positions = ModelConfig.positions
+qk_norm = ModelConfig.qk_norm
+zero_init = ModelConfig.zero_init
+
+
+def rotations(config: ModelConfig, start: int, end: int, device: torch.device) -> Tensor | None:
+    """By how much `rotate` turns the characters from start to end: cosines and sines (2, T, S / 2).
+
+    Pair i turns by block_size ** (-2 i / S) radians a character: the first by one radian, the last by about
+    one in the whole context. None with learned positions. (Su et al. 2021, RoFormer.)
+    """
+    if config.positions != "rotary":
+        return None
+    share = torch.arange(0, config.head_size, 2, device=device) / config.head_size  # (S / 2)
+    angles = torch.arange(start, end, device=device)[:, None] * config.block_size**-share  # (T, S / 2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + S / 2]) of (..., T, S), so that products depend on distance alone."""
+    cos, sin = turns
+    a, b = x.chunk(2, dim=-1)  # (..., T, S / 2)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class Head:
@@ -70,7 +93,8 @@ class Head:
     def weights(self, x: Tensor) -> Tensor:
         """How much each character attends to each: (B, T, C) -> (B, T, T), rows sum to 1."""
         T = x.shape[1]
-        q, k = F.linear(x, self.query), F.linear(x, self.key)  # (B, T, S)
+        turns = rotations(self.attention.config, 0, T, x.device)
+        q, k = (self.attention.compared(F.linear(x, w), turns) for w in (self.query, self.key))  # (B, T, S)
         scores = q @ k.transpose(-2, -1) * self.attention.head_size**-0.5  # (B, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
@@ -83,22 +107,35 @@ class Head:
 class MultiHeadAttention(nn.Module):
     """Causal self-attention: all heads as one product, then a projection."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_embd, self.n_head, self.head_size = n_embd, n_head, n_embd // n_head
-        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
-        self.proj = nn.Linear(n_embd, n_embd)
-        self.dropout = nn.Dropout(dropout)
+        self.config = config
+        self.n_embd, self.n_head, self.head_size = config.n_embd, config.n_head, config.head_size
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
 
     @property
     def heads(self) -> list[Head]:
         return [Head(self, index) for index in range(self.n_head)]
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+    def compared(self, x: Tensor, turns: Tensor | None) -> Tensor:
+        """Queries or keys (..., T, S) as they meet: of one length with qk_norm, turned with rotary positions.
+
+        The length is that of S ones, as in RMSNorm (Henry et al. 2020, Query-Key Normalization).
+        """
+        if self.config.qk_norm:
+            x = F.rms_norm(x, x.shape[-1:])
+        return x if turns is None else rotate(x, turns)
+
+    def forward(
+        self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0, turns: Tensor | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C). With a cache, x follows the characters that it holds."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, S) each
+        q, k = self.compared(q, turns), self.compared(k, turns)
         # A query of one character sees all of the cache; longer ones start an empty cache.
         causal = cache is None or cache.length == 0
         if cache is not None:
@@ -129,16 +166,18 @@ class FeedFoward(nn.Module):
 class Block(nn.Module):
     """A transformer block: characters communicate, then each computes; pre-norm, with residuals."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.sa = MultiHeadAttention(n_embd, n_head, dropout)
-        self.ffwd = FeedFoward(n_embd, dropout)
-        self.ln1 = nn.LayerNorm(n_embd)
-        self.ln2 = nn.LayerNorm(n_embd)
+        self.sa = MultiHeadAttention(config)
+        self.ffwd = FeedFoward(config.n_embd, config.dropout)
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0, turns: Tensor | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.sa(self.ln1(x), cache, layer)
+        x = x + self.sa(self.ln1(x), cache, layer, turns)
         return x + self.ffwd(self.ln2(x))
 
 
@@ -172,12 +211,21 @@ class BigramLanguageModel(nn.Module):
         self.config = config
         C = config.n_embd
         self.token_embedding_table = nn.Embedding(config.vocab_size, C)
-        self.position_embedding_table = nn.Embedding(config.block_size, C)
-        blocks = [Block(C, config.n_head, config.dropout) for _ in range(config.n_layer)]
-        self.blocks = nn.ModuleList(blocks)
+        self.position_embedding_table = None  # with rotary positions
+        if config.positions == "learned":
+            self.position_embedding_table = nn.Embedding(config.block_size, C)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(C)
         self.lm_head = nn.Linear(C, config.vocab_size)
         self.apply(_init_weights)
+        if config.zero_init:
+            for name, parameter in self.blocks.named_parameters():
+                if name.endswith(("sa.proj.weight", "ffwd.net.2.weight")):
+                    nn.init.zeros_(parameter)
+
+    def turns(self, start: int, end: int) -> Tensor | None:
+        """`rotations` of this model, where its weights are."""
+        return rotations(self.config, start, end, self.lm_head.weight.device)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None
@@ -195,10 +243,12 @@ class BigramLanguageModel(nn.Module):
         T = idx.shape[1]
         past = cache.length if cache is not None else 0
         assert past + T <= self.config.block_size, "more characters than block_size"
-        positions = self.position_embedding_table.weight[past : past + T]  # (T, C)
-        x = self.token_embedding_table(idx) + positions  # (B, T, C)
+        x = self.token_embedding_table(idx)  # (B, T, C)
+        if self.position_embedding_table is not None:
+            x = x + self.position_embedding_table.weight[past : past + T]
+        turns = self.turns(past, past + T)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer)
+            x = block(x, cache, layer, turns)
         if cache is not None:
             cache.length += T
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
@@ -293,7 +343,7 @@ class BigramLanguageModel(nn.Module):
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "model": dataclasses.asdict(self.config),
+            "model": self.config.stored(),
             "vocabulary": self.vocabulary,
             "provenance": self.provenance,
         }
@@ -332,12 +382,11 @@ class BigramLanguageModel(nn.Module):
                 "use the release of ALG1 that wrote it",
             )
         metadata = metadata or {}
-        config = config_from_shapes(tensors, path)
         stored = metadata.get("model")
-        if stored is not None:
-            config.dropout = stored.get("dropout", 0.0) if isinstance(stored, dict) else 0.0
-            if dataclasses.asdict(config) != stored:
-                raise Alg1Error(f"{path}: its sizes and its tensors do not agree")
+        told = stored if isinstance(stored, dict) else {}
+        config = config_from_shapes(tensors, path, told)
+        if stored is not None and dataclasses.asdict(config) != MODEL_OPTIONS | told:
+            raise Alg1Error(f"{path}: its sizes and its tensors do not agree")
         characters = vocabulary if vocabulary is not None else metadata.get("vocabulary")
         if characters is not None and len(characters) != config.vocab_size:
             raise Alg1Error(
@@ -389,8 +438,13 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in split_heads(model.state_dict(), config).items()}
 
 
-def config_from_shapes(tensors: Mapping[str, Tensor], path: str | Path) -> ModelConfig:
-    """The sizes that the tensors of a file in the lecture's layout have (dropout is not among them).
+def config_from_shapes(
+    tensors: Mapping[str, Tensor], path: str | Path, stored: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """The sizes that the tensors of a file in the lecture's layout have.
+
+    What shapes do not show is taken from `stored`, the file's own word: dropout, the options, and with
+    rotary positions block_size.
 
     Raises:
         Alg1Error: these are not the weights of such a model.
@@ -400,17 +454,25 @@ def config_from_shapes(tensors: Mapping[str, Tensor], path: str | Path) -> Model
         found = (re.fullmatch(pattern, name) for name in tensors)
         return len({match[1] for match in found if match})
 
-    tables = [tensors.get(f"{kind}_embedding_table.weight") for kind in ("token", "position")]
-    if any(table is None or table.dim() != 2 or not table.numel() for table in tables):
-        raise Alg1Error(f"{path}: there is no model of this kind in it (no embedding tables)")
-    token_table, position_table = tables
-    assert token_table is not None and position_table is not None
+    def table(kind: str) -> Tensor:
+        found = tensors.get(f"{kind}_embedding_table.weight")
+        if found is None or found.dim() != 2 or not found.numel():
+            raise Alg1Error(f"{path}: there is no model of this kind in it (no embedding tables)")
+        return found
+
+    stored = stored or {}
+    token_table = table("token")
+    if stored.get("positions") == "rotary":
+        block_size: Any = stored.get("block_size")
+    else:
+        block_size = table("position").shape[0]
     config = ModelConfig(
         n_embd=token_table.shape[1],
         n_head=count(r"blocks\.0\.sa\.heads\.(\d+)\.key\.weight"),
         n_layer=count(r"blocks\.(\d+)\.ln1\.weight"),
-        block_size=position_table.shape[0],
+        block_size=block_size,
         vocab_size=token_table.shape[0],
+        **{name: stored[name] for name in ("dropout", *MODEL_OPTIONS) if name in stored},
     )
     problems = config.problems(need_vocab_size=True)
     if problems:

@@ -58,6 +58,13 @@ class ModelConfig:
     block_size: int = setting(32, "longest context, in characters", above=0)
     dropout: float = setting(0.0, "share of activations dropped while training", minimum=0, below=1)
     vocab_size: int | None = setting(None, "distinct characters; read from the corpus when left out", above=0)
+    positions: str = setting(
+        "learned",
+        "how a character's place is told: a learned vector, or rotary: turned queries and keys",
+        choices=("learned", "rotary"),
+    )
+    qk_norm: bool = setting(False, "give the queries and keys of every head one length")
+    zero_init: bool = setting(False, "start every block as one that adds nothing: its last matrices are zero")
 
     @classmethod
     def from_json(cls, path: str | Path, vocab_size: int | None = None) -> ModelConfig:
@@ -86,6 +93,18 @@ class ModelConfig:
         raise_problems([*problems, *config.problems(need_vocab_size=missing)])
         return config
 
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    def stored(self) -> dict[str, Any]:
+        """As files hold it: without options at their defaults, so that the reference model's have none."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in MODEL_OPTIONS or value != MODEL_OPTIONS[name]
+        }
+
     def problems(self, need_vocab_size: bool = False) -> list[Problem]:
         """What is wrong with these values; an empty list when nothing is."""
         found = range_problems(self)
@@ -96,6 +115,19 @@ class ModelConfig:
                 f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head} (n_embd = {nearest} is)",
                 "n_embd",
                 "n_head",
+            )
+        elif (
+            not wrong & {"n_embd", "n_head", "positions"}
+            and self.positions == "rotary"
+            and self.head_size % 2
+        ):
+            even = max(2, round(self.n_embd / self.n_head / 2) * 2) * self.n_head
+            found += joint_problem(
+                f"positions = rotary turns pairs, but a head of n_embd / n_head = {self.head_size} is odd"
+                f" (n_embd = {even} makes it even)",
+                "n_embd",
+                "n_head",
+                "positions",
             )
         if need_vocab_size and self.vocab_size is None:
             found += joint_problem("vocab_size is missing", "vocab_size")
@@ -125,6 +157,12 @@ class ModelConfig:
         """Set the globals that `model.BigramLanguageModel()` reads when it is given no config."""
         for name in field_names(type(self)):
             setattr(model, name, getattr(self, name))
+
+
+# What departs from the reference model, and its value there: files from before these were known have none.
+MODEL_OPTIONS: dict[str, Any] = {
+    name: getattr(ModelConfig, name) for name in ("positions", "qk_norm", "zero_init")
+}
 
 
 @dataclass

@@ -111,7 +111,8 @@ class Decoder:
     def __init__(self, model: BigramLanguageModel, batch_size: int):
         self.model, self.head_bias = model, model.lm_head.bias
         self.tokens = model.token_embedding_table.weight  # (V, C)
-        self.positions = model.position_embedding_table.weight  # (block_size, C)
+        table = model.position_embedding_table
+        self.positions = None if table is None else table.weight  # (block_size, C)
         self.layers = [_Weights.of(block) for block in model.blocks]
         self.ln_f, self.head = _Norm.of(model.ln_f), model.lm_head.weight.t()
         self.flops = 2.0 * sum(parameter.numel() for parameter in model.parameters())  # for a character
@@ -124,6 +125,11 @@ class Decoder:
         new = cache.store.new_empty
         self.qkv = new(B, 3 * C)
         self.q, self.kv = self.qkv.view(B, 3, H, S).permute(1, 0, 2, 3).split((1, 2))  # (1 or 2, B, H, S)
+        self.queries_and_keys = self.qkv.view(B, 3, H, S).transpose(0, 1)[:2]  # (2, B, H, S)
+        self.turns = model.turns(0, block_size)  # (2, block_size, S / 2)
+        first: Any = model.blocks[0]
+        plain = self.turns is None and not model.config.qk_norm
+        self.compared = None if plain else first.sa.compared
         self.scale = cache.store.new_tensor(S**-0.5)
         self.scaled = new(1, B, H, S)
         self.query = self.scaled.view(B * H, 1, S)
@@ -146,9 +152,14 @@ class Decoder:
         values = self.values[:, :, : t + 1].unbind(0)  # (B H, t + 1, S)
         n = self.query.shape[0]
         scores = self.scores[: n * (t + 1)].view(n, 1, t + 1)
-        x = F.embedding(token, self.tokens).add_(self.positions[t])  # (B, C)
+        turns = None if self.turns is None else self.turns[:, t]  # (2, S / 2)
+        x = F.embedding(token, self.tokens)  # (B, C)
+        if self.positions is not None:
+            x.add_(self.positions[t])
         for layer, slot, k, v in zip(self.layers, slots, keys, values, strict=True):
             torch.mm(layer.ln1(x), layer.qkv, out=self.qkv)
+            if self.compared is not None:
+                self.queries_and_keys.copy_(self.compared(self.queries_and_keys, turns))
             slot.copy_(self.kv)
             torch.mul(self.q, self.scale, out=self.scaled)
             torch.bmm(self.query, k, out=scores)

@@ -20,7 +20,7 @@ import files
 from errors import Alg1Error
 from files import atomic_file, read_tensors, write_atomically, write_tensors
 from model import BigramLanguageModel
-from parameters import ModelConfig, TrainConfig
+from parameters import MODEL_OPTIONS, ModelConfig, TrainConfig
 from utils_alg1 import utils_report, utils_training
 from utils_alg1.utils_backward import find_backward
 from utils_alg1.utils_checkpoint import (
@@ -338,6 +338,48 @@ def test_a_run_interrupted_at_every_step_ends_with_the_same_bytes(start, train, 
     assert_same_end()
 
 
+OPTIONS = ["--positions", "rotary", "--qk-norm", "--zero-init"]
+
+
+def test_a_run_with_model_options_is_resumed_to_the_same_bytes(start, train, monkeypatch):
+    flags = [*OPTIONS, "--optimizer", "muon"]
+    assert start(*flags, into="whole").code == 0
+    stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    assert start(*flags).code == 130
+    assert train("--resume", "latest").code == 0
+    assert_same_end()
+    assert not any("position_embedding_table" in name for name in read_checkpoint(checkpoint(6)).tensors)
+
+
+def test_the_checkpoints_of_the_reference_model_name_no_options(start):
+    start()
+    named = read_checkpoint(checkpoint(6)).metadata["model"].keys()
+    assert named == {"n_embd", "n_head", "n_layer", "block_size", "dropout", "vocab_size"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "shown"),
+    [
+        ("--positions", "rotary", "positions: 'learned' -> 'rotary'"),
+        ("--qk-norm", None, "qk_norm: false -> true"),
+        ("--zero-init", None, "zero_init: false -> true"),
+    ],
+)
+def test_a_run_from_before_the_options_is_one_of_the_reference_model(flag, value, shown, start, train):
+    start()
+    path = checkpoint(6)
+    tensors, metadata = read_tensors(path)
+    for name in MODEL_OPTIONS:
+        del metadata["parameters"][name]
+    write_tensors(path, tensors, metadata)
+
+    refused = train("--resume", "latest", flag, *([] if value is None else [value]))
+
+    assert refused.code == 2
+    assert f"error: the run cannot go on with other values: {shown}\n" in refused.err
+    assert train("--resume", "latest", "--max-iters", 7).code == 0
+
+
 def test_a_signal_prints_the_command_that_goes_on(start, train, text_file, monkeypatch):
     for into in ("runs", "other runs"):
         stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
@@ -529,6 +571,7 @@ def test_temporary_files_of_a_killed_process_are_removed(start, train):
         ("--n-layer", 2, "n_layer: 1 -> 2"),
         ("--block-size", 4, "block_size: 8 -> 4"),
         ("--dropout", 0.5, "dropout: 0.0 -> 0.5"),
+        ("--positions", "rotary", "positions: 'learned' -> 'rotary'"),
         ("--batch-size", 3, "batch_size: 2 -> 3"),
         ("--grad-accum-steps", 2, "grad_accum_steps: 1 -> 2"),
         ("--learning-rate", 0.5, "learning_rate: 0.001 -> 0.5"),
@@ -640,6 +683,37 @@ def test_other_sizes_than_the_initial_weights_are_refused(start, train, text_fil
     assert result.code == 2
     assert f"error: {source}: its n_embd is 16, not 32\nhint: leave n_embd out\n" in result.err
     assert not Path("new").exists()
+
+
+def test_initial_weights_bring_their_options_and_others_are_refused(start, train, text_file):
+    start(*OPTIONS, "--export", "last")
+    source = shutil.copy(export_of(), "model.safetensors")
+    flags = [
+        "--data",
+        text_file,
+        "--init-from",
+        source,
+        "--max-iters",
+        1,
+        "--runs-dir",
+        "new",
+        *QUIET_TRACKERS,
+    ]
+
+    for flag, value, complaint in (
+        ("--positions", "learned", "its positions is rotary, not learned"),
+        ("--no-qk-norm", None, "its qk_norm is True, not False"),
+    ):
+        refused = train(*flags, flag, *([] if value is None else [value]))
+        assert refused.code == 2
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        assert f"error: {source}: {complaint}\nhint: leave {name} out\n" in refused.err
+
+    assert train(*flags).code == 0
+    first = read_checkpoint(checkpoint(0, "new"))
+    assert_same_weights(first.build_model(), BigramLanguageModel().load_safetensors(source))
+    options = {name: first.parameters[name] for name in MODEL_OPTIONS}
+    assert options == {"positions": "rotary", "qk_norm": True, "zero_init": False}
 
 
 def test_characters_that_differ_from_the_initial_weights_are_shown(start, train, text_file):
@@ -902,6 +976,8 @@ HOSTILE = {
     "no model": lambda m: m.pop("model"),
     "huge model": lambda m: m["model"].update(n_embd=2**30),
     "more layers": lambda m: m["model"].update(n_layer=10**6),
+    "rotary positions with a table": lambda m: m["model"].update(positions="rotary"),
+    "unknown option": lambda m: m["model"].update(relu="squared"),
     "heads do not divide": lambda m: m["model"].update(n_head=3),
     "vocabulary of numbers": lambda m: m.update(vocabulary=[1, 2, 3, 4, 5]),
     "vocabulary too short": lambda m: m.update(vocabulary=list("abc")),

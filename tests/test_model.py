@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import contextlib
 import dataclasses
 import json
@@ -22,7 +23,7 @@ import model as model_module
 from errors import Alg1Error
 from files import read_tensors, write_tensors
 from model import BigramLanguageModel, check_sampling, next_token
-from parameters import ModelConfig, field_names
+from parameters import MODEL_OPTIONS, ModelConfig, field_names
 from sampling import Decoder
 
 SIZES = [
@@ -34,6 +35,11 @@ SIZES = [
     {"n_embd": 6, "n_head": 3, "n_layer": 1, "block_size": 1, "vocab_size": 5},
 ]
 SMALL = SIZES[0]
+OPTIONS = [
+    {"n_embd": 24, "n_head": 3, "n_layer": 2, "block_size": 9, "vocab_size": 30, "positions": "rotary"},
+    {"n_embd": 24, "n_head": 3, "n_layer": 2, "block_size": 5, "vocab_size": 30, "qk_norm": True},
+    {**SMALL, "positions": "rotary", "qk_norm": True, "zero_init": True},
+]
 VOCABULARY = sorted("\n !abcdefgé")  # as many as SMALL's vocab_size
 
 
@@ -93,11 +99,26 @@ def layer_norm(x, tensors, name):
     return (x - mean) / (variance + 1e-5).sqrt() * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
 
 
-def plain_logits(path: Path, idx: torch.Tensor) -> torch.Tensor:
-    """The network as the lecture writes it, head by head, from the names in the file alone."""
+def turned(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Rotary positions (B, T, S): complex number i of character t turns by t / block_size ** (2 i / S)."""
+    half = x.shape[-1] // 2
+    pairs = torch.complex(x[..., :half], x[..., half:])  # (B, T, S / 2)
+    for t in range(x.shape[1]):
+        for i in range(half):
+            pairs[:, t, i] *= cmath.exp(1j * t / block_size ** (i / half))
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def plain_logits(path: Path, idx: torch.Tensor, block_size: int = 0, qk_norm: bool = False) -> torch.Tensor:
+    """The network as the lecture writes it, head by head, from the names in the file alone.
+
+    A block_size is given for rotary positions.
+    """
     tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
     T = idx.shape[1]
-    x = tensors["token_embedding_table.weight"][idx] + tensors["position_embedding_table.weight"][:T]
+    x = tensors["token_embedding_table.weight"][idx]
+    if not block_size:
+        x = x + tensors["position_embedding_table.weight"][:T]
     layer = 0
     while f"blocks.{layer}.ln1.weight" in tensors:
         block = f"blocks.{layer}"
@@ -106,6 +127,10 @@ def plain_logits(path: Path, idx: torch.Tensor) -> torch.Tensor:
         while f"{block}.sa.heads.{head}.key.weight" in tensors:
             prefix = f"{block}.sa.heads.{head}"
             q, k, v = (normed @ tensors[f"{prefix}.{part}.weight"].T for part in ("query", "key", "value"))
+            if qk_norm:
+                q, k = (y / (y**2).mean(-1, keepdim=True).sqrt() for y in (q, k))
+            if block_size:
+                q, k = turned(q, block_size), turned(k, block_size)
             scores = q @ k.transpose(1, 2) / k.shape[-1] ** 0.5
             scores = scores.masked_fill(torch.tril(torch.ones(T, T)) == 0, float("-inf"))
             heads.append(scores.softmax(-1) @ v)
@@ -120,7 +145,7 @@ def plain_logits(path: Path, idx: torch.Tensor) -> torch.Tensor:
     return layer_norm(x, tensors, "ln_f") @ tensors["lm_head.weight"].T + tensors["lm_head.bias"]
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", SIZES + OPTIONS)
 def test_logits_and_loss_equal_the_plain_computation_from_the_file(tmp_path, sizes):
     model = build(spread=0.15, **sizes)
     path = tmp_path / "model.safetensors"
@@ -130,7 +155,8 @@ def test_logits_and_loss_equal_the_plain_computation_from_the_file(tmp_path, siz
 
         logits, loss = model(idx, targets)
 
-        plain = plain_logits(path, idx)
+        rotary = sizes["block_size"] if "positions" in sizes else 0
+        plain = plain_logits(path, idx, rotary, "qk_norm" in sizes)
         assert logits.shape == (3, T, sizes["vocab_size"]) and logits.dtype == torch.float32
         assert (logits - plain).abs().max() < 1e-5
         likelihoods = plain.softmax(-1).gather(2, targets[:, :, None])
@@ -144,7 +170,7 @@ def test_without_targets_there_is_no_loss():
     assert model(random_tokens(model, 2, 4))[1] is None
 
 
-@pytest.mark.parametrize("sizes", SIZES[:3])
+@pytest.mark.parametrize("sizes", SIZES[:3] + OPTIONS)
 def test_each_head_equals_its_slice_of_the_fused_result(sizes):
     model = build(**sizes)
     attention = model.blocks[0].sa
@@ -152,7 +178,8 @@ def test_each_head_equals_its_slice_of_the_fused_result(sizes):
     joined = torch.cat([head(x) for head in attention.heads], dim=-1)
 
     assert len(attention.heads) == sizes["n_head"]
-    assert torch.allclose(attention.proj(joined), attention(x), atol=1e-5)
+    turns = model.turns(0, sizes["block_size"])
+    assert torch.allclose(attention.proj(joined), attention(x, turns=turns), atol=1e-5)
 
 
 def test_the_weights_of_a_head_are_its_tensors_in_the_file(exported):
@@ -283,7 +310,7 @@ def likeliest(logits):
     return logits.argmax(-1)
 
 
-@pytest.mark.parametrize("sizes", SIZES[:4])
+@pytest.mark.parametrize("sizes", SIZES[:4] + OPTIONS)
 @pytest.mark.parametrize("B", [1, 3])
 @torch.no_grad()
 def test_the_cache_gives_the_tokens_of_full_recomputation(sizes, B):
@@ -298,9 +325,10 @@ def test_the_cache_gives_the_tokens_of_full_recomputation(sizes, B):
             assert torch.equal(model.generate(idx, total - T, temperature=0), expected[:, :total])
 
 
+@pytest.mark.parametrize("sizes", [SIZES[1], *OPTIONS])
 @torch.no_grad()
-def test_the_cache_gives_the_logits_of_full_recomputation():
-    model = build(spread=0.5, **SIZES[1])
+def test_the_cache_gives_the_logits_of_full_recomputation(sizes):
+    model = build(spread=0.5, **sizes)
     idx = random_tokens(model, 2, 5)
     cache = model_module.KeyValueCache(model.config, 2, model.lm_head.weight)
 
@@ -313,7 +341,7 @@ def test_the_cache_gives_the_logits_of_full_recomputation():
     assert torch.allclose(torch.cat(pieces, dim=1), model(idx)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", SIZES + OPTIONS)
 @torch.no_grad()
 def test_past_block_size_the_older_half_of_the_context_is_dropped(sizes):
     model = build(spread=0.5, **sizes)
@@ -353,7 +381,7 @@ def prefixed(model: BigramLanguageModel, B: int, read: int) -> tuple[Decoder, to
     return decoder, idx
 
 
-@pytest.mark.parametrize("sizes", SIZES[:5])
+@pytest.mark.parametrize("sizes", SIZES[:5] + OPTIONS)
 @pytest.mark.parametrize("B", [1, 2, 5])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11), (torch.bfloat16, 0.1)]
@@ -371,11 +399,12 @@ def test_the_decoder_gives_the_logits_of_the_model(sizes, B, dtype, tolerance):
         assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("sizes", [SIZES[3], *OPTIONS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("B", [1, 4])
 @torch.no_grad()
-def test_what_is_drawn_is_what_full_recomputation_draws(dtype, B):
-    model = build(spread=0.5, **SIZES[3]).to(dtype)
+def test_what_is_drawn_is_what_full_recomputation_draws(sizes, dtype, B):
+    model = build(spread=0.5, **sizes).to(dtype)
     idx, generators = random_tokens(model, B, 3), [torch.Generator().manual_seed(5) for _ in range(2)]
 
     text = model.generate(idx, 40, 0.8, 20, 0.9, generators[0])
@@ -689,6 +718,133 @@ def test_sampling_arguments_out_of_range_are_refused(arguments, message):
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="idx must hold at least one token"):
         build().generate(torch.zeros(1, 0, dtype=torch.int64), 1)
+
+
+# --- options ------------------------------------------------------------------------------------------
+
+
+def test_the_attention_of_turned_characters_depends_on_their_distance_alone():
+    """One character everywhere: only its positions can tell the places apart."""
+    config = ModelConfig(**SMALL, positions="rotary")
+    x = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    q, k = (row.expand(8, 8) for row in x[:, 0])  # (T, S)
+    turns = model_module.rotations(config, 0, 8, torch.device("cpu"))
+    later = model_module.rotations(config, 5, 13, torch.device("cpu"))
+
+    products = model_module.rotate(q, turns) @ model_module.rotate(k, turns).T
+
+    for distance in range(-7, 8):
+        diagonal = products.diagonal(distance)
+        assert torch.allclose(diagonal, diagonal[:1], atol=1e-6)
+    assert len({round(float(products[7, t]), 4) for t in range(8)}) == 8
+    assert torch.allclose(
+        products, model_module.rotate(q, later) @ model_module.rotate(k, later).T, atol=1e-6
+    )
+    assert torch.equal(model_module.rotate(x, turns)[:, 0], x[:, 0]), "the first one stays as it is"
+    assert torch.allclose(model_module.rotate(x, turns).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_without_positions_a_text_of_one_character_is_the_same_everywhere():
+    model = build(positions="rotary")
+    logits = model(torch.full((1, 8), 3))[0]
+    assert torch.allclose(logits, logits[:, :1], atol=1e-5)
+    assert not torch.allclose(
+        model(random_tokens(model, 1, 8))[0][:, -1], model(random_tokens(model, 1, 8).flip(1))[0][:, -1]
+    )
+
+
+def test_with_qk_norm_the_length_of_queries_and_keys_is_without_effect():
+    plain, normed = build(), build(qk_norm=True)
+    idx = random_tokens(plain, 2, 8)
+    for model, alike in ((plain, False), (normed, True)):
+        before = model(idx)[0]
+        with torch.no_grad():
+            model.blocks[0].sa.qkv.weight[:32] *= 3  # queries and keys, not values
+        assert torch.allclose(model(idx)[0], before, atol=1e-5) == alike
+
+
+def test_zero_init_changes_two_matrices_of_a_block_and_nothing_else():
+    models = []
+    for zero_init in (False, True):
+        torch.manual_seed(1)
+        models.append(BigramLanguageModel(ModelConfig(**SMALL, zero_init=zero_init)).state_dict())
+    plain, zero = models
+    changed = {name for name in plain if not torch.equal(plain[name], zero[name])}
+    assert changed == {"blocks.0.sa.proj.weight", "blocks.0.ffwd.net.2.weight"}
+    assert all(not zero[name].any() for name in changed)
+
+
+def test_rotary_positions_leave_out_the_table_and_only_it():
+    tables = {
+        name: set(build(**options).state_dict()) for name, options in zip("ab", [{}, OPTIONS[2]], strict=True)
+    }
+    assert tables["a"] - tables["b"] == {"position_embedding_table.weight"} and tables["b"] < tables["a"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_file_with_options_keeps_them_and_comes_back(tmp_path, options):
+    model = build(**options)
+    path, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    model.save_safetensors(path)
+    told = {name: value for name, value in options.items() if name in MODEL_OPTIONS}
+    stored = read_tensors(path)[1]["model"]
+
+    loaded = BigramLanguageModel().load_safetensors(path)
+    loaded.save_safetensors(again)
+
+    assert {name: stored[name] for name in stored if name in MODEL_OPTIONS} == told
+    assert "position_embedding_table.weight" not in load_file(path) or "positions" not in told
+    assert_same(snapshot(loaded), snapshot(model))
+    assert again.read_bytes() == path.read_bytes()
+    idx = random_tokens(model, 2, 5)
+    assert torch.equal(loaded.eval()(idx)[0], model(idx)[0])
+
+
+def test_options_that_a_file_names_at_their_defaults_are_the_reference_model(exported):
+    model, path = exported
+    tensors, metadata = read_tensors(path)
+    metadata["model"] |= MODEL_OPTIONS
+    write_tensors(path, tensors, metadata)
+    assert BigramLanguageModel().load_safetensors(path).config == model.config
+
+
+ROTARY = {**OPTIONS[2], "dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("stored", "complaint"),
+    [
+        ({**ROTARY, "positions": "learned"}, "there is no model of this kind in it (no embedding tables)"),
+        ({**ROTARY, "positions": ["rotary"]}, "there is no model of this kind in it (no embedding tables)"),
+        (None, "there is no model of this kind in it (no embedding tables)"),
+        (
+            {**ROTARY, "block_size": None},
+            "its tensors make no model: block_size = null must be a whole number",
+        ),
+        ({**ROTARY, "block_size": 8.5}, "its tensors make no model: block_size = 8.5 must be a whole number"),
+        ({**ROTARY, "block_size": 0}, "its tensors make no model: block_size = 0 must be above 0"),
+        ({**ROTARY, "qk_norm": 1}, "its tensors make no model: qk_norm = 1 must be true or false"),
+        ({**ROTARY, "n_layer": 2}, "its sizes and its tensors do not agree"),
+        ({**ROTARY, "relu": "squared"}, "its sizes and its tensors do not agree"),
+    ],
+)
+def test_a_rotary_file_whose_metadata_does_not_fit_is_refused(tmp_path, stored, complaint):
+    path = tmp_path / "model.safetensors"
+    build(**ROTARY).save_safetensors(path)
+    tensors, metadata = read_tensors(path)
+    write_tensors(path, tensors, metadata | {"model": stored})
+
+    assert_refused(path, complaint)
+
+
+def test_a_rotary_file_with_a_table_of_positions_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    build(**ROTARY).save_safetensors(path)
+    tensors, metadata = read_tensors(path)
+    tensors["position_embedding_table.weight"] = torch.zeros(8, 16)
+    write_tensors(path, tensors, metadata)
+
+    assert_refused(path, "not the weights of this model: position_embedding_table.weight is unknown")
 
 
 # --- files: what is written ---------------------------------------------------------------------------

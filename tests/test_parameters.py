@@ -221,6 +221,7 @@ LIMITS = [
     ("dropout", 0.0, -0.01, "must be at least 0"),
     ("dropout", 0.99, 1.0, "must be below 1"),
     ("vocab_size", 1, 0, "must be above 0"),
+    ("positions", "rotary", "sine", "must be one of learned, rotary"),
     ("batch_size", 1, 0, "must be above 0"),
     ("max_iters", 1, 0, "must be above 0"),
     ("learning_rate", 1e-12, 0.0, "must be above 0"),
@@ -260,7 +261,7 @@ LIMITS = [
     ("port", 1, 0, "must be at least 1"),
     ("port", 65535, 65536, "must be at most 65535"),
 ]
-WITHOUT_LIMITS = {"output", "run_tag", "aim", "tensorboard"}
+WITHOUT_LIMITS = {"qk_norm", "zero_init", "output", "run_tag", "aim", "tensorboard"}
 
 
 def test_the_table_of_limits_is_complete():
@@ -313,6 +314,20 @@ def test_a_whole_number_serves_as_a_number():
             "n_embd = 1 must be divisible by n_head = 4 (n_embd = 4 is)",
         ),
         (
+            ModelConfig(n_embd=36, positions="rotary"),
+            "positions = rotary turns pairs, but a head of n_embd / n_head = 9 is odd"
+            " (n_embd = 32 makes it even)",
+        ),
+        (
+            ModelConfig(n_embd=4, positions="rotary"),
+            "positions = rotary turns pairs, but a head of n_embd / n_head = 1 is odd"
+            " (n_embd = 8 makes it even)",
+        ),
+        (
+            ModelConfig(n_embd=66, positions="rotary"),
+            "n_embd = 66 must be divisible by n_head = 4 (n_embd = 64 is)",
+        ),
+        (
             TrainConfig(warmup_iters=11, max_iters=10, eval_interval=5),
             "warmup_iters = 11 is longer than the run, max_iters = 10",
         ),
@@ -338,6 +353,8 @@ def test_values_that_do_not_go_together(config, expected):
     "config",
     [
         ModelConfig(n_embd=68),
+        ModelConfig(n_embd=36, positions="learned"),
+        ModelConfig(n_embd=40, positions="rotary"),
         TrainConfig(warmup_iters=10, max_iters=10),
         TrainConfig(min_lr=0.001, learning_rate=0.001),
         TrainConfig(patience=2, eval_interval=10, max_iters=10),

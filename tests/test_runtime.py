@@ -51,9 +51,9 @@ def threads_restored():
     torch.set_num_threads(before)
 
 
-def parameters(batch_size=4, grad_accum_steps=1, n_embd=64, n_head=4) -> Parameters:
+def parameters(batch_size=4, grad_accum_steps=1, n_embd=64, n_head=4, positions="learned") -> Parameters:
     return Parameters(
-        ModelConfig(n_embd=n_embd, n_head=n_head),
+        ModelConfig(n_embd=n_embd, n_head=n_head, positions=positions),
         TrainConfig(batch_size=batch_size, grad_accum_steps=grad_accum_steps),
         DataConfig(),
         TensorBoardConfig(),
@@ -250,6 +250,7 @@ def test_pytorch_says_what_the_guard_listens_for():
         ({"batch_size": 5, "grad_accum_steps": 3}, "--batch-size 2 --grad-accum-steps 6"),
         ({"batch_size": 1, "n_embd": 64, "n_head": 4}, "--n-embd 32"),
         ({"batch_size": 1, "n_embd": 60, "n_head": 20}, "--n-embd 20"),
+        ({"batch_size": 1, "n_embd": 120, "n_head": 20, "positions": "rotary"}, "--n-embd 40"),
     ],
 )
 def test_smaller_settings_are_named_as_flags(settings, flags):

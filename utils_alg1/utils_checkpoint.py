@@ -20,7 +20,16 @@ from data import Corpus
 from errors import Alg1Error, disk_error
 from files import read_tensors, remove_temporary_files, write_tensors
 from model import BigramLanguageModel
-from parameters import ModelConfig, Parameters, TrainConfig, coerce_all, field_names, shown, specs
+from parameters import (
+    MODEL_OPTIONS,
+    ModelConfig,
+    Parameters,
+    TrainConfig,
+    coerce_all,
+    field_names,
+    shown,
+    specs,
+)
 from utils import Tokenizer, show_characters
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import (
@@ -158,7 +167,7 @@ class CheckpointStore:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "progress": dataclasses.asdict(progress),
-            "model": dataclasses.asdict(model.config),
+            "model": model.config.stored(),
             "vocabulary": model.vocabulary,
             "scaler": trainer.scaler.state_dict(),
             "world_size": trainer.runtime.processes.world_size,
@@ -255,7 +264,8 @@ def _is_sound(checkpoint: Checkpoint) -> bool:
     config = ModelConfig(**metadata["model"])
     config.validate()
     tokens = checkpoint.tensors["model.token_embedding_table.weight"].shape
-    positions = checkpoint.tensors["model.position_embedding_table.weight"].shape
+    table = checkpoint.tensors.get("model.position_embedding_table.weight")
+    positions = None if table is None else tuple(table.shape)
     layers = {name.split(".")[2] for name in checkpoint.tensors if name.startswith("model.blocks.")}
     progress = checkpoint.progress
     evaluation = progress.evaluation or Evaluation(0, 0.0, 0.0, 0.0)
@@ -265,7 +275,7 @@ def _is_sound(checkpoint: Checkpoint) -> bool:
     vocabulary = metadata["vocabulary"]
     return (
         tokens == (config.vocab_size, config.n_embd)
-        and positions == (config.block_size, config.n_embd)
+        and positions == ((config.block_size, config.n_embd) if config.positions == "learned" else None)
         and len(layers) == config.n_layer
         and all(type(step) is int and step >= 0 for step in steps)
         and all(isinstance(number, (int, float)) and abs(number) < LARGE for number in numbers)
@@ -329,7 +339,8 @@ class Start:
         if self.initial is None:
             return None
         sizes = dataclasses.asdict(self.initial.config)
-        return {name: value for name, value in sizes.items() if name not in ("dropout", "vocab_size")}
+        free = ("dropout", "vocab_size", "zero_init")  # the weights do not depend on them
+        return {name: value for name, value in sizes.items() if name not in free}
 
     @property
     def compiled_before(self) -> bool | None:
@@ -465,7 +476,7 @@ def check_resumable(
         Alg1Error: naming every parameter that shaped the steps already taken and differs, old -> new.
     """
     now = params.flat()
-    old, _ = coerce_all(checkpoint.parameters)
+    old = MODEL_OPTIONS | coerce_all(checkpoint.parameters)[0]
     changed = [
         f"{name}: {shown(old[name])} -> {shown(now[name])}"
         for name, spec in specs().items()

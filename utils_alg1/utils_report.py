@@ -122,7 +122,7 @@ def export_weights(
             console.warn(f"{error.message}; exporting the last weights instead of the best")
     model.provenance = {"run_id": run.run_id, **exported}
     model.save_safetensors(run.export_path)
-    write_json(run.export_path.with_name("config.json"), dataclasses.asdict(model.config))
+    write_json(run.export_path.with_name("config.json"), model.config.stored())
     if params.train.output:
         model.save_safetensors(params.train.output)
     return exported

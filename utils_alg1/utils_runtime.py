@@ -236,7 +236,8 @@ def smaller_settings(params: Parameters) -> str:
         halved = f"--batch-size {batch_size // 2} --grad-accum-steps {micro_batches * 2}"
         return f"try {halved}, which sees about as much text in a step"
     model = params.model
-    width = max(model.n_embd // 2 // model.n_head, 1) * model.n_head
+    multiple = model.n_head * (2 if model.positions == "rotary" else 1)
+    width = max(model.n_embd // 2 // multiple, 1) * multiple
     if width < model.n_embd:
         return f"try --n-embd {width}, or a smaller --block-size"
     return f"try a --block-size below {model.block_size}"
