@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import rotate, rotations
 from parameters import ModelConfig
 
 aten = torch.ops.aten
@@ -34,11 +35,20 @@ class Norm(NamedTuple):
     rstd: Tensor  # (N, 1)
 
 
+class Compared(NamedTuple):
+    """Queries and keys as they meet, (2, B, H, T, S), and what the way back needs."""
+
+    out: Tensor
+    straight: Tensor  # before they were turned
+    scale: Tensor | None  # (2, B, H, T, 1): what gave each its length, with qk_norm
+
+
 class BlockValues(NamedTuple):
     """What the way back through a block needs of the way there."""
 
     ln1: Norm
-    qkv: tuple[Tensor, Tensor, Tensor]  # (B, H, T, S) each
+    compared: Compared
+    v: Tensor  # (B, H, T, S)
     attended: tuple[Tensor, Tensor]  # see `attention`
     joined: Tensor  # (N, C), the heads' outputs side by side
     ln2: Norm
@@ -61,7 +71,8 @@ def loss_and_gradients(
     """
     B, T = idx.shape
     N, C, H = B * T, config.n_embd, config.n_head
-    S = C // H
+    S = config.head_size
+    turns = rotations(config, 0, T, idx.device)
     gradients: dict[str, Tensor] = {}
 
     def linear(name: str, x: Tensor) -> Tensor:
@@ -85,20 +96,24 @@ def loss_and_gradients(
         return g
 
     # The way there.
-    positions = weights["position_embedding_table.weight"][:T]
-    x = (F.embedding(idx, weights["token_embedding_table.weight"]) + positions).view(N, C)
+    x = F.embedding(idx, weights["token_embedding_table.weight"])  # (B, T, C)
+    if turns is None:
+        x = x + weights["position_embedding_table.weight"][:T]
+    x = x.view(N, C)
     blocks: list[BlockValues] = []
     for layer in range(config.n_layer):
         ln1 = norm(f"blocks.{layer}.ln1", x)
         qkv = ln1.out @ weights[f"blocks.{layer}.sa.qkv.weight"].t()  # (N, 3 C)
-        q, k, v = qkv.view(B, T, 3, H, S).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, S) each
+        heads = qkv.view(B, T, 3, H, S).permute(2, 0, 3, 1, 4)  # (3, B, H, T, S)
+        compared, v = compare(heads[:2], config.qk_norm, turns), heads[2]
+        q, k = compared.out
         attended = attention(q, k, v)
         joined = attended[0].transpose(1, 2).reshape(N, C)
         x = linear(f"blocks.{layer}.sa.proj", joined).add_(x)
         ln2 = norm(f"blocks.{layer}.ln2", x)
         hidden = linear(f"blocks.{layer}.ffwd.net.0", ln2.out).relu_()
         x = linear(f"blocks.{layer}.ffwd.net.2", hidden).add_(x)
-        blocks.append(BlockValues(ln1, (q, k, v), attended, joined, ln2, hidden))
+        blocks.append(BlockValues(ln1, compared, v, attended, joined, ln2, hidden))
     ln_f = norm("ln_f", x)
     logits = linear("lm_head", ln_f.out)  # (N, V)
     log_p = logits.log_softmax(1)
@@ -113,15 +128,37 @@ def loss_and_gradients(
         inner = aten.threshold_backward(inner, b.hidden, 0)
         g = g.add_(norm_back(b.ln2, linear_back(f"blocks.{layer}.ffwd.net.0", b.ln2.out, inner)))
         inner = linear_back(f"blocks.{layer}.sa.proj", b.joined, g)
-        heads = attention_back(*b.qkv, b.attended, inner.view(B, T, H, S).transpose(1, 2))
-        inner = torch.stack([part.transpose(1, 2) for part in heads], dim=2).view(N, 3 * C)
+        q, k = b.compared.out
+        q, k, v = attention_back(q, k, b.v, b.attended, inner.view(B, T, H, S).transpose(1, 2))
+        if turns is not None or config.qk_norm:
+            q, k = compare_back(b.compared, torch.stack((q, k)), turns)
+        inner = torch.stack([part.transpose(1, 2) for part in (q, k, v)], dim=2).view(N, 3 * C)
         inner = linear_back(f"blocks.{layer}.sa.qkv", b.ln1.out, inner, bias=False)
         g = g.add_(norm_back(b.ln1, inner))
-    places = g.view(B, T, C).sum(0)
-    gradients["position_embedding_table.weight"] = F.pad(places, (0, 0, 0, config.block_size - T))
+    if turns is None:
+        places = g.view(B, T, C).sum(0)
+        gradients["position_embedding_table.weight"] = F.pad(places, (0, 0, 0, config.block_size - T))
     table = torch.zeros_like(weights["token_embedding_table.weight"])
     gradients["token_embedding_table.weight"] = table.index_add_(0, idx.reshape(N), g)
     return loss, [gradients[name] for name in weights]
+
+
+def compare(x: Tensor, qk_norm: bool, turns: Tensor | None) -> Compared:
+    """MultiHeadAttention.compared, of queries and keys (2, B, H, T, S) at once."""
+    scale = None
+    if qk_norm:
+        scale = (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+        x = x * scale
+    return Compared(x if turns is None else rotate(x, turns), x, scale)
+
+
+def compare_back(c: Compared, g: Tensor, turns: Tensor | None) -> Tensor:
+    """The gradient (2, B, H, T, S) of what was compared."""
+    if turns is not None:
+        g = rotate(g, torch.stack([turns[0], -turns[1]]))  # by the same angle, backwards
+    if c.scale is not None:
+        g = (g - c.straight * (g * c.straight).mean(-1, keepdim=True)) * c.scale
+    return g
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradient
@@ -52,22 +52,28 @@ def assert_gradient_is_autograd_s(config: ModelConfig, B: int, T: int, tolerance
 
 
 @pytest.mark.parametrize("plain", [False, True])
+@settings(max_examples=50)
 @given(
     n_head=st.integers(1, 4), head_size=st.integers(1, 5), n_layer=st.integers(1, 3),
     block_size=st.integers(2, 9), short=st.integers(0, 1), B=st.integers(1, 4), vocab_size=st.integers(2, 9),
+    positions=st.sampled_from(["learned", "rotary"]), qk_norm=st.booleans(),
 )  # fmt: skip
 def test_the_gradient_is_that_of_autograd(
-    plain, n_head, head_size, n_layer, block_size, short, B, vocab_size
+    plain, n_head, head_size, n_layer, block_size, short, B, vocab_size, positions, qk_norm
 ):
-    n_embd = n_head * (head_size + 1)  # a norm over one number has no gradient
-    config = ModelConfig(n_embd, n_head, n_layer, block_size, vocab_size=vocab_size)
+    # A norm over one number has no gradient, and what turns comes in pairs.
+    n_embd = n_head * (2 * head_size if positions == "rotary" else head_size + 1)
+    config = ModelConfig(
+        n_embd, n_head, n_layer, block_size, 0.0, vocab_size, positions=positions, qk_norm=qk_norm
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradient, "is_plain", lambda T: plain)
         assert_gradient_is_autograd_s(config, B, block_size - short)
 
 
 @pytest.mark.parametrize("plain_up_to", [0, 64])
-def test_the_compiler_sees_one_graph_with_the_same_gradient(plain_up_to, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"positions": "rotary", "qk_norm": True}])
+def test_the_compiler_sees_one_graph_with_the_same_gradient(options, plain_up_to, monkeypatch):
     graphs = []
 
     def backend(graph, inputs):
@@ -77,14 +83,15 @@ def test_the_compiler_sees_one_graph_with_the_same_gradient(plain_up_to, monkeyp
     monkeypatch.setattr(gradient, "PLAIN_ATTENTION", plain_up_to)
     torch.compiler.reset()
     function = torch.compile(loss_and_gradients, backend=backend, fullgraph=True)
-    model = make_model()
-    x, y = draw_batch(SMALL)
+    config = dataclasses.replace(SMALL, **options)
+    model = make_model(config)
+    x, y = draw_batch(config)
     expected = model(x, y)[1]
     expected.backward()
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for _ in range(2):
-            loss, gradients = function(weights, SMALL, x, y)
+            loss, gradients = function(weights, config, x, y)
     assert len(graphs) == 1
     assert ("softmax" in graphs[0].replace("log_softmax", "")) == (plain_up_to > 0)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
