@@ -133,7 +133,7 @@ def run_phases(
     leave_if_told()
     run.begun = True
     try:
-        with utils_runtime.memory_guard(params), processes.lost_connection():
+        with utils_runtime.memory_guard(params), processes.lost_connection(), store:
             loop(trainer, progress, observer, store, about, signals, console)
     except Alg1Error as error:
         raise utils_report.with_the_way_on(error, store, run, processes) from error
@@ -253,10 +253,12 @@ def loop(
         if worth_saving and store.newest_step != step:
             trackers.flush(step)
             path = store.save(trainer, progress, about | {"trackers": trackers.state()})
-            console.detail(f"saved {path}")
+            console.detail(f"saving {path}")
         observer.observe(step)  # after the flush, which would wait for its pictures
         if done:
+            store.wait()
             return
+        store.check()
 
         loss = trainer.compute_gradients(step)
         observer.log_training_step(loss, step)
