@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint.py
 
-Steps with one checkpoint before the first take turns with steps without; the difference is what the loop waits
-for, and what the thread that writes takes from the steps beside it. "The call" is the time of the call that
-saves it.
+Steps with one checkpoint before the first take turns with steps without; the difference is what the loop
+waits for, and what the thread that writes takes from the steps beside it. "The call" is the time of the call
+that saves it.
 """
 
 from __future__ import annotations

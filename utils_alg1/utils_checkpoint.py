@@ -133,7 +133,7 @@ class CheckpointStore:
         keep: how many of the newest stay, beside the best.
 
     Attributes:
-        newest_step: of the newest checkpoint that is whole on disk; at first the one that the run goes on from.
+        newest_step: of the newest checkpoint that is whole on disk; at first that which the run goes on from.
     """
 
     def __init__(self, folder: Path, keep: int, newest_step: int | None = None):
