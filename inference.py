@@ -21,7 +21,7 @@ from errors import DONE, Alg1Error
 from parameters import Problem, raise_problems, specs
 from utils import show_characters
 from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
-from utils_alg1.utils_output import run_script
+from utils_alg1.utils_output import importing, run_script
 
 if TYPE_CHECKING:
     import torch
@@ -97,11 +97,12 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
 
-    import torch
+    with importing():
+        import torch
 
-    from utils import Tokenizer
-    from utils_alg1.utils_checkpoint import find_weights, load_model_file
-    from utils_alg1.utils_runtime import find_device
+        from utils import Tokenizer
+        from utils_alg1.utils_checkpoint import find_weights, load_model_file
+        from utils_alg1.utils_runtime import find_device
 
     device = find_device(arguments.device)
     if arguments.model is not None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from errors import DONE, Alg1Error
 from parameters import due, raise_problems
 from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
-from utils_alg1.utils_output import Console, leave_if_told, run_script
+from utils_alg1.utils_output import Console, importing, leave_if_told, run_script
 from utils_alg1.utils_processes import Processes, start_processes
 
 if TYPE_CHECKING:
@@ -66,11 +66,12 @@ def run_phases(
 
     `params` are known by now, unless they depend on the weights that the run starts from.
     """
-    import data
-    from utils_alg1 import utils_checkpoint, utils_observations, utils_report, utils_runtime
-    from utils_alg1.utils_run_manager import create_run
-    from utils_alg1.utils_trackers import cut_metrics, start_trackers
-    from utils_tensorboard.server import TensorBoardServer
+    with importing():
+        import data
+        from utils_alg1 import utils_checkpoint, utils_observations, utils_report, utils_runtime
+        from utils_alg1.utils_run_manager import create_run
+        from utils_alg1.utils_trackers import cut_metrics, start_trackers
+        from utils_tensorboard.server import TensorBoardServer
 
     # 2. Configurations, checked as a whole and against the text before anything is created.
     runs_dir = ConfigLoader.runs_dir(options)
@@ -132,7 +133,7 @@ def run_phases(
     leave_if_told()
     run.begun = True
     try:
-        with utils_runtime.memory_guard(params), processes.lost_connection():
+        with utils_runtime.memory_guard(params), processes.lost_connection(), store:
             loop(trainer, progress, observer, store, about, signals, console)
     except Alg1Error as error:
         raise utils_report.with_the_way_on(error, store, run, processes) from error
@@ -250,10 +251,12 @@ def loop(
         if worth_saving and store.newest_step != step:
             trackers.flush(step)
             path = store.save(trainer, progress, about | {"trackers": trackers.state()})
-            console.detail(f"saved {path}")
+            console.detail(f"saving {path}")
         observer.observe(step)  # after the flush, which would wait for its pictures
         if done:
+            store.wait()
             return
+        store.check()
 
         loss = trainer.compute_gradients(step)
         observer.log_training_step(loss, step)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -218,23 +219,35 @@ def report(**values: Any) -> None:
 
 
 def run(command: Sequence[str], folder: Path) -> str:
-    """Run a program to its end: what it printed.
+    """Run a program to its end, and to that of all that it has started: what it printed.
 
     Raises:
         SystemExit: it failed, with what it said.
     """
+    with start(command, folder) as program:
+        return finish(program)
+
+
+def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+    """Start a program that finds the project's modules; `finish` ends it."""
     paths = os.pathsep.join([str(FOLDER), str(PROJECT)])
-    done = subprocess.run(
+    return subprocess.Popen(
         list(command),
         cwd=folder,
         env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
     )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)[:300]}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return done.stdout
+
+
+def finish(program: subprocess.Popen[str]) -> str:
+    """Wait for a program and all that it has started; as `run`."""
+    out, err = program.communicate()
+    if program.returncode:
+        raise SystemExit(f"{shlex.join(program.args)[:300]}\n{out[-2000:]}{err[-4000:]}")  # type: ignore[arg-type]
+    return out
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
     python benchmarks/start.py
 
 Every turn is a new process. The first step is that of a run with the default settings, trackers included, on
-a text whose tokens are in the cache; before it the loop evaluates once and saves a checkpoint.
+a text whose tokens are in the cache; before it the loop evaluates once and saves a checkpoint. The processes
+of the trackers may come to their end after each turn, outside of the time.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from common import PROJECT, interleave, machine, parser, ratio, run, table, text_or_docs
+from common import PROJECT, finish, interleave, machine, parser, ratio, start, table, text_or_docs
 
 # Leaves as soon as the first step is taken.
 UNTIL_FIRST_STEP = """
@@ -62,15 +64,13 @@ def main() -> None:
         if args.quick:
             commands = dict(list(commands.items())[1::2])
 
-        def start(command: list[str]) -> None:
-            run(command, folder)
-            shutil.rmtree(folder / "runs", ignore_errors=True)
-
-        turns = {name: (lambda command=command: start(command)) for name, command in commands.items()}
+        turns = {name: Turn(command, folder) for name, command in commands.items()}
         if not args.quick:
             for turn in turns.values():
                 turn()  # files into memory, tokens into the cache
-        seconds = interleave(turns, args.rounds)
+                turn.seconds.clear()
+        interleave(turns, args.rounds)
+        seconds = {name: turn.seconds for name, turn in turns.items()}
     torch_alone = seconds["python -c 'import torch'"]
     table(
         [
@@ -83,6 +83,22 @@ def main() -> None:
             for name, times in seconds.items()
         ]
     )
+
+
+class Turn:
+    """Runs a program; `seconds` are those until it has ended itself, whatever it has left behind."""
+
+    def __init__(self, command: list[str], folder: Path):
+        self.command, self.folder = command, folder
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        began = time.perf_counter()
+        with start(self.command, self.folder) as program:
+            program.wait()
+            self.seconds.append(time.perf_counter() - began)
+            finish(program)  # the processes that it has left hold its output open
+        shutil.rmtree(self.folder / "runs", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -178,14 +179,14 @@ def record_file_calls(path: Path) -> None:
 def _watch_file_calls(watch: Callable[..., Any]) -> None:
     from utils_alg1.utils_checkpoint import CheckpointStore
 
-    count, inside = 0, False
-    real_save = CheckpointStore.save
+    count, inside, thread = 0, False, 0
+    real_write = CheckpointStore._write
 
-    def save(*arguments: Any, **options: Any) -> Any:
-        nonlocal inside
-        inside = True
+    def write(*arguments: Any, **options: Any) -> Any:
+        nonlocal inside, thread
+        inside, thread = True, threading.get_ident()
         try:
-            return real_save(*arguments, **options)
+            return real_write(*arguments, **options)
         finally:
             inside = False
 
@@ -194,7 +195,7 @@ def _watch_file_calls(watch: Callable[..., Any]) -> None:
 
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal count, inside
-            if not inside:
+            if not inside or threading.get_ident() != thread:
                 return real(*arguments, **options)
             number, count = count, count + 1
             inside = False  # what the watcher does itself is not watched
@@ -206,7 +207,7 @@ def _watch_file_calls(watch: Callable[..., Any]) -> None:
 
         setattr(os, name, call)
 
-    CheckpointStore.save = save  # type: ignore[method-assign]
+    CheckpointStore._write = write  # type: ignore[method-assign]
     for name in FILE_CALLS:
         wrap(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import functools
 import json
@@ -9,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,11 @@ from conftest import QUIET_TRACKERS, TEXT, TINY, lasting_metrics
 from filelock import FileLock
 
 import files
-from errors import Alg1Error
+from errors import Alg1Error, disk_error
 from files import atomic_file, read_tensors, write_atomically, write_tensors
 from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig, TrainConfig
-from utils_alg1 import utils_report, utils_training
+from utils_alg1 import utils_checkpoint, utils_report, utils_training
 from utils_alg1.utils_backward import find_backward
 from utils_alg1.utils_checkpoint import (
     CheckpointStore,
@@ -147,12 +149,20 @@ def take_steps(trainer: Trainer, *numbers: int) -> None:
 ABOUT = {"parameters": {}, "corpus_sha256": "", "trackers": {}}
 
 
+def saved_in(folder: Path, trainer: Trainer, progress: Progress, about: dict) -> Path:
+    """A checkpoint on disk."""
+    with CheckpointStore(folder, 2) as store:
+        path = store.save(trainer, progress, about)
+        store.wait()
+        return path
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_checkpoint_brings_everything_back(optimizer, tmp_path):
     trainer, twin = (make_trainer(optimizer=optimizer) for _ in range(2))
     take_steps(trainer, 0, 1)
     progress = Progress(2, 1.5, 1, 1, Evaluation(1, 1.4, 1.5, 1e-3), 0.25)
-    path = CheckpointStore(tmp_path, 2).save(trainer, progress, ABOUT | {"run_id": "x"})
+    path = saved_in(tmp_path, trainer, progress, ABOUT | {"run_id": "x"})
     read = read_checkpoint(path)
     assert read.progress == progress
     assert (read.metadata["run_id"], read.metadata["vocabulary"]) == ("x", list("abcde"))
@@ -165,7 +175,7 @@ def test_a_checkpoint_brings_everything_back(optimizer, tmp_path):
 
 def test_a_checkpoint_builds_a_model_to_sample_from(tmp_path):
     trainer = make_trainer()
-    model = read_checkpoint(CheckpointStore(tmp_path, 2).save(trainer, Progress(), ABOUT)).build_model()
+    model = read_checkpoint(saved_in(tmp_path, trainer, Progress(), ABOUT)).build_model()
     assert model.config == trainer.model.config
     assert model.vocabulary == list("abcde")
     assert torch.equal(model.lm_head.weight, trainer.model.lm_head.weight)
@@ -176,13 +186,13 @@ def test_the_same_state_gives_the_same_bytes(tmp_path):
     paths = [tmp_path / name for name in "ab"]
     for path in paths:
         path.mkdir()
-        CheckpointStore(path, 2).save(trainer, Progress(), ABOUT)
+        saved_in(path, trainer, Progress(), ABOUT)
     a, b = ((path / "step_000000000.safetensors").read_bytes() for path in paths)
     assert a == b
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
-    path = CheckpointStore(tmp_path, 2).save(make_trainer(), Progress(), ABOUT)
+    path = saved_in(tmp_path, make_trainer(), Progress(), ABOUT)
     data = path.read_bytes()
     for place in range(0, len(data), len(data) // 97):
         flipped = bytearray(data)
@@ -194,7 +204,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 
 
 def test_every_truncation_is_noticed(tmp_path):
-    path = CheckpointStore(tmp_path, 2).save(make_trainer(), Progress(), ABOUT)
+    path = saved_in(tmp_path, make_trainer(), Progress(), ABOUT)
     data = path.read_bytes()
     for length in (0, 1, 7, 8, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
@@ -222,10 +232,102 @@ def test_a_pickle_file_is_named_as_one(tmp_path):
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    path = CheckpointStore(tmp_path, 2).save(make_trainer(), Progress(), ABOUT)
+    path = saved_in(tmp_path, make_trainer(), Progress(), ABOUT)
     other = BigramLanguageModel(ModelConfig(n_embd=4, n_head=2, n_layer=1, block_size=4, vocab_size=5))
     with pytest.raises(Alg1Error, match="not the weights of this model"):
         read_checkpoint(path).load_model(other)
+
+
+# --- while the training goes on -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """Checkpoints are not written before this event is set."""
+    event = threading.Event()
+
+    def write_late(*arguments):
+        assert event.wait(60)
+        write_tensors(*arguments)
+
+    monkeypatch.setattr(utils_checkpoint, "write_tensors", write_late)
+    yield event
+    event.set()
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_saved(held_back, tmp_path):
+    trainer, store = make_trainer(), CheckpointStore(tmp_path, 2)
+    take_steps(trainer, 0)
+    then = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    moments = [trainer.optimizer.state[parameter]["exp_avg"].clone() for parameter in trainer.parameters]
+    progress = Progress(step=1)
+    path = store.save(trainer, progress, ABOUT)
+    take_steps(trainer, 1)
+    progress.step = 2
+    assert (path.exists(), store.newest_step) == (False, None)
+    held_back.set()
+    store.wait()
+    assert store.newest_step == 1
+    read, twin = read_checkpoint(path), make_trainer()
+    read.load_trainer(twin)
+    assert read.progress == Progress(step=1)
+    assert all(torch.equal(tensor, then[name]) for name, tensor in twin.model.state_dict().items())
+    loaded = [twin.optimizer.state[parameter]["exp_avg"] for parameter in twin.parameters]
+    assert all(torch.equal(a, b) for a, b in zip(loaded, moments, strict=True))
+
+
+def test_leaving_the_store_waits_for_the_last_checkpoint(held_back, tmp_path):
+    threading.Timer(0.05, held_back.set).start()
+    with CheckpointStore(tmp_path, 2) as store:
+        path = store.save(make_trainer(), Progress(), ABOUT)
+    assert read_checkpoint(path).progress == Progress()
+
+
+@pytest.mark.parametrize("notice", ["wait", "check", "save"])
+def test_a_failed_checkpoint_is_told_once(notice, tmp_path, monkeypatch):
+    trainer, store = make_trainer(), CheckpointStore(tmp_path, 2)
+
+    def no_space(*_):
+        raise disk_error("write it", OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(utils_checkpoint, "write_tensors", no_space)
+    store.save(trainer, Progress(), ABOUT)
+    store._writer.submit(int).result()  # the one before it is done
+    with pytest.raises(Alg1Error, match="cannot write it: No space left") as caught:
+        store.save(trainer, Progress(1), ABOUT) if notice == "save" else getattr(store, notice)()
+    assert (caught.value.exit_code, store.newest_step) == (4, None)
+    store.check()
+    store.wait()
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_checkpoint_that_fails_ends_the_run_before_the_next_one(step, start, monkeypatch):
+    """Also the one after the last step."""
+    taken = []
+    update, check = Trainer.update, CheckpointStore.check
+
+    def no_space(path, *rest):
+        if path.name == f"step_{step:09d}.safetensors":
+            raise disk_error(f"write {path}", OSError(errno.ENOSPC, "No space left on device"))
+        write_tensors(path, *rest)
+
+    def check_later(store):
+        concurrent.futures.wait([store._writing] if store._writing else [])
+        check(store)
+
+    def note(trainer, at):
+        taken.append(at)
+        update(trainer, at)
+
+    monkeypatch.setattr(utils_checkpoint, "write_tensors", no_space)
+    monkeypatch.setattr(CheckpointStore, "check", check_later)
+    monkeypatch.setattr(Trainer, "update", note)
+    result = start("--checkpoint-interval", 3)
+    assert result.code == 4
+    assert f"error: cannot write {checkpoint(step)}: No space left on device\n" in result.err
+    assert f"python train.py --resume {only_run().name}" in result.err
+    assert taken == list(range(step))
+    assert max(steps()) < step
 
 
 # --- which are kept -----------------------------------------------------------------------------------
@@ -239,6 +341,7 @@ def test_the_newest_and_the_best_are_kept(keep, best, kept, tmp_path):
     trainer, store = make_trainer(), CheckpointStore(tmp_path, keep)
     for step in range(6):
         store.save(trainer, Progress(step, best_step=min(step, best)), ABOUT)
+    store.wait()
     assert checkpoint_paths(tmp_path) == [store.path(step) for step in kept]
     assert store.newest_step == 5
 
@@ -1005,7 +1108,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("how", HOSTILE)
 def test_a_checkpoint_with_a_good_digest_and_bad_values_is_refused(how, tmp_path):
-    path = CheckpointStore(tmp_path, 2).save(make_trainer(), Progress(), ABOUT)
+    path = saved_in(tmp_path, make_trainer(), Progress(), ABOUT)
     tensors, metadata = read_tensors(path)
     assert read_checkpoint(path).metadata == metadata
     HOSTILE[how](metadata)
@@ -1034,7 +1137,7 @@ HOSTILE_STATES = {
 def test_optimizer_state_that_does_not_fit_is_refused(how, tmp_path):
     trainer = make_trainer()
     take_steps(trainer, 0, 1)
-    path = CheckpointStore(tmp_path, 2).save(trainer, Progress(step=2), ABOUT)
+    path = saved_in(tmp_path, trainer, Progress(step=2), ABOUT)
     tensors, metadata = read_tensors(path)
     read_checkpoint(path).load_trainer(make_trainer())
     HOSTILE_STATES[how](tensors)

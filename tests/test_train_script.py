@@ -287,9 +287,10 @@ def test_the_log_is_a_copy_of_the_verbose_console(start):
 
 def test_verbose_names_every_checkpoint_written(start):
     result = start("--verbose", "--checkpoint-interval", 3, "--keep-checkpoints", 99)
-    saved = [line.removeprefix("saved ") for line in result.out.splitlines() if line.startswith("saved ")]
+    lines = [line for line in result.out.splitlines() if line.startswith("saving ")]
+    saved = [line.removeprefix("saving ") for line in lines]
     assert saved == list(map(str, checkpoint_paths(only_run() / "artifacts/checkpoints")))
-    assert "\nsaved " not in start().out
+    assert "\nsaving " not in start().out
 
 
 def test_quiet_prints_nothing_and_logs_everything(start):

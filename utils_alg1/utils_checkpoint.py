@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,31 +133,46 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of a run.
+    """The checkpoints of a run, written in a thread, one at a time, while the training goes on.
+
+    Leaving its `with` block waits for the last one.
 
     Args:
         folder: of the checkpoints; the caller holds the run's lock.
         keep: how many of the newest stay, beside the best.
-        newest_step: of the checkpoint that the run goes on from.
+
+    Attributes:
+        newest_step: of the newest checkpoint that is whole on disk; at first that which the run goes on from.
     """
 
     def __init__(self, folder: Path, keep: int, newest_step: int | None = None):
         self.folder = folder
         self.keep = keep
         self.newest_step = newest_step
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):  # `wait` has told, or what ended the loop matters more
+            self.wait()
+        self._writer.shutdown()
 
     def path(self, step: int) -> Path:
         return checkpoint_path(self.folder, step)
 
     def save(self, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
-        """Write the checkpoint of progress.step, then prune.
+        """Copy everything of progress.step, then write and prune in the background: `wait` says how it ended.
 
         Args:
             about: further JSON values: parameters, corpus_sha256, trackers, ...
 
         Raises:
-            Alg1Error: the file system refused (exit code 4); older checkpoints are as they were.
+            Alg1Error: see `wait`, of the checkpoint before.
         """
+        self.wait()
         model = trainer.model
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for name, parameter in model.named_parameters():
@@ -174,11 +190,32 @@ class CheckpointStore:
             "compiled": trainer.runtime.compile,
             **about,
         }
-        path = self.path(progress.step)
-        write_tensors(path, tensors, metadata)
-        self.newest_step = progress.step
-        self.prune(progress.best_step)
-        return path
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._writing = self._writer.submit(self._write, copies, metadata, progress.step, progress.best_step)
+        return self.path(progress.step)
+
+    def _write(
+        self, tensors: dict[str, torch.Tensor], metadata: dict[str, Any], step: int, best_step: int | None
+    ) -> None:
+        """In the thread."""
+        write_tensors(self.path(step), tensors, metadata)
+        self.newest_step = step
+        self.prune(best_step)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        Raises:
+            Alg1Error: the file system refused (exit code 4); older checkpoints are as they were.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def check(self) -> None:
+        """Raise what `wait` would if the last checkpoint has failed by now; waits for nothing."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
     def prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep` and the best."""

@@ -45,6 +45,7 @@ AIM_HASH_NAME = "aim.txt"  # in meta/
 QUEUE_SIZE = 10_000  # calls a tracker may be behind
 PARCEL = 500  # calls that are sent together at most, so that a slow tracker can be told from one that hangs
 HANDOVER = 0.1  # seconds between two parcels
+NICENESS = 10  # of a tracker's process: where there are fewer cores than work, the training comes first
 PATIENCE = 8.0  # seconds: how long a tracker may keep the run waiting before it is given up
 FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; rows that are late by then are sent again after a resume
 
@@ -259,6 +260,8 @@ def run_tracker(connection: Connection, name: str, start: Starter) -> None:
     """All that the process of a tracker does."""
     for number in STOP_SIGNALS:  # they are for the parent, which sends what is left and then `close`
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(NICENESS)
     for stream, descriptor in (("stdout", 1), ("stderr", 2)):  # without what the parent has buffered
         with contextlib.suppress(OSError):
             setattr(sys, stream, open(descriptor, "w", buffering=1, errors="replace", closefd=False))  # noqa: SIM115
