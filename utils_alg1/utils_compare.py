@@ -138,7 +138,7 @@ def read_metrics_file(path: Path, row: Row) -> int | None:
         row["step"] = int(json.loads(newest)["step"]) if newest else None
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return row["step"] or 0
 
@@ -182,7 +182,8 @@ def in_use(path: Path) -> bool:
 def mark_best(rows: Iterable[Row]) -> None:
     """Mark the lowest validation loss of each text: losses on different texts cannot be compared."""
     lowest: dict[str, float] = {}
-    fit = [row for row in rows if row["state"] != "damaged" and row["best_val_loss"] and row["text_sha256"]]
+    fit = [row for row in rows if row["state"] != "damaged" and row["text_sha256"]]
+    fit = [row for row in fit if row["best_val_loss"] is not None]
     for row in fit:
         lowest[row["text_sha256"]] = min(row["best_val_loss"], lowest.get(row["text_sha256"], math.inf))
     for row in fit:
