@@ -250,17 +250,17 @@ def columns_of(rows: list[Row]) -> list[Column]:
     columns = [
         Column("run", 0, lambda row: one_line(row["run"]), to_the_right=False),
         Column("state", 2, state_cell, to_the_right=False),
-        Column("step", 3, step_cell),
+        Column("step", 4, step_cell),
         Column("best val loss", 0, best_cell),
         Column("val loss", 5, lambda row: cell(row["val_loss"], ".4f")),
     ]
     if len({row["text_sha256"] for row in rows if row["text_sha256"]}) > 1:
         columns.append(Column("text", 1, lambda row: cell(row["text"]), to_the_right=False))
-    columns += [parameter_column(name, 6 if name in differing else 9) for name in names]
+    columns += [parameter_column(name, 3 if name in differing else 9) for name in names]
     columns += [
         Column("parameters", 8, lambda row: cell(row["n_parameters"], ",")),
         Column("tok/s", 7, lambda row: cell(row["tokens_per_second"], ",.0f")),
-        Column("seconds", 4, lambda row: cell(row["seconds"], ",.0f")),
+        Column("seconds", 6, lambda row: cell(row["seconds"], ",.0f")),
     ]
     return columns
 
