@@ -85,7 +85,7 @@ def escaped(text: Any) -> str:
 
 
 def section(heading: str, body: str) -> str:
-    return f"<section><h2>{heading}</h2>\n{body}</section>"
+    return f'<section class="{heading.split()[0].lower()}"><h2>{heading}</h2>\n{body}</section>'
 
 
 # --- figures ------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ def cards(final: dict[str, Any]) -> str:
         "perplexity": (number(final["best_perplexity"]), "at the best val loss"),
         "bits per character": (number(final["best_bits_per_character"]), "at the best val loss"),
         "last val loss": (number(final["val_loss"]), f"train loss {number(final['train_loss'])}"),
-        "characters per second": (f"{speed:,.0f}" if speed else "-", "training and evaluations"),
-        "time": (in_time(final["seconds_in_loop"]), f"{final['tokens']:,} characters trained on"),
+        "speed": (f"{speed:,.0f}" if speed else "-", "characters per second"),
+        "time": (in_time(final["seconds_in_loop"]), f"{final['tokens']:,} characters read"),
     }
     items = [
         f"<div><dt>{name}</dt><dd><b>{figure}</b><small>{note}</small></dd></div>"
@@ -196,14 +196,14 @@ def thinned(points: list[Point]) -> list[Point]:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two others, at most `most` + 1: steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers between two others, two or about `most`: 1, 2 or 5 times a power of ten apart."""
     if not high > low:
         return [low]
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [i * step for i in range(first, last + 1)] if last > first else ticks(low, high, 2 * most)
 
 
 def chart(title: str, unit: str, lines: list[Line], n_steps: int, large: bool = False) -> str:
@@ -300,7 +300,7 @@ def attention(picture: bytes, attended: str) -> str:
         "<p>How much each character (a row of a square) attends to each one before it and to itself"
         " (a column): black is not at all, the lighter the more. The text, from the part held out for"
         f" evaluation:</p><pre dir=auto>\n{escaped(attended)}</pre>"
-        '<img class=attention alt="attention weights of each layer and head"'
+        '<img alt="attention weights of each layer and head"'
         f' src="data:image/png;base64,{data}">'
     )
 
@@ -424,7 +424,8 @@ bdi, td:nth-child(2) { overflow-wrap: anywhere; }
 .cards div { background: var(--card); border-radius: .5rem; padding: .6rem .75rem; }
 dt { color: var(--soft); font-size: .85rem; }
 dd { margin: 0; }
-dd b { display: block; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+dd b { display: block; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
 dd small { display: block; line-height: 1.3; }
 
 figure { margin: 0; }
@@ -458,12 +459,17 @@ polyline.best { stroke: var(--best); stroke-width: 9px; }
 pre { background: var(--card); border-radius: .5rem; padding: .75rem; margin: .5rem 0; white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: isolate; font-size: .85rem; line-height: 1.45;
   font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.attention { display: block; max-width: 100%; height: auto; border-radius: .5rem; }
+img { display: block; max-width: 100%; height: auto; border-radius: .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; }
 th, td { padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th:empty { display: none; }
+td:nth-child(4) { white-space: nowrap; }
+@media (max-width: 36rem) {  /* "from" says where a value is the default */
+  table { font-size: .8rem; }
+  .parameters details :is(td, th):nth-child(3) { display: none; }
+}
 details { margin: .75rem 0; }
 summary { cursor: pointer; color: var(--train); }
 """
