@@ -269,6 +269,7 @@ def assert_harmless(page: Page) -> None:
 def test_hostile_text_stays_text(run):
     record = json.loads((run / "meta/full_config.json").read_text())
     record["parameters"]["run_tag"] = record["origins"]["seed"] = record["corpus"]["path"] = HOSTILE
+    record["corpus"]["path"] += "/<img src=x onerror=y>.txt"
     (run / "meta/full_config.json").write_text(json.dumps(record))
     (run / "meta/env.txt").write_text("command: <b onclick=x>&lt;</b>\n")
     page = Page(build_page(run, [HOSTILE, "\n\nbegins with lines"], HOSTILE))
