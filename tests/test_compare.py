@@ -184,6 +184,7 @@ DAMAGE = {
     "results without steps": ("eval/final.json", b'{"val_loss": 1, "best_val_loss": 1}'),
     "metrics of zeros": ("logs/metrics.jsonl", b"\0" * 100 + b"\n"),
     "metrics without a step": ("logs/metrics.jsonl", b'{"loss/val": 1}\n'),
+    "metrics deep": ("logs/metrics.jsonl", b'{"loss/val": %s}\n' % (b"[" * 100_000 + b"]" * 100_000)),
     "metrics of words": ("logs/metrics.jsonl", b'{"step": 1, "loss/val": }\n'),
 }
 

@@ -109,11 +109,12 @@ def page_of(run: Path) -> Page:
 
 
 def test_final_figures_follow_from_the_metrics_and_the_weights(start):
-    assert start("--learning-rate", 0.01, "--grad-accum-steps", 2).code == 0
+    assert start("--learning-rate", 0.5, "--grad-accum-steps", 2).code == 0
     run = only_run()
     final = json.loads((run / "eval/final.json").read_text())
     evaluations = [row for row in metrics(run) if "loss/val" in row]
     last, best = evaluations[-1], min(evaluations, key=lambda row: row["loss/val"])
+    assert last["loss/val"] > best["loss/val"]  # a learning rate so large tells the two apart
     assert (final["val_loss"], final["train_loss"]) == (last["loss/val"], last["loss/train"])
     assert (final["best_val_loss"], final["best_step"]) == (best["loss/val"], best["step"])
     assert final["perplexity"] == pytest.approx(math.e ** last["loss/val"], rel=1e-12)
