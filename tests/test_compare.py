@@ -233,7 +233,7 @@ def test_random_damage_never_ends_the_table(compare):
 def test_the_table_is_aligned_and_newest_first(compare):
     make_run("2026-01-31_999_first", {0: 4.0, 400: 2.5}, n_embd=128, optimizer="muon")
     make_run("2026-01-31_1000", {0: 4.0, 400: 2.25})
-    make_run("2025-12-01_001_日本", {0: 4.0, 200: 3.125}, done=False)
+    make_run("2025-12-01_001_日本語の文", {0: 4.0, 200: 3.125}, done=False)
     expected = """\
 run                   state       step        best val loss  val loss  n_layer  n_head  n_embd  block_size  \
 batch_size  learning_rate  optimizer  parameters  tok/s  seconds
@@ -241,7 +241,7 @@ batch_size  learning_rate  optimizer  parameters  tok/s  seconds
          4          0.001      adamw      12,345  2,000       13
 2026-01-31_999_first  done               400         2.5000    2.5000        4       4     128          32  \
          4          0.001       muon      12,345  2,000       13
-2025-12-01_001_日本   unfinished  200 of 400         3.1250    3.1250        4       4      64          32  \
+2025-12-01_001_日本語の文   unfinished  200 of 400         3.1250    3.1250        4       4      64          32  \
          4          0.001      adamw           -  1,200        -
 * the lowest of these runs
 """
