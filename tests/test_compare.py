@@ -241,7 +241,7 @@ batch_size  learning_rate  optimizer  parameters  tok/s  seconds
          4          0.001      adamw      12,345  2,000       13
 2026-01-31_999_first  done               400         2.5000    2.5000        4       4     128          32  \
          4          0.001       muon      12,345  2,000       13
-2025-12-01_001_日本語の文  unfinished 200 of 400         3.1250    3.1250        4       4      64          32  \
+2025-12-01_001_日本語の文  unfinished 200 of 400    3.1250    3.1250        4       4      64          32  \
          4          0.001      adamw           -  1,200        -
 * the lowest of these runs
 """
