@@ -68,7 +68,13 @@ def run_phases(
     """
     with importing():
         import data
-        from utils_alg1 import utils_checkpoint, utils_observations, utils_report, utils_runtime
+        from utils_alg1 import (
+            utils_checkpoint,
+            utils_observations,
+            utils_report,
+            utils_report_page,
+            utils_runtime,
+        )
         from utils_alg1.utils_run_manager import create_run
         from utils_alg1.utils_trackers import cut_metrics, start_trackers
         from utils_tensorboard.server import TensorBoardServer
@@ -145,8 +151,10 @@ def run_phases(
     # 12. Export.
     exported = utils_report.export_weights(trainer, progress, store, run, params, console)
     samples = utils_report.draw_samples(trainer.model, params.train.seed)
-    utils_report.write_results(run, progress, trainer.tokens_per_step, exported, samples)
+    utils_report.write_results(run, progress, trainer, exported, samples)
     utils_report.try_loss_curve(run, console)
+    attended = utils_report.try_attention_picture(run, trainer, console)
+    utils_report_page.try_page(run, samples, attended, console)
 
     # 13. Clean up: trackers, server, lock.
     trackers.flush(progress.step)

@@ -43,6 +43,7 @@ EVALUATION = re.compile(
 def fast_end(monkeypatch):
     """No picture and short samples, where a test is not about them."""
     monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr(utils_report, "draw_attention", lambda *_: b"")
     monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
 
 
@@ -85,6 +86,8 @@ RUN_FILES = {
     "eval/final.json",
     "eval/samples.txt",
     "eval/loss.png",
+    "eval/attention.png",
+    "eval/report.html",
 }
 
 

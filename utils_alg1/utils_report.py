@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import io
 import math
 import shlex
+import time
 import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from errors import CANNOT_TRAIN, Alg1Error, first_line
 from files import write_atomically, write_json
 from model import BigramLanguageModel
+from observations import Image
 from parameters import Parameters, specs
+from utils import Tokenizer
 from utils_aim.instructions import instructions as aim_instructions
-from utils_alg1.utils_observations import draw_texts
+from utils_alg1.utils_observations import attention_pictures, draw_texts
 from utils_alg1.utils_output import Console, loss_in_words
 from utils_alg1.utils_processes import Processes, launch_command
 from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
@@ -30,6 +37,11 @@ if TYPE_CHECKING:
 
 SAMPLES = 3
 SAMPLE_LENGTH = 400  # characters
+ATTENTION_LENGTH = 64  # characters that the attention picture is about; of more each would be a pixel
+MOST_SHOWN = 12  # layers in it, and heads; of more, so many evenly spaced ones
+TILE, GAP, MARGIN = 160, 16, 40  # pixels: a side of a head's square at most, and what is around it
+GROUND, INK = "#111318", "#c9ccd3"  # of the attention picture: readable on a light page and on a dark one
+PICTURE_DPI = 100
 NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
 
 
@@ -71,27 +83,35 @@ def write_records(
 
 
 def write_results(
-    run: Run, progress: Progress, tokens_per_step: int, exported: dict[str, Any], samples: list[str]
+    run: Run, progress: Progress, trainer: Trainer, exported: dict[str, Any], samples: list[str]
 ) -> None:
-    """Fill eval/.
+    """Write eval/final.json and eval/samples.txt. Losses are in nats per character.
+
+    `seconds_in_loop` counts every part of a resumed run, `wall_seconds` the whole process but its imports,
+    and only the last one.
 
     Raises:
         Alg1Error: the file system refused (exit code 4).
     """
     evaluation = progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # the loop ends with one
-    tokens = tokens_per_step * progress.step
+    tokens = trainer.tokens_per_step * progress.step
     final = {
         "run_id": run.run_id,
+        "finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "n_parameters": sum(parameter.numel() for parameter in trainer.parameters),
         "steps": progress.step,
         "train_loss": evaluation.train_loss,
         "val_loss": evaluation.val_loss,
+        "perplexity": perplexity(evaluation.val_loss),
+        "bits_per_character": evaluation.val_loss / math.log(2),
         "best_val_loss": progress.best_val,
         "best_step": progress.best_step,
         "best_perplexity": perplexity(progress.best_val),
         "best_bits_per_character": progress.best_val / math.log(2),
         "tokens": tokens,
         "seconds_in_loop": round(progress.seconds, 3),
+        "wall_seconds": round(time.monotonic() - run.opened, 3),
         "tokens_per_second_overall": round(tokens / progress.seconds, 1) if progress.seconds else None,
         "export": exported,
     }
@@ -145,8 +165,6 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
         ImportError: matplotlib is not installed.
         Alg1Error: the file system refused (exit code 4).
     """
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -184,6 +202,86 @@ def try_loss_curve(run: Run, console: Console) -> None:
         console.warn(f"no loss curve was drawn: {first_line(error)}")
 
 
+def draw_attention(pictures: list[Image], title: str) -> bytes:
+    """The attention weights of all layers and heads as one PNG: a row for each layer, a column for each head.
+
+    In each square a row is a character that attends, and a column one that it attends to. As in the
+    trackers' pictures the brightness is the root of the weight.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = evenly_spaced(1 + max(int(picture.context["layer"]) for picture in pictures))
+    heads = evenly_spaced(1 + max(int(picture.context["head"]) for picture in pictures))
+    n_characters = len(pictures[0].weights)
+    side = n_characters * max(1, TILE // n_characters)
+    size = MARGIN + len(heads) * (side + GAP), 2 * MARGIN + len(layers) * (side + GAP)
+    figure = Figure(figsize=(size[0] / PICTURE_DPI, size[1] / PICTURE_DPI), dpi=PICTURE_DPI, facecolor=GROUND)
+    FigureCanvasAgg(figure)
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        """`x` and `y` in pixels from the top left corner."""
+        place = x / size[0], 1 - y / size[1]
+        figure.text(*place, text, color=INK, fontsize=9, va="center", parse_math=False, **style)
+
+    write(GAP, MARGIN / 2, title)
+    for picture in pictures:
+        layer, head = int(picture.context["layer"]), int(picture.context["head"])
+        if layer in layers and head in heads:
+            colours = colormaps["magma"](square(picture, side), bytes=True)
+            left, top = place_of(layers.index(layer), heads.index(head), side)
+            figure.figimage(colours, left, size[1] - top - side, origin="upper")
+    for i, head in enumerate(heads):
+        write(place_of(0, i, side)[0] + side / 2, 1.5 * MARGIN, f"head {head}", ha="center")
+    for i, layer in enumerate(layers):
+        write(MARGIN / 2, place_of(i, 0, side)[1] + side / 2, f"layer {layer}", ha="center", rotation=90)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a tag may have letters that the font lacks
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def square(picture: Image, side: int) -> np.ndarray:
+    """The picture's pixels, (side, side) uint8; `side` is a whole number of times that of the weights."""
+    grey, n_weights = picture.pixels(), len(picture.weights)
+    factor = len(grey) // n_weights
+    one_each = grey[::factor, ::factor]
+    return one_each.repeat(side // n_weights, axis=0).repeat(side // n_weights, axis=1)
+
+
+def place_of(row: int, column: int, side: int) -> tuple[int, int]:
+    """The left and the top of a square in the attention picture, in pixels."""
+    return MARGIN + column * (side + GAP), 2 * MARGIN + row * (side + GAP)
+
+
+def evenly_spaced(n: int) -> list[int]:
+    """The numbers below `n`; of more than MOST_SHOWN, so many with the first and the last among them."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, MOST_SHOWN))})
+
+
+def try_attention_picture(run: Run, trainer: Trainer, console: Console) -> str | None:
+    """Draw eval/attention.png of the exported weights; returns the text that the model has read for it.
+
+    A picture that cannot be drawn costs one line and gives None.
+    """
+    picture = run.eval_dir / "attention.png"
+    try:
+        picture.unlink(missing_ok=True)  # one from before a resume shows other weights
+        idx = trainer.validation_batch()[:1, :ATTENTION_LENGTH]
+        pictures = attention_pictures(trainer.model, idx)
+        write_atomically(picture, draw_attention(pictures, run.run_id))
+        assert trainer.model.vocabulary is not None
+        return Tokenizer(trainer.model.vocabulary).decode(idx[0].tolist())
+    except Exception as error:  # as above
+        console.warn(f"no attention picture was drawn: {first_line(error)}")
+        return None
+
+
 def describe_end(
     run: Run, params: Parameters, progress: Progress, exported: dict[str, Any], shown_in: Collection[str]
 ) -> dict[str, str]:
@@ -200,8 +298,10 @@ def describe_end(
         f" val loss {evaluation.val_loss:.4f}",
         "best": f"step {progress.best_step}: val loss {loss_in_words(progress.best_val)}",
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']})",
-        "sample": "python inference.py" + ("" if default else f" --run {shlex.quote(str(run.path))}"),
     }
+    if (run.eval_dir / "report.html").exists():
+        lines["report"] = str(run.eval_dir / "report.html")
+    lines["sample"] = "python inference.py" + ("" if default else f" --run {shlex.quote(str(run.path))}")
     if "tensorboard" in shown_in:
         lines["curves"] = tensorboard_instructions(runs_dir, params.tensorboard.port)
     if "aim" in shown_in:

@@ -4,7 +4,7 @@ runs/YYYY-MM-DD_NNN_tag/
     meta/        full_config.json  git.txt  env.txt  notes.md  configs/ (copies)
     logs/        metrics.jsonl  train.log  tensorboard/
     artifacts/   checkpoints/  export/model.safetensors  export/config.json
-    eval/        final.json  samples.txt  loss.png
+    eval/        final.json  samples.txt  loss.png  attention.png  report.html
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,13 @@ class Run:
 
     Attributes:
         begun: whether there is anything in it worth keeping; if not, it is removed at the end.
+        opened: when this process took it, on the clock time.monotonic.
     """
 
     path: Path
     lock: FileLock
     begun: bool = True
+    opened: float = field(default_factory=time.monotonic)
 
     @property
     def run_id(self) -> str:

@@ -1,0 +1,95 @@
+"""Compare runs: a table of what each was and what came of it, the newest first.
+
+    python compare.py                                    every run in runs/
+    python compare.py --sort best_val_loss               the best first; any column or parameter will do
+    python compare.py --tag search                       the runs with this word in their tag
+    python compare.py --csv > runs.csv                   every value, for a spreadsheet; --json for a program
+
+The lowest validation loss on a text is marked. A run that is running, was interrupted or is damaged is
+listed with what is known of it. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+
+from errors import DONE, Alg1Error
+from parameters import raise_problems
+from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
+from utils_alg1.utils_output import run_script
+
+
+def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read compare.py's command line.
+
+    Raises:
+        Alg1Error: unknown flags, or a column that there is not.
+        SystemExit: after --help.
+    """
+    from utils_alg1.utils_compare import check_sort_key
+
+    parser = Parser(
+        prog="python compare.py",
+        description="Compare runs: a table of what each was and what came of it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--runs-dir", metavar="PATH", help="where runs are looked for (default: as in training)"
+    )
+    parser.add_argument(
+        "--sort",
+        default="run",
+        metavar="NAME",
+        help="a column such as best_val_loss or tokens_per_second, or a parameter, the best first (run)",
+    )
+    parser.add_argument("--reverse", action="store_true", help="the other way round")
+    parser.add_argument("--tag", metavar="TEXT", help="only the runs with this text in their tag")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="every value as JSON")
+    form.add_argument("--csv", action="store_true", help="every value as CSV")
+    arguments, problems = parser.parse_with_suggestions(argv)
+    raise_problems(problems, f"{parser.prog} --help lists every flag")
+    check_sort_key(arguments.sort)
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_command_line(argv)
+
+    from utils_alg1 import utils_compare
+    from utils_alg1.utils_run_manager import list_runs
+
+    runs_dir = arguments.runs_dir
+    if runs_dir is None:
+        runs_dir = ConfigLoader.runs_dir(Options())
+    paths = list_runs(runs_dir)
+    if not paths:
+        raise Alg1Error(
+            f"there is no run in {runs_dir}", "start one: python train.py, or name another --runs-dir"
+        )
+    rows = [utils_compare.read_run(path) for path in paths]
+    if arguments.tag is not None:
+        rows = [row for row in rows if arguments.tag.casefold() in row["tag"].casefold()]
+        if not rows:
+            raise Alg1Error(
+                f"none of the {len(paths)} runs in {runs_dir} has {arguments.tag!r} in its tag",
+                "python compare.py without --tag lists them all",
+            )
+    utils_compare.mark_best(rows)
+    rows = utils_compare.sort_rows(
+        utils_compare.sort_rows(rows, "run", False), arguments.sort, arguments.reverse
+    )
+    if arguments.json:
+        print(utils_compare.to_json(rows))
+    elif arguments.csv:
+        print(utils_compare.to_csv(rows))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(utils_compare.format_table(rows, width)))
+    return DONE
+
+
+if __name__ == "__main__":
+    run_script(main)

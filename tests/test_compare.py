@@ -1,0 +1,427 @@
+"""compare.py: runs of every state in one table, sorted, and no wider than the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUIET_TRACKERS, TINY, _runner, run_process
+from filelock import FileLock
+from rich.cells import cell_len
+
+import compare as script
+from parameters import specs
+from utils_alg1 import utils_compare
+from utils_alg1.utils_compare import read_run, run_order, sort_rows
+
+TEXT_A, TEXT_B = "a" * 64, "b" * 64
+
+
+@pytest.fixture
+def compare(capsys, workdir):
+    return _runner(script.main, capsys)
+
+
+def make_run(
+    name: str, losses: dict[int, float], done: bool = True, text: str = TEXT_A, **values: Any
+) -> Path:
+    """A run directory with the evaluations `losses` (step -> val loss) and what train.py writes about it."""
+    run = Path("runs", name)
+    for folder in ("meta", "logs", "eval"):
+        (run / folder).mkdir(parents=True)
+    parameters = {name: spec.default for name, spec in specs().items()} | {"max_iters": 400} | values
+    record = {
+        "parameters": parameters,
+        "origins": dict.fromkeys(parameters, "default"),
+        "corpus": {"path": f"data/{text[0]}.txt", "sha256": text, "characters": 9, "vocab_size": 3},
+        "runtime": {},
+    }
+    write(run / "meta/full_config.json", record)
+    with (run / "logs/metrics.jsonl").open("w") as file:
+        for step, loss in losses.items():
+            row = {"step": step, "loss/train": loss - 0.1, "loss/val": loss, "learning_rate": 1e-3}
+            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"step": step, "tokens_per_second": 1000.0 + step}) + "\n")
+            file.write(json.dumps({"step": step, "loss/train_step": loss}) + "\n")
+    if done:
+        step = max(losses)
+        best_step = min(losses, key=lambda s: losses[s])
+        final = {
+            "run_id": name,
+            "n_parameters": 12345,
+            "steps": step,
+            "train_loss": losses[step] - 0.1,
+            "val_loss": losses[step],
+            "best_val_loss": losses[best_step],
+            "best_step": best_step,
+            "best_perplexity": math.exp(losses[best_step]),
+            "best_bits_per_character": losses[best_step] / math.log(2),
+            "tokens": 128 * step,
+            "seconds_in_loop": 12.6,
+            "tokens_per_second_overall": 2000.0,
+        }
+        write(run / "eval/final.json", final)
+    return run
+
+
+def write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def lines_of(result) -> list[list[str]]:
+    """The cells of each line of the table."""
+    assert (result.code, result.err) == (0, "")
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in result.out.splitlines()]
+
+
+# --- states -------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_its_results(workdir):
+    row = read_run(make_run("2026-01-31_001_my-try", {0: 4.0, 200: 2.0, 400: 2.5}, dropout=0.1))
+    expected = {
+        "run": "2026-01-31_001_my-try",
+        "tag": "my-try",
+        "state": "done",
+        "resumed": False,
+        "best": False,
+        "step": 400,
+        "best_val_loss": 2.0,
+        "best_step": 200,
+        "val_loss": 2.5,
+        "train_loss": 2.4,
+        "best_perplexity": math.exp(2.0),
+        "best_bits_per_character": 2.0 / math.log(2),
+        "tokens": 51200,
+        "tokens_per_second": 2000.0,
+        "seconds": 12.6,
+        "n_parameters": 12345,
+        "text": "a.txt",
+        "text_sha256": TEXT_A,
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert row["dropout"] == 0.1 and row["n_embd"] == 64
+    assert row.keys() == {*utils_compare.RESULTS, *specs()}
+
+
+def test_an_interrupted_run_is_what_its_metrics_say(workdir):
+    run = make_run("2026-01-31_001", {0: 4.0, 100: 2.0, 200: 3.0}, done=False)
+    with (run / "logs/metrics.jsonl").open("a") as file:
+        file.write('{"step": 207, "loss/train_step": 2.9}\n{"step": 208, "loss/tr')  # killed in a write
+    row = read_run(run)
+    assert (row["state"], row["step"], row["tokens_per_second"]) == ("unfinished", 207, 1200.0)
+    assert (row["best_val_loss"], row["best_step"], row["val_loss"], row["train_loss"]) == (
+        2.0,
+        100,
+        3.0,
+        2.9,
+    )
+    assert row["best_perplexity"] == math.exp(2.0) and row["seconds"] is None
+
+
+def test_a_run_that_has_not_begun_is_unfinished(workdir):
+    run = make_run("2026-01-31_001", {}, done=False)
+    assert read_run(run)["state"] == "unfinished"
+    (run / "logs/metrics.jsonl").unlink()
+    row = read_run(run)
+    assert (row["state"], row["step"], row["best_val_loss"]) == ("unfinished", None, None)
+
+
+def test_a_run_in_use_is_running_whatever_it_holds(workdir):
+    run = make_run("2026-01-31_001", {0: 4.0, 100: 2.0})
+    with FileLock(run / ".lock"):
+        assert read_run(run)["state"] == "running"
+        (run / "meta/full_config.json").unlink()
+        assert read_run(run)["state"] == "running"
+    assert read_run(run)["state"] == "damaged"
+
+
+def test_looking_at_a_run_leaves_it_free_and_as_it_was(workdir):
+    run = make_run("2026-01-31_001", {0: 4.0})
+    before = sorted(run.rglob("*"))
+    read_run(run)
+    assert sorted(run.rglob("*")) == before
+    (run / ".lock").touch()
+    read_run(run)
+    with FileLock(run / ".lock", timeout=0):
+        pass
+
+
+def test_a_finished_run_that_went_on_and_was_interrupted_is_unfinished(workdir):
+    run = make_run("2026-01-31_001", {0: 4.0, 100: 2.0})
+    with (run / "logs/metrics.jsonl").open("a") as file:
+        file.write('{"step": 200, "loss/train": 1.4, "loss/val": 1.5, "learning_rate": 0.001}\n')
+    row = read_run(run)
+    assert (row["state"], row["step"], row["best_val_loss"], row["seconds"]) == ("unfinished", 200, 1.5, None)
+
+
+def test_a_resumed_run_is_shown_as_one(compare):
+    run = make_run("2026-01-31_001", {0: 4.0, 100: 2.0})
+    record = json.loads((run / "meta/full_config.json").read_text())
+    record["origins"]["n_embd"] = "resumed run"
+    write(run / "meta/full_config.json", record)
+    assert lines_of(compare())[1][:2] == ["2026-01-31_001", "done, resumed"]
+
+
+DAMAGE = {
+    "no record": ("meta/full_config.json", None),
+    "record cut": ("meta/full_config.json", b'{"parameters": {'),
+    "record is a list": ("meta/full_config.json", b"[]"),
+    "record of lists": ("meta/full_config.json", b'{"parameters": [], "origins": [], "corpus": []}'),
+    "record not UTF-8": ("meta/full_config.json", b"\xff\xfe"),
+    "record deep": ("meta/full_config.json", b'{"parameters": ' + b"[" * 100_000),
+    "results empty": ("eval/final.json", b""),
+    "results of text": ("eval/final.json", b'{"steps": "a", "val_loss": "b", "best_val_loss": "c"}'),
+    "results not a number": ("eval/final.json", b'{"steps": 400, "val_loss": NaN, "best_val_loss": NaN}'),
+    "results without steps": ("eval/final.json", b'{"val_loss": 1, "best_val_loss": 1}'),
+    "metrics of zeros": ("logs/metrics.jsonl", b"\0" * 100 + b"\n"),
+    "metrics without a step": ("logs/metrics.jsonl", b'{"loss/val": 1}\n'),
+    "metrics deep": ("logs/metrics.jsonl", b'{"loss/val": %s}\n' % (b"[" * 100_000 + b"]" * 100_000)),
+    "metrics of words": ("logs/metrics.jsonl", b'{"step": 1, "loss/val": }\n'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_shown_as_one_and_never_the_best(name, compare):
+    make_run("2026-01-31_001", {0: 4.0, 100: 2.0})
+    broken = make_run("2026-01-31_002", {0: 4.0, 100: 1.0})
+    path, data = DAMAGE[name]
+    (broken / path).unlink()
+    if data is not None:
+        (broken / path).write_bytes(data)
+    table = lines_of(compare())
+    assert table[1][:2] == ["2026-01-31_002", "damaged"]
+    assert table[2][:4] == ["2026-01-31_001", "done", "100", "* 2.0000"]
+
+
+def test_an_empty_folder_with_the_name_of_a_run_is_damaged(compare):
+    Path("runs/2026-01-31_001").mkdir(parents=True)
+    Path("runs/notes").mkdir()
+    assert lines_of(compare())[1:] == [["2026-01-31_001", "damaged", *["-"] * 12]]
+
+
+def test_random_damage_never_ends_the_table(compare):
+    draw = random.Random(0)
+    run = make_run("2026-01-31_001", {0: 4.0, 100: 2.0})
+    files = ["meta/full_config.json", "eval/final.json", "logs/metrics.jsonl"]
+    sound = {name: (run / name).read_bytes() for name in files}
+    for _ in range(300):
+        name = draw.choice(files)
+        data = bytearray(sound[name])
+        if draw.random() < 0.5:
+            data = data[: draw.randrange(len(data))]
+        else:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        (run / name).write_bytes(data)
+        for form in ([], ["--json"], ["--csv"], ["--sort", "n_embd"]):
+            result = compare(*form)
+            assert (result.code, result.err) == (0, ""), (name, data)
+        (run / name).write_bytes(sound[name])
+
+
+# --- the table ----------------------------------------------------------------------------------------
+
+
+def test_the_table_is_aligned_and_newest_first(compare):
+    make_run("2026-01-31_999_first", {0: 4.0, 400: 2.5}, n_embd=128, optimizer="muon")
+    make_run("2026-01-31_1000", {0: 4.0, 400: 2.25})
+    make_run("2025-12-01_001_日本語の文", {0: 4.0, 200: 3.125}, done=False)
+    expected = """\
+run                   state       step        best val loss  val loss  n_layer  n_head  n_embd  block_size  \
+batch_size  learning_rate  optimizer  parameters  tok/s  seconds
+2026-01-31_1000       done               400       * 2.2500    2.2500        4       4      64          32  \
+         4          0.001      adamw      12,345  2,000       13
+2026-01-31_999_first  done               400         2.5000    2.5000        4       4     128          32  \
+         4          0.001       muon      12,345  2,000       13
+2025-12-01_001_日本語の文  unfinished 200 of 400    3.1250    3.1250        4       4      64          32  \
+         4          0.001      adamw           -  1,200        -
+* the lowest of these runs
+"""
+    result = compare()
+    found = [line.split() for line in result.out.splitlines()]
+    assert found == [line.split() for line in expected.splitlines()]
+    ends = {cell_len(line) for line in result.out.splitlines()[:-1]}
+    assert len(ends) == 1  # all end with the same column, which stands at the right
+
+
+def test_losses_on_different_texts_are_not_compared(compare):
+    make_run("2026-01-31_001", {0: 1.0})
+    make_run("2026-01-31_002", {0: 2.0}, text=TEXT_B)
+    make_run("2026-01-31_003", {0: 3.0}, text=TEXT_B)
+    table = lines_of(compare())
+    assert [row[3] for row in table[1:4]] == ["3.0000", "* 2.0000", "* 1.0000"]
+    assert [row[5] for row in table[:4]] == ["text", "b.txt", "b.txt", "a.txt"]
+    assert table[4] == ["* the lowest on its text"]
+
+
+def test_equal_losses_are_equally_the_best_and_zero_is_a_loss(compare):
+    make_run("2026-01-31_001", {0: 0.0})
+    make_run("2026-01-31_002", {0: 0.0})
+    assert [row[3] for row in lines_of(compare())[1:3]] == ["* 0.0000", "* 0.0000"]
+
+
+def test_what_shaped_the_training_and_differs_has_a_column(compare):
+    make_run("2026-01-31_001", {0: 1.0}, seed=1, eval_interval=7, run_tag="x")
+    make_run("2026-01-31_002", {0: 1.0}, seed=2, eval_interval=8, run_tag="y")
+    head = lines_of(compare())[0]
+    assert "seed" in head and "eval_interval" not in head and "run_tag" not in head and "dropout" not in head
+
+
+def order_by(compare, *flags) -> list[str]:
+    return [row[0][-1] for row in lines_of(compare(*flags))[1:-1]]
+
+
+def test_sorting_puts_the_best_first_and_the_unknown_last(compare):
+    make_run("2026-01-31_001", {0: 4.0, 400: 2.0}, learning_rate=0.3)
+    make_run("2026-01-31_002", {0: 3.0}, done=False, learning_rate=0.1)
+    make_run("2026-01-31_003", {}, done=False, learning_rate=0.2)
+    assert order_by(compare) == ["3", "2", "1"]
+    assert order_by(compare, "--reverse") == ["1", "2", "3"]
+    assert order_by(compare, "--sort", "val_loss") == ["1", "2", "3"]
+    assert order_by(compare, "--sort", "val_loss", "--reverse") == ["2", "1", "3"]
+    assert order_by(compare, "--sort", "tokens_per_second") == ["1", "2", "3"]
+    assert order_by(compare, "--sort", "learning_rate") == ["2", "3", "1"]
+    assert order_by(compare, "--sort", "state") == ["1", "3", "2"]
+    assert order_by(compare, "--sort", "best") == ["1", "3", "2"]
+
+
+@pytest.mark.parametrize("key", [*utils_compare.RESULTS, *specs()])
+def test_every_column_sorts_values_of_any_kind(key):
+    values = [3, None, "text", 1.5, True, [1], {"a": 1}, "2026-01-31_1000"]
+    rows = [{key: value} for value in values]
+    assert sort_rows(rows, key, False)[-1][key] is None
+    assert sort_rows(rows, key, True)[-1][key] is None
+
+
+def test_run_1000_of_a_day_comes_after_run_999():
+    assert run_order("2026-01-31_999_x") < run_order("2026-01-31_1000") < run_order("2026-02-01_001")
+
+
+def test_an_unknown_column_names_the_nearest(compare):
+    make_run("2026-01-31_001", {0: 1.0})
+    result = compare("--sort", "val_los")
+    assert (result.code, result.out) == (2, "")
+    message, hint = result.err.splitlines()
+    assert message == "error: --sort val_los: no such column; did you mean val_loss?"
+    assert hint.startswith("hint: run, tag, state") and hint.endswith("or any parameter of train.py")
+    assert "did you mean learning_rate?" in compare("--sort", "learning-rate").err
+    assert "unknown flag --sorted; did you mean --sort?" in compare("--sorted", "x").err
+
+
+def test_a_tag_chooses_runs(compare):
+    make_run("2026-01-31_001_search-0", {0: 1.0})
+    make_run("2026-01-31_002_Search-1", {0: 2.0})
+    make_run("2026-01-31_003", {0: 0.5})
+    assert [row[0] for row in lines_of(compare("--tag", "search"))[1:3]] == [
+        "2026-01-31_002_Search-1",
+        "2026-01-31_001_search-0",
+    ]
+    assert "* 1.0000" in compare("--tag", "search").out  # the best of those that are shown
+    result = compare("--tag", "seach")
+    assert result.code == 2 and result.err == (
+        "error: none of the 3 runs in runs has 'seach' in its tag\n"
+        "hint: python compare.py without --tag lists them all\n"
+    )
+
+
+@pytest.mark.parametrize("folder", ["runs", "empty", "file", "no\0name"])
+def test_without_a_run_there_is_one_line_with_the_fix(folder, compare):
+    Path("empty").mkdir()
+    Path("file").touch()
+    result = compare("--runs-dir", folder)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == (
+        f"error: there is no run in {folder}\nhint: start one: python train.py, or name another --runs-dir\n"
+    )
+
+
+def test_json_and_csv_hold_every_value(compare):
+    make_run("2026-01-31_001_é", {0: 4.0, 400: 2.0}, dropout=0.25)
+    make_run("2026-01-31_002", {}, done=False)
+    rows = json.loads(compare("--json").out)
+    assert [row["run"] for row in rows] == ["2026-01-31_002", "2026-01-31_001_é"]
+    assert rows[1]["best"] is True and rows[1]["dropout"] == 0.25 and rows[0]["val_loss"] is None
+    table = list(csv.DictReader(io.StringIO(compare("--csv").out)))
+    assert [row["run"] for row in table] == ["2026-01-31_002", "2026-01-31_001_é"]
+    assert (table[1]["val_loss"], table[1]["dropout"], table[0]["val_loss"]) == ("2.0", "0.25", "")
+    assert list(table[0]) == list(rows[0]) == [*utils_compare.RESULTS, *specs()]
+    assert compare("--json", "--csv").code == 2
+
+
+def test_a_value_never_breaks_a_line(compare):
+    make_run("2026-01-31_001", {0: 1.0}, optimizer="a\nb\x1b[31m" + "x" * 100)
+    make_run("2026-01-31_002", {0: 1.0})
+    out = compare().out
+    assert len(out.splitlines()) == 4 and "\x1b" not in out and "a\ufffdb\ufffd[31mxxx" in out and "…" in out
+
+
+# --- terminals ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    def of_width(columns: int) -> None:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", str(columns))
+
+    return of_width
+
+
+@pytest.mark.parametrize("columns", [8, 20, 33, 40, 60, 80, 100, 132, 400])
+def test_a_narrow_terminal_never_breaks_a_row(columns, compare, terminal):
+    make_run("2026-01-31_001_a-long-tag-with-日本語-in-it", {0: 4.0, 400: 2.0}, seed=3, text=TEXT_B)
+    make_run("2026-01-31_002", {0: 3.0}, done=False)
+    plain = compare().out.splitlines()
+    terminal(columns)
+    out = compare().out.splitlines()
+    assert max(map(cell_len, out)) <= columns
+    assert len(out) == len(plain) + (columns < max(map(cell_len, plain)))
+    if columns >= 33:
+        assert out[0].startswith("run") and "best val loss" in out[0] and "* 3.0000" in out[1]
+    if columns == 100:  # what tells the runs apart stays longer than what they share
+        assert "seed" in out[0] and "text" in out[0] and "n_layer" not in out[0]
+        assert out[-1].startswith("no room for: ") and "n_layer" in out[-1]
+
+
+def test_without_a_terminal_nothing_is_left_out(compare, monkeypatch):
+    make_run("2026-01-31_001", {0: 4.0})
+    monkeypatch.setenv("COLUMNS", "20")
+    assert lines_of(compare())[0][-1] == "seconds"
+
+
+# --- with real runs -----------------------------------------------------------------------------------
+
+
+def test_runs_of_train_py_as_they_are(train, compare, text_file, monkeypatch):
+    from utils_alg1 import utils_report, utils_report_page
+
+    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr(utils_report, "draw_attention", lambda *_: b"")
+    monkeypatch.setattr(utils_report_page, "build_page", lambda *_: "")
+    assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--run-tag", "one").code == 0
+    assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--n-layer", 2).code == 0
+    assert train("--resume", "latest", "--max-iters", 8).code == 0
+    resumed, first = json.loads(compare("--json").out)
+    final = json.loads(Path("runs", resumed["run"], "eval/final.json").read_text())
+    assert (resumed["state"], resumed["resumed"], resumed["step"]) == ("done", True, 8)
+    assert (resumed["n_layer"], resumed["n_parameters"]) == (2, final["n_parameters"])
+    assert resumed["val_loss"] == final["val_loss"] and resumed["seconds"] == final["seconds_in_loop"]
+    assert (first["state"], first["resumed"], first["tag"], first["step"]) == ("done", False, "one", 6)
+    assert first["best"] != resumed["best"]
+
+
+def test_the_script_as_a_process_needs_no_torch(compare):
+    make_run("2026-01-31_001", {0: 4.0})
+    script_text = "import sys; import compare; compare.main([]); sys.exit('torch' in sys.modules)"
+    Path("check.py").write_text(script_text)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = run_process(Path("check.py").resolve(), env=environment)
+    assert result.code == 0 and result.out.splitlines()[1].startswith("2026-01-31_001  done")

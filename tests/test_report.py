@@ -1,0 +1,436 @@
+"""What a run leaves for people in eval/: the figures, the attention picture and the page."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUIET_TRACKERS, TINY
+from matplotlib import colormaps
+from matplotlib.image import imread
+
+from model import BigramLanguageModel
+from observations import Image
+from parameters import specs
+from utils import Tokenizer
+from utils_alg1 import utils_report, utils_report_page
+from utils_alg1.utils_observations import attention_weights
+from utils_alg1.utils_report_page import Line, build_page, chart, escaped, thinned, tick_label, ticks
+from utils_alg1.utils_run_manager import list_runs
+
+HOSTILE = (
+    "</script><img src=x onerror=alert(1)></pre></main><style>*{display:none}</style>\n"
+    "<!-- &amp; &#0; \"quotes\" 'more' 中文字 🙂👩‍🚀 \u202eback\u202c ا ب\n\ttab <svg/onload=alert(2)>"
+)
+VOID = {"meta", "link", "img"}
+
+
+@pytest.fixture
+def start(train, text_file, monkeypatch):
+    """A tiny run without loss.png, which is not what is tested here."""
+    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
+    return lambda *flags: train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
+
+
+def only_run() -> Path:
+    (run,) = list_runs("runs")
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
+
+
+class Page(HTMLParser):
+    """A page taken apart: its elements with their attributes, its text, its tables as rows of cells.
+
+    Fails where an element is not closed, or another one is.
+    """
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}  # of each element of a kind
+        self.tables: list[list[list[str]]] = []
+        self._open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag in VOID or (self._open and self._open[-1] in ("path", "polyline")):
+            return
+        self._open.append(tag)
+        self.texts.setdefault(tag, []).append("")
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        for tag in self._open:
+            self.texts[tag][-1] += data
+        if self._open and ("td" in self._open or "th" in self._open):
+            self.tables[-1][-1][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def curve(self, kind: str) -> list[tuple[float, float]]:
+        """The points of the first curve of a kind, in its own coordinates."""
+        (points, *_) = [a["points"] for a in self.all("polyline") if a["class"] == kind]
+        return [tuple(map(float, point.split(","))) for point in points.split()]
+
+
+def page_of(run: Path) -> Page:
+    return Page((run / "eval/report.html").read_text(encoding="utf-8"))
+
+
+# --- final.json ---------------------------------------------------------------------------------------
+
+
+def test_final_figures_follow_from_the_metrics_and_the_weights(start):
+    assert start("--learning-rate", 0.5, "--grad-accum-steps", 2).code == 0
+    run = only_run()
+    final = json.loads((run / "eval/final.json").read_text())
+    evaluations = [row for row in metrics(run) if "loss/val" in row]
+    last, best = evaluations[-1], min(evaluations, key=lambda row: row["loss/val"])
+    assert last["loss/val"] > best["loss/val"]  # a learning rate so large tells the two apart
+    assert (final["val_loss"], final["train_loss"]) == (last["loss/val"], last["loss/train"])
+    assert (final["best_val_loss"], final["best_step"]) == (best["loss/val"], best["step"])
+    assert final["perplexity"] == pytest.approx(math.e ** last["loss/val"], rel=1e-12)
+    assert final["bits_per_character"] == pytest.approx(last["loss/val"] / 0.6931471805599453, rel=1e-12)
+    assert final["best_perplexity"] == pytest.approx(math.e ** best["loss/val"], rel=1e-12)
+    assert final["best_bits_per_character"] == pytest.approx(best["loss/val"] / 0.6931471805599453, rel=1e-12)
+    assert final["tokens"] == 6 * 2 * 2 * 8  # steps, micro-batches, sequences, characters
+    rate = final["tokens"] / final["seconds_in_loop"]
+    assert final["tokens_per_second_overall"] == pytest.approx(rate, rel=0.05)  # both are rounded
+    assert final["wall_seconds"] >= final["seconds_in_loop"] > 0
+    model = BigramLanguageModel().load_safetensors(run / "artifacts/export/model.safetensors")
+    assert final["n_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    finished = datetime.datetime.fromisoformat(final["finished_at"])
+    age = datetime.datetime.now(datetime.UTC) - finished
+    assert datetime.timedelta(seconds=-1) <= age < datetime.timedelta(hours=1)
+
+
+def test_a_perplexity_past_every_number_is_none():
+    assert utils_report.perplexity(1e4) is None
+
+
+# --- the attention picture ----------------------------------------------------------------------------
+
+
+def colours(weights: np.ndarray, side: int) -> np.ndarray:
+    """What a square of weights must look like: (side, side, 3) uint8."""
+    table = (colormaps["magma"](np.arange(256))[:, :3] * 255 + 0.5).astype(np.uint8)
+    rows = [[table[round(255 * math.sqrt(w))] for w in row] for row in weights.tolist()]
+    factor = side // len(weights)
+    return np.array(rows).repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def decoded(png: bytes) -> np.ndarray:
+    return (imread(io.BytesIO(png), format="png")[..., :3] * 255 + 0.5).astype(np.uint8)
+
+
+def test_the_attention_picture_holds_every_weight_at_its_place():
+    weights = np.tril(np.random.default_rng(0).random((2, 3, 5, 5)))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    pictures = [
+        Image("attention", {"layer": str(layer), "head": str(head)}, weights[layer, head])
+        for layer in range(2)
+        for head in range(3)
+    ]
+    picture = decoded(utils_report.draw_attention(pictures, "2026-01-31_001 中 $x$"))
+    side = 160  # 5 weights of 32 pixels; 16 between two squares, 40 to the left of them, 80 above them
+    assert picture.shape == (80 + 2 * (side + 16), 40 + 3 * (side + 16), 3)
+    for layer in range(2):
+        for head in range(3):
+            top, left = 80 + layer * (side + 16), 40 + head * (side + 16)
+            found = picture[top : top + side, left : left + side].astype(int)
+            assert np.abs(found - colours(weights[layer, head], side)).max() <= 1
+            assert (picture[top - 1, left : left + side] == (0x11, 0x13, 0x18)).all()
+
+
+def test_of_many_layers_some_are_shown_with_the_first_and_the_last():
+    assert utils_report.evenly_spaced(1) == [0]
+    assert utils_report.evenly_spaced(12) == list(range(12))
+    assert utils_report.evenly_spaced(23) == list(range(0, 23, 2))
+    pictures = [Image("attention", {"layer": str(i), "head": "0"}, np.eye(4)) for i in range(30)]
+    assert decoded(utils_report.draw_attention(pictures, "")).shape == (80 + 12 * 176, 40 + 176, 3)
+
+
+def test_the_attention_picture_is_that_of_the_exported_weights_and_the_text_on_the_page(start):
+    assert start("--learning-rate", 0.01).code == 0
+    run = only_run()
+    text = page_of(run).texts["pre"][-1].removeprefix("\n")
+    assert len(text) == 8
+    model = BigramLanguageModel().load_safetensors(run / "artifacts/export/model.safetensors").eval()
+    idx = torch.tensor([Tokenizer(model.vocabulary).encode(text)])
+    picture = decoded((run / "eval/attention.png").read_bytes())
+    assert picture.shape == (80 + 176, 40 + 2 * 176, 3)
+    for head, weights in enumerate(attention_weights(model, idx)[0]):
+        left = 40 + head * 176
+        found = picture[80:240, left : left + 160].astype(int)
+        assert (
+            np.abs(found - colours(weights, 160)).max() <= 2
+        )  # where the root is half-way between two greys
+
+
+# --- the page -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(start):
+    """A finished run, and some of its values are not the defaults."""
+    assert start("--run-tag", "my try", "--dropout", 0.25).code == 0
+    return only_run()
+
+
+def test_the_page_holds_every_parameter_and_first_those_that_differ(run):
+    page = page_of(run)
+    record = json.loads((run / "meta/full_config.json").read_text())
+    changed, everything = page.tables[:2]
+    head = ["parameter", "value", "default", "from"]
+    assert changed[0] == everything[0] == head
+    assert [row[0] for row in everything[1:]] == list(specs())
+    shown = {row[0]: row[1:] for row in everything[1:]}
+    for name, value in record["parameters"].items():
+        expected = (
+            "none" if value in (None, "") else str(value).lower() if isinstance(value, bool) else str(value)
+        )
+        assert shown[name][0] == expected
+        assert shown[name][2] == record["origins"][name]
+    differing = [name for name, spec in specs().items() if record["parameters"][name] != spec.default]
+    assert [row[0] for row in changed[1:]] == differing
+    assert ["dropout", "0.25", "0.0", "--dropout"] in changed
+    assert page.texts["summary"][0] == f"all {len(specs())} parameters"
+
+
+def test_a_run_of_defaults_says_so():
+    values = {name: spec.default for name, spec in specs().items()}
+    record = {"parameters": values, "origins": dict.fromkeys(values, "default")}
+    page = Page(utils_report_page.parameter_tables(record))
+    assert page.texts["p"] == ["Every value is the default."] and len(page.tables) == 1
+
+
+def test_the_page_holds_results_samples_and_provenance(run):
+    page, final = page_of(run), json.loads((run / "eval/final.json").read_text())
+    assert page.texts["h1"] == page.texts["title"] == [run.name]
+    figures = [text.split("\n")[0] for text in page.texts["b"]]
+    assert figures[0] == f"{final['best_val_loss']:.4f}"
+    assert figures[1] == f"{final['best_perplexity']:.2f}"
+    assert figures[2] == f"{final['best_bits_per_character']:.4f}"
+    assert figures[3] == f"{final['val_loss']:.4f}"
+    samples = (run / "eval/samples.txt").read_text(encoding="utf-8")
+    for i, text in enumerate(page.texts["pre"][:3], 1):
+        assert f"--- sample {i}\n{text.removeprefix(chr(10))}\n" in samples
+    evaluations = [row for row in metrics(run) if "loss/val" in row]
+    assert [row[:3] for row in page.tables[2][1:]] == [
+        [f"{row['step']:,}", f"{row['loss/train']:.4f}", f"{row['loss/val']:.4f}"] for row in evaluations
+    ]
+    origin = dict(page.tables[3][1:])
+    commit = (run / "meta/git.txt").read_text().splitlines()[0].removeprefix("commit: ")
+    assert origin["git commit"] == commit and origin["torch"] == torch.__version__
+    record = json.loads((run / "meta/full_config.json").read_text())
+    assert origin["SHA-256 of the text"] == record["corpus"]["sha256"]
+
+
+def assert_harmless(page: Page) -> None:
+    """Nothing in the page runs, or is fetched from anywhere."""
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        for name in ("src", "href", "srcset", "data", "action", "poster", "background"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
+        assert "url(" not in (attributes.get("style") or "")
+    assert all("url(" not in text and "@import" not in text for text in page.texts["style"])
+    (policy,) = [a["content"] for a in page.all("meta") if "http-equiv" in a]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_hostile_text_stays_text(run):
+    record = json.loads((run / "meta/full_config.json").read_text())
+    record["parameters"]["run_tag"] = record["origins"]["seed"] = record["corpus"]["path"] = HOSTILE
+    record["corpus"]["path"] += "/<img src=x onerror=y>.txt"
+    (run / "meta/full_config.json").write_text(json.dumps(record))
+    (run / "meta/env.txt").write_text("command: <b onclick=x>&lt;</b>\n")
+    page = Page(build_page(run, [HOSTILE, "\n\nbegins with lines"], HOSTILE))
+    assert_harmless(page)
+    assert page.texts["pre"] == ["\n" + HOSTILE, "\n\n\nbegins with lines", "\n" + HOSTILE]
+    cells = [cell for table in page.tables for row in table for cell in row]
+    assert cells.count(HOSTILE) == 3  # the tag in both tables of parameters, and the origin of the seed
+    assert "<b onclick=x>&lt;</b>" in cells
+
+
+def test_what_no_page_can_hold_is_shown_by_a_symbol():
+    assert escaped("a\0b\rc\x1bd\x7fe\x85f\ud800g\n\t🙂<&\"'") == (
+        "a\u2400b\u240dc\u241bd\u2421e\ufffdf\ufffdg\n\t🙂&lt;&amp;&quot;&#x27;"
+    )
+
+
+def test_the_page_of_a_run_is_harmless(run):
+    assert_harmless(page_of(run))
+
+
+def test_the_page_of_a_resumed_run_shows_the_whole_curve(run, train):
+    first = page_of(run)
+    assert [x for x, _ in first.curve("each")] == [round(1000 * step / 6, 1) for step in range(6)]
+    assert train("--resume", "latest", "--max-iters", 10).code == 0
+    page = page_of(run)
+    assert [x for x, _ in page.curve("each")] == [100 * step for step in range(10)]
+    assert [x for x, _ in page.curve("val")] == [0, 200, 400, 600, 800, 1000]
+    losses = [row["loss/train_step"] for row in metrics(run) if "loss/train_step" in row]
+    heights = [y for _, y in page.curve("each")]
+    assert np.argmin(losses) == np.argmax(heights) and np.argmax(losses) == np.argmin(heights)
+
+
+def test_a_page_that_cannot_be_made_costs_one_line_and_no_stale_page_stays(run, train, monkeypatch):
+    def fail(*_):
+        raise KeyError("n_parameters")
+
+    monkeypatch.setattr(utils_report_page, "build_page", fail)
+    result = train("--resume", "latest", "--max-iters", 8)
+    assert (result.code, result.err) == (0, "warning: no report was written: 'n_parameters'\n")
+    assert not (run / "eval/report.html").exists() and "report.html" not in result.out
+
+
+def test_a_run_ends_with_where_its_page_is(start):
+    result = start()
+    assert f"report    {only_run() / 'eval' / 'report.html'}\n" in result.out
+
+
+def test_an_attention_picture_that_cannot_be_drawn_costs_one_line(run, train, monkeypatch):
+    def fail(*_):
+        raise ImportError("no matplotlib")
+
+    monkeypatch.setattr(utils_report, "draw_attention", fail)
+    result = train("--resume", "latest", "--max-iters", 8)
+    assert (result.code, result.err) == (0, "warning: no attention picture was drawn: no matplotlib\n")
+    assert not (run / "eval/attention.png").exists()
+    page = page_of(run)
+    assert "Attention" not in page.texts["h2"] and page.all("img") == []
+
+
+# --- curves -------------------------------------------------------------------------------------------
+
+
+def test_a_thinned_curve_keeps_its_peaks_and_its_order():
+    points = [(step, math.sin(step)) for step in range(100_000)]
+    points[70_001] = (70_001, 50.0)
+    points[3] = (3, -50.0)
+    kept = thinned(points)
+    assert len(kept) <= 800 and kept == sorted(kept)
+    assert (70_001, 50.0) in kept and (3, -50.0) in kept and set(kept) <= set(points)
+    assert thinned(points[:800]) == points[:800]
+
+
+@pytest.mark.parametrize(
+    "low, high, most, expected",
+    [
+        (0, 600, 5, [0, 200, 400, 600]),
+        (1.93, 4.2, 6, [2.0, 2.5, 3.0, 3.5, 4.0]),
+        (0, 1, 3, [0, 0.5, 1]),
+        (9563, 12140, 4, [10000, 11000, 12000]),
+        (5200, 14000, 4, [6000, 8000, 10000, 12000, 14000]),  # in steps of 5,000 there would be one
+        (2, 2, 4, [2]),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, most, expected):
+    assert ticks(low, high, most) == pytest.approx(expected)
+
+
+def test_labels_are_short():
+    assert [tick_label(x, [2.0, 2.5]) for x in (0, 2.0, 2.5)] == ["0", "2.0", "2.5"]
+    assert tick_label(0.001, [0.001]) == "0.001" and tick_label(2e-5, [1e-5, 2e-5]) == "2e-05"
+    assert tick_label(12000, [10000, 12000]) == "12k" and tick_label(5000, [4000, 5000]) == "5,000"
+    assert tick_label(2.5e6, [0, 2.5e6]) == "2.5M"
+
+
+def test_a_chart_places_its_points():
+    source = chart("T", "", [Line("a", "train", [(0, 1.0), (50, 3.0), (100, 2.0)])], 200)
+    page = Page(source)
+    # The lowest and the highest value are a twentieth of their distance, 0.1, from the edges: 2.2 in all.
+    assert page.curve("train") == [(0, 954.5), (250, 45.5), (500, 500)]
+    assert chart("T", "", [Line("a", "train", [])], 200) == ""
+
+
+# --- in a browser -------------------------------------------------------------------------------------
+
+
+CHROMIUM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine's PATH")
+
+
+def browse(page: Path, folder: Path, *flags: str) -> tuple[str, list[str], list[str]]:
+    """Open a page: the document as it ends up, what the console says, and what the page asked of a network.
+
+    The browser asks for things of its own too, such as its updates: those have no page as their origin.
+    """
+    log = folder / "network.json"
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+        *("--no-first-run", "--disable-background-networking", "--proxy-server=127.0.0.1:9"),
+        *(f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr"),
+        *("--virtual-time-budget=2000", "--dump-dom", *flags, page.resolve().as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    asked = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
+    return done.stdout, said, asked
+
+
+@needs_chromium
+def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(build_page(run, [HOSTILE], HOSTILE), encoding="utf-8")
+    document, said, asked = browse(page, tmp_path)
+    assert "中文字 🙂👩‍🚀" in document and document.count("<section ") == 5
+    assert (said, asked) == ([], [])
+
+    # The same page with what it must not have: the browser would have told.
+    bad = page.read_text(encoding="utf-8").replace(utils_report_page.POLICY, "img-src *")
+    page.write_text(bad.replace("</main>", "<img src='https://a.test/x.png'><script>no()</script></main>"))
+    _, said, asked = browse(page, tmp_path)
+    assert len(said) >= 1 and asked == ["https://a.test/x.png"]
+
+
+@needs_chromium
+def test_the_page_is_as_wide_as_a_phone(run, tmp_path):
+    source = build_page(run, ["x" * 2000, HOSTILE], "y" * 64).replace("<details>", "<details open>")
+    (tmp_path / "report.html").write_text(source, encoding="utf-8")
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        "<iframe src=report.html style='width:400px;height:800px;border:0' onload='"
+        "const page = this.contentDocument.documentElement;"
+        'document.title = page.scrollWidth + " " + page.clientWidth\'></iframe>'
+    )
+    document, _, _ = browse(frame, tmp_path, "--allow-file-access-from-files", "--hide-scrollbars")
+    assert re.search(r"<title>(\d+ \d+)</title>", document)[1] == "400 400"
