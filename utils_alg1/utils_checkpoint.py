@@ -22,7 +22,7 @@ from files import read_tensors, remove_temporary_files, write_tensors
 from model import BigramLanguageModel
 from parameters import ModelConfig, Parameters, TrainConfig, coerce_all, field_names, shown, specs
 from utils import Tokenizer, show_characters
-from utils_alg1.utils_output import Console
+from utils_alg1.utils_output import LOGGER, Console
 from utils_alg1.utils_run_manager import (
     Run,
     RunDirectoryCreator,
@@ -179,6 +179,7 @@ class CheckpointStore:
             if path != best:
                 with contextlib.suppress(OSError):  # a file too many does no harm
                     path.unlink()
+                    LOGGER.debug("removed %s", path)
 
     def load_best(self, progress: Progress) -> Checkpoint:
         """The checkpoint with the lowest validation loss.
