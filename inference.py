@@ -222,6 +222,7 @@ COMMANDS = {
     ),
     ":seed": Command("seed", int, "of the draws, which begin anew"),
 }
+ALL_COMMANDS = (*COMMANDS, ":help", ":quit")
 INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a text, Ctrl-D ends"
 
 
@@ -260,14 +261,19 @@ def obey(line: str, arguments: argparse.Namespace, generator: torch.Generator) -
 
     Raises:
         Alg1Error: there is no such command, or its value is wrong; nothing has changed.
+        EOFError: it is the one that ends.
     """
     word, *values = line.split(maxsplit=1)
     if word == ":help":
         print(help_on_commands(arguments), file=sys.stderr)
         return
+    if word == ":quit":
+        raise EOFError
     if word not in COMMANDS:
-        known = nearest(word, [*COMMANDS, ":help"])
-        raise Alg1Error(f"unknown command {word}{known}", "type :help, or :: for a prompt that begins with :")
+        suggestion = nearest(word, ALL_COMMANDS)
+        raise Alg1Error(
+            f"unknown command {word}{suggestion}", "type :help, or :: for a prompt that begins with :"
+        )
     command = COMMANDS[word]
     if values:
         value = read_value(word, command, values[0].strip())
@@ -306,7 +312,7 @@ def help_on_commands(arguments: argparse.Namespace) -> str:
         (":help", "this list"),
         ("::TEXT", "the prompt :TEXT"),
         ("Ctrl-C", "stops a text"),
-        ("Ctrl-D", "ends"),
+        (":quit, Ctrl-D", "ends"),
     ]
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"{what:{width}}  {meaning}" for what, meaning in rows)
@@ -318,7 +324,7 @@ def with_history() -> None:
         import readline
 
         def complete(text: str, n: int) -> str | None:
-            fitting = [word for word in (*COMMANDS, ":help") if text and word.startswith(text)]
+            fitting = [word for word in ALL_COMMANDS if text and word.startswith(text)]
             return fitting[n] if n < len(fitting) else None
 
         readline.set_completer(complete)

@@ -246,8 +246,7 @@ class Console:
         train, val = f"{e.train_loss:.4f}", f"{e.val_loss:.4f}"
         lr = f"  lr {e.learning_rate:.1e}"
         if self._bar:
-            self._bar.val_loss = e.val_loss
-            self._bar.rate = rate or self._bar.rate
+            self._bar.evaluated(e.step, e.val_loss, rate)
         value, mark = (val, "bold cyan" if best else "cyan"), (best, "bold green")
         step = ("step", "bold")
         whole: list[Part] = [step, f" {e.step:6d}  train loss {train}  val loss ", value]

@@ -82,7 +82,8 @@ class Bar:
 
     def __init__(self, terminal: Terminal, step: int, total: int, tokens_per_step: int):
         self.terminal, self.total, self.tokens_per_step = terminal, total, tokens_per_step
-        self.step, self.loss = step, float("nan")
+        self.step = step
+        self.loss: float | None = None
         self.val_loss: float | None = None
         self.rate: float | None = None  # tokens/s
         self._drawn = 0.0
@@ -115,6 +116,10 @@ class Bar:
             self.rate = (step - first) * self.tokens_per_step / (now - began)
         self._clear_wrapped()
         self._live.refresh()
+
+    def evaluated(self, step: int, val_loss: float, rate: float | None) -> None:
+        """There was an evaluation; `rate` is the speed of the steps before it, where there were any."""
+        self.step, self.val_loss, self.rate = step, val_loss, rate or self.rate
 
     def before_line(self) -> None:
         """A line will be printed above; what was done since the last step is left out of the speed."""
@@ -155,7 +160,7 @@ class Bar:
         n = len(str(self.total))
         fields = {
             "step": f"step {self.step:{n}d}/{self.total}",
-            "loss": f"loss {self.loss:.4f}",
+            "loss": f"loss {self.loss:.4f}" if self.loss is not None else "",
             "val": f"val {self.val_loss:.4f}" if self.val_loss is not None else "",
             "speed": f"{self.rate:,.0f} tok/s" if self.rate is not None else "",
             "left": f"{duration(left)} left" if left is not None else "",
