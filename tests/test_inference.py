@@ -7,8 +7,10 @@ import io
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -474,6 +476,8 @@ def test_at_a_terminal_ctrl_c_stops_a_text_and_ctrl_d_the_program(model):
         os.environ["TERM"] = "dumb"
         flags = ["--interactive", "--max-new-tokens", "2"]
         os.execv(sys.executable, [sys.executable, str(PROJECT / "inference.py"), *flags])
+    patience = threading.Timer(120, os.kill, (pid, signal.SIGKILL))
+    patience.start()
     seen = ""
 
     def type_after(wanted: str, keys: bytes) -> None:
@@ -494,8 +498,10 @@ def test_at_a_terminal_ctrl_c_stops_a_text_and_ctrl_d_the_program(model):
     with contextlib.suppress(OSError):
         while os.read(terminal, 4096):
             pass
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    patience.cancel()
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert code == 0
 
 
 # --- how it ends --------------------------------------------------------------------------------------
