@@ -4,7 +4,7 @@
     python inference.py --run 2026-01-31_001             a run, by its id or directory
     python inference.py --model model.safetensors        an exported file or a checkpoint
     python inference.py --prompt "ROMEO:" --max-new-tokens 300 --temperature 0.8
-    python inference.py --interactive                    prompt after prompt
+    python inference.py --interactive                    prompt after prompt; :help lists its commands
 
 Text appears as it is drawn. The same model, prompt, settings and --seed give the same text.
 """
@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errors import DONE, Alg1Error
-from parameters import Problem, raise_problems, specs
+from parameters import Problem, nearest, raise_problems, shown, specs
 from utils import show_characters
 from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
-from utils_alg1.utils_output import importing, run_script
+from utils_alg1.utils_output import importing, print_error, run_script
 
 if TYPE_CHECKING:
     import torch
@@ -76,22 +77,29 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         "--runs-dir", metavar="PATH", help="where runs are looked for (default: as in training)"
     )
     arguments, problems = parser.parse_with_suggestions(argv)
-    limits = [
-        ("max_new_tokens", arguments.max_new_tokens >= 0, "at least 0"),
-        ("num_samples", arguments.num_samples >= 1, "at least 1"),
-        ("temperature", 0 <= arguments.temperature < float("inf"), "0 or above"),
-        ("top_k", arguments.top_k is None or arguments.top_k >= 1, "at least 1"),
-        ("top_p", arguments.top_p is None or 0 < arguments.top_p <= 1, "above 0, at most 1"),
-        ("seed", 0 <= arguments.seed < 2**63, "at least 0 and below 2**63"),
-    ]
     if arguments.interactive and arguments.prompt is not None:
         problems.append(Problem("--interactive asks for prompts: leave --prompt out", ("prompt",)))
-    for name, good, wanted in limits:
-        if not good:
-            flag = "--" + name.replace("_", "-")
-            problems.append(Problem(f"{flag} {getattr(arguments, name)}: must be {wanted}", (name,)))
+    for name in LIMITS:
+        problems += problems_of(name, getattr(arguments, name), "--" + name.replace("_", "-"))
     raise_problems(problems, f"{parser.prog} --help lists every flag")
     return arguments
+
+
+# What the number behind a flag, or a command of --interactive, must be.
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda n: n >= 0, "at least 0"),
+    "num_samples": (lambda n: n >= 1, "at least 1"),
+    "temperature": (lambda x: 0 <= x < float("inf"), "0 or above"),
+    "top_k": (lambda n: n is None or n >= 1, "at least 1"),
+    "top_p": (lambda x: x is None or 0 < x <= 1, "above 0, at most 1"),
+    "seed": (lambda n: 0 <= n < 2**63, "at least 0 and below 2**63"),
+}
+
+
+def problems_of(name: str, value: Any, shown_as: str) -> list[Problem]:
+    """What is wrong with the value of one of LIMITS; an empty list when nothing is."""
+    good, wanted = LIMITS[name]
+    return [] if good(value) else [Problem(f"{shown_as} {value}: must be {wanted}", (name,))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,37 +205,133 @@ def write_sample(
     sys.stdout.flush()
 
 
+class Command(NamedTuple):
+    """A command of --interactive: which argument it changes, to what type, and how :help explains it."""
+
+    name: str
+    type: Callable[[str], Any]
+    help: str
+    optional: bool = False  # `off` is a value too
+
+
+COMMANDS = {
+    ":temperature": Command("temperature", float, "0 takes the likeliest"),
+    ":length": Command("max_new_tokens", int, "characters of a text"),
+    ":top-k": Command("top_k", int, "draw from so many likeliest only; off: from all", optional=True),
+    ":top-p": Command(
+        "top_p", float, "draw from the fewest that make up so much; off: from all", optional=True
+    ),
+    ":seed": Command("seed", int, "of the draws, which begin anew"),
+}
+ALL_COMMANDS = (*COMMANDS, ":help", ":quit")
+INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a text, Ctrl-D ends"
+
+
 def interact(model: BigramLanguageModel, tokenizer: Tokenizer, arguments: argparse.Namespace) -> int:
-    """Continue prompt after prompt. Ctrl-C ends a text, Ctrl-D the program."""
+    """Continue prompt after prompt, and change settings in between (see COMMANDS).
+
+    Ctrl-C ends a text, Ctrl-D the program.
+    """
     import torch
 
     with_history()
     if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text are an unknown character, not an end
         sys.stdin.reconfigure(errors="replace")
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(arguments.seed)
-    print("a prompt, then Enter; Ctrl-C stops a text, Ctrl-D ends", file=sys.stderr)
+    print(INTRODUCTION, file=sys.stderr)
     while True:
         try:
-            prompt = input("> ")
+            line = input("> ")
+            if line.startswith(":") and not line.startswith("::"):
+                obey(line, arguments, generator)
+                continue
+            # A prompt that begins with a colon is typed with two.
+            prompt = known_characters(line.removeprefix(":"), tokenizer, arguments.unknown)
+            write_sample(model, tokenizer, prompt, arguments, generator)
         except EOFError:
             print()
             return DONE
-        except KeyboardInterrupt:
-            print()
-            continue
-        try:
-            prompt = known_characters(prompt, tokenizer, arguments.unknown)
-            write_sample(model, tokenizer, prompt, arguments, generator)
         except Alg1Error as error:
-            print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
+            print_error(error)
         except KeyboardInterrupt:
             print()
+
+
+def obey(line: str, arguments: argparse.Namespace, generator: torch.Generator) -> None:
+    """Do what a line such as ":temperature 0.7" says; a command without a value shows the present one.
+
+    Raises:
+        Alg1Error: there is no such command, or its value is wrong; nothing has changed.
+        EOFError: it is the one that ends.
+    """
+    word, *values = line.split(maxsplit=1)
+    if word == ":help":
+        print(help_on_commands(arguments), file=sys.stderr)
+        return
+    if word == ":quit":
+        raise EOFError
+    if word not in COMMANDS:
+        suggestion = nearest(word, ALL_COMMANDS)
+        raise Alg1Error(
+            f"unknown command {word}{suggestion}", "type :help, or :: for a prompt that begins with :"
+        )
+    command = COMMANDS[word]
+    if values:
+        value = read_value(word, command, values[0].strip())
+        setattr(arguments, command.name, value)
+        if command.name == "seed":
+            generator.manual_seed(value)
+    print(f"{word} {shown_value(arguments, command)}", file=sys.stderr)
+
+
+def read_value(word: str, command: Command, text: str) -> Any:
+    """The value behind a command.
+
+    Raises:
+        Alg1Error: it is not of the command's type, or outside its limits.
+    """
+    if command.optional and text == "off":
+        return None
+    try:
+        value = command.type(text)
+    except ValueError:
+        wanted = ("a whole number" if command.type is int else "a number") + " or off" * command.optional
+        raise Alg1Error(f"{word} {shown(text)}: must be {wanted}") from None
+    raise_problems(problems_of(command.name, value, word), "type :help")
+    return value
+
+
+def shown_value(arguments: argparse.Namespace, command: Command) -> str:
+    value = getattr(arguments, command.name)
+    return "off" if value is None else str(value)
+
+
+def help_on_commands(arguments: argparse.Namespace) -> str:
+    """Every command, with its present value."""
+    rows = [(f"{word} {shown_value(arguments, command)}", command.help) for word, command in COMMANDS.items()]
+    rows += [
+        (":help", "this list"),
+        ("::TEXT", "the prompt :TEXT"),
+        ("Ctrl-C", "stops a text"),
+        (":quit, Ctrl-D", "ends"),
+    ]
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{what:{width}}  {meaning}" for what, meaning in rows)
 
 
 def with_history() -> None:
-    """Let input() remember what was typed, where Python was built with readline."""
+    """Let input() remember what was typed and complete commands, where Python was built with readline."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
+        import readline
+
+        def complete(text: str, n: int) -> str | None:
+            fitting = [word for word in ALL_COMMANDS if text and word.startswith(text)]
+            return fitting[n] if n < len(fitting) else None
+
+        readline.set_completer(complete)
+        readline.set_completer_delims(" ")
+        libedit = "libedit" in (readline.__doc__ or "")  # Python's readline on macOS
+        readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
 
 
 if __name__ == "__main__":

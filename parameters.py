@@ -367,6 +367,10 @@ class Parameters:
         characters = self.train.batch_size * self.train.grad_accum_steps * self.model.block_size
         return 6.0 * weights * characters
 
+    def changed(self) -> dict[str, Any]:
+        """The values that are not the defaults, by name."""
+        return {name: value for name, value in self.flat().items() if value != specs()[name].default}
+
     def flat(self) -> dict[str, Any]:
         """Every parameter by name."""
         return {

@@ -135,7 +135,9 @@ def run_phases(
     # 11. The loop.
     about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
     observer = utils_observations.Observer(trainer, trackers, params.tensorboard, console.warn)
-    signals = stack.enter_context(utils_runtime.StopSignals(before_leaving, processes))
+    before_leaving.append(lambda: console.interrupted(utils_report.last_words(store, run, processes)))
+    stops = utils_runtime.StopSignals(before_leaving, processes, announce=console.interrupted)
+    signals = stack.enter_context(stops)
     leave_if_told()
     run.begun = True
     try:
@@ -145,7 +147,7 @@ def run_phases(
         raise utils_report.with_the_way_on(error, store, run, processes) from error
     if signals.received and progress.step < params.train.max_iters:
         way_on = utils_report.resume_command(run, processes)
-        console.remind(f"stopped at step {progress.step}; go on with: {way_on}")
+        console.remind(f"stopped at step {progress.step}; go on with", way_on)
         return signals.exit_code
 
     # 12. Export.
@@ -162,7 +164,8 @@ def run_phases(
     stack.close()
 
     # 14. Summary.
-    console.summary(utils_report.describe_end(run, params, progress, exported, shown_in), samples[0])
+    ending = utils_report.describe_end(run, params, progress, exported, shown_in, processes)
+    console.summary(ending, samples[0])
     return DONE
 
 
@@ -237,7 +240,7 @@ def loop(
 ) -> None:
     """Evaluate, save, take a step; until max_iters, a signal or lost patience."""
     config, trackers = trainer.config, observer.trackers
-    console.begin_progress(progress.step, config.max_iters)
+    console.begin_progress(progress.step, config.max_iters, trainer.tokens_per_step)
     trainer.clock.start(progress)
     while True:
         step = progress.step

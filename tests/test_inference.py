@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -300,7 +304,7 @@ def test_prompts_are_continued_until_ctrl_d(sample, model, type_in):
 
     assert result.code == 0
     assert result.out == f"{greedy(model, 'ab', 12)}\n{greedy(model, '🙂', 12)}\n\n"
-    assert result.err.splitlines()[1:] == ["a prompt, then Enter; Ctrl-C stops a text, Ctrl-D ends"]
+    assert result.err.splitlines()[1:] == [inference.INTRODUCTION]
 
 
 def test_an_empty_line_is_a_text_from_the_default_prompt(sample, model, type_in):
@@ -363,6 +367,141 @@ def test_typed_bytes_that_are_no_text_are_an_unknown_character(sample, model, mo
 
     assert (result.code, result.out) == (0, f"> > {greedy(model, 'ab', 12)}\n> \n")
     assert "error: not in the model's vocabulary: '\ufffd' (U+FFFD)" in result.err
+
+
+def test_commands_change_what_comes_after_them(sample, model, type_in):
+    type_in(":temperature 0", ":length 3", "ab", ":length 12", "ab")
+
+    result = sample("--interactive")
+
+    assert result.out == f"{greedy(model, 'ab', 3)}\n{greedy(model, 'ab', 12)}\n\n"
+    assert result.err.splitlines()[2:] == [":temperature 0.0", ":length 3", ":length 12"]
+
+
+def test_top_k_and_top_p_can_be_switched_off_again(sample, model, type_in):
+    likeliest = greedy(model, "ab", 30)
+    for command in (":top-k 1", ":top-p 1e-9"):
+        word = command.split()[0]
+        type_in(command, "ab", f"{word} off", "ab")
+        lines = sample("--interactive", "--max-new-tokens", 30)
+        assert lines.out.startswith(likeliest + "\n")
+        assert not lines.out.removeprefix(likeliest + "\n").startswith(likeliest)
+        assert lines.err.splitlines()[-1] == f"{word} off"
+
+
+def test_the_seed_begins_the_draws_anew(sample, model, type_in):
+    type_in(":seed 5", "ab", "ab", ":seed 5", "ab")
+
+    out = sample("--interactive", "--max-new-tokens", 40).out
+
+    first, second, third = out[:43], out[43:86], out[86:129]
+    assert first == third != second
+    assert first == sample("--prompt", "ab", "--max-new-tokens", 40, "--seed", 5).out
+
+
+def test_a_command_without_a_value_shows_the_present_one(sample, model, type_in):
+    type_in(":top-k", ":length", ":seed")
+
+    result = sample("--interactive", *GREEDY, "--seed", 8)
+
+    assert result.err.splitlines()[2:] == [":top-k off", ":length 12", ":seed 8"]
+
+
+@pytest.mark.parametrize(
+    ("command", "errors"),
+    [
+        (
+            ":temprature 1",
+            [
+                "error: unknown command :temprature; did you mean :temperature?",
+                "hint: type :help, or :: for a prompt that begins with :",
+            ],
+        ),
+        (":lenght", ["error: unknown command :lenght; did you mean :length?", ...]),
+        (":qqq", ["error: unknown command :qqq", ...]),
+        (":length x", ["error: :length 'x': must be a whole number"]),
+        (":length off", ["error: :length 'off': must be a whole number"]),
+        (":length 1.5", ["error: :length '1.5': must be a whole number"]),
+        (":length -1", ["error: :length -1: must be at least 0", "hint: type :help"]),
+        (":temperature hot", ["error: :temperature 'hot': must be a number"]),
+        (":temperature nan", ["error: :temperature nan: must be 0 or above", ...]),
+        (":top-k 0", ["error: :top-k 0: must be at least 1", ...]),
+        (":top-k many", ["error: :top-k 'many': must be a whole number or off"]),
+        (":top-p 2", ["error: :top-p 2.0: must be above 0, at most 1", ...]),
+        (f":seed {2**63}", [f"error: :seed {2**63}: must be at least 0 and below 2**63", ...]),
+    ],
+)
+def test_a_wrong_command_is_one_error_and_changes_nothing(sample, model, type_in, command, errors):
+    type_in(command, "ab")
+
+    result = sample("--interactive", *GREEDY)
+
+    assert (result.code, result.out) == (0, f"{greedy(model, 'ab', 12)}\n\n")
+    said = result.err.splitlines()[2:]
+    assert len(said) == len(errors)
+    assert all(wanted in (..., line) for line, wanted in zip(said, errors, strict=True))
+
+
+def test_a_prompt_may_begin_with_a_colon(sample, model, type_in):
+    type_in("::a")
+
+    out = sample("--interactive", *GREEDY, "--unknown", "replace").out
+
+    assert out == greedy(model, " a", 12) + "\n\n"  # the model does not know the colon
+
+
+def test_help_lists_every_command_with_its_present_value(sample, model, type_in):
+    type_in(":help", ":quit", "ab")
+
+    result = sample("--interactive", *GREEDY, "--top-k", 5)
+
+    assert (result.code, result.out) == (0, "\n")
+    assert result.err.splitlines()[2:] == [
+        ":temperature 0.0  0 takes the likeliest",
+        ":length 12        characters of a text",
+        ":top-k 5          draw from so many likeliest only; off: from all",
+        ":top-p off        draw from the fewest that make up so much; off: from all",
+        ":seed 1337        of the draws, which begin anew",
+        ":help             this list",
+        "::TEXT            the prompt :TEXT",
+        "Ctrl-C            stops a text",
+        ":quit, Ctrl-D     ends",
+    ]
+
+
+def test_at_a_terminal_ctrl_c_stops_a_text_and_ctrl_d_the_program(model):
+    """A real process with a terminal: history, a completed command, an endless text."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "dumb"
+        flags = ["--interactive", "--max-new-tokens", "2"]
+        os.execv(sys.executable, [sys.executable, str(PROJECT / "inference.py"), *flags])
+    patience = threading.Timer(120, os.kill, (pid, signal.SIGKILL))
+    patience.start()
+    seen = ""
+
+    def type_after(wanted: str, keys: bytes) -> None:
+        nonlocal seen
+        while wanted not in seen:
+            seen += os.read(terminal, 4096).decode()
+        seen = seen.split(wanted, 1)[1]
+        os.write(terminal, keys)
+
+    type_after("> ", b":le\t 100000000\n")
+    type_after(":length 100000000\r\n", b"")
+    type_after("> ", b"ab\n")
+    type_after("ab\r\nab", b"\x03")
+    type_after("\n> ", b":length 3\n")
+    type_after("\n> ", b"\x10\x10\n")  # two lines back in the history
+    type_after("ab\r\nab", b"")
+    type_after("\n> ", b"\x04")
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    patience.cancel()
+    os.close(terminal)
+    assert code == 0
 
 
 # --- how it ends --------------------------------------------------------------------------------------

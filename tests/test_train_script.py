@@ -15,7 +15,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -261,26 +260,6 @@ def test_printed_losses_are_those_of_the_metrics(start):
     assert set(better) == {True, False}
 
 
-def test_without_a_terminal_there_are_plain_lines(start):
-    result = start()
-    assert result.err == ""
-    assert not set(result.out) & {"\r", "\x1b"}
-    names = [line.split("  ")[0] for line in result.out.splitlines()]
-    first = names.index("")
-    assert names[:first] == ["run", "device", "model", "text", "steps", "set"]
-    assert [line for line in result.out.splitlines() if line.startswith("step  ")] == [
-        line for line in result.out.splitlines() if EVALUATION.fullmatch(line)
-    ]
-    n_parameters = sum(
-        tensor.numel()
-        for tensor in read_tensors(only_run() / "artifacts/export/model.safetensors")[0].values()
-    )
-    assert (
-        f"model   {n_parameters:,} parameters: n_embd 16, n_head 2, n_layer 1, block_size 8\n" in result.out
-    )
-    assert "device  cpu, float32, 1 threads\n" in result.out
-
-
 def test_the_log_is_a_copy_of_the_verbose_console(start):
     result = start("--verbose")
     log = (only_run() / "logs/train.log").read_text(encoding="utf-8")
@@ -313,34 +292,6 @@ def test_print_config_of_a_resumed_run_shows_its_values_and_changes_nothing(star
     assert lines["n_embd"] == ["16", "resumed run"]
     assert lines["max_iters"] == ["9", "--max-iters"]
     assert {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
-@pytest.mark.parametrize("flags, bar", [([], True), (["--quiet"], False)])
-def test_a_terminal_shows_a_progress_bar(flags, bar, start, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    ours, theirs = os.openpty()
-    seen = []
-
-    def read():
-        try:
-            while data := os.read(ours, 4096):
-                seen.append(data)
-        except OSError:  # the other end is closed
-            pass
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
-        result = start(*flags)
-    reader.join(timeout=30)
-    os.close(ours)
-    text = b"".join(seen).decode()
-    assert result.code == 0
-    assert ("step 1/6" in text and "━" in text) is bar
-    assert len([line for line in text.splitlines() if "val loss" in line and "lr " in line]) == 4 * bar
 
 
 # --- how it ends --------------------------------------------------------------------------------------

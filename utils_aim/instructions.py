@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 LAUNCH_COMMAND = "aim up"
+FOLDER = ".aim"  # Aim's name for its repository
 PORT = 43800  # Aim's own default
 
 

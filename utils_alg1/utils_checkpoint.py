@@ -32,7 +32,7 @@ from parameters import (
     specs,
 )
 from utils import Tokenizer, show_characters
-from utils_alg1.utils_output import Console
+from utils_alg1.utils_output import LOGGER, Console
 from utils_alg1.utils_run_manager import (
     Run,
     RunDirectoryCreator,
@@ -225,6 +225,7 @@ class CheckpointStore:
             if path != best:
                 with contextlib.suppress(OSError):  # a file too many does no harm
                     path.unlink()
+                    LOGGER.debug("removed %s", path)
 
     def load_best(self, progress: Progress) -> Checkpoint:
         """The checkpoint with the lowest validation loss.

@@ -1,28 +1,36 @@
-"""Everything a person reads on the console, and the copy of it in logs/train.log."""
+"""Everything a person reads on the console, and the copy of it in logs/train.log.
+
+Lines are records of the logger `alg1`, so any module can add one for --verbose:
+
+    logging.getLogger("alg1").debug("what happens inside")
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from errors import DONE, INTERRUPTED, Alg1Error, disk_error
 from parameters import PARTS, Parameters, specs
 from utils_alg1.utils_processes import leave
 
 if TYPE_CHECKING:
+    from utils_alg1.utils_terminal import Bar, Part, Terminal
     from utils_alg1.utils_training import Evaluation, Progress
 
-PROGRESS_INTERVAL = 0.1  # seconds between redraws of the progress bar
+LOGGER = logging.getLogger("alg1")
+LOG_ONLY = 5  # the level of what no console shows
+ALWAYS = logging.WARNING + 5  # that of what --quiet does not leave out, and is no warning
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -110,13 +118,35 @@ def leave_if_told() -> None:
 
 def print_error(error: Alg1Error) -> None:
     with contextlib.suppress(OSError):  # a full disk may be where stderr goes, too
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        terminal = terminal_of(sys.stderr)
+        for label, style, text in (("error:", "bold red", error.message), ("hint:", "bold cyan", error.hint)):
+            if text and terminal:
+                terminal.print([(label, style), f" {text}"])
+            elif text:
+                print(label, text, file=sys.stderr)
+
+
+def terminal_of(stream: TextIO) -> Terminal | None:
+    """The terminal behind a stream; None for a file or a pipe, and for a terminal that knows lines only."""
+    if not stream.isatty() or os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
+        return None
+    from utils_alg1.utils_terminal import Terminal
+
+    return Terminal(stream)
+
+
+class Command(str):
+    """A line of a block to be typed, never folded, so that it can be copied; behind REMARK, a remark."""
+
+
+REMARK = "   "
+
+
+Look = Callable[[int], "Sequence[Part]"]  # how a line looks on a terminal of so many columns
 
 
 class Console:
-    """What a run says: lines that stay, and on a terminal a progress bar below them.
+    """What a run says: lines that stay, and on a terminal colours and a progress bar below them.
 
     Args:
         quiet: print only warnings and errors.
@@ -124,66 +154,84 @@ class Console:
     """
 
     def __init__(self, quiet: bool = False, verbose: bool = False):
-        self.quiet, self.verbose = quiet, verbose
-        self._log: TextIO | None = None
-        self._bar: Any = None
-        self._task: Any = None
-        self._redrawn = 0.0
+        self.quiet = quiet
+        self._terminal = terminal_of(sys.stdout)
+        self._errors: Terminal | None = None
+        self._bar: Bar | None = None
+        self._lines = _Lines(self._print, logging.DEBUG if verbose else logging.INFO)
+        if quiet:
+            self._lines.setLevel(logging.WARNING)
+        LOGGER.handlers = [self._lines]  # an earlier console has spoken its last
+        LOGGER.setLevel(LOG_ONLY)
+        LOGGER.propagate = False
 
     # --- lines ---
 
-    def say(self, text: str = "") -> None:
-        """A line for the person who watches."""
-        self._write_log(text)
-        if not self.quiet:
-            self._print(text, sys.stdout)
+    def say(self, text: str = "", look: Look | None = None) -> None:
+        """A line for the person who watches, and how it looks on a terminal where that is not the same."""
+        LOGGER.info("%s", text, extra={"look": look})
 
-    def remind(self, text: str) -> None:
-        """A line that --quiet does not leave out: what to do next."""
-        self._write_log(text)
-        self._print(text, sys.stderr if self.quiet else sys.stdout)
+    def remind(self, text: str, command: str) -> None:
+        """A line that --quiet does not leave out: what to type next."""
+        from_here = (f"{text}: ", (command, "bold")), (f"{text}:\n", (command, "bold"))
+        self.end_progress()
+        LOGGER.log(ALWAYS, "%s: %s", text, command, extra={"look": lambda width: _fitting(width, *from_here)})
 
     def detail(self, text: str) -> None:
         """A line for --verbose, and for the log."""
-        self._write_log(text)
-        if self.verbose:
-            self._print(text, sys.stdout)
+        LOGGER.debug("%s", text)
 
     def warn(self, text: str) -> None:
         """A line about something that went wrong but does not end the run."""
-        self._write_log(f"warning: {text}")
-        self._print(f"warning: {text}", sys.stderr)
+        look = [("warning:", "bold yellow"), f" {text}"]
+        LOGGER.warning("warning: %s", text, extra={"look": lambda _: look})
 
-    def _print(self, text: str, stream: TextIO) -> None:
+    def _print(self, record: logging.LogRecord) -> None:
+        to_errors = record.levelno == logging.WARNING or (self.quiet and record.levelno >= ALWAYS)
+        stream = sys.stderr if to_errors else sys.stdout
+        text, look = record.getMessage(), getattr(record, "look", None)
         try:
-            if self._bar is not None and stream.isatty():
-                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            terminal = self._terminal_for(stream)
+            if self._bar:
+                self._bar.before_line()
+            if terminal:
+                terminal.print(look(terminal.width) if look else [text])
             else:
                 print(text, file=stream, flush=True)
         except OSError:  # the reader went away, or its disk is full: that is no reason to stop training
-            self.quiet, self.verbose = True, False
+            self._give_up()
+
+    def _terminal_for(self, stream: TextIO) -> Terminal | None:
+        if not stream.isatty():
+            return None
+        if stream is sys.stdout or self._bar:  # the bar's terminal knows how to print above it
+            return self._terminal
+        self._errors = self._errors or terminal_of(stream)
+        return self._errors
+
+    def _give_up(self) -> None:
+        """Say no more than warnings: the console is gone."""
+        self.quiet = True
+        self._lines.setLevel(logging.WARNING)
+        self.end_progress()
 
     def log_to(self, path: Path) -> None:
         """Copy every line to a file from now on. A disk that refuses costs the copy only."""
         with contextlib.suppress(OSError):
-            self._log = path.open("a", encoding="utf-8", errors="replace", buffering=1)
-
-    def _write_log(self, text: str) -> None:
-        if self._log is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            LOGGER.addHandler(_LogFile(path))
 
     def log_failure(self, error: BaseException) -> None:
         """Keep an error, with its traceback, in the log."""
         lines = traceback.format_exception(error)
-        self._write_log("".join(lines).rstrip())
+        LOGGER.log(LOG_ONLY, "%s", "".join(lines).rstrip())
 
     def close(self) -> None:
         self.end_progress()
-        if self._log is not None:
-            with contextlib.suppress(OSError):
-                self._log.close()
-            self._log = None
+        if self._lines in LOGGER.handlers:
+            for handler in LOGGER.handlers[:]:
+                LOGGER.removeHandler(handler)
+                with contextlib.suppress(OSError):
+                    handler.close()
 
     # --- a run ---
 
@@ -199,68 +247,137 @@ class Console:
                 if spec.part == part:
                     print(f"{name:{width}}  {values[name]:{value_width}}  {params.origins[name]}")
 
-    def start(self, lines: dict[str, str]) -> None:
+    def start(self, lines: Mapping[str, str]) -> None:
         """The block that a run begins with."""
-        width = max(map(len, lines))
-        for name, value in lines.items():
-            self.say(f"{name:{width}}  {value}")
+        self._block(lines)
         self.say()
+
+    def _block(self, lines: Mapping[str, str]) -> None:
+        widest = max(map(len, lines))
+        for name, value in lines.items():
+            self.say(f"{name:{widest}}  {value}", _look_of_entry(f"{name:{widest}}", value))
 
     def evaluation(self, evaluation: Evaluation, progress: Progress, rate: float | None) -> None:
         """A line for each evaluation."""
         e = evaluation
         best = "  best" if progress.best_step == e.step else ""
         speed = f"  {rate:,.0f} tok/s" if rate else ""
+        train, val = f"{e.train_loss:.4f}", f"{e.val_loss:.4f}"
+        lr = f"  lr {e.learning_rate:.1e}"
+        if self._bar:
+            self._bar.evaluated(e.step, e.val_loss, rate)
+        value, mark = (val, "bold cyan" if best else "cyan"), (best, "bold green")
+        step = ("step", "bold")
+        whole: list[Part] = [step, f" {e.step:6d}  train loss {train}  val loss ", value]
+        narrow: list[Part] = [step, f" {e.step}  train {train}  val ", value]
+        looks = [*whole, f"{lr}{speed}", mark], [*whole, speed, mark], [*narrow, mark], narrow
         self.say(
-            f"step {e.step:6d}  train loss {e.train_loss:.4f}  val loss {e.val_loss:.4f}"
-            f"  lr {e.learning_rate:.1e}{speed}{best}"
+            f"step {e.step:6d}  train loss {train}  val loss {val}{lr}{speed}{best}",
+            lambda width: _fitting(width, *looks),
         )
 
-    def summary(self, lines: dict[str, str], sample: str) -> None:
+    def summary(self, lines: Mapping[str, str], sample: str) -> None:
         """What was reached and what to do next."""
+        self.end_progress()
         self.say()
-        width = max(map(len, lines))
-        for name, value in lines.items():
-            self.say(f"{name:{width}}  {value}")
+        self._block(lines)
         self.say()
-        self.say("a sample:")
+        self.say("a sample:", lambda _: [("a sample:", "bold")])
         self.say(sample)
 
-    def begin_progress(self, step: int, total: int) -> None:
+    def begin_progress(self, step: int, total: int, tokens_per_step: int) -> None:
         """Show a progress bar on a terminal; elsewhere the lines of the evaluations serve."""
-        if self.quiet or not sys.stdout.isatty():
+        if self._terminal is None or self.quiet:
             return
-        from rich import progress as rich_progress
+        from utils_alg1.utils_terminal import Bar
 
-        self._bar = rich_progress.Progress(
-            rich_progress.TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-            rich_progress.BarColumn(),
-            rich_progress.TextColumn("loss {task.fields[loss]}"),
-            rich_progress.TimeRemainingColumn(),
-            transient=True,
-            auto_refresh=False,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("", total=total, completed=step, loss="-")
+        self._bar = Bar(self._terminal, step, total, tokens_per_step)
 
     def progress(self, step: int, loss: float) -> None:
         """Move the bar; cheap enough for every step."""
-        if self._bar is None:
-            return
-        now = time.monotonic()
-        if now - self._redrawn >= PROGRESS_INTERVAL:
-            self._redrawn = now
-            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", refresh=True)
+        if self._bar is not None:
+            try:
+                self._bar.update(step, loss)
+            except OSError:  # the terminal is gone
+                self._give_up()
+
+    def interrupted(self, notice: bytes) -> None:
+        """Tell of a signal in the bar's place: from its handler, perhaps in the middle of a print."""
+        if self._bar is not None:
+            self._bar.erase()
+            notice = notice.lstrip(b"\n")
+        if self._terminal is not None and len(notice) > self._terminal.width:
+            notice = notice.replace(b"; ", b";\n").replace(b": ", b":\n")
+        with contextlib.suppress(OSError):
+            os.write(2, notice)
 
     def restore_terminal(self) -> None:
-        """Show the cursor again that the progress bar hides; for leaving at once."""
+        """Take the progress bar away when the process leaves at once."""
         if self._bar is not None:
-            os.write(1, b"\x1b[?25h\n")
+            self._bar.erase()
 
     def end_progress(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            with contextlib.suppress(OSError):
+                bar.stop()
+
+
+class _Lines(logging.Handler):
+    """Hands the lines to the console."""
+
+    def __init__(self, show: Callable[[logging.LogRecord], None], level: int):
+        super().__init__(level)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A file with the time before each line."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "a", "utf-8", errors="replace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A disk that is full costs the line."""
+
+
+def _fitting(width: int, *looks: Sequence[Part]) -> Sequence[Part]:
+    from utils_alg1.utils_terminal import fitting
+
+    return fitting(width, *looks)
+
+
+def _look_of_entry(name: str, value: str) -> Look:
+    """How a line of a block looks on a terminal."""
+
+    def look(width: int) -> list[Part]:
+        from utils_alg1.utils_terminal import cell_len, fold
+
+        typed = isinstance(value, Command)
+        separator = REMARK if typed else " "
+        indent, gap = len(name) + 2, "  "
+        pieces = value.split(separator)
+        if indent + max(map(cell_len, pieces)) > width:  # below its name there is more room
+            indent = 0 if typed else 2
+            gap = "\n" + " " * indent
+        folded = fold(value, width, indent, separator)
+        n = len(pieces[0]) if typed else 0
+        return [(name, "bold"), gap, (folded[:n], "cyan"), folded[n:]]
+
+    return look
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss, with days before them where there are any."""
+    minutes, s = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{s:02d}"
+    days, hours = divmod(minutes // 60, 24)
+    return (f"{days} d " if days else "") + f"{hours}:{minutes % 60:02d}:{s:02d}"
 
 
 def loss_in_words(loss: float) -> str:

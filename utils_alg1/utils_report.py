@@ -21,12 +21,14 @@ from model import BigramLanguageModel
 from observations import Image
 from parameters import Parameters, specs
 from utils import Tokenizer
+from utils_aim.instructions import FOLDER as AIM_FOLDER
 from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.utils_observations import attention_pictures, draw_texts
-from utils_alg1.utils_output import Console, loss_in_words
+from utils_alg1.utils_output import Command, Console, duration, loss_in_words
 from utils_alg1.utils_processes import Processes, launch_command
 from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
 from utils_alg1.utils_trackers import read_metrics
+from utils_alg1.utils_training import learning_rate
 from utils_tensorboard.instructions import instructions as tensorboard_instructions
 
 if TYPE_CHECKING:
@@ -283,7 +285,12 @@ def try_attention_picture(run: Run, trainer: Trainer, console: Console) -> str |
 
 
 def describe_end(
-    run: Run, params: Parameters, progress: Progress, exported: dict[str, Any], shown_in: Collection[str]
+    run: Run,
+    params: Parameters,
+    progress: Progress,
+    exported: dict[str, Any],
+    shown_in: Collection[str],
+    processes: Processes,
 ) -> dict[str, str]:
     """The block of lines that a run ends with: what was reached, where it lies, what to type next.
 
@@ -292,21 +299,44 @@ def describe_end(
     evaluation = progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # the loop ends with one
     runs_dir = str(run.path.parent)
-    default = runs_dir == specs()["runs_dir"].default
     lines = {
         "reached": f"step {progress.step}: train loss {evaluation.train_loss:.4f},"
-        f" val loss {evaluation.val_loss:.4f}",
+        f" val loss {evaluation.val_loss:.4f}, in {duration(progress.seconds)}",
         "best": f"step {progress.best_step}: val loss {loss_in_words(progress.best_val)}",
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']})",
     }
     if (run.eval_dir / "report.html").exists():
         lines["report"] = str(run.eval_dir / "report.html")
-    lines["sample"] = "python inference.py" + ("" if default else f" --run {shlex.quote(str(run.path))}")
+    lines["sample"] = Command(f"python inference.py --run {name_of(run)}")
     if "tensorboard" in shown_in:
-        lines["curves"] = tensorboard_instructions(runs_dir, params.tensorboard.port)
+        lines["curves"] = Command(tensorboard_instructions(runs_dir, params.tensorboard.port))
     if "aim" in shown_in:
-        lines["compare"] = aim_instructions()
+        lines["compare"] = Command(aim_instructions())
+    lines["train on"] = Command(longer_command(run, params, progress, processes))
     return lines
+
+
+def longer_command(run: Run, params: Parameters, progress: Progress, processes: Processes) -> str:
+    """What to type to train longer than a run that is done."""
+    steps, longer = (
+        params.train.max_iters,
+        dataclasses.replace(params.train, max_iters=2 * params.train.max_iters),
+    )
+    if progress.step < steps:  # it had lost its patience
+        return f"{resume_command(run, processes)} --patience 0"
+    moved = params.train.lr_schedule != "constant"
+    if moved and any(learning_rate(params.train, s) != learning_rate(longer, s) for s in range(steps)):
+        # The schedule is at its end, and a longer one would have begun otherwise: a run of its own.
+        return f"{launch_command(processes)} --init-from {shlex.quote(str(run.export_path))}"
+    return f"{resume_command(run, processes)} --max-iters {longer.max_iters}"
+
+
+def last_words(store: CheckpointStore, run: Run, processes: Processes) -> bytes:
+    """What a process says that leaves at once, without saving."""
+    if store.newest_step is None:
+        return b"\nleft at once: nothing had been saved\n"
+    way_on = f"go on from step {store.newest_step} with: {resume_command(run, processes)}"
+    return f"\nleft at once; {way_on}\n".encode(errors="replace")
 
 
 def with_the_way_on(error: Alg1Error, store: CheckpointStore, run: Run, processes: Processes) -> Alg1Error:
@@ -321,9 +351,13 @@ def with_the_way_on(error: Alg1Error, store: CheckpointStore, run: Run, processe
 
 def resume_command(run: Run, processes: Processes) -> str:
     """What to type to continue a run."""
+    return f"{launch_command(processes)} --resume {name_of(run)}"
+
+
+def name_of(run: Run) -> str:
+    """A run as a command line names it."""
     in_default_folder = run.path.parent == Path(specs()["runs_dir"].default)
-    name = run.run_id if in_default_folder else shlex.quote(str(run.path))
-    return f"{launch_command(processes)} --resume {name}"
+    return run.run_id if in_default_folder else shlex.quote(str(run.path))
 
 
 def describe_start(
@@ -332,28 +366,39 @@ def describe_start(
     """The block of lines that a run begins with."""
     model, train, runtime = params.model, params.train, trainer.runtime
     n_parameters = sum(parameter.numel() for parameter in trainer.parameters)
-    changed = [
-        f"{name}={getattr(part, name)}"
-        for part in (model, train, params.data, params.tensorboard)
-        for name in (f.name for f in dataclasses.fields(part))
-        if getattr(part, name) != specs()[name].default
-    ]
     dtype = str(runtime.dtype).removeprefix("torch.")
+    threads = f"{runtime.threads} thread" + "s" * (runtime.threads != 1)
+    sequences = trainer.tokens_per_step // model.block_size
+    steps = f"{step} to {train.max_iters}," if step else f"{train.max_iters}"
     lines = {
-        "run": str(run.path),
-        "device": f"{runtime.device}, {dtype}, {runtime.threads} threads",
+        "run": run.run_id,
+        "device": f"{runtime.device}, {dtype}, {threads}",
         "model": f"{n_parameters:,} parameters: n_embd {model.n_embd}, n_head {model.n_head},"
         f" n_layer {model.n_layer}, block_size {model.block_size}",
-        "text": f"{corpus.path}: {len(corpus.tokens):,} characters, {corpus.tokenizer.vocab_size} distinct",
-        "steps": f"{step} to {train.max_iters}," if step else f"{train.max_iters}",
+        "text": f"{corpus.path}: {len(corpus.tokens):,} characters,"
+        f" vocabulary of {corpus.tokenizer.vocab_size}",
+        "steps": f"{steps} of {sequences} x {model.block_size} characters",
+        "folder": f"{run.path}: meta/, logs/, artifacts/, eval/",
     }
-    sequences = trainer.tokens_per_step // model.block_size
-    lines["steps"] += f" of {sequences} x {model.block_size} characters"
-    world_size = runtime.processes.world_size
     if runtime.compile:
         lines["device"] += ", compiled"
-    if world_size > 1:
-        lines["device"] += f", in each of {world_size} processes"
+    if runtime.processes.world_size > 1:
+        lines["device"] += f", in each of {runtime.processes.world_size} processes"
+    if train.output:
+        lines["folder"] += f"; the export also to {train.output}"
+    if train.aim:
+        lines["folder"] += f"; Aim's copy in {AIM_FOLDER}"
+    changed = describe_changes(params)
     if changed:
-        lines["set"] = ", ".join(changed)
+        lines["changed"] = changed
     return lines
+
+
+def describe_changes(params: Parameters) -> str:
+    """The values that are not the defaults, each group with where it came from."""
+    groups: dict[str, list[str]] = {}
+    for name, value in params.changed().items():
+        origin = params.origins[name]
+        groups.setdefault("" if origin == specs()[name].flag else origin, []).append(f"{name}={value}")
+    ordered = sorted(groups.items(), key=lambda group: group[0] != "")  # the command line first
+    return "; ".join(", ".join(values) + (f" ({origin})" if origin else "") for origin, values in ordered)

@@ -243,6 +243,11 @@ def smaller_settings(params: Parameters) -> str:
     return f"try a --block-size below {model.block_size}"
 
 
+def to_stderr(text: bytes) -> None:
+    """Write to the standard error, past Python's own buffer."""
+    os.write(2, text)
+
+
 class StopSignals:
     """SIGINT and SIGTERM, as a flag that the loop reads between steps.
 
@@ -255,16 +260,19 @@ class StopSignals:
         before_leaving: Sequence[Callable[[], object]] = (),
         processes: Processes = ALONE,
         notice: str = "stopping after this step",
+        announce: Callable[[bytes], object] = to_stderr,
     ) -> None:
         """
         Args:
             before_leaving: what must be done even when a second signal ends the process at once.
             processes: a signal to one of them is a signal to all.
             notice: said at the first signal.
+            announce: says it. Not a print: a handler may interrupt one, which cannot be entered twice.
         """
         self.received: int | None = None
         self._processes = processes
         self._notice = f"\n{notice}; once more to leave at once\n".encode()
+        self._announce = announce
         self._before_leaving = before_leaving
         self._previous: dict[int, Any] = {}
 
@@ -284,8 +292,8 @@ class StopSignals:
                     last_act()
             os._exit(128 + number)
         self.received = number
-        # Not through the console: a handler may interrupt a print, which cannot be entered twice.
-        os.write(2, self._notice)
+        with contextlib.suppress(OSError):  # nobody is left to tell
+            self._announce(self._notice)
 
     def heard(self) -> bool:
         """Whether a signal has come, to any process: all of them get the same answer for the same call."""

@@ -1,0 +1,628 @@
+"""What a person reads: the lines of a run without a terminal and at one, the bar, signals, --verbose."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import pty
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import PROJECT, QUIET_TRACKERS, TINY, run_process
+from rich.live import Live
+
+from errors import Alg1Error
+from parameters import Parameters
+from utils_alg1 import utils_report, utils_terminal
+from utils_alg1.utils_output import LOGGER, Command, Console, duration, print_error
+from utils_alg1.utils_processes import ALONE
+from utils_alg1.utils_run_manager import list_runs
+from utils_alg1.utils_runtime import StopSignals
+from utils_alg1.utils_terminal import Bar, Terminal, fold
+from utils_alg1.utils_training import Evaluation, Progress
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|4[0-7]|9[0-7]|38|48)[0-9;]*m")
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+RUN_ID = re.compile(r"\d{4}-\d\d-\d\d_\d{3}")
+
+
+@pytest.fixture(autouse=True)
+def terminal_settings(monkeypatch):
+    """Those of an ordinary terminal, whatever the tests themselves run in."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "XTERM_VERSION", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
+
+
+@pytest.fixture
+def start(train, text_file):
+    return lambda *flags: train("--data", "text.txt", *TINY, *QUIET_TRACKERS, *flags)
+
+
+class Screen:
+    """A pseudo-terminal: `stream` is a program's end of it, `text()` what has been shown so far."""
+
+    def __init__(self):
+        self._ours, theirs = pty.openpty()
+        self.stream = open(theirs, "w", encoding="utf-8")  # noqa: SIM115
+        self._seen = bytearray()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(self._ours, 4096):
+                self._seen += data
+
+    def text(self) -> str:
+        """All that was written; nothing can be written any more."""
+        self.stream.close()
+        self._reader.join(timeout=30)
+        return self._seen.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture
+def open_screen(monkeypatch) -> Callable[[], Screen]:
+    """Puts a screen in the place of stdout; from within the test, since pytest sets its own before it."""
+
+    def make() -> Screen:
+        shown = Screen()
+        monkeypatch.setattr(sys, "stdout", shown.stream)
+        return shown
+
+    return make
+
+
+def lasting(text: str) -> list[str]:
+    """The lines of a screen that are not drawn over."""
+    text = re.sub(r"\n(\r|\x1b\[\?25h)*\x1b\[1A\r?\x1b\[2K", "\x1b[2K", text)  # one row up, and clear that
+    return [ESCAPE.sub("", line.split("\x1b[2K")[-1]).rstrip() for line in text.rstrip("\n").split("\n")]
+
+
+def masked(out: str) -> list[str]:
+    """Lines with what no two runs share masked: losses, speeds, times and the day."""
+    out = RUN_ID.sub("RUN", out)
+    out = re.sub(r"\d\.\d{4}", "LOSS", out)
+    out = re.sub(r"perplexity [\d.]+, [\d.]+ bits", "perplexity P, B bits", out)
+    out = re.sub(r"  [\d,]+ tok/s", "  SPEED tok/s", out)
+    out = re.sub(r"(  best)?$", "", out, flags=re.M)
+    return re.sub(r"in \d:\d\d$", "in TIME", out, flags=re.M).splitlines()
+
+
+# --- without a terminal -------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_a_run_prints_these_lines_and_no_others(start):
+    result = start("--learning-rate", 1e-9, "--eval-interval", 3)
+    best = max(int(n) for n in re.findall(r"step +(\d+) .*  best$", result.out, flags=re.M))
+    *lines, _ = masked(result.out.split("a sample:\n")[0] + "a sample:\n\n")
+    assert result.err == ""
+    assert lines == [
+        "run      RUN",
+        "device   cpu, float32, 1 thread",
+        "model    4,976 parameters: n_embd 16, n_head 2, n_layer 1, block_size 8",
+        "text     text.txt: 4,130 characters, vocabulary of 48",
+        "steps    6 of 2 x 8 characters",
+        "folder   runs/RUN: meta/, logs/, artifacts/, eval/",
+        "changed  n_embd=16, n_head=2, n_layer=1, block_size=8, batch_size=2, max_iters=6,"
+        " learning_rate=1e-09, eval_interval=3, eval_iters=2, threads=1, aim=False, data_path=text.txt,"
+        " tensorboard=False, histogram_interval=3",
+        "",
+        "step      0  train loss LOSS  val loss LOSS  lr 1.0e-09",
+        "step      3  train loss LOSS  val loss LOSS  lr 1.0e-09  SPEED tok/s",
+        "step      6  train loss LOSS  val loss LOSS  lr 1.0e-09  SPEED tok/s",
+        "",
+        "reached   step 6: train loss LOSS, val loss LOSS, in TIME",
+        f"best      step {best}: val loss LOSS (perplexity P, B bits per character)",
+        f"exported  runs/RUN/artifacts/export/model.safetensors (best weights, of step {best})",
+        "report    runs/RUN/eval/report.html",
+        "sample    python inference.py --run RUN",
+        "train on  python train.py --resume RUN --max-iters 12",
+        "",
+        "a sample:",
+    ]
+
+
+def test_a_block_names_what_a_run_is_told_beyond_its_text(start):
+    lines = start("--aim", "--output", "mine.safetensors").out.splitlines()
+    folder = next(line for line in lines if line.startswith("folder"))
+    assert folder.endswith("eval/; the export also to mine.safetensors; Aim's copy in .aim")
+    resumed = start("--resume", "latest", "--max-iters", 8).out
+    assert "\nsteps    6 to 8, of 2 x 8 characters\n" in resumed
+    changed = next(line for line in resumed.splitlines() if line.startswith("changed"))
+    assert changed.startswith("changed  n_embd=16, n_head=2,")
+    assert changed.endswith("histogram_interval=3; output=mine.safetensors (resumed run)")
+
+
+def test_changed_values_stand_with_where_they_came_from():
+    values = {"n_embd": 128, "seed": 5, "dropout": 0.0, "max_iters": 7}
+    origins = {
+        "n_embd": "a/model.json",
+        "seed": "--seed",
+        "dropout": "a/model.json",
+        "max_iters": "a/train.yaml",
+    }
+    params = Parameters.from_values(values, origins, [])
+    assert params.changed() == {"n_embd": 128, "max_iters": 7, "seed": 5}
+    shown = "seed=5; n_embd=128 (a/model.json); max_iters=7 (a/train.yaml)"
+    assert utils_report.describe_changes(params) == shown
+    assert utils_report.describe_changes(Parameters.from_values({}, {}, [])) == ""
+
+
+@pytest.mark.parametrize(
+    "flags, way_on",
+    [
+        ([], "--resume RUN --max-iters 12"),
+        (["--lr-schedule", "cosine"], "--init-from runs/RUN/artifacts/export/model.safetensors"),
+        (["--patience", 1, "--learning-rate", 9, "--eval-interval", 1], "--resume RUN --patience 0"),
+    ],
+    ids=["constant", "cosine", "patience"],
+)
+def test_the_command_that_trains_on_does_so(flags, way_on, start, train):
+    lines = start(*flags).out.splitlines()
+    command = next(line for line in lines if line.startswith("train on")).removeprefix("train on  ")
+    assert RUN_ID.sub("RUN", command) == f"python train.py {way_on}"
+    given = [] if "--resume" in command else ["--data", "text.txt", *QUIET_TRACKERS, "--max-iters", 2]
+    result = train(*shlex.split(command)[2:], *given)
+    assert result.code == 0, result.err
+    assert "lr " in result.out
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--print-config"]])
+def test_rich_is_not_imported_without_a_terminal(workdir, flags):
+    code = (
+        "import contextlib, sys, train\n"
+        f"with contextlib.suppress(SystemExit): train.main({flags})\n"
+        "sys.exit('rich' in sys.modules or 'torch' in sys.modules)"
+    )
+    Path("code.py").write_text(code)
+    path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+    assert run_process(workdir / "code.py", env=os.environ | {"PYTHONPATH": path}).code == 0
+
+
+# --- logging ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_record_of_any_module_is_a_line_of_verbose_and_of_the_log(verbose, workdir, capsys, caplog):
+    Console()  # an earlier one speaks no more
+    console = Console(verbose=verbose)
+    console.log_to(Path("train.log"))
+    logging.getLogger("alg1").debug("%d%% inside", 5)
+    console.close()
+    assert capsys.readouterr() == ("5% inside\n" * verbose, "")
+    assert Path("train.log").read_text()[20:] == "5% inside\n"
+    assert caplog.records == [] and LOGGER.handlers == []
+
+
+def test_verbose_names_the_checkpoints_that_are_removed(start):
+    flags = ["--verbose", "--checkpoint-interval", 1, "--keep-checkpoints", 1, "--learning-rate", 1e-9]
+    lines = start(*flags).out.splitlines()
+    saved = {line.split()[1] for line in lines if line.startswith("saving ")}
+    removed = {line.split()[1] for line in lines if line.startswith("removed ")}
+    left = {str(path) for path in Path("runs").rglob("step_*")}
+    assert removed and saved - removed == left
+
+
+def test_quiet_leaves_the_warnings_and_what_to_do_next(workdir, capsys):
+    console = Console(quiet=True)
+    console.say("said")
+    console.warn("careful")
+    console.remind("stopped; go on with", "python train.py")
+    console.close()
+    assert capsys.readouterr() == ("", "warning: careful\nstopped; go on with: python train.py\n")
+
+
+def test_a_full_disk_costs_only_the_line_of_the_log(workdir, capsys):
+    console = Console()
+    console.log_to(Path("/dev/full"))
+    console.say("said")
+    console.close()
+    assert capsys.readouterr() == ("said\n", "")
+
+
+# --- at a terminal ------------------------------------------------------------------------------------
+
+
+def test_at_a_terminal_the_lines_stay_and_a_bar_moves_below_them(start, open_screen):
+    screen = open_screen()
+    assert start("--eval-interval", 3).code == 0
+    text = screen.text()
+    assert "step 1/6" in ESCAPE.sub("", text) and "━" in text and COLOUR.search(text)
+    lines = masked("\n".join(lasting(text)))
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split("  lr")[0] for line in steps] == [
+        f"step      {n}  train loss LOSS  val loss LOSS" for n in (0, 3, 6)
+    ]
+    assert not any("━" in line for line in lines)
+    assert all(len(line) <= 80 for line in lasting(text))
+    hidden, shown = text.rfind("\x1b[?25l"), text.rfind("\x1b[?25h")
+    assert -1 < hidden < shown  # the cursor is there at the end, and was while it trained
+    assert text.index("\x1b[?25h") < text.index("train loss")
+
+
+def test_a_narrow_terminal_breaks_no_line_but_what_is_typed(start, open_screen, monkeypatch):
+    screen = open_screen()
+    monkeypatch.setenv("COLUMNS", "40")
+    start()
+    lines = lasting(screen.text())
+    too_long = {RUN_ID.sub("RUN", line.strip()) for line in lines if len(line) > 40}
+    assert too_long == {  # to be copied
+        "python train.py --resume RUN --max-iters 12",
+        "runs/RUN/artifacts/export/model.safetensors",
+    }
+    assert any(re.fullmatch(r"step 0  train \d\.\d{4}  val \d\.\d{4}  best", line) for line in lines)
+    assert "python inference.py --run " + RUN_ID.search("".join(lines))[0] in lines
+
+
+def test_no_color_keeps_the_bar_and_drops_the_colours(start, open_screen, monkeypatch):
+    screen = open_screen()
+    monkeypatch.setenv("NO_COLOR", "1")
+    start()
+    text = screen.text()
+    assert "step 1/6" in ESCAPE.sub("", text) and not COLOUR.search(text)
+    assert "━─" in ESCAPE.sub("", text)  # what is done and what is not differ without a colour
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_a_terminal_that_knows_only_lines_gets_only_lines(start, open_screen, monkeypatch, term):
+    screen = open_screen()
+    monkeypatch.setenv("TERM", term)
+    start()
+    text = screen.text()
+    assert "\x1b" not in text and "\r" not in text.replace("\r\n", "\n")
+    assert "step      0  train loss" in text and "step 1/6" not in text
+    assert re.search(r"^changed .* histogram_interval=3$", text, re.M)  # in one piece
+
+
+def test_quiet_shows_nothing_at_a_terminal(start, open_screen):
+    screen = open_screen()
+    assert start("--quiet").code == 0
+    assert screen.text() == ""
+
+
+def test_warnings_go_to_a_file_behind_stderr_while_the_bar_is_shown(open_screen, monkeypatch):
+    screen = open_screen()
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", errors)
+    console = Console()
+    console.begin_progress(0, 10, 1)
+    console.progress(1, 2.0)
+    console.warn("careful")
+    print("from elsewhere", file=sys.stderr)
+    console.close()
+    assert errors.getvalue() == "warning: careful\nfrom elsewhere\n"
+    assert "careful" not in screen.text()
+
+
+def test_lines_of_others_stand_above_the_bar(open_screen):
+    screen = open_screen()
+    console = Console()
+    console.begin_progress(0, 10, 1)
+    console.progress(1, 2.0)
+    print("from elsewhere")
+    console.close()
+    assert "from elsewhere" in lasting(screen.text())
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_an_error_is_coloured_at_a_terminal_only(colour, monkeypatch, capsys):
+    shown = Screen()
+    monkeypatch.setattr(sys, "stderr", shown.stream if colour else sys.stderr)
+    print_error(Alg1Error("a [red]is[/] wrong", "mend a"))
+    text = shown.text() + capsys.readouterr().err
+    assert ESCAPE.sub("", text) == "error: a [red]is[/] wrong\nhint: mend a\n"
+    assert bool(COLOUR.search(text)) is colour
+
+
+def test_a_terminal_that_goes_away_does_not_stop_the_training(start, open_screen, monkeypatch):
+    open_screen()
+
+    def gone(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Live, "refresh", gone)
+    before = sys.stdout
+    result = start()
+    assert (result.code, result.err) == (0, "")
+    assert sys.stdout is before
+    assert (list_runs("runs")[0] / "eval/final.json").exists()
+
+
+# --- the bar ------------------------------------------------------------------------------------------
+
+
+class Hours(SimpleNamespace):
+    """A clock that stands still until it is set."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def hours(monkeypatch):
+    clock = Hours()
+    monkeypatch.setattr(utils_terminal, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def new_bar(hours, monkeypatch) -> Callable[..., Bar]:
+    """Bars on a terminal that keeps what was written, with the number of redraws in `bar.redraws`."""
+
+    def make(*arguments: int) -> Any:
+        bar: Any = Bar(Terminal(io.StringIO()), *arguments)
+        bar.stop()
+        bar.redraws = 0
+
+        def refresh() -> None:
+            bar.redraws += 1
+
+        bar._live.refresh = refresh
+        return bar
+
+    return make
+
+
+def plain(parts: Any) -> str:
+    return "".join(part if isinstance(part, str) else part[0] for part in parts)
+
+
+def test_the_bar_is_redrawn_ten_times_a_second_and_at_the_end(new_bar, hours):
+    bar = new_bar(0, 1000, 32)
+    for step in range(1, 1001):
+        hours.now += 0.001
+        if step % 100 == 50:
+            bar.before_line()  # an evaluation makes no step dearer
+        bar.update(step, 2.0)
+    assert 9 <= bar.redraws <= 12
+    assert (bar.step, bar.total) == (1000, 1000)
+
+
+def test_the_bar_shows_the_speed_of_the_training_and_the_time_that_all_takes(new_bar, hours):
+    bar = new_bar(0, 1000, 32)
+    for step in range(1, 101):
+        hours.now += 0.01
+        bar.update(step, 2.0)
+    assert bar.rate == pytest.approx(100 * 32)
+    bar.before_line()
+    hours.now += 9.0  # an evaluation, a checkpoint
+    for step in range(101, 202):
+        hours.now += 0.01
+        bar.update(step, 2.0)
+    assert bar.rate == pytest.approx(100 * 32)
+    passed = 9.0 + 200 * 0.01
+    assert bar.seconds_left() == pytest.approx(passed / 200 * 799, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "width, line",
+    [
+        (140, "step  250/1000  " + "━" * 40 + "  loss 2.1234  val 2.2345  12,345 tok/s  1:00 left"),
+        (80, "step  250/1000  ━━━━━━━━━━━  loss 2.1234  val 2.2345  12,345 tok/s  1:00 left"),
+        (70, "step  250/1000  loss 2.1234  val 2.2345  12,345 tok/s  1:00 left"),
+        (60, "step  250/1000  loss 2.1234  val 2.2345  1:00 left"),
+        (42, "step  250/1000  loss 2.1234  1:00 left"),
+        (40, "step  250/1000  ━━━━━━━━  loss 2.1234"),
+        (20, "step  250/1000"),
+        (10, ""),
+    ],
+)
+def test_the_bar_leaves_out_what_does_not_fit(width, line, new_bar, monkeypatch):
+    bar = new_bar(0, 1000, 32)
+    bar.step, bar.loss, bar.val_loss, bar.rate = 250, 2.1234, 2.2345, 12345.0
+    monkeypatch.setattr(bar, "seconds_left", lambda: 60.0)
+    shown = plain(bar.line(width))
+    assert shown == line
+    assert len(shown) <= max(0, width - 3)
+
+
+def test_a_bar_without_colour_or_without_unicode_still_shows_how_far_it_is(new_bar):
+    bar = new_bar(0, 1000, 32)
+    bar.step, bar.loss = 250, 2.0
+    assert plain(bar.line(49, colour=False)) == "step  250/1000  ━━━━─────────────  loss 2.0000"
+    assert (
+        plain(bar.line(49, ascii_only=True, colour=False)) == "step  250/1000  ####.............  loss 2.0000"
+    )
+
+
+@pytest.mark.parametrize("xterm, cleared", [(False, "\x1b[2A\r\x1b[J"), (True, "")])
+def test_a_bar_that_a_narrower_terminal_wrapped_is_cleared(xterm, cleared, new_bar, monkeypatch):
+    if xterm:  # cuts lines off instead
+        monkeypatch.setenv("XTERM_VERSION", "XTerm(390)")
+    bar = new_bar(0, 1000, 32)
+    bar._columns = 77
+    monkeypatch.setenv("COLUMNS", "30")
+    bar.terminal.stream.truncate(0)
+    bar.terminal.stream.seek(0)
+    bar.terminal = Terminal(bar.terminal.stream)
+    bar.before_line()
+    bar.before_line()
+    assert bar.terminal.stream.getvalue() == cleared
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (90061, "1 d 1:01:01")],
+)
+def test_a_duration(seconds, words):
+    assert duration(seconds) == words
+
+
+# --- lines of a terminal ------------------------------------------------------------------------------
+
+
+def test_folding_breaks_at_separators_only():
+    assert fold("aa bb cc", 6, 2) == "aa\n  bb\n  cc"
+    assert fold("aa bb cc", 7, 2) == "aa bb\n  cc"
+    assert fold("aaaaaaaaaa bb", 6, 2) == "aaaaaaaaaa\n  bb"
+    assert fold("日本 日本", 8, 0) == "日本\n日本"  # two columns each
+    assert fold("run this   a remark", 80, 2, "   ") == "run this   a remark"
+    assert fold("run this   a remark", 12, 2, "   ") == "run this\n  a remark"
+
+
+def block(screen: Screen, lines: dict[str, str]) -> list[str]:
+    console = Console()
+    console.start(lines)
+    console.close()
+    return ESCAPE.sub("", screen.text()).splitlines()[:-1]
+
+
+def test_a_block_is_folded_below_its_values(open_screen, monkeypatch):
+    screen = open_screen()
+    monkeypatch.setenv("COLUMNS", "40")
+    assert block(screen, {"model": "one two three four five six seven eight", "run": "x"}) == [
+        "model  one two three four five six seven",
+        "       eight",
+        "run    x",
+    ]
+
+
+def test_a_command_is_not_folded(open_screen, monkeypatch):
+    screen = open_screen()
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = {
+        "short": Command("aim up   then open http://localhost:1"),
+        "long": Command("tensorboard --logdir=runs --port=6006   then look"),
+    }
+    assert block(screen, lines) == [
+        "short  aim up",
+        "       then open http://localhost:1",
+        "long ",
+        "tensorboard --logdir=runs --port=6006",
+        "then look",
+    ]
+
+
+@pytest.mark.parametrize(
+    "columns, line",
+    [
+        (80, "step    300  train loss 2.5000  val loss 2.6000  lr 1.0e-03  1,234 tok/s  best"),
+        (70, "step    300  train loss 2.5000  val loss 2.6000  1,234 tok/s  best"),
+        (40, "step 300  train 2.5000  val 2.6000  best"),
+        (38, "step 300  train 2.5000  val 2.6000"),
+    ],
+)
+def test_the_line_of_an_evaluation_fits(columns, line, open_screen, monkeypatch):
+    screen = open_screen()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    console = Console()
+    evaluation = Evaluation(300, 2.5, 2.6, 1e-3)
+    console.evaluation(evaluation, Progress(300, best_step=300), 1234.0)
+    console.close()
+    assert ESCAPE.sub("", screen.text()) == line + "\n"
+
+
+# --- signals ------------------------------------------------------------------------------------------
+
+
+class Left(BaseException):
+    """Instead of os._exit."""
+
+
+def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, capfd):
+    screen = open_screen()
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    console = Console()
+    console.begin_progress(0, 10, 1)
+    console.progress(1, 2.0)
+    last_acts = [console.restore_terminal, lambda: console.interrupted(b"\nleft at once; go on\n")]
+    with StopSignals(last_acts, announce=console.interrupted) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.exit_code == 143
+        with pytest.raises(Left) as left:
+            signal.raise_signal(signal.SIGTERM)
+    assert left.value.args == (143,)
+    console.close()
+    notices = capfd.readouterr().err
+    assert notices == "stopping after this step; once more to leave at once\nleft at once; go on\n"
+    assert screen.text().count("\r\x1b[2K") >= 2
+
+
+def test_a_notice_is_broken_where_the_terminal_is_narrow(open_screen, monkeypatch, capfd):
+    open_screen()
+    monkeypatch.setenv("COLUMNS", "40")
+    Console().interrupted(b"\nleft at once; go on from step 100 with: python train.py\n")
+    assert capfd.readouterr().err == "\nleft at once;\ngo on from step 100 with:\npython train.py\n"
+
+
+def test_a_signal_without_a_stderr_is_heard_all_the_same(monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    with StopSignals(announce=refuse) as signals:
+        signal.raise_signal(signal.SIGINT)
+    assert signals.received == signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    "step, words",
+    [
+        (None, b"\nleft at once: nothing had been saved\n"),
+        (4, b"\nleft at once; go on from step 4 with: python train.py --resume x\n"),
+    ],
+)
+def test_last_words_name_the_newest_checkpoint(step, words):
+    run: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
+    store: Any = SimpleNamespace(newest_step=step)
+    assert utils_report.last_words(store, run, ALONE) == words
+
+
+def test_ctrl_c_at_a_terminal_leaves_a_tidy_screen(text_file):
+    """A real process in a pseudo-terminal of its own, 80 columns wide."""
+    flags = [
+        "--data",
+        "text.txt",
+        *TINY,
+        *QUIET_TRACKERS,
+        "--max-iters",
+        "1000000",
+        "--eval-interval",
+        "100000",
+    ]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(PROJECT / "train.py"), *flags])
+    patience = threading.Timer(120, os.kill, (pid, signal.SIGKILL))
+    patience.start()
+    seen = bytearray()
+    stopped = False
+    while True:
+        try:
+            data = os.read(terminal, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        seen += data
+        if not stopped and b" left" in seen:
+            os.write(terminal, b"\x03")
+            stopped = True
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    patience.cancel()
+    os.close(terminal)
+    lines = lasting(seen.decode().replace("\r\n", "\n"))
+    assert code == 130
+    assert lines[-2] == "stopping after this step; once more to leave at once"
+    assert re.fullmatch(r"stopped at step \d+; go on with: python train.py --resume \S+", lines[-1])
+    assert lines[-3].startswith("step      0  train loss")
