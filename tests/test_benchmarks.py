@@ -11,7 +11,8 @@ from conftest import PROJECT, run_process
 FOLDER = PROJECT / "benchmarks"
 HELPERS = {"common.py", "peers.py"}
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in HELPERS)
-QUICK = ("checkpoint.py", "optimizers.py", "sample.py", "tokens.py")  # what the plain suite has time for
+# What the plain suite has time for.
+QUICK = ("checkpoint.py", "optimizers.py", "options.py", "sample.py", "tokens.py")
 QUICK_FLAGS = {"scaling.py": ["--picture", "scaling.png"]}
 
 
