@@ -170,6 +170,14 @@ def _runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
     return run
 
 
+def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Callable | str) -> None:
+    """Let torch.compile use that backend, which knows nothing of the usual one's options."""
+    import torch
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend=backend))
+
+
 def run_process(script: str, *arguments: object, timeout: float = 120, **options) -> Result:
     """A script as a process of its own: `run_process("train.py", "--help")`."""
     command = [sys.executable, str(PROJECT / script), *map(str, arguments)]

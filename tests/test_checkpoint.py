@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
-import functools
 import json
 import os
 import shlex
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET_TRACKERS, TEXT, TINY, lasting_metrics
+from conftest import QUIET_TRACKERS, TEXT, TINY, compile_with, lasting_metrics
 from filelock import FileLock
 
 import files
@@ -405,7 +404,7 @@ def test_a_compiled_run_and_a_resume_change_no_byte(backend, start, train, monke
         pytest.skip("needs a C++ compiler")
     if backend == "inductor" and not campaign.whole:
         pytest.skip("takes a minute: pytest --campaign")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    compile_with(monkeypatch, backend)
     flags = ["--compile", "on", "--dropout", 0.2]
     whole = start(*flags, into="whole")
     assert whole.code == 0 and "does not work here" not in whole.out

@@ -313,7 +313,7 @@ def test_handlers_are_restored_also_after_an_error():
 def test_a_compiler_that_fails_is_told_in_one_short_line(monkeypatch):
     said = []
 
-    def fail(function):
+    def fail(function, **_):
         raise RuntimeError("x" * 500 + "\nmore")
 
     monkeypatch.setattr(torch, "compile", fail)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET_TRACKERS, TINY
+from conftest import QUIET_TRACKERS, TINY, compile_with
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -551,7 +550,7 @@ def test_a_captured_graph_trains_like_the_plain_model(train, text_file, monkeypa
         calls.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    compile_with(monkeypatch, backend)
     assert_compiling_changes_little(train, text_file)
     assert calls
 
@@ -563,11 +562,11 @@ def test_a_compiled_run_on_a_cpu_has_the_losses_of_a_plain_one(train, text_file,
     assert_compiling_changes_little(train, text_file)
 
 
-def raise_at_once(function):
+def raise_at_once(function, **_):
     raise RuntimeError("no compiler\nfor this machine")
 
 
-def raise_when_called(function):
+def raise_when_called(function, **_):
     return lambda *_: raise_at_once(function)
 
 
@@ -621,7 +620,7 @@ def test_the_reference_model_is_not_worth_compiling_and_the_six_layer_one_is():
 
 
 def test_a_compiled_function_is_called(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: lambda x: ("compiled", x))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: ("compiled", x))
     call = compiled(lambda x: ("plain", x), pytest.fail)
     assert [call(1), call(2)] == [("compiled", 1), ("compiled", 2)]
 

@@ -36,9 +36,10 @@ class WrittenOut(Backward):
     """By gradient.py: on a CPU, in float32, without dropout, by one process. The same, but for rounding."""
 
     def __init__(self, model: BigramLanguageModel, runtime: Runtime, say: Callable[[str], None]):
-        super().__init__(
-            compiled(loss_and_gradients, say) if runtime.compile else loss_and_gradients, runtime
-        )
+        function: Callable = loss_and_gradients
+        if runtime.compile:
+            function = compiled(function, say, {"cpp_wrapper": True})  # no Python between its kernels
+        super().__init__(function, runtime)
         self._config = model.config
         self._weights = dict(model.named_parameters())
 

@@ -72,10 +72,13 @@ class AdamW(Optimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> None:
         steps, means, squares = self._kept(group, params)
-        torch._foreach_add_(steps, 1)
+        if steps[-1] is not steps[0]:  # they count together, so one count serves all
+            for p in params:
+                self.state[p]["step"] = steps[0]
+        steps[0] += 1
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
-            params, gradients, means, squares, [], steps,
+            params, gradients, means, squares, [], steps[:1] * len(steps),
             lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=EPSILON,
             amsgrad=False, maximize=False,
         )  # fmt: skip

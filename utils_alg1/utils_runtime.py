@@ -163,8 +163,10 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def compiled(function: Callable, say: Callable[[str], None]) -> Callable:
-    """`function` through torch.compile; where that fails, one line and `function` itself."""
+def compiled(
+    function: Callable, say: Callable[[str], None], options: dict[str, Any] | None = None
+) -> Callable:
+    """`function` through torch.compile with its `options`; where that fails, one line and `function`."""
     chosen: Callable | None = None  # known after the first call
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -172,7 +174,7 @@ def compiled(function: Callable, say: Callable[[str], None]) -> Callable:
         if chosen is not None:
             return chosen(*args, **kwargs)
         try:
-            fast = torch.compile(function)
+            fast = torch.compile(function, options=options)
             result = fast(*args, **kwargs)
         except Exception as error:  # a compiler fails in many ways, and none of them may cost the run
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -205,8 +205,8 @@ class Trainer:
             what = "gradient" if math.isfinite(mean_loss) else "loss"
             self._stop(f"the {what} is not finite at step {step}; the weights were not updated")
         self.gradient_norm = norm
-        if config.grad_clip:
-            torch._foreach_mul_(gradients, (config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        if config.grad_clip and norm > config.grad_clip:
+            torch._foreach_mul_(gradients, config.grad_clip / norm)
         return mean_loss
 
     def _backward(self, step: int, micro_batch: int) -> float:
