@@ -92,6 +92,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A pair of curves for each axis, in logarithmic scales."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     axes = list(dict.fromkeys(row["what changes"] for row in rows))
     figure = Figure(figsize=(3 * len(axes), 4.6), dpi=110, layout="constrained")
@@ -109,6 +110,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             panel.grid(alpha=0.3)
             if line:
                 panel.set_ylim(bottom=0)
+            else:
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_formatter("{x:,.0f}")
             if column == 0:
                 panel.set_ylabel(name)
     figure.savefig(path)
