@@ -1,4 +1,4 @@
-"""The changes that CONTRIBUTING.md shows are whole: each is made in a copy of the project, which then trains."""
+"""The changes that CONTRIBUTING.md shows are whole: each is made, and the copy trains."""
 
 from __future__ import annotations
 
