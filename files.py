@@ -116,7 +116,7 @@ def digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> 
 def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
     """Write a tensor file atomically. The same tensors and metadata always give the same bytes.
 
-    The tensors are of types that numpy has too; safetensors takes its arrays in two thirds of the time.
+    The tensors are of types that numpy has too, whose arrays safetensors takes sooner.
     """
     from safetensors.numpy import save
 

@@ -1,7 +1,7 @@
 """The gradient, written out: what backpropagation does to this model, operator by operator.
 
 Autograd finds the same numbers from model.py alone, for any device and with dropout. At the sizes that a
-laptop trains, a quarter of its time is bookkeeping; a plain function of tensors has none, and torch.compile
+laptop trains, much of its time is bookkeeping; a plain function of tensors has none, and torch.compile
 makes one program of it, forward and backward. The letters of the shapes are those of model.py, N = B T.
 
 Below, `g` is the gradient of the loss with respect to whatever the line before names; the way back through
@@ -22,6 +22,7 @@ from parameters import ModelConfig
 
 aten = torch.ops.aten
 EPSILON = 1e-5  # of torch.nn.LayerNorm
+OPTIONS = {"positions", "qk_norm", "zero_init"}  # of the model, that are served here
 PLAIN_ATTENTION = 64  # characters up to which compiled attention is quicker as plain products
 
 

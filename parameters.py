@@ -185,7 +185,7 @@ class TrainConfig:
     )
     compile: str = setting(
         "auto",
-        "torch.compile of the forward pass; auto is on for a long run on CUDA, where it ends sooner",
+        "torch.compile of the training step; auto is on for a long run on CUDA, where it ends sooner",
         choices=("auto", "on", "off"),
         may_change=True,
     )

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradient
-from gradient import loss_and_gradients
+from gradient import OPTIONS, loss_and_gradients
 from model import BigramLanguageModel
-from parameters import ModelConfig
+from parameters import MODEL_OPTIONS, ModelConfig
+from utils_alg1 import utils_backward
 from utils_alg1.utils_backward import Backward, WrittenOut, find_backward
 from utils_alg1.utils_processes import Processes
 from utils_alg1.utils_runtime import Runtime
@@ -132,3 +133,24 @@ def test_what_it_does_not_serve_is_autograd_s(change, dropout):
     model = BigramLanguageModel(dataclasses.replace(SMALL, dropout=dropout))
     backward = find_backward(model, dataclasses.replace(CPU, **change), pytest.fail)
     assert type(backward) is Backward
+
+
+def test_an_option_that_it_does_not_know_is_autograd_s(monkeypatch):
+    assert set(MODEL_OPTIONS) == OPTIONS
+    monkeypatch.setattr(utils_backward, "OPTIONS", OPTIONS - {"qk_norm"})
+    assert isinstance(find_backward(make_model(), CPU, pytest.fail), WrittenOut)
+    model = make_model(dataclasses.replace(SMALL, qk_norm=True))
+    assert type(find_backward(model, CPU, pytest.fail)) is Backward
+
+
+def test_the_compiler_is_told_to_leave_python_out(monkeypatch):
+    told = []
+
+    def compile(function, options):
+        told.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    backward = find_backward(make_model(), dataclasses.replace(CPU, compile=True), lambda _: None)
+    backward(*draw_batch(SMALL), 1)
+    assert told == [(loss_and_gradients, {"cpp_wrapper": True})] and backward.compiled

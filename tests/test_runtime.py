@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from errors import CANNOT_TRAIN, DONE, Alg1Error
 from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
 from utils_alg1.utils_runtime import (
+    Compiled,
     Runtime,
     StopSignals,
-    compiled,
     derive_seed,
     find_device,
     generator,
@@ -317,6 +317,6 @@ def test_a_compiler_that_fails_is_told_in_one_short_line(monkeypatch):
         raise RuntimeError("x" * 500 + "\nmore")
 
     monkeypatch.setattr(torch, "compile", fail)
-    call = compiled(lambda: 7, said.append)
+    call = Compiled(lambda: 7, said.append)
     assert [call(), call()] == [7, 7]
-    assert len(said) == 1 and "\n" not in said[0] and len(said[0]) < 200
+    assert call.failed and len(said) == 2 and "\n" not in said[1] and len(said[1]) < 200

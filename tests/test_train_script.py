@@ -526,3 +526,20 @@ def test_weights_of_another_program_take_the_vocabulary_of_a_text(train, sample,
     flags[1] = "more.txt"
     result = train(*flags)
     assert result.code == 2 and "is for 48 characters; the text has 49" in result.err
+
+
+def test_the_garbage_collector_rests_while_the_heavy_packages_come(tmp_path):
+    """In a process of its own: here they were imported long ago."""
+    program = """
+import gc, sys
+from utils_alg1.utils_output import importing
+with importing():
+    print(gc.isenabled())
+    import numpy
+print(gc.isenabled(), gc.get_freeze_count() > 0)
+sys.modules["torch"] = numpy
+with importing():
+    print(gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\nTrue True\nTrue\n", "")

@@ -24,8 +24,8 @@ from utils_alg1.utils_backward import Backward, find_backward
 from utils_alg1.utils_checkpoint import checkpoint_paths, newest_checkpoint
 from utils_alg1.utils_optimizers import SGD, create_optimizer, orthogonalise
 from utils_alg1.utils_runtime import (
+    Compiled,
     Runtime,
-    compiled,
     compiling_pays,
     generator,
     seed_initial_weights,
@@ -578,6 +578,8 @@ def test_a_compiler_that_fails_costs_one_line(compiler, train, text_file, monkey
     assert result.code == 0
     line = "torch.compile does not work here (no compiler); going on without it"
     assert result.out.splitlines().count(line) == 1
+    (run,) = Path("on").glob("2*")
+    assert newest_checkpoint(run, pytest.fail).metadata["compiled"] is False
     assert train(*flags, "--compile", "off", "--runs-dir", "off").code == 0
     assert_same_bytes(last_state("on"), last_state("off"))
 
@@ -621,8 +623,10 @@ def test_the_reference_model_is_not_worth_compiling_and_the_six_layer_one_is():
 
 def test_a_compiled_function_is_called(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: ("compiled", x))
-    call = compiled(lambda x: ("plain", x), pytest.fail)
+    said: list[str] = []
+    call = Compiled(lambda x: ("plain", x), said.append)
     assert [call(1), call(2)] == [("compiled", 1), ("compiled", 2)]
+    assert said == ["compiling the training step, which can take a minute"] and not call.failed
 
 
 # --- CUDA ---------------------------------------------------------------------------------------------

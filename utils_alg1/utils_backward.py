@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gradient import loss_and_gradients
+from gradient import OPTIONS, loss_and_gradients
 from model import BigramLanguageModel
-from utils_alg1.utils_runtime import Runtime, compiled
+from parameters import MODEL_OPTIONS
+from utils_alg1.utils_runtime import Compiled, Runtime
 
 
 class Backward:
@@ -23,6 +24,11 @@ class Backward:
         """`forward` is the model, or a faster or shared form of it."""
         self._forward, self._runtime = forward, runtime
         self.scaler = runtime.loss_scaler()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its steps are compiled: asked for, and possible here."""
+        return isinstance(self._forward, Compiled) and not self._forward.failed
 
     def __call__(self, x: Tensor, y: Tensor, parts: int) -> Tensor:
         """Add the gradient of the mean loss of tokens (B, T), divided by `parts`; that loss, a scalar."""
@@ -38,15 +44,17 @@ class WrittenOut(Backward):
     def __init__(self, model: BigramLanguageModel, runtime: Runtime, say: Callable[[str], None]):
         function: Callable = loss_and_gradients
         if runtime.compile:
-            function = compiled(function, say, {"cpp_wrapper": True})  # no Python between its kernels
+            function = Compiled(function, say, {"cpp_wrapper": True})  # no Python between its kernels
         super().__init__(function, runtime)
         self._config = model.config
         self._weights = dict(model.named_parameters())
 
     @staticmethod
     def serves(model: BigramLanguageModel, runtime: Runtime) -> bool:
+        config = model.config
+        plain = all(getattr(config, name) == MODEL_OPTIONS[name] for name in MODEL_OPTIONS.keys() - OPTIONS)
         on_cpu = runtime.device.type == "cpu" and runtime.dtype is torch.float32
-        return on_cpu and runtime.processes.world_size == 1 and not model.config.dropout
+        return plain and on_cpu and runtime.processes.world_size == 1 and not config.dropout
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor, parts: int) -> Tensor:
@@ -63,4 +71,4 @@ def find_backward(model: BigramLanguageModel, runtime: Runtime, say: Callable[[s
     if WrittenOut.serves(model, runtime):
         return WrittenOut(model, runtime, say)
     forward: Callable = runtime.processes.wrap(model, runtime.device)
-    return Backward(compiled(forward, say) if runtime.compile else forward, runtime)
+    return Backward(Compiled(forward, say) if runtime.compile else forward, runtime)

@@ -187,7 +187,7 @@ class CheckpointStore:
             "vocabulary": model.vocabulary,
             "scaler": trainer.scaler.state_dict(),
             "world_size": trainer.runtime.processes.world_size,
-            "compiled": trainer.runtime.compile,
+            "compiled": trainer.backward.compiled,
             **about,
         }
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -30,7 +30,7 @@ class Runtime:
         dtype: of the forward pass; weights and optimizer stay float32.
         threads: of the CPU. Sums come out bitwise the same only with the same number.
         processes: those that share the work; the same goes for their number.
-        compile: whether the forward pass is compiled; the same goes for that.
+        compile: whether the training step is to be compiled; the same goes for that.
     """
 
     device: torch.device
@@ -108,8 +108,8 @@ def start_runtime(
 def compiling_pays(device: torch.device, flops: float) -> bool:
     """Whether a run of so many floating-point operations ends sooner when it is compiled first.
 
-    On a CPU it never did: the reference model was slower compiled (6,000 tok/s against 14,000 on one thread)
-    after half a minute of compiling. A decision by figures, not by the clock: the same run decides the same.
+    On a CPU it would for a run of some ten thousand steps, and needs a C++ compiler that may be missing, so
+    there one asks for it. A decision by figures, not by the clock: the same run decides the same.
     """
     return device.type == "cuda" and flops >= COMPILING_PAYS
 
@@ -163,28 +163,35 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def compiled(
-    function: Callable, say: Callable[[str], None], options: dict[str, Any] | None = None
-) -> Callable:
-    """`function` through torch.compile with its `options`; where that fails, one line and `function`."""
-    chosen: Callable | None = None  # known after the first call
+class Compiled:
+    """A function through torch.compile; where that fails, one line and the function itself.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal chosen
-        if chosen is not None:
-            return chosen(*args, **kwargs)
+    Attributes:
+        failed: whether it did, as far as one knows: before the first call nobody does.
+    """
+
+    def __init__(
+        self, function: Callable, say: Callable[[str], None], options: dict[str, Any] | None = None
+    ) -> None:
+        """`options` are torch.compile's."""
+        self._function, self._say, self._options = function, say, options
+        self._chosen: Callable | None = None  # known after the first call
+        self.failed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._chosen is not None:
+            return self._chosen(*args, **kwargs)
+        self._say("compiling the training step, which can take a minute")
         try:
-            fast = torch.compile(function, options=options)
+            fast = torch.compile(self._function, options=self._options)
             result = fast(*args, **kwargs)
         except Exception as error:  # a compiler fails in many ways, and none of them may cost the run
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            say(f"torch.compile does not work here ({reason[:120]}); going on without it")
-            chosen = function
-            return function(*args, **kwargs)
-        chosen = fast
+            self._say(f"torch.compile does not work here ({reason[:120]}); going on without it")
+            self.failed, self._chosen = True, self._function
+            return self._function(*args, **kwargs)
+        self._chosen = fast
         return result
-
-    return call
 
 
 # --- seeds --------------------------------------------------------------------------------------------

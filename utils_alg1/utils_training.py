@@ -158,7 +158,7 @@ class Trainer:
         backward: finds the gradients of a micro-batch.
         optimizer, scaler: their state belongs to a checkpoint.
         clock: the loop's.
-        gradient_norm: of the newest gradients, before clipping; on the device, so that it costs no wait.
+        gradient_norm: of the newest gradients, before clipping.
     """
 
     def __init__(
