@@ -49,7 +49,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="every value as JSON")
     form.add_argument("--csv", action="store_true", help="every value as CSV")
-    arguments, problems = parser.parse_with_suggestions(argv)
+    arguments, problems = parser.parse_with_suggestions(argv, "--runs-dir", "--tag")
     raise_problems(problems, f"{parser.prog} --help lists every flag")
     check_sort_key(arguments.sort)
     return arguments

@@ -44,6 +44,8 @@ CACHE_FORMAT = 1
 CHUNK_BYTES = 1 << 19  # of text in a piece: its code points still fit the second-level cache
 SYNC_BYTES = 1 << 26  # of tokens that the disk may be behind
 BOM = "\ufeff"
+NO_TEXT = "this is hardly a text file"
+UTF_16 = "if it is UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW"
 
 Say = Callable[[str], None]
 
@@ -191,7 +193,15 @@ def check_block_size(
     text = f"{path}: {n:,} characters are too few for block_size = {block_size}"
     if largest >= 1:
         raise Alg1Error(text, f"use a longer text, or --block-size {largest} at most")
-    raise Alg1Error(f"{text}, and for any other", "each of train_split and val_split needs two characters")
+    hint = "use a longer text: each of train_split and val_split needs two characters"
+    raise Alg1Error(f"{text}, and for any other", hint)
+
+
+def doubt(corpus: Corpus) -> str | None:
+    """What is odd about a text that is UTF-8 all the same, in one line; None where nothing is."""
+    if "\0" in corpus.tokenizer.stoi:
+        return f"{corpus.path}: it has characters of value 0: {NO_TEXT}; {UTF_16}"
+    return None
 
 
 def load_data(
@@ -307,10 +317,10 @@ def _decode(path: Path, data: bytes, offset: int, final: bool) -> tuple[str, int
     except UnicodeDecodeError as error:
         at = offset + error.start
         encoding = "UTF-16" if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        raise Alg1Error(
-            f"{path}: not UTF-8 at byte {at} (0x{data[error.start]:02X})",
-            f"save the file as UTF-8, for instance: iconv -f {encoding} -t UTF-8 OLD > NEW",
-        ) from None
+        hint = f"save the file as UTF-8, for instance: iconv -f {encoding} -t UTF-8 OLD > NEW"
+        if encoding != "UTF-16" and b"\0" in data:  # no 8-bit encoding of a text has it
+            hint = f"{NO_TEXT}; {UTF_16}"
+        raise Alg1Error(f"{path}: not UTF-8 at byte {at} (0x{data[error.start]:02X})", hint) from None
 
 
 def _survey(path: Path) -> tuple[str, Tokenizer, int]:

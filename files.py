@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "alg1"
 TEMPORARY_SUFFIX = ".tmp"
+WHERE_WEIGHTS_ARE = "the weights of a run are runs/RUN/artifacts/export/model.safetensors"
 
 
 def sync_folder(folder: Path) -> None:
@@ -139,7 +140,9 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
         with path.open("rb") as file:
             magic = file.read(2)
     except FileNotFoundError:
-        raise Alg1Error(f"{path}: no such file") from None
+        raise Alg1Error(f"{path}: no such file", WHERE_WEIGHTS_ARE) from None
+    except IsADirectoryError as error:
+        raise Alg1Error(f"{path}: cannot be read: {error.strerror}", WHERE_WEIGHTS_ARE) from None
     except OSError as error:
         raise Alg1Error(f"{path}: cannot be read: {error.strerror or error}") from None
     if magic in (b"PK", b"\x80\x02"):

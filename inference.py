@@ -76,7 +76,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--runs-dir", metavar="PATH", help="where runs are looked for (default: as in training)"
     )
-    arguments, problems = parser.parse_with_suggestions(argv)
+    arguments, problems = parser.parse_with_suggestions(argv, "--model", "--prompt")
     if arguments.interactive and arguments.prompt is not None:
         problems.append(Problem("--interactive asks for prompts: leave --prompt out", ("prompt",)))
     for name in LIMITS:
@@ -126,6 +126,11 @@ def main(argv: list[str] | None = None) -> int:
     model.to(device).eval()
     print(f"{path}", file=sys.stderr)
     tokenizer = Tokenizer(model.vocabulary)
+    if unseen := tokenizer.unseen(arguments.stop or ""):
+        raise Alg1Error(
+            f"--stop: not in the model's vocabulary: {show_characters(unseen)}",
+            "no text would ever stop there: leave --stop out, or name characters that the model knows",
+        )
     if arguments.interactive:
         return interact(model, tokenizer, arguments)
     prompt = known_characters(arguments.prompt or "", tokenizer, arguments.unknown)
@@ -145,12 +150,14 @@ def vocabulary_of(text_path: str | None, model: BigramLanguageModel, path: Path)
     """
     from data import find_corpus, open_corpus
 
+    hint = "name the text that it was trained on: --vocabulary PATH"
     if text_path is None:
-        raise Alg1Error(
-            f"{path}: it does not hold its vocabulary",
-            "name the text that it was trained on: --vocabulary PATH",
-        )
-    vocabulary = open_corpus(find_corpus(text_path)).tokenizer.vocabulary
+        raise Alg1Error(f"{path}: it does not hold its vocabulary", hint)
+    try:
+        path_of_text = find_corpus(text_path)
+    except Alg1Error as error:  # its own hint speaks of --data
+        raise Alg1Error(error.message, hint) from None
+    vocabulary = open_corpus(path_of_text).tokenizer.vocabulary
     if len(vocabulary) != model.config.vocab_size:
         raise Alg1Error(
             f"{text_path}: the text has {len(vocabulary)} characters,"

@@ -457,7 +457,10 @@ def config_from_shapes(
     def table(kind: str) -> Tensor:
         found = tensors.get(f"{kind}_embedding_table.weight")
         if found is None or found.dim() != 2 or not found.numel():
-            raise Alg1Error(f"{path}: there is no model of this kind in it (no embedding tables)")
+            raise Alg1Error(
+                f"{path}: there is no model of this kind in it (no embedding tables)",
+                "use an export of ALG1, or weights with the names that README-ARCH.md lists",
+            )
         return found
 
     stored = stored or {}

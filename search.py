@@ -98,7 +98,7 @@ def parse_command_line(argv: list[str] | None = None) -> SearchOptions:
     )
     add_config_flag(search)
     add_parameter_flags(parser)
-    namespace, problems = parser.parse_with_suggestions(argv)
+    namespace, problems = parser.parse_with_suggestions(argv, for_a_path="--space")
     values, given = split_parameters(namespace)
     training = Options(values=values, config=given.pop("config", None))
     options = SearchOptions(training=training, **given)
@@ -119,7 +119,8 @@ def problems_of(options: SearchOptions) -> list[Problem]:
         )
         if value < lowest
     ]
-    if sanitise_tag(options.name) != options.name or not 0 < len(options.name) <= LONGEST_NAME:
+    good_name = sanitise_tag(options.name) == options.name and 0 < len(options.name) <= LONGEST_NAME
+    if options.space and not good_name:  # an empty --space is a problem already
         wanted = f"letters, digits, - _ and . within, at most {LONGEST_NAME}"
         problems.append(Problem(f"--study {options.name!r}: must be a name of {wanted}", ()))
     return problems

@@ -101,6 +101,8 @@ def run_phases(
 
     corpus = data.open_corpus(text_path, check_text)
     start.check(params, corpus, processes.world_size)
+    if odd := data.doubt(corpus):
+        console.warn(odd)
     processes.share((params, start.without_run(), corpus.path, corpus.sha256))
 
     # 3. Run id, and 4. run directory; a resumed run has both.

@@ -373,6 +373,40 @@ def test_train_ends_with_one_error_line_and_creates_nothing(train, workdir):
     assert os.listdir() == ["text.txt"]
 
 
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ("A café\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 OLD > NEW"),
+        ("A café\n".encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8 OLD > NEW"),
+        (b"\x7fELF\0\0\xff\xfe", "this is hardly a text file; if it is UTF-16"),
+        ("A café\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"),
+    ],
+)
+def test_the_hint_for_what_is_not_utf8_fits_the_bytes(workdir, content, hint):
+    Path("text.txt").write_bytes(content)
+    with pytest.raises(Alg1Error, match="not UTF-8 at byte") as caught:
+        data.open_corpus("text.txt")
+    assert caught.value.hint is not None and hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "odd"),
+    [("To be\n", False), ("\ufeffTo be 🙂\r\n", False), ("T\0o\0\n\0", True), ("\0", True)],
+)
+def test_a_text_with_zero_characters_is_trained_on_with_a_warning(train, workdir, content, odd):
+    Path("text.txt").write_bytes(content.encode() * 200)
+    result = train("--data", "text.txt", *TINY, *QUIET_TRACKERS)
+    assert result.code == 0
+    assert (
+        result.err
+        == (
+            "warning: text.txt: it has characters of value 0: this is hardly a text file;"
+            " if it is UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW\n"
+        )
+        * odd
+    )
+
+
 def make_nothing(path):
     pass
 
@@ -469,7 +503,7 @@ def test_a_text_too_short_for_any_block_says_so(train, workdir):
     assert result.code == 2
     assert result.err.splitlines() == [
         "error: text.txt: 8 characters are too few for block_size = 8, and for any other",
-        "hint: each of train_split and val_split needs two characters",
+        "hint: use a longer text: each of train_split and val_split needs two characters",
     ]
 
 

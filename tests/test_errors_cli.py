@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS, TINY, run_process
+import safetensors.numpy
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, _runner, run_process
 
 from errors import Alg1Error, Guard, disk_error
+from files import WHERE_WEIGHTS_ARE
+from utils_alg1.utils_compare import RESULTS
 from utils_alg1.utils_output import Console, loss_in_words, run_script
 from utils_alg1.utils_run_manager import LOCK_NAME, RunDirectoryCreator, RunIDGenerator, create_run, lock_run
 
 SHOWS = "python train.py --help explains every value"
 LISTS = "python train.py --help lists every flag"
 LISTS_SAMPLING = "python inference.py --help lists every flag"
+LISTS_COMPARING = "python compare.py --help lists every flag"
+COLUMNS = f"{', '.join(RESULTS)}, or any parameter of train.py"
+NOT_WHOLE = "it may be truncated or of another format; use another file"
 CHECK_DATA = "check the path of --data; --data python-docs is there without a file or a network"
 HAS_WEIGHTS = "train one: python train.py, or name a --model"
+
+
+def flip_last_bit(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
 
 # (command line, error, hint); text.txt is a text, folder/ is empty, notes.txt is no configuration or model.
 TRAIN_MISTAKES = [
@@ -75,6 +89,32 @@ TRAIN_MISTAKES = [
     ("--no-data", "unknown flag --no-data; did you mean --data?", SHOWS),
     ("--qqqqqqq 5", "unknown flag --qqqqqqq", SHOWS),
     ("stray words", "'stray' belongs to no flag", SHOWS),
+    ("text.txt", "'text.txt' belongs to no flag; did you mean --data text.txt?", SHOWS),
+    # options of the model
+    (
+        "--positions rotaty",
+        "positions = 'rotaty' must be one of learned, rotary (positions from --positions)",
+        SHOWS,
+    ),
+    (
+        "--positions rotary --n-embd 6 --n-head 2",
+        "positions = rotary turns pairs, but a head of n_embd / n_head = 3 is odd (n_embd = 8 makes it even)"
+        " (n_embd from --n-embd, n_head from --n-head, positions from --positions)",
+        SHOWS,
+    ),
+    ("--position rotary", "unknown flag --position; did you mean --positions?", SHOWS),
+    ("--no-positions", "unknown flag --no-positions; did you mean --positions?", SHOWS),
+    ("--qk-nrom", "unknown flag --qk-nrom; did you mean --qk-norm?", SHOWS),
+    (
+        "--qk-norm true",
+        "'true' belongs to no flag; a switch takes no value: --aim is on, --no-aim is off",
+        SHOWS,
+    ),
+    (
+        "--zero-init=1",
+        "argument --zero-init/--no-zero-init: takes no value, but was given '1'",
+        LISTS,
+    ),
     ("--max-iters", "argument --max-iters: expected one argument", LISTS),
     ("--run-tag --aim", "argument --run-tag: expected one argument", LISTS),
     ("--resume latest --init-from x", "argument --init-from: not allowed with argument --resume", LISTS),
@@ -97,8 +137,19 @@ TRAIN_MISTAKES = [
         "folder: no such run in runs, and no run directory",
         "start one: python train.py",
     ),
-    ("--init-from nowhere.safetensors", "nowhere.safetensors: no such file", None),
-    ("--init-from folder", "folder: cannot be read: Is a directory", None),
+    ("--init-from nowhere.safetensors", "nowhere.safetensors: no such file", WHERE_WEIGHTS_ARE),
+    ("--init-from folder", "folder: cannot be read: Is a directory", WHERE_WEIGHTS_ARE),
+    ("--resume=", "--resume '': must not be empty", SHOWS),
+    ("--init-from=", "--init-from '': must not be empty", SHOWS),
+    ("--config=", "--config '': must not be empty", SHOWS),
+    ("--data=", "data_path = '' must not be empty (data_path from --data)", SHOWS),
+    (
+        "--config folder",
+        "--config folder: none of model.json, train.yaml, data.yaml, tensorboard.json is in this folder",
+        "name a folder like configs/, or a JSON file",
+    ),
+    ("--config misspelt.json", "misspelt.json: unknown name 'n_embed'; did you mean n_embd?", SHOWS),
+    ("--config list.json", "list.json: must hold one JSON object of names and values", None),
     ("--data nowhere.txt", "nowhere.txt: no such text file", CHECK_DATA),
     ("--data folder", "folder is a folder", "name a text file in it: --data PATH"),
     (
@@ -132,11 +183,24 @@ SAMPLING_MISTAKES = [
     ),
     ("--run folder", "folder: no such run in runs, and no run directory", "start one: python train.py"),
     ("--run latest", "there is no run in runs", "start one: python train.py"),
-    ("--model nowhere", "nowhere: no such file", None),
-    ("--model folder", "folder: cannot be read: Is a directory", None),
+    ("--model nowhere", "nowhere: no such file", WHERE_WEIGHTS_ARE),
+    ("--model folder", "folder: cannot be read: Is a directory", WHERE_WEIGHTS_ARE),
+    (
+        "--model= --runs-dir=",
+        "2 problems:\n  - --model '': must not be empty\n  - --runs-dir '': must not be empty",
+        LISTS_SAMPLING,
+    ),
+    ("--run=", "--run '': must not be empty", LISTS_SAMPLING),
+    ("text.txt", "'text.txt' belongs to no flag; did you mean --model text.txt?", LISTS_SAMPLING),
+    ("'to be'", "'to be' belongs to no flag; did you mean --prompt 'to be'?", LISTS_SAMPLING),
+    (
+        "--interactive --prompt x",
+        "--interactive asks for prompts: leave --prompt out",
+        LISTS_SAMPLING,
+    ),
     ("--run x --model y", "argument --model: not allowed with argument --run", LISTS_SAMPLING),
     ("--modl x", "unknown flag --modl; did you mean --model?", LISTS_SAMPLING),
-    ("ROMEO", "'ROMEO' belongs to no flag", LISTS_SAMPLING),
+    ("ROMEO", "'ROMEO' belongs to no flag; did you mean --prompt ROMEO?", LISTS_SAMPLING),
     ("--prompt", "argument --prompt: expected one argument", LISTS_SAMPLING),
     ("--top-k some", "argument --top-k: invalid int value: 'some'", LISTS_SAMPLING),
     ("--max-new-tokens -1", "--max-new-tokens -1: must be at least 0", LISTS_SAMPLING),
@@ -162,6 +226,42 @@ SAMPLING_MISTAKES = [
     ),
 ]
 
+COMPARING_MISTAKES = [
+    ("", "there is no run in runs", "start one: python train.py, or name another --runs-dir"),
+    (
+        "--runs-dir notes.txt",
+        "there is no run in notes.txt",
+        "start one: python train.py, or name another --runs-dir",
+    ),
+    ("--runs-dir=", "--runs-dir '': must not be empty", LISTS_COMPARING),
+    ("--sort=", "--sort '': must not be empty", LISTS_COMPARING),
+    ("--sort", "argument --sort: expected one argument", LISTS_COMPARING),
+    ("--srot run", "unknown flag --srot; did you mean --sort?", LISTS_COMPARING),
+    ("--csv --json", "argument --json: not allowed with argument --csv", LISTS_COMPARING),
+    ("folder", "'folder' belongs to no flag; did you mean --runs-dir folder?", LISTS_COMPARING),
+    ("book", "'book' belongs to no flag; did you mean --tag book?", LISTS_COMPARING),
+    ("--sort n_embed", "--sort n_embed: no such column; did you mean n_embd?", COLUMNS),
+    ("--sort qk-norm", "--sort qk-norm: no such column; did you mean qk_norm?", COLUMNS),
+]
+
+# (what is done to the weights of a run, error, hint): the same whether they are sampled or trained on.
+DAMAGE = {
+    "cut": (lambda data: data[:-9], "not a whole safetensors file (", NOT_WHOLE),
+    "empty": (lambda data: b"", "not a whole safetensors file (", NOT_WHOLE),
+    "a text": (lambda data: b"remember the milk", "not a whole safetensors file (", NOT_WHOLE),
+    "a flipped bit": (flip_last_bit, "damaged: its bytes do not match its SHA-256", "use another copy of it"),
+    "a pickle": (
+        lambda data: b"PK\3\4" + data,
+        "this is a PyTorch pickle file (.pt), which could run code when it is read",
+        "convert it to safetensors with the program that wrote it",
+    ),
+    "another model": (
+        lambda data: safetensors.numpy.save({"x": np.zeros(2)}),
+        "there is no model of this kind in it (no embedding tables)",
+        "use an export of ALG1, or weights with the names that README-ARCH.md lists",
+    ),
+}
+
 TOO_LONG = "x" * 300
 
 
@@ -181,6 +281,8 @@ def place(text_file: Path) -> Path:
     folder = text_file.parent
     (folder / "folder").mkdir()
     (folder / "notes.txt").write_text("remember the milk\n", encoding="utf-8")
+    (folder / "misspelt.json").write_text('{"n_embed": 32}')
+    (folder / "list.json").write_text("[32]")
     return folder
 
 
@@ -212,6 +314,137 @@ def test_a_mistake_in_sampling_is_reported_and_changes_nothing(place, sample, co
     assert result.err == report(error, hint)
     assert (result.code, result.out) == (2, "")
     assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "hint"), COMPARING_MISTAKES, ids=[mistake[0] for mistake in COMPARING_MISTAKES]
+)
+def test_a_mistake_in_comparing_is_reported_and_changes_nothing(place, capsys, command, error, hint):
+    import compare as script
+
+    before = snapshot(place)
+    result = _runner(script.main, capsys)(*shlex.split(command))
+    assert result.err == report(error, hint)
+    assert (result.code, result.out) == (2, "")
+    assert snapshot(place) == before
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory) -> Path:
+    """A folder with a text and a finished run."""
+    import train as script
+
+    folder = tmp_path_factory.mktemp("run")
+    with contextlib.chdir(folder):
+        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        assert script.main(["--data", "text.txt", *TINY, *QUIET_TRACKERS]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of that run, copied, in the working folder."""
+    shutil.copytree(a_run, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    (path,) = Path("runs").glob("*_001")
+    return path
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_weights_are_reported_and_left_as_they_are(run, train, sample, damage):
+    change, error, hint = DAMAGE[damage]
+    weights = run / "artifacts/export/model.safetensors"
+    weights.write_bytes(change(weights.read_bytes()))
+    before = snapshot(Path())
+    commands = (sample,), (sample, "--model", weights), (train, "--data", "text.txt", "--init-from", weights)
+    for script, *flags in commands:
+        result = script(*flags)
+        assert (result.code, result.out) == (2, "")
+        first, second = result.err.splitlines()
+        assert first.startswith(f"error: {weights}: {error}")
+        assert second == f"hint: {hint}"
+    assert snapshot(Path()) == before
+
+
+def test_a_run_with_damaged_checkpoints_only_says_what_is_left(run, train):
+    checkpoints = sorted((run / "artifacts/checkpoints").iterdir())
+    for path in checkpoints:
+        path.write_bytes(flip_last_bit(path.read_bytes()))
+    result = train("--resume", "latest")
+    assert (result.code, result.out) == (2, "")
+    *warnings, error, hint = result.err.splitlines()
+    assert warnings == [
+        f"warning: {path}: damaged: its bytes do not match its SHA-256; trying an older one"
+        for path in reversed(checkpoints)
+    ]
+    assert error == f"error: {run}: none of its {len(checkpoints)} checkpoints can be read"
+    assert hint.startswith("hint: put a copy of one there, or start anew: python train.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "hint"),
+    [
+        ("--positions rotary", "positions: 'learned' -> 'rotary'", None),
+        ("--qk-norm --zero-init", "qk_norm: false -> true; zero_init: false -> true", None),
+        ("--init-from WEIGHTS --positions rotary", "its positions is learned, not rotary", "positions"),
+        ("--init-from WEIGHTS --qk-norm", "its qk_norm is False, not True", "qk_norm"),
+    ],
+)
+def test_the_options_of_a_model_stay_with_it(run, train, flags, error, hint):
+    weights = str(run / "artifacts/export/model.safetensors")
+    before = snapshot(Path())
+    if hint:
+        result = train("--data", "text.txt", *flags.replace("WEIGHTS", weights).split())
+        expected = report(f"{weights}: {error}", f"leave {hint} out")
+    else:
+        result = train("--resume", "latest", *flags.split())
+        elsewhere = "leave them out, or start a new run from its weights: --init-from PATH"
+        expected = report(f"the run cannot go on with other values: {error}", elsewhere)
+    assert (result.code, result.out, result.err) == (2, "", expected)
+    assert snapshot(Path()) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "hint"),
+    [
+        (
+            "--stop Ω",
+            "--stop: not in the model's vocabulary: 'Ω' (U+03A9)",
+            "no text would ever stop there: leave --stop out, or name characters that the model knows",
+        ),
+        (
+            "--prompt Ω",
+            "not in the model's vocabulary: 'Ω' (U+03A9)",
+            "leave them out with --unknown skip, or --unknown replace",
+        ),
+    ],
+)
+def test_characters_that_a_model_does_not_know_are_named(run, sample, flags, error, hint):
+    for further in ([], ["--interactive"] * flags.startswith("--stop")):
+        result = sample(*flags.split(), *further)
+        assert (result.code, result.out) == (2, "")
+        assert result.err == f"{run}/artifacts/export/model.safetensors\n" + report(error, hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("nowhere.txt", "nowhere.txt: no such text file"), ("folder", "folder is a folder")],
+)
+def test_a_text_for_the_vocabulary_is_asked_for_by_its_own_flag(run, sample, text, error):
+    Path("folder").mkdir()
+    weights = run / "artifacts/export/model.safetensors"
+    safetensors.numpy.save_file(safetensors.numpy.load_file(weights), "bare.safetensors")
+    result = sample("--model", "bare.safetensors", "--vocabulary", text)
+    hint = "name the text that it was trained on: --vocabulary PATH"
+    assert (result.code, result.out, result.err) == (2, "", report(error, hint))
+
+
+@pytest.mark.parametrize(("flag", "meant"), [("laptop", "configs/laptop"), ("configs/fsat", "configs/fast")])
+def test_a_preset_that_is_meant_is_named(place, train, flag, meant):
+    shutil.copytree(PROJECT / "configs", "configs")
+    result = train("--config", flag)
+    error = f"--config {flag}: no such file or folder; did you mean {meant}?"
+    assert (result.code, result.err) == (2, report(error, "name a JSON file or a folder like configs/"))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import inference
 import model as model_module
+from files import WHERE_WEIGHTS_ARE
 from model import BigramLanguageModel
 from parameters import ModelConfig
 
@@ -548,7 +549,7 @@ HELP = "python inference.py --help lists every flag"
         ("--seed -1", "--seed -1: must be at least 0 and below 2**63", HELP),
         (f"--seed {2**63}", f"--seed {2**63}: must be at least 0 and below 2**63", HELP),
         ("--temprature 1", "unknown flag --temprature; did you mean --temperature?", HELP),
-        ("stray", "'stray' belongs to no flag", HELP),
+        ("stray", "'stray' belongs to no flag; did you mean --prompt stray?", HELP),
         ("--model", "argument --model: expected one argument", HELP),
         ("--run a --model b", "argument --model: not allowed with argument --run", HELP),
         ("--top-k many", "argument --top-k: invalid int value: 'many'", HELP),
@@ -563,8 +564,8 @@ HELP = "python inference.py --help lists every flag"
             "nothing: no such run in runs, and no run directory",
             "the latest is 2026-01-31_001_first",
         ),
-        ("--model nothing", "nothing: no such file", None),
-        ("--model runs", f"runs: cannot be read: {os.strerror(21)}", None),
+        ("--model nothing", "nothing: no such file", WHERE_WEIGHTS_ARE),
+        ("--model runs", f"runs: cannot be read: {os.strerror(21)}", WHERE_WEIGHTS_ARE),
     ],
 )
 def test_bad_arguments_end_with_one_error(sample, model, arguments, error, hint):

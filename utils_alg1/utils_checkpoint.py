@@ -345,7 +345,10 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
         except Alg1Error as error:
             warn(f"{error.message}; trying an older one")
     if paths:
-        raise Alg1Error(f"{run_dir}: none of its {len(paths)} checkpoints can be read")
+        raise Alg1Error(
+            f"{run_dir}: none of its {len(paths)} checkpoints can be read",
+            "put a copy of one there, or start anew: python train.py (an export serves as --init-from)",
+        )
     raise Alg1Error(f"{run_dir}: it has no checkpoint yet", "start anew: python train.py")
 
 

@@ -7,6 +7,9 @@ run's own parameters), configs/*, config.json, the defaults of `parameters.py`.
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ from parameters import (
 CONFIG_DIR = "configs"
 LEGACY_FILE = "config.json"
 CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")  # in merging order
+SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off")
+MAY_BE_EMPTY = ("prompt", "stop", "tag")
 
 
 @dataclass
@@ -56,10 +61,18 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are Alg1Errors."""
 
     def error(self, message: str) -> Any:
+        message = message.replace("ignored explicit argument", "takes no value, but was given")
         raise Alg1Error(message, f"{self.prog} --help lists every flag", BAD_INPUT)
 
-    def parse_with_suggestions(self, argv: list[str] | None) -> tuple[argparse.Namespace, list[Problem]]:
-        """Parse, and turn unknown words into problems that name the nearest flag."""
+    def parse_with_suggestions(
+        self, argv: list[str] | None, for_a_path: str = "", for_a_word: str = ""
+    ) -> tuple[argparse.Namespace, list[Problem]]:
+        """Parse, and turn unknown words into problems that name the nearest flag.
+
+        Args:
+            for_a_path, for_a_word: the flag that is meant where something that exists, or any other word,
+                stands there without one.
+        """
         namespace, unknown = self.parse_known_args(argv)
         flags = [flag for action in self._actions for flag in action.option_strings]
         problems = []
@@ -68,7 +81,16 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-"):
                 problems.append(Problem(f"unknown flag {flag}{nearest(flag, flags)}", ()))
             elif not problems:  # a value behind an unknown flag is no problem of its own
-                problems.append(Problem(f"{shown(word)} belongs to no flag", ()))
+                meant = for_a_path if os.path.exists(word) else for_a_word
+                suggestion = f"; did you mean {meant} {shlex.quote(word)}?" if meant else ""
+                if word.lower() in SWITCH_VALUES:
+                    suggestion = "; a switch takes no value: --aim is on, --no-aim is off"
+                problems.append(Problem(f"{shown(word)} belongs to no flag{suggestion}", ()))
+        for action in self._actions:
+            empty = getattr(namespace, action.dest, None) == ""
+            checked_later = action.default is argparse.SUPPRESS and action.dest in specs()
+            if empty and action.dest not in MAY_BE_EMPTY and not checked_later:
+                problems.append(Problem(f"{action.option_strings[0]} '': must not be empty", ()))
         return namespace, problems
 
 
@@ -98,7 +120,7 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
     volume.add_argument("--verbose", action="store_true", help="print what happens inside too")
     run.add_argument("--serve-tensorboard", action="store_true", help="serve TensorBoard while training")
     add_parameter_flags(parser)
-    namespace, problems = parser.parse_with_suggestions(argv)
+    namespace, problems = parser.parse_with_suggestions(argv, for_a_path="--data")
     values, given = split_parameters(namespace)
     return Options(values=values, problems=problems, **given)
 
@@ -255,17 +277,24 @@ def _file_sources(options: Options) -> list[Source]:
 
 def _named_sources(options: Options) -> list[Source]:
     """The files behind --config PATH."""
-    if options.config is None:
+    if not options.config:  # an empty one is among the problems
         return []
     path = Path(options.config)
     if path.is_dir():
         sources = _folder_sources(path)
         if not sources:
-            raise Alg1Error(f"--config {path}: none of {', '.join(CONFIG_FILES)} is in this folder")
+            raise Alg1Error(
+                f"--config {path}: none of {', '.join(CONFIG_FILES)} is in this folder",
+                "name a folder like configs/, or a JSON file",
+            )
         return sources
     if not path.exists():
+        presets = [folder.name for folder in Path(CONFIG_DIR).glob("*") if folder.is_dir()]
+        close = difflib.get_close_matches(path.name, presets, n=1)
+        suggestion = f"; did you mean {Path(CONFIG_DIR, close[0])}?" if close else ""
         raise Alg1Error(
-            f"--config {path}: no such file or folder", "name a JSON file or a folder like configs/"
+            f"--config {path}: no such file or folder{suggestion}",
+            "name a JSON file or a folder like configs/",
         )
     return [(str(path), _load_file(path))]
 

@@ -127,7 +127,11 @@ def read_space(path: str | Path, for_grid: bool) -> Space:
     """
     space: Space = {}
     problems: list[Problem] = []
-    for name, domain in ConfigLoader.load_search_space(path).items():
+    try:
+        entries = ConfigLoader.load_search_space(path)
+    except Alg1Error as error:
+        raise Alg1Error(error.message, error.hint or SPACE_HINT) from None
+    for name, domain in entries.items():
         if name == "_comment":
             continue
         try:
