@@ -179,7 +179,7 @@ def test_pictures_and_texts_are_those_that_were_shown(run, repo):
             assert drawn.shape == (256, 256)
             assert (drawn == image.pixels()).all()
         drawn = pixels(found["token_embeddings", ()][step])
-        assert drawn.shape == (800, 800, 3)
+        assert drawn.shape == (600, 600, 3)
         assert (drawn == draw_embedding(shown["log_embedding", step])).all()
     samples = without_run(query(repo, "texts"))["samples", ()]
     assert {step: text.data for step, text in samples.items()} == {

@@ -207,7 +207,7 @@ def test_principal_components_are_the_directions_of_most_variance():
 def test_an_embedding_of_any_shape_can_be_drawn(shape):
     vectors = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     assert principal_components(vectors).shape == (shape[0], 2)
-    assert draw_embedding(Embedding("e", vectors, ["x"] * shape[0])).shape == (800, 800, 3)
+    assert draw_embedding(Embedding("e", vectors, ["x"] * shape[0])).shape == (600, 600, 3)
 
 
 def test_each_label_is_drawn_at_its_place():
@@ -215,8 +215,18 @@ def test_each_label_is_drawn_at_its_place():
     pixels = draw_embedding(Embedding("e", vectors, ["m", "$", "日"]))
     columns = np.flatnonzero((pixels < 255).any(axis=(0, 2)))
     assert pixels.dtype == np.uint8
-    assert columns.min() < 100 and columns.max() > 700
-    assert ((columns > 380) & (columns < 420)).any()
+    assert columns.min() < 75 and columns.max() > 525
+    assert ((columns > 285) & (columns < 315)).any()
+
+
+@pytest.mark.parametrize(("n", "least", "most"), [(2, 0.025, 0.04), (65, 0.025, 0.04), (500, 0.01, 0.02)])
+def test_labels_are_large_enough_for_a_list_of_small_pictures_and_smaller_where_there_are_many(
+    n, least, most
+):
+    vectors = np.array([[x, 0.0] for x in np.linspace(-1, 1, n)])
+    pixels = draw_embedding(Embedding("e", vectors, ["H"] * n))
+    rows = np.flatnonzero((pixels < 128).any(axis=(1, 2)))
+    assert least < len(rows) / len(pixels) < most  # the height of the H
 
 
 def test_characters_that_the_font_lacks_are_escaped():

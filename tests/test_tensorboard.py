@@ -28,6 +28,7 @@ from tensorboard import plugin_util
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins import projector
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
 import train as script
@@ -173,7 +174,7 @@ def test_a_run_has_exactly_these_tags(run, events):
         *(f"Activations/blocks.0{name}" for name in ("", ".sa", ".ffwd.net.1")),
     }
     assert set(events.Tags()["images"]) == {"Attention/layer_0/head_0", "Attention/layer_0/head_1"}
-    assert events.Tags()["tensors"] == ["Samples/text_summary"]
+    assert set(events.Tags()["tensors"]) == {"Samples/text_summary", "_hparams_/session_start_info"}
 
 
 def test_a_run_has_one_point_for_each_step_that_was_due(events):
@@ -219,6 +220,43 @@ def test_histograms_are_those_of_numpy(run, events):
     assert checked > 40
 
 
+def hyperparameters(folder: Path) -> tuple[str, dict]:
+    """The row of the run and what stands in it, found as the server finds it: what was said first."""
+    events = plugin_event_accumulator.EventAccumulator(str(folder)).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    info = HParamsPluginData.FromString(content).session_start_info
+    return info.group_name, {name: getattr(v, v.WhichOneof("kind")) for name, v in info.hparams.items()}
+
+
+def test_the_table_of_hyperparameters_has_what_shapes_a_training_under_the_runs_name(run):
+    name, values = hyperparameters(run / "logs/tensorboard")
+    assert name == run.name
+    assert {
+        "n_embd": 16,
+        "optimizer": "adamw",
+        "qk_norm": False,
+        "max_iters": STEPS,
+    }.items() <= values.items()
+    assert values["vocab_size"] == len(set(TEXT))
+    assert not values.keys() & {"histogram_interval", "port", "runs_dir", "output", "device", "aim"}
+
+
+def test_a_hyperparameter_that_is_none_is_left_out(tmp_path):
+    writer = TensorBoardWriter(tmp_path, warn=pytest.fail)
+    writer.add_hparams("mine", {"a": None, "b": 0.5, "c": "x", "d": True, "e": 3})
+    writer.close()
+    assert hyperparameters(tmp_path) == ("mine", {"b": 0.5, "c": "x", "d": True, "e": 3.0})
+
+
+def test_no_purge_hides_the_hyperparameters(tmp_path):
+    for purge_step in (None, 0, 5):
+        writer = TensorBoardWriter(tmp_path, purge_step, warn=pytest.fail)
+        writer.add_hparams("mine", {"session": str(purge_step)})
+        writer.add_scalar("a", 1.0, 7)
+        writer.close()
+    assert hyperparameters(tmp_path) == ("mine", {"session": "None"})
+
+
 def test_pictures_texts_and_embeddings_are_those_that_were_shown(run, events):
     shown = pickle.loads((run / "shown.pkl").read_bytes())
     pictures = {
@@ -237,7 +275,8 @@ def test_pictures_texts_and_embeddings_are_those_that_were_shown(run, events):
         for step in (0, 2, 4, 6)
     ]
     projected = embeddings(run / "logs/tensorboard")
-    assert list(projected) == [f"Token_Embeddings:step_{step:09d}" for step in (0, 3, 6)]
+    names = ["step_000000000", "step_000000003", "newest_step_6"]
+    assert list(projected) == [f"Token_Embeddings:{name}" for name in names]
     for (vectors, labels), step in zip(projected.values(), (0, 3, 6), strict=True):
         embedding = shown["log_embedding", step]
         assert vectors.shape == (len(set(TEXT)), 16)
@@ -264,7 +303,8 @@ def test_with_every_interval_at_0_there_are_only_the_losses(train, text_file):
     (path,) = list_runs("runs")
     tags = read_events(path / "logs/tensorboard").Tags()
     assert set(tags["scalars"]) == {"Loss/train_step", "Loss/train", "Loss/val", "Learning_Rate"}
-    assert tags["histograms"] == tags["images"] == tags["tensors"] == []
+    assert tags["histograms"] == tags["images"] == []
+    assert tags["tensors"] == ["_hparams_/session_start_info"]
     assert [p.name for p in (path / "logs/tensorboard").iterdir() if "tfevents" not in p.name] == []
 
 
@@ -482,13 +522,16 @@ def test_a_purge_forgets_the_embeddings_of_that_step_and_later_ones(tmp_path):
         for step in steps:
             writer.add_embedding("E", np.full((2, 3), step), ["a", "b"], step)
         writer.close()
-        return [name.removeprefix("E:step_").lstrip("0") for name in embeddings(tmp_path)]
+        names = list(embeddings(tmp_path))
+        # The projector opens with the first name of the alphabet.
+        assert [name for name in names if "newest" in name] == sorted(names)[:1] == names[-1:]
+        return [re.fullmatch("E:(?:newest_)?step_0*(.+)", name)[1] for name in names]
 
     assert write(0, 5, 10, 15) == ["5", "10", "15"]
     assert write(None, 20) == ["5", "10", "15", "20"]
     assert write(10, 12) == ["5", "12"]
     assert write(6) == ["5"]
-    assert embeddings(tmp_path)["E:step_000000005"][0].tolist() == [[5, 5, 5], [5, 5, 5]]
+    assert embeddings(tmp_path)["E:newest_step_5"][0].tolist() == [[5, 5, 5], [5, 5, 5]]
     assert write(0) == []
 
 

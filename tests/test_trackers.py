@@ -22,6 +22,7 @@ import torch.utils.tensorboard  # once, here: the runs below start TensorBoard i
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Notes, lasting_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins import projector
+from tensorboard.plugins.hparams import summary_v2
 
 import train as script
 from errors import DISK_FAILED, Alg1Error, Guard
@@ -650,6 +651,9 @@ def started(tmp_path, monkeypatch):
         def __init__(self, log_dir, purge_step, warn):
             heard["purge_step"].append(purge_step)
 
+        def add_hparams(self, name, values):
+            pass
+
         def add_scalar(self, tag, value, step):
             if tag.startswith("Loss/"):
                 heard["tensorboard"].append((tag.removeprefix("Loss/"), value, step))
@@ -762,7 +766,9 @@ class FakeRun:
 class FakeSummaryWriter:
     """As much of a SummaryWriter as is used."""
 
-    def __init__(self, *_, **__): ...
+    def __init__(self, *_, **__):
+        self.file_writer = types.SimpleNamespace(add_summary=lambda *_: None)
+
     def add_scalar(self, *_): ...
     def add_histogram_raw(self, *_, **__): ...
     def add_image(self, *_, **__): ...
@@ -774,7 +780,9 @@ class FakeSummaryWriter:
 AIM_VALUES = ["Distribution", "Image", "Text"]
 SUMMARY_WRITER_CALLS = ["add_scalar", "add_histogram_raw", "add_image", "add_text"]
 AIM_PLACES = ["import", "Repo", "Run", "name", "__setitem__", "track", *AIM_VALUES, "draw_embedding", "close"]
-TENSORBOARD_PLACES = ["import", "SummaryWriter", *SUMMARY_WRITER_CALLS, "ProjectorConfig", "flush", "close"]
+TENSORBOARD_PLACES = [
+    *("import", "SummaryWriter", "hparams_pb", *SUMMARY_WRITER_CALLS, "ProjectorConfig", "flush", "close")
+]
 
 
 @pytest.fixture
@@ -819,6 +827,8 @@ def fake_tensorboard(monkeypatch):
             setattr(writer, place, fail)
         broken = place == "SummaryWriter"
         monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", fail if broken else writer)
+        if place == "hparams_pb":
+            monkeypatch.setattr(summary_v2, "hparams_pb", fail)
         if place == "ProjectorConfig":
             monkeypatch.setattr(projector, "ProjectorConfig", fail)
         if place == "import":

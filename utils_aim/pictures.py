@@ -6,8 +6,9 @@ import numpy as np
 
 from observations import Embedding
 
-SIZE, DPI = 8.0, 100  # inches, pixels in one
-MARGIN = 0.05  # of the span on each side
+SIZE, DPI = 6.0, 100  # inches, pixels in one
+FONT_SIZE = 18.0  # points, at most: Aim lists its pictures at about a third of this size
+MARGIN = 0.07  # of the span on each side
 MOST_LABELS = 500  # more could not be told apart
 
 
@@ -27,8 +28,9 @@ def draw_embedding(embedding: Embedding) -> np.ndarray:
     axes.set_axis_off()
     axes.margins(MARGIN)
     axes.plot(*places.T, linestyle="")
+    size = min(FONT_SIZE, 10 * FONT_SIZE / len(places) ** 0.5)  # of many labels, less of each
     for (x, y), label in zip(places, embedding.labels, strict=False):
-        axes.text(x, y, in_font(label), ha="center", va="center", fontsize=10, parse_math=False)
+        axes.text(x, y, in_font(label), ha="center", va="center", size=size, weight="bold", parse_math=False)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -49,5 +51,5 @@ def in_font(label: str) -> str:
     """The label, with escapes for the characters that matplotlib's font lacks."""
     from matplotlib import font_manager
 
-    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    known = font_manager.get_font(font_manager.findfont("DejaVu Sans:bold")).get_charmap()
     return "".join(c if ord(c) in known else c.encode("unicode_escape").decode("ascii") for c in label)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from errors import Alg1Error, Guard, disk_error
 from files import write_atomically
 from observations import Embedding, Histogram, Image, model_histograms
-from parameters import Parameters
+from parameters import Parameters, specs
 from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
 from utils_tensorboard.logger import MetricLogger
@@ -48,6 +48,7 @@ HANDOVER = 0.1  # seconds between two parcels
 NICENESS = 10  # of a tracker's process: where there are fewer cores than work, the training comes first
 PATIENCE = 8.0  # seconds: how long a tracker may keep the run waiting before it is given up
 FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; rows that are late by then are sent again after a resume
+TELLING = ("max_iters", "grad_accum_steps", "data_path")  # though a resumed run may change them
 
 
 # A forked process has PyTorch imported already; elsewhere than on Linux forking is not safe.
@@ -624,7 +625,8 @@ def start_trackers(
 
     Args:
         run: whose metrics these are.
-        hparams, metadata: what Aim keeps beside the curves.
+        hparams: all parameters, which the copies keep beside the curves.
+        metadata: where the run came from, which Aim keeps too.
         warn: told once for each tracker that fails.
         state: from the checkpoint that a resumed run goes on from. Its metrics file was cut already;
             whatever a copy had not got before that step is sent to it again.
@@ -644,7 +646,9 @@ def start_trackers(
         copies["aim"] = Background("Aim", start_aim, warn, synced, run_hash)
     if params.tensorboard.tensorboard:
         synced = state.get("tensorboard", {}).get("synced", 0)
-        start_tensorboard = StartTensorBoard(run.tensorboard_dir, synced if resumed else None)
+        start_tensorboard = StartTensorBoard(
+            run.path.name, run.tensorboard_dir, synced if resumed else None, telling(hparams)
+        )
         copies["tensorboard"] = Background("TensorBoard", start_tensorboard, warn, synced)
     for copy in copies.values():
         copy.attend()
@@ -681,11 +685,23 @@ class StartAim:
 class StartTensorBoard:
     """Opens TensorBoard's events; after a resume, what was written past `purge_step` is hidden."""
 
+    run_name: str
     folder: Path
     purge_step: int | None
+    hparams: dict[str, Any]
 
     def __call__(self, warn: Callable[[str], None]) -> MetricLogger:
-        return MetricLogger(TensorBoardWriter(self.folder, self.purge_step, warn))
+        logger = MetricLogger(TensorBoardWriter(self.folder, self.purge_step, warn))
+        logger.log_hyperparameters(self.run_name, self.hparams)
+        return logger
+
+
+def telling(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Those by which trainings are told apart: one of intervals and folders would hide them in a table."""
+    known = specs()
+    return {
+        name: value for name, value in hparams.items() if name in TELLING or not known[name].limits.may_change
+    }
 
 
 def _read_aim_hash(path: Path) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from observations import Embedding, Histogram, Image, model_histograms
 from utils_tensorboard.writer import TensorBoardWriter
@@ -50,6 +50,10 @@ class MetricLogger:
     def log_model_histograms(self, model: nn.Module, step: int) -> None:
         """A histogram of each parameter and each gradient."""
         self.log_histograms(model_histograms(model), step)
+
+    def log_hyperparameters(self, run_name: str, values: Mapping[str, Any]) -> None:
+        """What the run was started with, as the row `run_name` of a table of all runs."""
+        self.writer.add_hparams(run_name, values)
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         """A point of each curve named."""

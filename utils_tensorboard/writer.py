@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,22 @@ class TensorBoardWriter:
             code = "    " + text.replace("\n", "\n    ")
             self._guard.attempt(self._writer.add_text, tag, code, step)
 
+    def add_hparams(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write the run's hyperparameters: texts, numbers and truth values by name; a None is left out.
+
+        `name` is that of the run's row. TensorBoard keeps what a folder's first call has said.
+        """
+        if self.enabled:
+            self._guard.attempt(self._add_hparams, name, values)
+
+    def _add_hparams(self, name: str, values: Mapping[str, Any]) -> None:
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # "api" beside it needs TensorFlow
+
+        # SummaryWriter.add_hparams would make a run of its own for them, and refuses None. The summary
+        # belongs to no step, so that no purge hides it.
+        known = {key: value for key, value in values.items() if value is not None}
+        self._writer.file_writer.add_summary(hparams_pb(known, trial_id=name))
+
     def add_embedding(self, tag: str, vectors: Any, labels: list[str], step: int) -> None:
         """Write (V, C) vectors for the projector; the labels stay on one line and have no tabs."""
         if self.enabled:
@@ -111,7 +127,7 @@ class TensorBoardWriter:
 
     def _purge_embeddings(self, purge_step: int) -> None:
         for path in self._embedding_files():
-            if int(path.stem.removeprefix("step_")) >= purge_step:
+            if _step_of(path) >= purge_step:
                 path.unlink()
         if (self._log_dir / PROJECTOR_FOLDER).exists():
             self._list_embeddings()
@@ -124,10 +140,14 @@ class TensorBoardWriter:
         from tensorboard.plugins import projector
         from tensorboard.plugins.projector.metadata import PROJECTOR_FILENAME
 
+        files = self._embedding_files()
+        newest = {path.parent: path for path in files}
         config = projector.ProjectorConfig()
-        for path in self._embedding_files():
+        for path in files:
+            # The projector sorts the names and opens with the first, so the newest needs one before "step".
+            last = path == newest[path.parent]
             entry = config.embeddings.add()
-            entry.tensor_name = f"{path.parent.name}:{path.stem}"
+            entry.tensor_name = f"{path.parent.name}:{f'newest_step_{_step_of(path)}' if last else path.stem}"
             entry.tensor_path = path.relative_to(self._log_dir).as_posix()
             entry.metadata_path = (path.parent / "labels.tsv").relative_to(self._log_dir).as_posix()
         text = text_format.MessageToString(config)
@@ -143,3 +163,8 @@ class TensorBoardWriter:
         writer, self._writer = self._writer, None
         if writer is not None:
             self._guard.attempt(writer.close)
+
+
+def _step_of(path: Path) -> int:
+    """The step of an embedding's file."""
+    return int(path.stem.removeprefix("step_"))
