@@ -46,7 +46,7 @@ QUEUE_SIZE = 10_000  # calls a tracker may be behind
 PARCEL = 500  # calls that are sent together at most, so that a slow tracker can be told from one that hangs
 HANDOVER = 0.1  # seconds between two parcels
 NICENESS = 10  # of a tracker's process: where there are fewer cores than work, the training comes first
-PATIENCE = 20.0  # seconds: how long a tracker may keep the run waiting; 8 were too few right after an installation
+PATIENCE = 20.0  # seconds a tracker may keep the run waiting; 8 were too few right after an installation
 FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; rows that are late by then are sent again after a resume
 TELLING = ("max_iters", "grad_accum_steps", "data_path")  # though a resumed run may change them
 
