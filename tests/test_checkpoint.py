@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,10 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, stop) -> None:
 
 
 def damage(path: Path) -> None:
-    """Flip one bit of the last tensor."""
+    """Flip one bit of the last tensor, once the file is there: it is written beside the training."""
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

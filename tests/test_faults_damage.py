@@ -96,7 +96,8 @@ def test_where_every_checkpoint_is_damaged_the_resume_is_refused(reference, tmp_
             before[path] = path.read_bytes()
         assert faults.train_in_child(["--resume", "latest"]) == 2
         output = (folder / "output.txt").read_text()
-        assert output.splitlines()[-1].startswith("error: runs/")
+        error, hint = output.splitlines()[-2:]
+        assert error.startswith("error: runs/") and hint.startswith("hint: put a copy of one there")
         assert "none of its" in output and "Traceback" not in output
         assert {path: path.read_bytes() for path in faults.checkpoints(folder)} == before
 
