@@ -439,10 +439,22 @@ def field_names(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class)]
 
 
+ELSEWHERE = {"lr": "learning_rate", "epochs": "max_iters", "steps": "max_iters"}  # what others call it
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """ "; did you mean X?" for the known word that resembles `word` most, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    """ "; did you mean X?" for the known word that `word` begins, or that resembles it most, or nothing."""
+    by_name = {name.lstrip("-:").replace("-", "_"): name for name in known}
+    bare = word.lstrip("-:").replace("-", "_")
+    begun = [name for name in by_name if bare and name.startswith(bare)]
+    if ELSEWHERE.get(bare) in by_name:
+        found = by_name[ELSEWHERE[bare]]
+    elif len(begun) == 1:
+        found = by_name[begun[0]]
+    else:
+        close = difflib.get_close_matches(word, list(by_name.values()), n=1)
+        found = close[0] if close else ""
+    return f"; did you mean {found}?" if found else ""
 
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

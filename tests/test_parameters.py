@@ -602,3 +602,20 @@ def test_validate_config_lists_every_problem():
         "  - dropout = 1.0 must be below 1",
         "  - n_embd = 30 must be divisible by n_head = 4 (n_embd = 32 is)",
     ]
+
+
+@pytest.mark.parametrize(
+    "word, known, found",
+    [
+        ("--temp", ["--stop", "--temperature", "--top-k"], "--temperature"),
+        (":temp", [":help", ":temperature"], ":temperature"),
+        ("--lr", ["--min-lr", "--learning-rate", "--lr-schedule"], "--learning-rate"),
+        ("epochs", ["max_iters", "seed"], "max_iters"),
+        ("learning_rat", ["learning_rate", "seed"], "learning_rate"),
+        ("--n-lyer", ["--n-layer", "--n-head"], "--n-layer"),
+        ("qqqq", ["seed"], ""),
+        ("--", ["--seed"], ""),
+    ],
+)
+def test_the_word_that_was_meant(word, known, found):
+    assert nearest(word, known) == (f"; did you mean {found}?" if found else "")

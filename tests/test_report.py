@@ -352,6 +352,7 @@ def test_a_thinned_curve_keeps_its_peaks_and_its_order():
         (9563, 12140, 4, [10000, 11000, 12000]),
         (5200, 14000, 4, [6000, 8000, 10000, 12000, 14000]),  # in steps of 5,000 there would be one
         (2, 2, 4, [2]),
+        (3.0, 3.0000000000000004, 6, [3.0]),
     ],
 )
 def test_ticks_are_round_numbers(low, high, most, expected):

@@ -197,7 +197,7 @@ def thinned(points: list[Point]) -> list[Point]:
 
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers between two others, two or about `most`: 1, 2 or 5 times a power of ten apart."""
-    if not high > low:
+    if not high - low > 1e-12 * max(abs(low), abs(high)):  # no room for numbers between them
         return [low]
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
