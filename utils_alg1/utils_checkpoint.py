@@ -177,8 +177,7 @@ class CheckpointStore:
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for name, parameter in model.named_parameters():
             for key, value in trainer.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{key}.{name}"] = value
+                tensors[f"optimizer.{key}.{name}"] = value
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
