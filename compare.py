@@ -18,7 +18,7 @@ import sys
 from errors import DONE, Alg1Error
 from parameters import raise_problems
 from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
-from utils_alg1.utils_output import run_script
+from utils_alg1.utils_script import run_script
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:

@@ -22,7 +22,8 @@ from errors import DONE, Alg1Error
 from parameters import Problem, nearest, raise_problems, shown, specs
 from utils import show_characters
 from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
-from utils_alg1.utils_output import importing, print_error, run_script
+from utils_alg1.utils_output import print_error
+from utils_alg1.utils_script import importing, run_script
 
 if TYPE_CHECKING:
     import torch

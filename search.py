@@ -37,7 +37,8 @@ from utils_alg1.utils_config_loader import (
     add_parameter_flags,
     split_parameters,
 )
-from utils_alg1.utils_output import Console, leave_if_told, run_script
+from utils_alg1.utils_output import Console
+from utils_alg1.utils_script import leave_if_told, run_script
 
 if TYPE_CHECKING:
     from utils_alg1.utils_search_space import Plan

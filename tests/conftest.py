@@ -158,7 +158,7 @@ def sample(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 
 def _runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    from utils_alg1.utils_output import run_script
+    from utils_alg1.utils_script import run_script
 
     def run(*arguments: object) -> Result:
         capsys.readouterr()

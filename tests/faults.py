@@ -64,7 +64,7 @@ def wait(pid: int) -> int:
 def train_here(arguments: Sequence[str]) -> int:
     """Run train.py in this process; its exit code."""
     import train
-    from utils_alg1.utils_output import run_script
+    from utils_alg1.utils_script import run_script
 
     try:
         run_script(lambda: train.main(list(arguments)))

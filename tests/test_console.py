@@ -25,11 +25,12 @@ from rich.live import Live
 from errors import Alg1Error
 from parameters import Parameters
 from utils_alg1 import utils_report, utils_terminal
-from utils_alg1.utils_output import LOGGER, Command, Console, duration, print_error
+from utils_alg1.utils_output import LOGGER, CommandLine, Console, print_error
 from utils_alg1.utils_processes import ALONE
 from utils_alg1.utils_run_manager import list_runs
 from utils_alg1.utils_runtime import StopSignals
 from utils_alg1.utils_terminal import Bar, Terminal, fold
+from utils_alg1.utils_text import duration
 from utils_alg1.utils_training import Evaluation, Progress
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|4[0-7]|9[0-7]|38|48)[0-9;]*m")
@@ -100,7 +101,7 @@ def masked(out: str) -> list[str]:
     out = re.sub(r"perplexity [\d.]+, [\d.]+ bits", "perplexity P, B bits", out)
     out = re.sub(r"  [\d,]+ tok/s", "  SPEED tok/s", out)
     out = re.sub(r"(  best)?$", "", out, flags=re.M)
-    return re.sub(r"in \d:\d\d$", "in TIME", out, flags=re.M).splitlines()
+    return re.sub(r"in (\d:\d\d|[\d.]+ s)$", "in TIME", out, flags=re.M).splitlines()
 
 
 # --- without a terminal -------------------------------------------------------------------------------
@@ -459,7 +460,16 @@ def test_a_bar_that_a_narrower_terminal_wrapped_is_cleared(xterm, cleared, new_b
 
 @pytest.mark.parametrize(
     "seconds, words",
-    [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (90061, "1 d 1:01:01")],
+    [
+        (0.42, "0.4 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599, "59:59"),
+        (3600, "1:00:00"),
+        (90061, "1 d 1:01:01"),
+    ],
 )
 def test_a_duration(seconds, words):
     assert duration(seconds) == words
@@ -498,8 +508,8 @@ def test_a_command_is_not_folded(open_screen, monkeypatch):
     screen = open_screen()
     monkeypatch.setenv("COLUMNS", "40")
     lines = {
-        "short": Command("aim up   then open http://localhost:1"),
-        "long": Command("tensorboard --logdir=runs --port=6006   then look"),
+        "short": CommandLine("aim up   then open http://localhost:1"),
+        "long": CommandLine("tensorboard --logdir=runs --port=6006   then look"),
     }
     assert block(screen, lines) == [
         "short  aim up",

@@ -20,8 +20,10 @@ from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, _runner, run_process
 from errors import Alg1Error, Guard, disk_error
 from files import WHERE_WEIGHTS_ARE
 from utils_alg1.utils_compare import RESULTS
-from utils_alg1.utils_output import Console, loss_in_words, run_script
+from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import LOCK_NAME, RunDirectoryCreator, RunIDGenerator, create_run, lock_run
+from utils_alg1.utils_script import run_script
+from utils_alg1.utils_text import loss_in_words
 
 SHOWS = "python train.py --help explains every value"
 LISTS = "python train.py --help lists every flag"
@@ -767,7 +769,7 @@ def test_a_log_is_continued(workdir):
     [
         (0.0, "0.0000 (perplexity 1.00, 0.000 bits per character)"),
         (1.5, "1.5000 (perplexity 4.48, 2.164 bits per character)"),
-        (1000.0, "1000.0000 (perplexity inf, 1442.695 bits per character)"),
+        (1000.0, "1000.0000 (perplexity -, 1442.695 bits per character)"),
     ],
 )
 def test_a_loss_in_words(loss, words):

@@ -474,7 +474,7 @@ def test_a_process_that_waits_for_another_can_be_ended(folder, rank):
 
     def wait_for_ever() -> int:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
-        from utils_alg1.utils_output import run_script
+        from utils_alg1.utils_script import run_script
 
         def share() -> int:
             with TorchrunProcesses(rank, rank, 2) as processes:

@@ -23,9 +23,10 @@ from model import BigramLanguageModel
 from observations import Image
 from parameters import specs
 from utils import Tokenizer
-from utils_alg1 import utils_report, utils_report_page
+from utils_alg1 import utils_report, utils_report_page, utils_text
+from utils_alg1.utils_charts import Line, chart, thinned, tick_label, ticks
 from utils_alg1.utils_observations import attention_weights
-from utils_alg1.utils_report_page import Line, build_page, chart, escaped, thinned, tick_label, ticks
+from utils_alg1.utils_report_page import build_page, escaped
 from utils_alg1.utils_run_manager import list_runs
 
 HOSTILE = (
@@ -133,7 +134,7 @@ def test_final_figures_follow_from_the_metrics_and_the_weights(start):
 
 
 def test_a_perplexity_past_every_number_is_none():
-    assert utils_report.perplexity(1e4) is None
+    assert utils_text.perplexity(1e4) is None
 
 
 # --- the attention picture ----------------------------------------------------------------------------

@@ -66,7 +66,7 @@ from pathlib import Path
 sys.path.insert(0, {str(PROJECT)!r})
 import search
 from utils_alg1 import utils_search
-from utils_alg1.utils_output import run_script
+from utils_alg1.utils_script import run_script
 utils_search.TRAIN_SCRIPT = Path("fake_train.py").absolute()
 run_script(search.main)
 """

@@ -990,9 +990,9 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
     )
     code = (
         "import train\n"
-        "from utils_alg1 import utils_output, utils_trackers\n"
+        "from utils_alg1 import utils_script, utils_trackers\n"
         f"utils_trackers.PATIENCE = {0.5 if hangs else 50}\n"
-        f"utils_output.run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard', *NO_LOOKS]!r}))\n"
+        f"utils_script.run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard', *NO_LOOKS]!r}))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(PROJECT)])}
     done = subprocess.run(

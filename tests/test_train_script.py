@@ -439,7 +439,7 @@ class ClosedPipe(io.StringIO):
 
 
 def test_a_reader_that_goes_away_does_not_stop_the_training(text_file, fast_end, monkeypatch):
-    from utils_alg1.utils_output import run_script
+    from utils_alg1.utils_script import run_script
 
     monkeypatch.setattr(sys, "stdout", ClosedPipe())
     arguments = ["--data", str(text_file), *TINY, *QUIET_TRACKERS]
@@ -532,7 +532,7 @@ def test_the_garbage_collector_rests_while_the_heavy_packages_come(tmp_path):
     """In a process of its own: here they were imported long ago."""
     program = """
 import gc, sys
-from utils_alg1.utils_output import importing
+from utils_alg1.utils_script import importing
 with importing():
     print(gc.isenabled())
     import numpy

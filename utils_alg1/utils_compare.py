@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from errors import Alg1Error
 from parameters import nearest, read_json_object, specs
 from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID
+from utils_alg1.utils_text import number, one_line, perplexity
 
 Row = dict[str, Any]  # by the names of RESULTS and of parameters; what is not known is None
 
@@ -152,7 +153,7 @@ def take_values(values: dict[str, Any], row: Row) -> None:
     row["val_loss"], row["train_loss"] = loss, finite(values.get("loss/train"))
     if loss is not None and (row["best_val_loss"] is None or loss < row["best_val_loss"]):
         row["best_val_loss"], row["best_step"] = loss, values["step"]
-        row["best_perplexity"] = math.exp(loss) if loss < 700 else None
+        row["best_perplexity"] = perplexity(loss)
         row["best_bits_per_character"] = loss / math.log(2)
 
 
@@ -252,7 +253,7 @@ def columns_of(rows: list[Row]) -> list[Column]:
         Column("state", 2, state_cell, to_the_right=False),
         Column("step", 4, step_cell),
         Column("best val loss", 0, best_cell),
-        Column("val loss", 5, lambda row: cell(row["val_loss"], ".4f")),
+        Column("val loss", 5, lambda row: number(row["val_loss"])),
     ]
     if len({row["text_sha256"] for row in rows if row["text_sha256"]}) > 1:
         columns.append(Column("text", 1, lambda row: cell(row["text"]), to_the_right=False))
@@ -279,11 +280,6 @@ def cell(value: Any, form: str = "") -> str:
     return text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"
 
 
-def one_line(text: str) -> str:
-    """Text without what would break a line or a terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
 def state_cell(row: Row) -> str:
     return row["state"] + (", resumed" if row["resumed"] else "")
 
@@ -294,7 +290,7 @@ def step_cell(row: Row) -> str:
 
 
 def best_cell(row: Row) -> str:
-    return ("* " if row["best"] else "") + cell(row["best_val_loss"], ".4f")
+    return ("* " if row["best"] else "") + number(row["best_val_loss"])
 
 
 def format_table(rows: list[Row], width: int | None = None) -> list[str]:

@@ -8,21 +8,17 @@ Lines are records of the logger `alg1`, so any module can add one for --verbose:
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
-import math
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-from errors import DONE, INTERRUPTED, Alg1Error, disk_error
+from errors import Alg1Error
 from parameters import PARTS, Parameters, specs
-from utils_alg1.utils_processes import leave
+from utils_alg1.utils_text import number
 
 if TYPE_CHECKING:
     from utils_alg1.utils_terminal import Bar, Part, Terminal
@@ -31,89 +27,6 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("alg1")
 LOG_ONLY = 5  # the level of what no console shows
 ALWAYS = logging.WARNING + 5  # that of what --quiet does not leave out, and is no warning
-
-
-def run_script(main: Callable[[], int]) -> None:
-    """Run a script's main() and exit with its code.
-
-    A failure that a user can cause ends in one `error:` line and, where there is one, a `hint:` line.
-    """
-    # A program started without them (`>&-`) has no streams at all.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    # A terminal that cannot show a character shows a stand-in instead of ending the program.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        with _signals_unwind():
-            code = main()
-    except Alg1Error as error:
-        print_error(error)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except BrokenPipeError:  # the reader went away (`| head`): nobody is left to tell
-        code = DONE
-    except OSError as error:  # met where nobody expected one, such as a name that is too long
-        failure = disk_error(f"use {error.filename}" if error.filename else "go on", error)
-        print_error(failure)
-        code = failure.exit_code
-    try:
-        sys.stdout.flush()
-    except OSError:  # else Python tries again at exit, and complains
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    leave(code)
-
-
-@contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """For the heavy imports: in here the garbage collector rests, and what they leave is out of its sight.
-
-    It would go through all that PyTorch makes again and again, finding nothing: a fifth of the time that its
-    import takes, and once more in the first steps, where it also unshares the memory of forked processes.
-    """
-    if "torch" in sys.modules or not gc.isenabled():  # not by us, and there may be garbage
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-_told_to_leave: int | None = None  # the signal that came while no loop was there to stop
-
-
-@contextlib.contextmanager
-def _signals_unwind() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the program through every `with` and `finally` on the way.
-
-    An exception that comes in the middle of an import or a callback of Python's can get lost there, so the
-    signal is noted too: see `leave_if_told`.
-    """
-    global _told_to_leave
-    _told_to_leave = None
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        global _told_to_leave
-        _told_to_leave = number
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def leave_if_told() -> None:
-    """End the program now if a signal has asked for it earlier, and was not heard."""
-    if _told_to_leave is not None:
-        raise SystemExit(128 + _told_to_leave)
 
 
 def print_error(error: Alg1Error) -> None:
@@ -135,7 +48,7 @@ def terminal_of(stream: TextIO) -> Terminal | None:
     return Terminal(stream)
 
 
-class Command(str):
+class CommandLine(str):
     """A line of a block to be typed, never folded, so that it can be copied; behind REMARK, a remark."""
 
 
@@ -262,7 +175,7 @@ class Console:
         e = evaluation
         best = "  best" if progress.best_step == e.step else ""
         speed = f"  {rate:,.0f} tok/s" if rate else ""
-        train, val = f"{e.train_loss:.4f}", f"{e.val_loss:.4f}"
+        train, val = number(e.train_loss), number(e.val_loss)
         lr = f"  lr {e.learning_rate:.1e}"
         if self._bar:
             self._bar.evaluated(e.step, e.val_loss, rate)
@@ -357,7 +270,7 @@ def _look_of_entry(name: str, value: str) -> Look:
     def look(width: int) -> list[Part]:
         from utils_alg1.utils_terminal import cell_len, fold
 
-        typed = isinstance(value, Command)
+        typed = isinstance(value, CommandLine)
         separator = REMARK if typed else " "
         indent, gap = len(name) + 2, "  "
         pieces = value.split(separator)
@@ -369,18 +282,3 @@ def _look_of_entry(name: str, value: str) -> Look:
         return [(name, "bold"), gap, (folded[:n], "cyan"), folded[n:]]
 
     return look
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss, with days before them where there are any."""
-    minutes, s = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{s:02d}"
-    days, hours = divmod(minutes // 60, 24)
-    return (f"{days} d " if days else "") + f"{hours}:{minutes % 60:02d}:{s:02d}"
-
-
-def loss_in_words(loss: float) -> str:
-    """A loss with what it means: its perplexity and its bits per character."""
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return f"{loss:.4f} (perplexity {perplexity:.2f}, {loss / math.log(2):.3f} bits per character)"

@@ -24,9 +24,10 @@ from utils import Tokenizer
 from utils_aim.instructions import FOLDER as AIM_FOLDER
 from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.utils_observations import attention_pictures, draw_texts
-from utils_alg1.utils_output import Command, Console, duration, loss_in_words
+from utils_alg1.utils_output import CommandLine, Console
 from utils_alg1.utils_processes import Processes, launch_command
 from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
+from utils_alg1.utils_text import counted, duration, loss_in_words, number, perplexity
 from utils_alg1.utils_trackers import read_metrics
 from utils_alg1.utils_training import learning_rate
 from utils_tensorboard.instructions import instructions as tensorboard_instructions
@@ -148,11 +149,6 @@ def export_weights(
     if params.train.output:
         model.save_safetensors(params.train.output)
     return exported
-
-
-def perplexity(loss: float) -> float | None:
-    """exp(loss): between how many equally likely characters the model wavers; None past a float's range."""
-    return math.exp(loss) if loss < 700 else None
 
 
 def draw_samples(model: BigramLanguageModel, seed: int) -> list[str]:
@@ -300,19 +296,19 @@ def describe_end(
     assert evaluation is not None and progress.best_val is not None  # the loop ends with one
     runs_dir = str(run.path.parent)
     lines = {
-        "reached": f"step {progress.step}: train loss {evaluation.train_loss:.4f},"
-        f" val loss {evaluation.val_loss:.4f}, in {duration(progress.seconds)}",
+        "reached": f"step {progress.step}: train loss {number(evaluation.train_loss)},"
+        f" val loss {number(evaluation.val_loss)}, in {duration(progress.seconds)}",
         "best": f"step {progress.best_step}: val loss {loss_in_words(progress.best_val)}",
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']})",
     }
     if (run.eval_dir / "report.html").exists():
         lines["report"] = str(run.eval_dir / "report.html")
-    lines["sample"] = Command(f"python inference.py --run {name_of(run)}")
+    lines["sample"] = CommandLine(f"python inference.py --run {name_of(run)}")
     if "tensorboard" in shown_in:
-        lines["curves"] = Command(tensorboard_instructions(runs_dir, params.tensorboard.port))
+        lines["curves"] = CommandLine(tensorboard_instructions(runs_dir, params.tensorboard.port))
     if "aim" in shown_in:
-        lines["compare"] = Command(aim_instructions())
-    lines["train on"] = Command(longer_command(run, params, progress, processes))
+        lines["compare"] = CommandLine(aim_instructions())
+    lines["train on"] = CommandLine(longer_command(run, params, progress, processes))
     return lines
 
 
@@ -367,12 +363,11 @@ def describe_start(
     model, train, runtime = params.model, params.train, trainer.runtime
     n_parameters = sum(parameter.numel() for parameter in trainer.parameters)
     dtype = str(runtime.dtype).removeprefix("torch.")
-    threads = f"{runtime.threads} thread" + "s" * (runtime.threads != 1)
     sequences = trainer.tokens_per_step // model.block_size
     steps = f"{step} to {train.max_iters}," if step else f"{train.max_iters}"
     lines = {
         "run": run.run_id,
-        "device": f"{runtime.device}, {dtype}, {threads}",
+        "device": f"{runtime.device}, {dtype}, {counted(runtime.threads, 'thread')}",
         "model": f"{n_parameters:,} parameters: n_embd {model.n_embd}, n_head {model.n_head},"
         f" n_layer {model.n_layer}, block_size {model.block_size}",
         "text": f"{corpus.path}: {len(corpus.tokens):,} characters,"

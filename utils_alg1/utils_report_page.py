@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import base64
 import html
-import itertools
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,13 @@ from typing import Any
 from errors import first_line
 from files import write_atomically
 from parameters import read_json_object, read_text, specs
+from utils_alg1.utils_charts import Line, Point, chart
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import Run
+from utils_alg1.utils_text import duration, number, visible
 from utils_alg1.utils_trackers import read_metrics
 
-MOST_POINTS = 800  # of a curve: more than a page has pixels for
 MOST_ROWS = 200  # of the table of evaluations
-SPAN = 1000  # units along each side of a curve's own coordinates
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-
-Point = tuple[float, float]  # step, value
 
 
 def try_page(run: Run, samples: list[str], attended: str | None, console: Console) -> None:
@@ -75,13 +70,8 @@ def build_page(run_dir: Path, samples: list[str], attended: str | None) -> str:
 
 
 def escaped(text: Any) -> str:
-    """Text as it can stand anywhere in the page; what no page can hold is shown by a symbol for it."""
-
-    def visible(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
-
-    return html.escape(INVISIBLE.sub(visible, str(text)))
+    """Text as it can stand anywhere in the page."""
+    return html.escape(visible(str(text)))
 
 
 def section(heading: str, body: str) -> str:
@@ -108,33 +98,17 @@ def cards(final: dict[str, Any]) -> str:
     speed = final["tokens_per_second_overall"]
     values = {
         "best val loss": (number(final["best_val_loss"]), f"nats per character, step {final['best_step']:,}"),
-        "perplexity": (number(final["best_perplexity"]), "at the best val loss"),
-        "bits per character": (number(final["best_bits_per_character"]), "at the best val loss"),
+        "perplexity": (number(final["best_perplexity"], 2), "at the best val loss"),
+        "bits per character": (number(final["best_bits_per_character"], 3), "at the best val loss"),
         "last val loss": (number(final["val_loss"]), f"train loss {number(final['train_loss'])}"),
         "speed": (f"{speed:,.0f}" if speed else "-", "characters per second"),
-        "time": (in_time(final["seconds_in_loop"]), f"{final['tokens']:,} characters read"),
+        "time": (duration(final["seconds_in_loop"]), f"{final['tokens']:,} characters read"),
     }
     items = [
         f"<div><dt>{name}</dt><dd><b>{figure}</b><small>{note}</small></dd></div>"
         for name, (figure, note) in values.items()
     ]
     return f"<dl class=cards>{''.join(items)}</dl>"
-
-
-def number(value: float | None) -> str:
-    """Four digits behind the point for a loss, fewer for what is large; "-" for None."""
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def in_time(seconds: float) -> str:
-    """Seconds in words: 8.4 s, 3 min 5 s, 2 h 7 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
 
 
 # --- curves -------------------------------------------------------------------------------------------
@@ -171,97 +145,6 @@ def read_curves(metrics_path: Path) -> Curves:
             if isinstance(value, (int, float)) and math.isfinite(value):
                 getattr(curves, name).append((row["step"], value))
     return curves
-
-
-@dataclass
-class Line:
-    """One curve of a chart; `kind` is its class in the style sheet."""
-
-    name: str
-    kind: str
-    points: list[Point]
-
-
-def thinned(points: list[Point]) -> list[Point]:
-    """At most MOST_POINTS points: of each stretch the lowest and the highest, so that no peak is lost."""
-    if len(points) <= MOST_POINTS:
-        return points
-    n_stretches = MOST_POINTS // 2
-    bounds = [round(i * len(points) / n_stretches) for i in range(n_stretches + 1)]
-    kept: list[Point] = []
-    for begin, end in itertools.pairwise(bounds):
-        stretch = points[begin:end]
-        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
-    return kept
-
-
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two others, two or about `most`: 1, 2 or 5 times a power of ten apart."""
-    if not high - low > 1e-12 * max(abs(low), abs(high)):  # no room for numbers between them
-        return [low]
-    raw = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)] if last > first else ticks(low, high, 2 * most)
-
-
-def chart(title: str, unit: str, lines: list[Line], n_steps: int, large: bool = False) -> str:
-    """Curves over steps 0 to `n_steps` as a figure; nothing where there is no point.
-
-    The drawing is stretched to the place it gets, the numbers beside it are not.
-    """
-    lines = [line for line in lines if line.points]
-    if not lines:
-        return ""
-    last = max(n_steps, *(x for line in lines for x, _ in line.points), 1)
-    ys = [y for line in lines for _, y in line.points]
-    lowest, highest = min(ys), max(ys)
-    spare = 0.05 * (highest - lowest) or abs(highest) or 1.0
-    low, high = lowest - spare, highest + spare
-
-    def across(x: float) -> float:
-        return x / last
-
-    def down(y: float) -> float:
-        return (high - y) / (high - low)
-
-    y_ticks, x_ticks = ticks(lowest, highest, 6 if large else 4), ticks(0, last, 5 if large else 3)
-    grid = "".join(f"M0 {SPAN * down(y):.1f}H{SPAN}" for y in y_ticks)
-    drawn = [f'<path class=grid d="{grid}"/>']
-    for line in lines:
-        points = thinned(line.points) if len(line.points) > 1 else line.points * 2  # a dot needs two ends
-        path = " ".join(f"{SPAN * across(x):.1f},{SPAN * down(y):.1f}" for x, y in points)
-        drawn.append(f'<polyline class="{line.kind}" points="{path}"/>')
-    labels = [
-        f'<span class=y style="top:{100 * down(y):.2f}%">{tick_label(y, y_ticks)}</span>' for y in y_ticks
-    ]
-    labels += [
-        f'<span class=x style="left:{100 * across(x):.2f}%">{tick_label(x, x_ticks)}</span>' for x in x_ticks
-    ]
-    key = "".join(f'<li class="{line.kind}">{line.name}</li>' for line in lines) if len(lines) > 1 else ""
-    return (
-        f'<figure class="chart{" large" if large else ""}">'
-        f"<figcaption>{title} <small>{unit}</small></figcaption>"
-        f'<div class=plot><svg viewBox="0 0 {SPAN} {SPAN}" preserveAspectRatio=none role=img'
-        f' aria-label="{title} over the steps">{"".join(drawn)}</svg>{"".join(labels)}</div>'
-        f"{f'<ul class=key>{key}</ul>' if key else ''}</figure>"
-    )
-
-
-def tick_label(value: float, among: Sequence[float]) -> str:
-    """A number as short as the distance of its neighbours allows."""
-    if value == 0:
-        return "0"
-    largest = max(abs(tick) for tick in among)
-    if largest < 0.1:
-        return f"{value:.3g}"
-    if largest >= 1e6:
-        return f"{value / 1e6:.4g}M"
-    if largest >= 1e4:
-        return f"{value / 1e3:.4g}k"
-    step = abs(among[1] - among[0]) if len(among) > 1 else largest
-    return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
 def loss_chart(curves: Curves, final: dict[str, Any]) -> str:

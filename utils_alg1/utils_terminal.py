@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from rich.live import Live
 from rich.text import Text
 
-from utils_alg1.utils_output import duration
+from utils_alg1.utils_text import duration, number
 
 Part = str | tuple[str, str]  # some text, or text and a style of Rich's
 
@@ -160,8 +160,8 @@ class Bar:
         n = len(str(self.total))
         fields = {
             "step": f"step {self.step:{n}d}/{self.total}",
-            "loss": f"loss {self.loss:.4f}" if self.loss is not None else "",
-            "val": f"val {self.val_loss:.4f}" if self.val_loss is not None else "",
+            "loss": f"loss {number(self.loss)}" if self.loss is not None else "",
+            "val": f"val {number(self.val_loss)}" if self.val_loss is not None else "",
             "speed": f"{self.rate:,.0f} tok/s" if self.rate is not None else "",
             "left": f"{duration(left)} left" if left is not None else "",
         }

@@ -1,0 +1,61 @@
+"""Text and numbers as people see them, the same on the console, in tables and in the report."""
+
+from __future__ import annotations
+
+import math
+import re
+
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+DIGITS_UP_TO = 1e6  # from there on a number is written with an exponent
+
+
+def visible(text: str) -> str:
+    """Text that no terminal obeys and any page can hold: a symbol for each control character.
+
+    Line ends and tabs stay.
+    """
+
+    def symbol(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+    return INVISIBLE.sub(symbol, text)
+
+
+def one_line(text: str) -> str:
+    """Text without what would break a line or a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A loss or the like with so many digits behind the point, fewer where it is huge; "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if abs(value) < DIGITS_UP_TO else f"{value:.3g}"
+
+
+def counted(n: int, thing: str) -> str:
+    """1 step, 2 steps, 3,000 steps."""
+    return f"{n:,} {thing}" + "s" * (n != 1)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 8.4 s, 42 s, m:ss or h:mm:ss, with days before them where there are any."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, s = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{s:02d}"
+    days, hours = divmod(minutes // 60, 24)
+    return (f"{days} d " if days else "") + f"{hours}:{minutes % 60:02d}:{s:02d}"
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss): between how many equally likely characters the model wavers; None past a float's range."""
+    return math.exp(loss) if loss < 700 else None
+
+
+def loss_in_words(loss: float) -> str:
+    """A loss with what it means: its perplexity and its bits per character."""
+    bits = loss / math.log(2)
+    return f"{number(loss)} (perplexity {number(perplexity(loss), 2)}, {number(bits, 3)} bits per character)"
