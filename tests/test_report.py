@@ -239,7 +239,7 @@ def test_the_page_holds_results_samples_and_provenance(run):
     figures = [text.split("\n")[0] for text in page.texts["b"]]
     assert figures[0] == f"{final['best_val_loss']:.4f}"
     assert figures[1] == f"{final['best_perplexity']:.2f}"
-    assert figures[2] == f"{final['best_bits_per_character']:.4f}"
+    assert figures[2] == f"{final['best_bits_per_character']:.3f}"
     assert figures[3] == f"{final['val_loss']:.4f}"
     samples = (run / "eval/samples.txt").read_text(encoding="utf-8")
     for i, text in enumerate(page.texts["pre"][:3], 1):
