@@ -76,8 +76,9 @@ def run_phases(
             utils_report_page,
             utils_runtime,
         )
+        from utils_alg1.utils_metrics import cut_metrics
         from utils_alg1.utils_run_manager import create_run
-        from utils_alg1.utils_trackers import cut_metrics, start_trackers
+        from utils_alg1.utils_trackers import start_trackers
         from utils_tensorboard.server import TensorBoardServer
 
     # 2. Configurations, checked as a whole and against the text before anything is created.
@@ -176,7 +177,8 @@ def follow(processes: Processes) -> int:
     """What every process but the first does: its share of each step, told by the first, keeping nothing."""
     from data import find_corpus, open_corpus
     from utils_alg1 import utils_checkpoint, utils_observations, utils_runtime
-    from utils_alg1.utils_trackers import Tracker, Trackers
+    from utils_alg1.utils_metrics import Tracker
+    from utils_alg1.utils_trackers import Trackers
 
     job = processes.share(None)
     if job is None:  # the first had nothing to train

@@ -20,8 +20,9 @@ from parameters import specs
 from utils_aim.instructions import instructions
 from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
+from utils_alg1.utils_metrics import read_metrics
 from utils_alg1.utils_run_manager import list_runs
-from utils_alg1.utils_trackers import Trackers, read_metrics
+from utils_alg1.utils_trackers import Trackers
 from utils_alg1.utils_training import Trainer
 
 aim = pytest.importorskip("aim", reason="Aim is not installed (it has no wheels for Python 3.13 or Windows)")
@@ -241,10 +242,10 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
         patch.setattr(Trainer, "update", stop)
         if known:
             patch.setattr(script, "loop", wait_and_loop)
-            patch.setattr("utils_alg1.utils_trackers.FLUSH_PATIENCE", 60)
+            patch.setattr("utils_alg1.utils_background.FLUSH_PATIENCE", 60)
         else:
             never = property(lambda _: False, lambda *_: None)
-            patch.setattr("utils_alg1.utils_trackers.Background.started", never, raising=False)
+            patch.setattr("utils_alg1.utils_background.Background.started", never, raising=False)
             patch.setattr(Trackers, "state", lambda _: {"aim": {"run": None, "synced": 0}})
         assert train(*WITH_AIM).code == 130
     first_hash = only_run(workdir).hash

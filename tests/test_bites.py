@@ -81,14 +81,14 @@ GUARDS = [
     ),
     Guard(
         "lock of a run, in the processes of its trackers",
-        "utils_alg1/utils_trackers.py",
+        "utils_alg1/utils_background.py",
         "    let_go_of_files(keep={1, 2, connection.fileno()})\n",
         "",
         "tests/test_trackers.py -k parent_is_killed",
     ),
     Guard(
         "end of a tracker that hangs and has no parent any more",
-        "utils_alg1/utils_trackers.py",
+        "utils_alg1/utils_background.py",
         "    threading.Thread(target=_outlive, args=(os.getppid(), PATIENCE), daemon=True).start()\n",
         "",
         "tests/test_trackers.py -k outlive",

@@ -19,7 +19,9 @@ from observations import HISTOGRAM_BINS, Embedding, Image
 from parameters import ModelConfig, TensorBoardConfig, TrainConfig, due, field_names
 from utils_aim.pictures import draw_embedding, in_font, principal_components
 from utils_alg1 import utils_observations
+from utils_alg1.utils_background import Background
 from utils_alg1.utils_backward import find_backward
+from utils_alg1.utils_metrics import MetricsFile, Tracker
 from utils_alg1.utils_observations import (
     SAMPLE_LENGTH,
     Observer,
@@ -33,7 +35,7 @@ from utils_alg1.utils_observations import (
 from utils_alg1.utils_report import draw_samples
 from utils_alg1.utils_run_manager import list_runs
 from utils_alg1.utils_runtime import Runtime
-from utils_alg1.utils_trackers import Background, MetricsFile, Tracker, Trackers
+from utils_alg1.utils_trackers import Trackers
 from utils_alg1.utils_training import Clock, Progress, Trainer
 
 VOCABULARY = sorted("\n\t \\abcé日")

@@ -24,10 +24,10 @@ import optuna
 from errors import Alg1Error
 from utils_alg1 import utils_search, utils_search_report, utils_search_space
 from utils_alg1.utils_config_loader import Options
+from utils_alg1.utils_metrics import new_metrics, read_metrics
 from utils_alg1.utils_run_manager import create_run, list_runs
 from utils_alg1.utils_search import Settings
 from utils_alg1.utils_search_space import Choices, Range, read_space
-from utils_alg1.utils_trackers import new_metrics, read_metrics
 
 LISTS = "hint: python search.py --help lists every flag\n"
 SPACE = f"hint: {utils_search_space.SPACE_HINT}\n"

@@ -36,8 +36,9 @@ from errors import BAD_INPUT, Alg1Error
 from files import read_tensors
 from observations import HISTOGRAM_BINS, model_histograms
 from parameters import TensorBoardConfig
+from utils_alg1.utils_metrics import read_metrics
 from utils_alg1.utils_run_manager import list_runs
-from utils_alg1.utils_trackers import Trackers, read_metrics
+from utils_alg1.utils_trackers import Trackers
 from utils_alg1.utils_training import Trainer
 from utils_tensorboard import server as server_module
 from utils_tensorboard.config import load_tensorboard_config

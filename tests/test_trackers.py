@@ -27,18 +27,11 @@ from tensorboard.plugins.hparams import summary_v2
 import train as script
 from errors import DISK_FAILED, Alg1Error, Guard
 from files import read_tensors
-from utils_alg1 import utils_trackers
+from utils_alg1 import utils_background, utils_trackers
+from utils_alg1.utils_background import Background
+from utils_alg1.utils_metrics import MetricsFile, Tracker, cut_metrics, read_metrics
 from utils_alg1.utils_run_manager import create_run, list_runs, lock_run
-from utils_alg1.utils_trackers import (
-    Background,
-    MetricsFile,
-    StartAim,
-    Tracker,
-    Trackers,
-    cut_metrics,
-    read_metrics,
-    start_trackers,
-)
+from utils_alg1.utils_trackers import StartAim, Trackers, start_trackers
 
 LOOKS = ("histogram", "activation", "attention", "embedding", "sample")
 NO_LOOKS = [f"--{look}-interval=0" for look in LOOKS]
@@ -136,9 +129,9 @@ def no_picture(monkeypatch):
 @pytest.fixture
 def short_patience(monkeypatch):
     """Trackers are given up after a moment."""
-    monkeypatch.setattr(utils_trackers, "PATIENCE", 0.2)
-    monkeypatch.setattr(utils_trackers, "FLUSH_PATIENCE", 0.05)
-    monkeypatch.setattr(utils_trackers, "NICENESS", 0)  # on a busy machine they may take a moment longer
+    monkeypatch.setattr(utils_background, "PATIENCE", 0.2)
+    monkeypatch.setattr(utils_background, "FLUSH_PATIENCE", 0.05)
+    monkeypatch.setattr(utils_background, "NICENESS", 0)  # on a busy machine they may take a moment longer
 
 
 @pytest.fixture(autouse=True)
@@ -257,8 +250,8 @@ def test_a_file_system_that_refuses_is_exit_code_4(tmp_path, work):
 
 
 def test_a_copy_hears_everything_once_and_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils_trackers, "QUEUE_SIZE", 2)
-    monkeypatch.setattr(utils_trackers, "PARCEL", 2)
+    monkeypatch.setattr(utils_background, "QUEUE_SIZE", 2)
+    monkeypatch.setattr(utils_background, "PARCEL", 2)
     recorder = Recorder(tmp_path)
     with Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": background(of(recorder))}) as trackers:
         for step in range(50):
@@ -300,7 +293,7 @@ def test_synced_moves_only_when_a_flush_was_delivered(tmp_path, short_patience):
 
 
 def test_a_flush_does_not_wait_for_a_copy_that_is_still_opening(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils_trackers, "FLUSH_PATIENCE", 0)
+    monkeypatch.setattr(utils_background, "FLUSH_PATIENCE", 0)
     opened = Gate(tmp_path / "opened")
     recorder = Recorder(tmp_path)
     copy = background(lambda _: opened.wait() and recorder)
@@ -354,7 +347,7 @@ def test_a_copy_that_cannot_be_opened_keeps_its_identity_for_the_next_session():
 
 
 def test_a_full_queue_gives_a_tracker_up_once_and_blocks_never_again(tmp_path, monkeypatch, short_patience):
-    monkeypatch.setattr(utils_trackers, "QUEUE_SIZE", 3)
+    monkeypatch.setattr(utils_background, "QUEUE_SIZE", 3)
     warnings: list[str] = []
     recorder = Recorder(tmp_path, "scalars")
     copy = background(of(recorder), warnings.append)
@@ -580,7 +573,7 @@ def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": ""}
     code = (
         "import sys\n"
-        "from utils_alg1.utils_trackers import Background, Tracker\n"
+        "from utils_alg1.utils_background import Background, Tracker\n"
         "def start(warn):\n    print('opened', flush=True)\n    return Tracker()\n"
         "sys.stdout.write('once ')\n"
         "copy = Background('X', start, lambda text: print(text, file=sys.stderr)).attend()\n"
@@ -607,8 +600,8 @@ def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_
 
 
 def test_a_process_begun_anew_serves_as_well_as_a_forked_one(train, text_file, monkeypatch):
-    monkeypatch.setattr(utils_trackers, "START_METHOD", "spawn")
-    monkeypatch.setattr(utils_trackers, "PATIENCE", 100)
+    monkeypatch.setattr(utils_background, "START_METHOD", "spawn")
+    monkeypatch.setattr(utils_background, "PATIENCE", 100)
     result = train(*RUN_TINY, "--no-aim")
     assert (result.code, result.err) == (0, "")
     path = the_run()
@@ -855,7 +848,7 @@ def seen(monkeypatch) -> list[Trackers]:
     def wait_and_loop(trainer, progress, observer, *rest):
         runs.append(observer.trackers)
         for copy in observer.trackers.copies.values():
-            copy.start_flush().wait(utils_trackers.PATIENCE)
+            copy.start_flush().wait(utils_background.PATIENCE)
             assert copy._process is not None
         loop(trainer, progress, observer, *rest)
 
@@ -990,8 +983,8 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
     )
     code = (
         "import train\n"
-        "from utils_alg1 import utils_script, utils_trackers\n"
-        f"utils_trackers.PATIENCE = {0.5 if hangs else 50}\n"
+        "from utils_alg1 import utils_background, utils_script\n"
+        f"utils_background.PATIENCE = {0.5 if hangs else 50}\n"
         f"utils_script.run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard', *NO_LOOKS]!r}))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(PROJECT)])}
@@ -1006,13 +999,13 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
 
 def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
     waits: list[int] = []
-    wait_for_all = utils_trackers._wait_for_all
+    wait_for_all = utils_background._wait_for_all
 
     def counted(events, seconds):
         waits.append(len(events))
         return wait_for_all(events, 0.05)
 
-    monkeypatch.setattr(utils_trackers, "_wait_for_all", counted)
+    monkeypatch.setattr(utils_background, "_wait_for_all", counted)
     go_on = Gate(tmp_path / "go_on")
 
     class Slow(Tracker):
@@ -1030,7 +1023,7 @@ def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
     assert copy.synced == 0
     go_on.set()
     assert copy._flush.wait(10)
-    monkeypatch.setattr(utils_trackers, "_wait_for_all", wait_for_all)
+    monkeypatch.setattr(utils_background, "_wait_for_all", wait_for_all)
     trackers.flush(4)
     assert copy.synced == 4
     trackers.close()

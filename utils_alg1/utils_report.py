@@ -23,12 +23,12 @@ from parameters import Parameters, specs
 from utils import Tokenizer
 from utils_aim.instructions import FOLDER as AIM_FOLDER
 from utils_aim.instructions import instructions as aim_instructions
+from utils_alg1.utils_metrics import read_metrics
 from utils_alg1.utils_observations import attention_pictures, draw_texts
 from utils_alg1.utils_output import CommandLine, Console
 from utils_alg1.utils_processes import Processes, launch_command
 from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
 from utils_alg1.utils_text import counted, duration, loss_in_words, number, perplexity
-from utils_alg1.utils_trackers import read_metrics
 from utils_alg1.utils_training import learning_rate
 from utils_tensorboard.instructions import instructions as tensorboard_instructions
 

@@ -19,10 +19,10 @@ from errors import first_line
 from files import write_atomically
 from parameters import read_json_object, read_text, specs
 from utils_alg1.utils_charts import Line, Point, chart
+from utils_alg1.utils_metrics import read_metrics
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import Run
 from utils_alg1.utils_text import duration, number, visible
-from utils_alg1.utils_trackers import read_metrics
 
 MOST_ROWS = 200  # of the table of evaluations
 

@@ -30,10 +30,10 @@ from filelock import FileLock, Timeout
 from errors import CANNOT_TRAIN, DISK_FAILED, DONE, Alg1Error, disk_error, first_line
 from files import write_atomically
 from parameters import read_json_object, shown, specs
+from utils_alg1.utils_metrics import new_metrics
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, checkpoint_dir, list_runs, make_folder
 from utils_alg1.utils_search_space import MAY_VARY, Plan, grid_points, tidy
-from utils_alg1.utils_trackers import new_metrics
 
 if TYPE_CHECKING:
     import optuna
