@@ -14,6 +14,7 @@ import codecs
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import stat
 import tempfile
@@ -39,6 +40,7 @@ DEFAULT_PATH = DataConfig.data_path
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT = 5  # seconds
+LOGGER = logging.getLogger("alg1")
 CACHE_FOLDER = ".tokens"  # beside the corpus
 CACHE_FORMAT = 1
 CHUNK_BYTES = 1 << 19  # of text in a piece: its code points still fit the second-level cache
@@ -234,6 +236,7 @@ def open_corpus(path: Path | str, check: Callable[[int, int], None] = lambda n, 
     path = Path(path)
     cached = _cached_tokens(path) if (path.parent / CACHE_FOLDER).is_dir() else None
     if cached is not None:
+        LOGGER.debug("%s: the tokens that an earlier run has kept in %s", path, path.parent / CACHE_FOLDER)
         check(len(cached.tokens), cached.tokenizer.vocab_size)
         return cached
     sha256, tokenizer, n = _survey(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from errors import Alg1Error, disk_error
 if TYPE_CHECKING:
     import torch
 
+LOGGER = logging.getLogger("alg1")
 METADATA_KEY = "alg1"
 TEMPORARY_SUFFIX = ".tmp"
 WHERE_WEIGHTS_ARE = "the weights of a run are runs/RUN/artifacts/export/model.safetensors"
@@ -60,6 +62,7 @@ def atomic_file(path: Path) -> Iterator[int]:
                 temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+        LOGGER.debug("wrote %s", path)
     except OSError as error:
         raise disk_error(f"write {path}", error) from error
 

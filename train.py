@@ -266,8 +266,7 @@ def loop(
             trainer.clock.lap(progress)
         if worth_saving and store.newest_step != step:
             trackers.flush(step)
-            path = store.save(trainer, progress, about | {"trackers": trackers.state()})
-            console.detail(f"saving {path}")
+            store.save(trainer, progress, about | {"trackers": trackers.state()})
         observer.observe(step)  # after the flush, which would wait for its pictures
         if done:
             store.wait()

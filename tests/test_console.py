@@ -146,7 +146,7 @@ def test_a_block_names_what_a_run_is_told_beyond_its_text(start):
     assert "\nsteps    6 to 8, of 2 x 8 characters\n" in resumed
     changed = next(line for line in resumed.splitlines() if line.startswith("changed"))
     assert changed.startswith("changed  n_embd=16, n_head=2,")
-    assert changed.endswith("histogram_interval=3; output=mine.safetensors (resumed run)")
+    assert changed.endswith("histogram_interval=3; output=mine.safetensors (as before)")
 
 
 def test_changed_values_stand_with_where_they_came_from():
@@ -213,7 +213,7 @@ def test_a_record_of_any_module_is_a_line_of_verbose_and_of_the_log(verbose, wor
 def test_verbose_names_the_checkpoints_that_are_removed(start):
     flags = ["--verbose", "--checkpoint-interval", 1, "--keep-checkpoints", 1, "--learning-rate", 1e-9]
     lines = start(*flags).out.splitlines()
-    saved = {line.split()[1] for line in lines if line.startswith("saving ")}
+    saved = {line.split()[1] for line in lines if line.startswith("wrote ") and "/checkpoints/" in line}
     removed = {line.split()[1] for line in lines if line.startswith("removed ")}
     left = {str(path) for path in Path("runs").rglob("step_*")}
     assert removed and saved - removed == left

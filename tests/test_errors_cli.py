@@ -630,7 +630,7 @@ def raising(error: BaseException):
         (Alg1Error("a is wrong"), 2, "error: a is wrong\n"),
         (Alg1Error("a is wrong", "mend a"), 2, "error: a is wrong\nhint: mend a\n"),
         (Alg1Error("the loss is not finite", None, 3), 3, "error: the loss is not finite\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "f"),
             4,

@@ -529,7 +529,7 @@ def test_ctrl_c_ends_it_without_a_traceback(sample, model, monkeypatch):
     result = sample()
 
     assert result.code == 130
-    assert result.err == f"{RUN}/artifacts/export/model.safetensors\n"
+    assert result.err == f"{RUN}/artifacts/export/model.safetensors\ninterrupted\n"
 
 
 HELP = "python inference.py --help lists every flag"

@@ -269,10 +269,12 @@ def test_the_log_is_a_copy_of_the_verbose_console(start):
 
 def test_verbose_names_every_checkpoint_written(start):
     result = start("--verbose", "--checkpoint-interval", 3, "--keep-checkpoints", 99)
-    lines = [line for line in result.out.splitlines() if line.startswith("saving ")]
-    saved = [line.removeprefix("saving ") for line in lines]
+    lines = [
+        line for line in result.out.splitlines() if line.startswith("wrote ") and "/checkpoints/" in line
+    ]
+    saved = [line.removeprefix("wrote ") for line in lines]
     assert saved == list(map(str, checkpoint_paths(only_run() / "artifacts/checkpoints")))
-    assert "\nsaving " not in start().out
+    assert "\nwrote " not in start().out
 
 
 def test_quiet_prints_nothing_and_logs_everything(start):
@@ -328,7 +330,7 @@ def test_a_failure_before_the_first_step_leaves_nothing(target, name, start, tra
 def test_an_interrupt_before_the_first_step_leaves_nothing(target, name, start, monkeypatch):
     fail_in(target, name, KeyboardInterrupt(), monkeypatch)
     result = start()
-    assert (result.code, result.err) == (130, "")
+    assert (result.code, result.err) == (130, "interrupted\n")
     assert list_runs("runs") == []
 
 

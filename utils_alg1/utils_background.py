@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
+import logging
 import multiprocessing
 import os
 import queue
@@ -21,6 +22,7 @@ from errors import Guard
 from observations import Embedding, Histogram, Image
 from utils_alg1.utils_metrics import Tracker
 
+LOGGER = logging.getLogger("alg1")
 QUEUE_SIZE = 10_000  # calls a tracker may be behind
 PARCEL = 500  # calls that are sent together at most, so that a slow tracker can be told from one that hangs
 HANDOVER = 0.1  # seconds between two parcels
@@ -46,6 +48,7 @@ def run_tracker(connection: Connection, name: str, start: Starter) -> None:
     """All that the process of a tracker does."""
     for number in STOP_SIGNALS:  # they are for the parent, which sends what is left and then `close`
         signal.signal(number, signal.SIG_IGN)
+    LOGGER.disabled = True  # the console and the log are the parent's
     if hasattr(os, "nice"):  # not on Windows
         os.nice(NICENESS)
     for stream, descriptor in (("stdout", 1), ("stderr", 2)):  # without what the parent has buffered
@@ -223,13 +226,16 @@ class Background(Tracker):
                 what, value = self._connection.recv()
                 if what == "started":
                     self.identity, self.started = value or self.identity, True
+                    LOGGER.debug("%s has opened the run", self._guard.name)
                 elif what == "failed":
                     self._guard.enabled = False
                     self._warn(value)
                 if what in ("flushed", "failed"):
                     self._flush.set()
         self._process.join()
-        if what != "closed":
+        if what == "closed":
+            LOGGER.debug("%s has everything", self._guard.name)
+        else:
             self._guard.fail(f"its process has ended ({self._process.exitcode})")
         atexit.unregister(self._process.kill)
         self._ended.set()

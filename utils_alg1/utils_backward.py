@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from gradient import OPTIONS, loss_and_gradients
 from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS
 from utils_alg1.utils_runtime import Compiled, Runtime
+
+LOGGER = logging.getLogger("alg1")
 
 
 class Backward:
@@ -69,6 +72,8 @@ class WrittenOut(Backward):
 def find_backward(model: BigramLanguageModel, runtime: Runtime, say: Callable[[str], None]) -> Backward:
     """The quickest way back that serves; compiled where the runtime says so."""
     if WrittenOut.serves(model, runtime):
+        LOGGER.debug("gradients: written out (gradient.py)")
         return WrittenOut(model, runtime, say)
+    LOGGER.debug("gradients: by autograd, which serves every device, dtype and dropout")
     forward: Callable = runtime.processes.wrap(model, runtime.device)
     return Backward(Compiled(forward, say) if runtime.compile else forward, runtime)

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from errors import Alg1Error
 from parameters import nearest, read_json_object, specs
+from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID
 from utils_alg1.utils_text import number, one_line, perplexity
 
@@ -101,7 +102,7 @@ def read_record(path: Path, row: Row) -> bool:
         record = read_json_object(path)
         parameters, origins, corpus = record["parameters"], record["origins"], record["corpus"]
         row |= {name: parameters[name] for name in specs() if name in parameters}
-        row["resumed"] = "resumed run" in origins.values()
+        row["resumed"] = RESUMED in origins.values()
         row["text"], row["text_sha256"] = Path(corpus["path"]).name, str(corpus["sha256"])
     except (Alg1Error, KeyError, TypeError, AttributeError):
         return False

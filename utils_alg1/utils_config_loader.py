@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -30,7 +31,9 @@ from parameters import (
     specs,
 )
 
+LOGGER = logging.getLogger("alg1")
 CONFIG_DIR = "configs"
+RESUMED = "resumed run"  # the origin of its values
 LEGACY_FILE = "config.json"
 CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")  # in merging order
 SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off")
@@ -224,7 +227,7 @@ class ConfigLoader:
     ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
         """What `resolve` builds parameters from: values of the right types, their origins, the problems."""
         if resumed is not None:
-            sources = [("resumed run", resumed), *_named_sources(options)]
+            sources = [(RESUMED, resumed), *_named_sources(options)]
         else:
             sources = _file_sources(options)
         if initial is not None:
@@ -234,6 +237,7 @@ class ConfigLoader:
         origins: dict[str, str] = {}
         problems = list(options.problems)
         for origin, source in sources:
+            LOGGER.debug("%s: %s", origin, ", ".join(map(str, source)) or "no settings")
             good, faults = coerce_all(source, origin)
             values.update(good)
             origins.update(dict.fromkeys(good, origin))

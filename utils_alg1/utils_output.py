@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import logging.handlers
 import os
 import sys
 import traceback
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from utils_alg1.utils_training import Evaluation, Progress
 
 LOGGER = logging.getLogger("alg1")
+EARLY_LINES = 1000  # that are kept until there is a log
 LOG_ONLY = 5  # the level of what no console shows
 ALWAYS = logging.WARNING + 5  # that of what --quiet does not leave out, and is no warning
 
@@ -74,7 +76,8 @@ class Console:
         self._lines = _Lines(self._print, logging.DEBUG if verbose else logging.INFO)
         if quiet:
             self._lines.setLevel(logging.WARNING)
-        LOGGER.handlers = [self._lines]  # an earlier console has spoken its last
+        self._early = logging.handlers.MemoryHandler(EARLY_LINES, logging.CRITICAL + 1)
+        LOGGER.handlers = [self._lines, self._early]  # an earlier console has spoken its last
         LOGGER.setLevel(LOG_ONLY)
         LOGGER.propagate = False
 
@@ -129,9 +132,13 @@ class Console:
         self.end_progress()
 
     def log_to(self, path: Path) -> None:
-        """Copy every line to a file from now on. A disk that refuses costs the copy only."""
+        """Copy every line to a file, those before this too. A disk that refuses costs the copy only."""
         with contextlib.suppress(OSError):
-            LOGGER.addHandler(_LogFile(path))
+            log = _LogFile(path)
+            LOGGER.addHandler(log)
+            self._early.setTarget(log)
+        self._early.close()
+        LOGGER.removeHandler(self._early)
 
     def log_failure(self, error: BaseException) -> None:
         """Keep an error, with its traceback, in the log."""

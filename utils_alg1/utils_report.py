@@ -23,6 +23,7 @@ from parameters import Parameters, specs
 from utils import Tokenizer
 from utils_aim.instructions import FOLDER as AIM_FOLDER
 from utils_aim.instructions import instructions as aim_instructions
+from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_metrics import read_metrics
 from utils_alg1.utils_observations import attention_pictures, draw_texts
 from utils_alg1.utils_output import CommandLine, Console
@@ -394,6 +395,7 @@ def describe_changes(params: Parameters) -> str:
     groups: dict[str, list[str]] = {}
     for name, value in params.changed().items():
         origin = params.origins[name]
-        groups.setdefault("" if origin == specs()[name].flag else origin, []).append(f"{name}={value}")
+        words = {specs()[name].flag: "", RESUMED: "as before"}.get(origin, origin)
+        groups.setdefault(words, []).append(f"{name}={value}")
     ordered = sorted(groups.items(), key=lambda group: group[0] != "")  # the command line first
-    return "; ".join(", ".join(values) + (f" ({origin})" if origin else "") for origin, values in ordered)
+    return "; ".join(", ".join(values) + (f" ({words})" if words else "") for words, values in ordered)

@@ -34,6 +34,8 @@ def run_script(main: Callable[[], int]) -> None:
         print_error(error)
         code = error.exit_code
     except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print("\n" * sys.stderr.isatty() + "interrupted", file=sys.stderr)  # below the terminal's ^C
         code = INTERRUPTED
     except BrokenPipeError:  # the reader went away (`| head`): nobody is left to tell
         code = DONE
