@@ -258,6 +258,15 @@ def test_the_table_of_parameters_is_whole():
     )
 
 
+@pytest.mark.parametrize("script", ["train", "inference", "search", "compare"])
+def test_every_flag_of_a_script_is_in_the_readme(script, capsys):
+    with pytest.raises(SystemExit):
+        __import__(script).parse_command_line(["--help"])
+    flags = re.findall(r"^ +(--[a-z0-9-]+)", capsys.readouterr().out, flags=re.M)
+    text = (PROJECT / "README.md").read_text("utf-8")
+    assert flags and [flag for flag in flags if not re.search(rf"{flag}\b(?!-)", text)] == []
+
+
 @pytest.mark.parametrize("code", blocks("README.md", "python"))
 def test_the_python_of_the_readme_runs(code, place):
     names: dict = {}
