@@ -461,7 +461,9 @@ def test_a_bar_that_a_narrower_terminal_wrapped_is_cleared(xterm, cleared, new_b
 @pytest.mark.parametrize(
     "seconds, words",
     [
+        (0, "0 s"),
         (0.42, "0.4 s"),
+        (9, "9 s"),
         (9.96, "10 s"),
         (59.4, "59 s"),
         (59.6, "1:00"),

@@ -163,7 +163,7 @@ class Bar:
             "loss": f"loss {number(self.loss)}" if self.loss is not None else "",
             "val": f"val {number(self.val_loss)}" if self.val_loss is not None else "",
             "speed": f"{self.rate:,.0f} tok/s" if self.rate is not None else "",
-            "left": f"{duration(left)} left" if left is not None else "",
+            "left": f"{duration(math.ceil(left))} left" if left is not None else "",
         }
         room = width - KEPT_FREE
         shown: set[str] = set()

@@ -42,7 +42,7 @@ def counted(n: int, thing: str) -> str:
 def duration(seconds: float) -> str:
     """Seconds as 8.4 s, 42 s, m:ss or h:mm:ss, with days before them where there are any."""
     if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+        return f"{round(seconds, 1):.2g} s"
     minutes, s = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}:{s:02d}"
