@@ -997,6 +997,23 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
     assert (the_run() / "artifacts/export/model.safetensors").is_file()
 
 
+def test_who_watches_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils_background, "SILENCE", 0.01)
+    told: list[str] = []
+    monkeypatch.setattr(utils_background.LOGGER, "info", lambda text, *words: told.append(text % words))
+    go_on = Gate(tmp_path / "go_on")
+
+    class Slow(Tracker):
+        def close(self):
+            go_on.wait()
+
+    copies = [Background("Aim", of(Slow()), pytest.fail).attend(), background(of(Tracker()))]
+    assert copies[1].start_close().wait(60)
+    threading.Timer(0.5, go_on.set).start()
+    utils_background.close_all(copies)
+    assert told == ["waiting for Aim to take the rest, 20 seconds at most"]
+
+
 def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
     waits: list[int] = []
     wait_for_all = utils_background._wait_for_all

@@ -28,6 +28,7 @@ PARCEL = 500  # calls that are sent together at most, so that a slow tracker can
 HANDOVER = 0.1  # seconds between two parcels
 NICENESS = 10  # of a tracker's process: where there are fewer cores than work, the training comes first
 PATIENCE = 20.0  # seconds a tracker may keep the run waiting; 8 were too few right after an installation
+SILENCE = 3.0  # seconds of that without a word to who watches
 FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; rows that are late by then are sent again after a resume
 
 # A forked process has PyTorch imported already; elsewhere than on Linux forking is not safe.
@@ -136,6 +137,7 @@ class Background(Tracker):
     are sent some times a second, all that have come together.
 
     Attributes:
+        name: what people call the tracker.
         synced: points before this step have reached the tracker and were flushed.
         identity: what the tracker calls the run, once that is known.
         started: whether the tracker is open by now.
@@ -149,6 +151,7 @@ class Background(Tracker):
         synced: int = 0,
         identity: str | None = None,
     ):
+        self.name = name
         self.synced = synced
         self.identity = identity
         self.started = False
@@ -166,7 +169,7 @@ class Background(Tracker):
         ours, theirs = context.Pipe()
         with theirs, _signals_wait(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking while PyTorch's threads sleep
-            process = context.Process(target=run_tracker, args=(theirs, self._guard.name, start))
+            process = context.Process(target=run_tracker, args=(theirs, self.name, start))
             # Else the standard streams are flushed first, which fails for good once their reader is gone.
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 process.start()
@@ -179,7 +182,7 @@ class Background(Tracker):
             self._ended.set()
             return self
         for work in (self._send, self._listen):
-            threading.Thread(target=work, name=self._guard.name, daemon=True).start()
+            threading.Thread(target=work, name=self.name, daemon=True).start()
         return self
 
     @property
@@ -226,7 +229,7 @@ class Background(Tracker):
                 what, value = self._connection.recv()
                 if what == "started":
                     self.identity, self.started = value or self.identity, True
-                    LOGGER.debug("%s has opened the run", self._guard.name)
+                    LOGGER.debug("%s has opened the run", self.name)
                 elif what == "failed":
                     self._guard.enabled = False
                     self._warn(value)
@@ -234,7 +237,7 @@ class Background(Tracker):
                     self._flush.set()
         self._process.join()
         if what == "closed":
-            LOGGER.debug("%s has everything", self._guard.name)
+            LOGGER.debug("%s has everything", self.name)
         else:
             self._guard.fail(f"its process has ended ({self._process.exitcode})")
         atexit.unregister(self._process.kill)
@@ -337,6 +340,9 @@ def close_all(copies: Iterable[Background]) -> None:
     end = time.monotonic() + PATIENCE  # a full queue takes some of it
     copies = list(copies)
     events = [copy.start_close() for copy in copies]
+    in_silence = _wait_for_all(events, min(SILENCE, PATIENCE))
+    if late := [copy.name for copy, done in zip(copies, in_silence, strict=True) if not done]:
+        LOGGER.info("waiting for %s to take the rest, %.0f seconds at most", " and ".join(late), PATIENCE)
     for copy, done in zip(copies, _wait_for_all(events, end - time.monotonic()), strict=True):
         if not done:
             copy.give_up()
