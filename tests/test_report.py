@@ -362,6 +362,22 @@ def test_one_of_a_thing_is_no_plural(start):
     assert re.findall(r"(?<![\d.,])1 (?!of\b)\w+s\b", said) == []
 
 
+def test_a_number_has_at_most_eight_digits():
+    values = [None, 0.0, 4.19604, 999.99996, 26_738.04687, 123_456.789, 999_999.99, 1e6, -1234.56789]
+    expected = [
+        "-",
+        "0.0000",
+        "4.1960",
+        "1000.0000",
+        "26738.047",
+        "123456.79",
+        "1000000.0",
+        "1e+06",
+        "-1234.5679",
+    ]
+    assert [utils_text.number(value) for value in values] == expected
+
+
 def figures_of(final: dict) -> dict[str, str]:
     page = Page(utils_report_page.cards(final))
     return dict(zip(page.texts["dt"], page.texts["b"], strict=True))
@@ -661,12 +677,15 @@ def test_a_curve_of_one_point_is_a_dot(tmp_path):
 @needs_chromium
 def test_the_page_is_as_wide_as_a_phone(run, tmp_path):
     source = build_page(run, ["x" * 2000, HOSTILE], "y" * 64).replace("<details>", "<details open>")
+    wide = chart("wide", "", [Line("", "train", [(0, -1.127874e-5), (1, -1.128074e-5)])], 1)
+    source = source.replace("</main>", f"{wide}</main>")
     (tmp_path / "report.html").write_text(source, encoding="utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(
         "<iframe src=report.html style='width:400px;height:800px;border:0' onload='"
         "const page = this.contentDocument.documentElement;"
-        'document.title = page.scrollWidth + " " + page.clientWidth\'></iframe>'
+        'const left = [...page.querySelectorAll(".plot span")].map(s => s.getBoundingClientRect().left);'
+        'document.title = [page.scrollWidth, page.clientWidth, Math.min(...left) >= 0].join(" ")\'></iframe>'
     )
     document, _, _ = browse(frame, tmp_path, "--allow-file-access-from-files", "--hide-scrollbars")
-    assert re.search(r"<title>(\d+ \d+)</title>", document)[1] == "400 400"
+    assert re.search(r"<title>([^<]*)</title>", document)[1] == "400 400 true"
