@@ -333,6 +333,11 @@ def test_the_page_holds_results_samples_and_provenance(run):
     assert figures[1] == f"{final['best_perplexity']:.2f}"
     assert figures[2] == f"{final['best_bits_per_character']:.3f}"
     assert figures[3] == f"{final['val_loss']:.4f}"
+    assert figures[4] == f"{final['tokens_per_second_overall']:,.0f}"
+    assert figures[5] == f"{final['seconds_in_loop']:.1f} s"
+    notes = page.texts["small"]
+    assert notes[0] == f"nats per character, step\u00a0{final['best_step']}"
+    assert notes[3] == f"train loss {final['train_loss']:.4f}" and notes[5] == "96 characters read"
     samples = (run / "eval/samples.txt").read_text(encoding="utf-8")
     for i, text in enumerate(page.texts["pre"][:3], 1):
         assert f"--- sample {i}\n{text.removeprefix(chr(10))}\n" in samples
@@ -533,7 +538,7 @@ def test_the_steps_of_a_run_are_whole_numbers():
         ([10_000, 12_000], "10,000 12,000"),
         ([12_000.0, 12_000.5, 12_001.0], "12,000.0 12,000.5 12,001.0"),
         ([0, 1e6, 2e6], "0 1M 2M"),
-        ([1.5e6, 2.0e6], "1.5M 2.0M"),
+        ([1e7, 1.25e7], "10.0M 12.5M"),
         ([5e29, 1e30], "0.5e30 1.0e30"),
         ([-1e100, 0, 1e100], "-1e100 0 1e100"),
         ([-0.3, -0.2, -0.1, 0.0], "-0.3 -0.2 -0.1 0"),
