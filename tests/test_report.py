@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUIET_TRACKERS, TINY
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from model import BigramLanguageModel
@@ -24,7 +27,7 @@ from observations import Image
 from parameters import specs
 from utils import Tokenizer
 from utils_alg1 import utils_report, utils_report_page, utils_text
-from utils_alg1.utils_charts import Line, chart, thinned, tick_label, ticks
+from utils_alg1.utils_charts import Line, chart, thinned, tick_labels, ticks
 from utils_alg1.utils_observations import attention_weights
 from utils_alg1.utils_report_page import build_page, escaped
 from utils_alg1.utils_run_manager import list_runs
@@ -98,7 +101,7 @@ class Page(HTMLParser):
 
     def curve(self, kind: str) -> list[tuple[float, float]]:
         """The points of the first curve of a kind, in its own coordinates."""
-        (points, *_) = [a["points"] for a in self.all("polyline") if a["class"] == kind]
+        (points, *_) = [a["points"] for a in self.all("polyline") if kind in a["class"].split()]
         return [tuple(map(float, point.split(","))) for point in points.split()]
 
 
@@ -135,6 +138,87 @@ def test_final_figures_follow_from_the_metrics_and_the_weights(start):
 
 def test_a_perplexity_past_every_number_is_none():
     assert utils_text.perplexity(1e4) is None
+
+
+# --- the loss picture ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def draw_loss(tmp_path, monkeypatch):
+    """Draw the loss picture of some rows; returns the axes. Whatever matplotlib says is a failure."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k)
+    )
+
+    def draw(rows, title="2026-01-31_001"):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        utils_report.draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title)
+        assert decoded((tmp_path / "loss.png").read_bytes()).shape == (540, 960, 3)
+        return figures[-1].axes[0]
+
+    return draw
+
+
+def evaluated(step: int, train: float, val: float) -> dict[str, float]:
+    return {"step": step, "loss/train": train, "loss/val": val, "learning_rate": 0.1}
+
+
+def steps_shown(axes) -> list[float]:
+    low, high = axes.get_xlim()
+    return [x for x in axes.get_xticks() if low <= x <= high]
+
+
+def test_the_loss_picture_of_one_step_has_a_dot_and_whole_steps(draw_loss):
+    each = {"step": 0, "loss/train_step": 4.0, "learning_rate": 0.1, "gradient_norm": 1.0}
+    axes = draw_loss([evaluated(0, 4.1, 4.2), each, evaluated(1, 3.1, 3.2)])
+    shown = {line.get_label(): line for line in axes.lines}
+    assert shown["train, each step"].get_xydata().tolist() == [[0, 4.0]]
+    assert shown["train"].get_xydata().tolist() == [[0, 4.1], [1, 3.1]]
+    assert shown["val"].get_xydata().tolist() == [[0, 4.2], [1, 3.2]]
+    assert [line.get_marker() for line in axes.lines] == ["o", "", ""]
+    assert steps_shown(axes) == [0, 1]
+    assert steps_shown(draw_loss([evaluated(7, 4.1, 4.2)])) == [7]
+
+
+def test_the_loss_picture_holds_what_the_font_lacks_and_what_looks_like_mathematics(
+    draw_loss, recwarn, caplog
+):
+    tag = "2026-01-31_001_中文_$x^2$_$\\frac$" + 60 * "W"
+    assert draw_loss([evaluated(0, 4.1, 4.2), evaluated(9, 3.1, 3.2)], tag).get_title("left") == tag
+    assert (recwarn.list, caplog.text) == ([], "")
+
+
+@pytest.mark.parametrize("loss", [0.0, 1e-9, 5e-324, 1e30, 1.7e308])
+def test_the_loss_picture_holds_any_loss(draw_loss, recwarn, loss):
+    axes = draw_loss([evaluated(0, -loss, 0.0), evaluated(9, loss, loss)])
+    assert (
+        axes.lines[1].get_ydata().tolist() == [-min(loss, 1e100), min(loss, 1e100)]
+        if loss > 1e-300
+        else [0, 0]
+    )
+    assert np.isfinite(axes.get_ylim()).all() and recwarn.list == []
+
+
+def test_no_loss_picture_of_before_a_resume_stays(train, text_file):
+    assert train("--data", text_file, *TINY, *QUIET_TRACKERS).code == 0
+    run = only_run()
+    before = (run / "eval/loss.png").read_bytes()
+    assert train("--resume", "latest", "--max-iters", 8).code == 0
+    assert (run / "eval/loss.png").read_bytes() != before
+
+    class Done:
+        run_id, eval_dir, metrics_path = run.name, run / "eval", run / "gone.jsonl"
+
+    warnings: list[str] = []
+
+    class Ears:
+        warn = staticmethod(warnings.append)
+
+    utils_report.try_loss_curve(Done, Ears)
+    assert warnings == [f"no loss curve was drawn: {run / 'gone.jsonl'}: no evaluation in it"]
+    assert not (run / "eval/loss.png").exists()
 
 
 # --- the attention picture ----------------------------------------------------------------------------
@@ -177,6 +261,14 @@ def test_of_many_layers_some_are_shown_with_the_first_and_the_last():
     assert utils_report.evenly_spaced(23) == list(range(0, 23, 2))
     pictures = [Image("attention", {"layer": str(i), "head": "0"}, np.eye(4)) for i in range(30)]
     assert decoded(utils_report.draw_attention(pictures, "")).shape == (80 + 12 * 176, 40 + 176, 3)
+
+
+def test_a_title_wider_than_the_attention_picture_is_cut_short():
+    pictures = [Image("attention", {"layer": "0", "head": "0"}, np.eye(4))]
+    picture = decoded(utils_report.draw_attention(pictures, "2026-01-31_001_" + 60 * "e"))
+    assert picture.shape == (80 + 176, 40 + 176, 3)
+    beside = (picture[:40] == (0x11, 0x13, 0x18)).all(axis=(0, 2))
+    assert beside[-8:].all() and not beside[-40:].all()  # all that there is ends near the right edge
 
 
 def test_the_attention_picture_is_that_of_the_exported_weights_and_the_text_on_the_page(start):
@@ -241,6 +333,11 @@ def test_the_page_holds_results_samples_and_provenance(run):
     assert figures[1] == f"{final['best_perplexity']:.2f}"
     assert figures[2] == f"{final['best_bits_per_character']:.3f}"
     assert figures[3] == f"{final['val_loss']:.4f}"
+    assert figures[4] == f"{final['tokens_per_second_overall']:,.0f}"
+    assert figures[5] == f"{final['seconds_in_loop']:.1f} s"
+    notes = page.texts["small"]
+    assert notes[0] == f"nats per character, step\u00a0{final['best_step']}"
+    assert notes[3] == f"train loss {final['train_loss']:.4f}" and notes[5] == "96 characters read"
     samples = (run / "eval/samples.txt").read_text(encoding="utf-8")
     for i, text in enumerate(page.texts["pre"][:3], 1):
         assert f"--- sample {i}\n{text.removeprefix(chr(10))}\n" in samples
@@ -253,6 +350,71 @@ def test_the_page_holds_results_samples_and_provenance(run):
     assert origin["git commit"] == commit and origin["torch"] == torch.__version__
     record = json.loads((run / "meta/full_config.json").read_text())
     assert origin["SHA-256 of the text"] == record["corpus"]["sha256"]
+
+
+def test_one_of_a_thing_is_no_plural(start):
+    flags = "--n-layer 1 --n-head 1 --max-iters 1 --batch-size 1 --block-size 1 --grad-accum-steps 1".split()
+    result = start(*flags)
+    assert result.code == 0 and "device   cpu, float32, 1 thread\n" in result.out
+    assert "steps    1 of 1 x 1 character\n" in result.out
+    page = page_of(only_run())
+    lead, *_ = page.texts["p"]
+    assert " (1 layer, 1 head, width 16, context 1), trained for 1 step on text.txt (" in lead
+    assert [text for text in page.texts["small"] if text.endswith(" read")] == ["1 character read"]
+    assert page.texts["summary"][1] == "2 evaluations"
+    assert dict(page.tables[3][1:])["device"] == "cpu, float32, 1 thread"
+    said = "\n".join([result.out.partition("a sample")[0], lead, *page.texts["small"], *page.texts["td"]])
+    assert re.findall(r"(?<![\d.,])1 (?!of\b)\w+s\b", said) == []
+
+
+def test_a_number_has_at_most_eight_digits():
+    values = [None, 0.0, 4.19604, 999.99996, 26_738.04687, 123_456.789, 999_999.99, 1e6, -1234.56789]
+    expected = [
+        "-",
+        "0.0000",
+        "4.1960",
+        "1000.0000",
+        "26738.047",
+        "123456.79",
+        "1000000.0",
+        "1e+06",
+        "-1234.5679",
+    ]
+    assert [utils_text.number(value) for value in values] == expected
+
+
+def figures_of(final: dict) -> dict[str, str]:
+    page = Page(utils_report_page.cards(final))
+    return dict(zip(page.texts["dt"], page.texts["b"], strict=True))
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"best_val_loss": 0.0, "best_perplexity": 1.0}, {"best val loss": "0.0000", "perplexity": "1.00"}),
+        ({"best_val_loss": 1e30, "val_loss": 3e38}, {"best val loss": "1e+30", "last val loss": "3e+38"}),
+        ({"best_perplexity": None}, {"perplexity": "-"}),
+        ({"best_perplexity": 1.014e304}, {"perplexity": "1.01e+304"}),
+        ({"best_bits_per_character": 1.4427e30}, {"bits per character": "1.44e+30"}),
+        ({"seconds_in_loop": 0.0, "tokens_per_second_overall": None}, {"time": "0.0 s", "speed": "-"}),
+        ({"tokens_per_second_overall": 0.4}, {"speed": "0.4"}),
+        ({"tokens_per_second_overall": 17_163.4}, {"speed": "17,163"}),
+    ],
+)
+def test_the_figures_on_the_page_stay_figures(run, values, expected):
+    figures = figures_of(json.loads((run / "eval/final.json").read_text()) | values)
+    assert {name: figures[name] for name in expected} == expected
+
+
+def test_a_page_of_absurd_losses_is_whole(run):
+    final = json.loads((run / "eval/final.json").read_text())
+    huge = {"best_val_loss": 1.7e308, "val_loss": 1.7e308, "train_loss": 1.7e308, "best_perplexity": None}
+    (run / "eval/final.json").write_text(json.dumps(final | huge))
+    rows = [row | {key: 1e30 for key in row if key.startswith("loss/")} for row in metrics(run)]
+    (run / "logs/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(build_page(run, ["a"], None))
+    assert page.texts["b"][0] == "1.7e+308" and len(page.all("svg")) >= 3
+    assert page.tables[2][1][1:3] == ["1e+30", "1e+30"]
 
 
 def assert_harmless(page: Page) -> None:
@@ -360,11 +522,75 @@ def test_ticks_are_round_numbers(low, high, most, expected):
     assert ticks(low, high, most) == pytest.approx(expected)
 
 
-def test_labels_are_short():
-    assert [tick_label(x, [2.0, 2.5]) for x in (0, 2.0, 2.5)] == ["0", "2.0", "2.5"]
-    assert tick_label(0.001, [0.001]) == "0.001" and tick_label(2e-5, [1e-5, 2e-5]) == "2e-05"
-    assert tick_label(12000, [10000, 12000]) == "12k" and tick_label(5000, [4000, 5000]) == "5,000"
-    assert tick_label(2.5e6, [0, 2.5e6]) == "2.5M"
+def test_the_steps_of_a_run_are_whole_numbers():
+    assert ticks(0, 1, 5, smallest=1) == ticks(0, 1, 3, smallest=1) == [0, 1]
+    assert ticks(0, 2, 5, smallest=1) == [0, 1, 2]
+    assert ticks(0, 3, 3, smallest=1) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0, 2.0, 2.5], "0 2.0 2.5"),
+        ([0.0, 0.0005, 0.001], "0 0.0005 0.0010"),
+        ([1e-5, 2e-5], "1e-5 2e-5"),
+        ([0.0, 5e-10, 1e-9], "0 0.5e-9 1.0e-9"),
+        ([10_000, 12_000], "10,000 12,000"),
+        ([12_000.0, 12_000.5, 12_001.0], "12,000.0 12,000.5 12,001.0"),
+        ([0, 1e6, 2e6], "0 1M 2M"),
+        ([1e7, 1.25e7], "10.0M 12.5M"),
+        ([5e29, 1e30], "0.5e30 1.0e30"),
+        ([-1e100, 0, 1e100], "-1e100 0 1e100"),
+        ([-0.3, -0.2, -0.1, 0.0], "-0.3 -0.2 -0.1 0"),
+        ([0], "0"),
+        ([2.97], "2.97"),
+        ([0.00123456], "0.001235"),
+        ([12_345.6], "12,346"),
+    ],
+)
+def test_labels_have_the_fewest_digits_that_tell_them_apart(values, expected):
+    assert tick_labels(values) == expected.split()
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+close = st.builds(lambda x, part: x * (1 + part), st.just(12_345.678), st.floats(-1e-3, 1e-3))
+curves = st.one_of(st.lists(finite, min_size=1), st.lists(close, min_size=1))
+
+
+def number_of(label: str) -> float:
+    return float(label.replace(",", "").replace("M", "e6"))
+
+
+@settings(max_examples=500)
+@given(curves, curves, st.integers(0, 10**12), st.booleans())
+@example([1.7e308, -1.7e308], [1e308], 1, False)
+@example([0.30001, 0.30002], [0.0], 1, True)
+@example([12_000.0, 12_002.0], [12_001.0], 3, False)
+@example([1e30, 2e30], [1e30], 300, True)
+@example([5e-324, 0.0], [-5e-324], 2, False)
+def test_a_chart_of_any_curve_has_numbers_that_tell_its_places(first, second, n_steps, large):
+    lines = [Line("a", "train", [*enumerate(first)]), Line("b", "val", [*enumerate(second)])]
+    source = chart("T", "", lines, n_steps, large)
+    drawing, _, numbers = source.partition("</svg>")
+    assert "nan" not in drawing and "inf" not in drawing
+    for kind, values in ("train", first), ("val", second):
+        points = Page(source).curve(kind)
+        assert len(points) == max(2, len(values))
+        assert all(0 <= x <= 1000 and 0 <= y <= 1000 for x, y in points)
+    for side in "x", "y":
+        found = re.findall(rf'<span class={side} style="[a-z]+:([0-9.]+)%">([^<]+)</span>', numbers)
+        places, labels = [float(place) for place, _ in found], [label for _, label in found]
+        assert 1 <= len(labels) == len(set(labels)) <= 7 and max(map(len, labels)) <= 12
+        assert len(labels) >= 2 or side == "y"
+        assert all(0 <= place <= 100 for place in places)
+        values = [number_of(label) for label in labels]
+        assert values == sorted(values)
+        if side == "x":
+            assert all(value == int(value) for value in values)
+        for value, place in zip(values, places, strict=True):  # each stands where its number belongs
+            share = (place - places[0]) / (places[-1] - places[0] or 1)
+            expected = values[0] + share * (values[-1] - values[0])
+            assert abs(value - expected) <= 0.02 * abs(values[-1] - values[0])
 
 
 def test_a_chart_places_its_points():
@@ -373,6 +599,24 @@ def test_a_chart_places_its_points():
     # The lowest and the highest value are a twentieth of their distance, 0.1, from the edges: 2.2 in all.
     assert page.curve("train") == [(0, 954.5), (250, 45.5), (500, 500)]
     assert chart("T", "", [Line("a", "train", [])], 200) == ""
+
+
+def test_values_past_every_float32_are_drawn_at_the_edge():
+    source = chart("T", "", [Line("a", "train", [(0, -1e308), (1, 0.0), (2, 1e300)])], 2)
+    assert Page(source).curve("train") == [(0, 954.5), (500, 500), (1000, 45.5)]
+    assert re.findall(r"<span class=y [^>]*>([^<]+)<", source) == [
+        "-1.0e100",
+        "-0.5e100",
+        "0",
+        "0.5e100",
+        "1.0e100",
+    ]
+
+
+def test_values_that_hardly_differ_make_a_level_line_with_one_number():
+    source = chart("T", "", [Line("a", "train", [(0, 0.30001), (1, 0.30002)])], 1)
+    assert Page(source).curve("train") == [(0, 500), (1000, 500)]
+    assert re.findall(r"<span class=y [^>]*>([^<]+)<", source) == ["0.3"]
 
 
 # --- in a browser -------------------------------------------------------------------------------------
@@ -425,14 +669,28 @@ def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path):
 
 
 @needs_chromium
+def test_a_curve_of_one_point_is_a_dot(tmp_path):
+    source = chart("T", "", [Line("a", "train", [(50, 3.0)])], 100)
+    page, picture = tmp_path / "dot.html", tmp_path / "dot.png"
+    page.write_text(f"<style>{utils_report_page.STYLE} figure {{ width: 600px }}</style>{source}")
+    browse(page, tmp_path, f"--screenshot={picture}", "--window-size=800,400")
+    blue = (np.abs(decoded(picture.read_bytes()).astype(int) - (0x25, 0x63, 0xEB)).max(axis=2) < 8).nonzero()
+    height, width = (np.ptp(axis) + 1 for axis in blue)
+    assert 7 <= height <= 10 and 7 <= width <= 10 and len(blue[0]) >= 0.7 * height * width
+
+
+@needs_chromium
 def test_the_page_is_as_wide_as_a_phone(run, tmp_path):
     source = build_page(run, ["x" * 2000, HOSTILE], "y" * 64).replace("<details>", "<details open>")
+    wide = chart("wide", "", [Line("", "train", [(0, -1.127874e-5), (1, -1.128074e-5)])], 1)
+    source = source.replace("</main>", f"{wide}</main>")
     (tmp_path / "report.html").write_text(source, encoding="utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(
         "<iframe src=report.html style='width:400px;height:800px;border:0' onload='"
         "const page = this.contentDocument.documentElement;"
-        'document.title = page.scrollWidth + " " + page.clientWidth\'></iframe>'
+        'const left = [...page.querySelectorAll(".plot span")].map(s => s.getBoundingClientRect().left);'
+        'document.title = [page.scrollWidth, page.clientWidth, Math.min(...left) >= 0].join(" ")\'></iframe>'
     )
     document, _, _ = browse(frame, tmp_path, "--allow-file-access-from-files", "--hide-scrollbars")
-    assert re.search(r"<title>(\d+ \d+)</title>", document)[1] == "400 400"
+    assert re.search(r"<title>([^<]*)</title>", document)[1] == "400 400 true"

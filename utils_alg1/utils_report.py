@@ -23,6 +23,7 @@ from parameters import Parameters, specs
 from utils import Tokenizer
 from utils_aim.instructions import FOLDER as AIM_FOLDER
 from utils_aim.instructions import instructions as aim_instructions
+from utils_alg1.utils_charts import Point, drawable
 from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_metrics import read_metrics
 from utils_alg1.utils_observations import attention_pictures, draw_texts
@@ -44,6 +45,7 @@ SAMPLE_LENGTH = 400  # characters
 ATTENTION_LENGTH = 64  # characters that the attention picture is about; of more each would be a pixel
 MOST_SHOWN = 12  # layers in it, and heads; of more, so many evenly spaced ones
 TILE, GAP, MARGIN = 160, 16, 40  # pixels: a side of a head's square at most, and what is around it
+LETTER = 8  # pixels that a letter of its title takes, nearly always
 GROUND, INK = "#111318", "#c9ccd3"  # of the attention picture: readable on a light page and on a dark one
 PICTURE_DPI = 100
 NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
@@ -162,28 +164,32 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
-        Alg1Error: the file system refused (exit code 4).
+        Alg1Error: there is no evaluation in the file, or the file system refused (exit code 4).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps: list[float] = []
-    losses: list[float] = []
-    evaluations: list[tuple[float, float, float]] = []
+    curves: dict[str, dict[str, Any]] = {
+        "loss/train_step": {"label": "train, each step", "color": "0.8", "linewidth": 0.8},
+        "loss/train": {"label": "train", "color": "tab:blue"},
+        "loss/val": {"label": "val", "color": "tab:orange"},
+    }
+    points: dict[str, list[Point]] = {key: [] for key in curves}
     for row in read_metrics(metrics_path):
-        if "loss/train_step" in row:
-            steps.append(row["step"])
-            losses.append(row["loss/train_step"])
-        elif "loss/val" in row:
-            evaluations.append((row["step"], row["loss/train"], row["loss/val"]))
+        for key in points.keys() & row.keys():
+            points[key].append((row["step"], drawable(row[key])))
+    if not points["loss/val"]:
+        raise Alg1Error(f"{metrics_path}: no evaluation in it")
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="train, each step")
-    at, train, val = zip(*evaluations, strict=True)
-    axes.plot(at, train, color="tab:blue", label="train")
-    axes.plot(at, val, color="tab:orange", label="val")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per character)")
+    for key, style in curves.items():
+        alone = len(points[key]) == 1  # a line of one point would not be seen
+        steps, losses = [x for x, _ in points[key]], [y for _, y in points[key]]
+        axes.plot(steps, losses, marker="o" if alone else "", **style)
+    axes.set_title(title, loc="left", fontsize=10, parse_math=False)  # the end of a wide tag may be cut off
+    axes.set(xlabel="step", ylabel="loss (nats per character)")
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
@@ -195,8 +201,10 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
 
 def try_loss_curve(run: Run, console: Console) -> None:
     """Draw eval/loss.png; a picture that cannot be drawn costs one line."""
+    picture = run.eval_dir / "loss.png"
     try:
-        draw_loss_curve(run.metrics_path, run.eval_dir / "loss.png", run.run_id)
+        picture.unlink(missing_ok=True)  # one from before a resume shows other losses
+        draw_loss_curve(run.metrics_path, picture, run.run_id)
     except Exception as error:  # matplotlib fails in many ways, and the run is done
         console.warn(f"no loss curve was drawn: {first_line(error)}")
 
@@ -227,7 +235,8 @@ def draw_attention(pictures: list[Image], title: str) -> bytes:
         place = x / size[0], 1 - y / size[1]
         figure.text(*place, text, color=INK, fontsize=9, va="center", parse_math=False, **style)
 
-    write(GAP, MARGIN / 2, title)
+    room = (size[0] - 2 * GAP) // LETTER
+    write(GAP, MARGIN / 2, title if len(title) <= room else f"{title[: room - 1]}…")
     for picture in pictures:
         layer, head = int(picture.context["layer"]), int(picture.context["head"])
         if layer in layers and head in heads:
@@ -270,13 +279,13 @@ def try_attention_picture(run: Run, trainer: Trainer, console: Console) -> str |
     """
     picture = run.eval_dir / "attention.png"
     try:
-        picture.unlink(missing_ok=True)  # one from before a resume shows other weights
+        picture.unlink(missing_ok=True)  # as above
         idx = trainer.validation_batch()[:1, :ATTENTION_LENGTH]
         pictures = attention_pictures(trainer.model, idx)
         write_atomically(picture, draw_attention(pictures, run.run_id))
         assert trainer.model.vocabulary is not None
         return Tokenizer(trainer.model.vocabulary).decode(idx[0].tolist())
-    except Exception as error:  # as above
+    except Exception as error:  # matplotlib again
         console.warn(f"no attention picture was drawn: {first_line(error)}")
         return None
 
@@ -369,11 +378,11 @@ def describe_start(
     lines = {
         "run": run.run_id,
         "device": f"{runtime.device}, {dtype}, {counted(runtime.threads, 'thread')}",
-        "model": f"{n_parameters:,} parameters: n_embd {model.n_embd}, n_head {model.n_head},"
+        "model": f"{counted(n_parameters, 'parameter')}: n_embd {model.n_embd}, n_head {model.n_head},"
         f" n_layer {model.n_layer}, block_size {model.block_size}",
-        "text": f"{corpus.path}: {len(corpus.tokens):,} characters,"
+        "text": f"{corpus.path}: {counted(len(corpus.tokens), 'character')},"
         f" vocabulary of {corpus.tokenizer.vocab_size}",
-        "steps": f"{steps} of {sequences} x {model.block_size} characters",
+        "steps": f"{steps} of {sequences} x {counted(model.block_size, 'character')}",
         "folder": f"{run.path}: meta/, logs/, artifacts/, eval/",
     }
     if runtime.compile:

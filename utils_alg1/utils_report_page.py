@@ -22,7 +22,7 @@ from utils_alg1.utils_charts import Line, Point, chart
 from utils_alg1.utils_metrics import read_metrics
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import Run
-from utils_alg1.utils_text import duration, number, visible
+from utils_alg1.utils_text import counted, duration, number, visible
 
 MOST_ROWS = 200  # of the table of evaluations
 
@@ -86,9 +86,10 @@ def describe(final: dict[str, Any], record: dict[str, Any]) -> str:
     p = record["parameters"]
     text = Path(record["corpus"]["path"]).name
     return (
-        f"{final['n_parameters']:,} parameters ({p['n_layer']} layers, {p['n_head']} heads,"
-        f" width {p['n_embd']}, context {p['block_size']}), trained for {final['steps']:,} steps on"
-        f" <bdi>{escaped(text)}</bdi> ({record['corpus']['characters']:,} characters)."
+        f"{counted(final['n_parameters'], 'parameter')} ({counted(p['n_layer'], 'layer')},"
+        f" {counted(p['n_head'], 'head')}, width {p['n_embd']}, context {p['block_size']}),"
+        f" trained for {counted(final['steps'], 'step')} on"
+        f" <bdi>{escaped(text)}</bdi> ({counted(record['corpus']['characters'], 'character')})."
         f" Finished {escaped(final['finished_at'][:16].replace('T', ' '))}."
     )
 
@@ -97,12 +98,15 @@ def cards(final: dict[str, Any]) -> str:
     """The results as large figures."""
     speed = final["tokens_per_second_overall"]
     values = {
-        "best val loss": (number(final["best_val_loss"]), f"nats per character, step {final['best_step']:,}"),
+        "best val loss": (
+            number(final["best_val_loss"]),
+            f"nats per character, step&nbsp;{final['best_step']:,}",
+        ),
         "perplexity": (number(final["best_perplexity"], 2), "at the best val loss"),
         "bits per character": (number(final["best_bits_per_character"], 3), "at the best val loss"),
         "last val loss": (number(final["val_loss"]), f"train loss {number(final['train_loss'])}"),
-        "speed": (f"{speed:,.0f}" if speed else "-", "characters per second"),
-        "time": (duration(final["seconds_in_loop"]), f"{final['tokens']:,} characters read"),
+        "speed": (f"{speed:,.{0 if speed >= 10 else 1}f}" if speed else "-", "characters per second"),
+        "time": (duration(final["seconds_in_loop"]), f"{counted(final['tokens'], 'character')} read"),
     }
     items = [
         f"<div><dt>{name}</dt><dd><b>{figure}</b><small>{note}</small></dd></div>"
@@ -240,16 +244,20 @@ def evaluation_table(curves: Curves) -> str:
         [f"{step:,}", number(train.get(step)), number(val), f"{rates[step]:.3g}" if step in rates else "-"]
         for step, val in chosen
     ]
-    title = f"{len(chosen)} of {len(curves.val)}" if every > 1 else f"all {len(rows)}"
-    return folded(title, table(("step", "train loss", "val loss", "learning rate"), rows))
+    title = f"{len(chosen)} of " if every > 1 else ""
+    return folded(
+        title + counted(len(curves.val), "evaluation"),
+        table(("step", "train loss", "val loss", "learning rate"), rows),
+    )
 
 
 def provenance(run_dir: Path, record: dict[str, Any]) -> str:
     corpus, runtime = record["corpus"], record["runtime"]
     rows = {
-        "text": f"{corpus['path']}, {corpus['characters']:,} characters, {corpus['vocab_size']} distinct",
+        "text": f"{corpus['path']}, {counted(corpus['characters'], 'character')},"
+        f" {corpus['vocab_size']} distinct",
         "SHA-256 of the text": corpus["sha256"],
-        "device": f"{runtime['device']}, {runtime['dtype']}, {runtime['threads']} threads",
+        "device": f"{runtime['device']}, {runtime['dtype']}, {counted(runtime['threads'], 'thread')}",
         **{f"git {name}": value for name, value in read_lines(run_dir / "meta" / "git.txt").items()},
         **read_lines(run_dir / "meta" / "env.txt"),
     }
@@ -311,12 +319,12 @@ dd b { display: block; font-size: 1.25rem; font-weight: 600; font-variant-numeri
   white-space: nowrap; }
 dd small { display: block; line-height: 1.3; }
 
-figure { margin: 0; }
+figure { margin: 0; --left: max(3.25rem, calc(var(--widest) * .45rem + .5rem)); }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 figcaption small { font-weight: 400; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr));
   gap: 1.5rem 1rem; margin-top: 1.75rem; }
-.plot { position: relative; height: 9rem; margin: 0 .75rem 1.75rem 3.25rem; }
+.plot { position: relative; height: 9rem; margin: 0 .75rem 1.75rem var(--left); }
 .large .plot { height: 20rem; }
 .plot svg { position: absolute; width: 100%; height: 100%; overflow: visible; }
 .plot span { position: absolute; font-size: .75rem; color: var(--soft); white-space: nowrap;
@@ -329,8 +337,9 @@ path.grid { stroke: var(--rule); stroke-width: 1px; }
 polyline.each { stroke: var(--each); stroke-width: 1px; }
 polyline.train { stroke: var(--train); }
 polyline.val { stroke: var(--val); }
-polyline.best { stroke: var(--best); stroke-width: 9px; }
-.key { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: 0 0 0 3.25rem;
+polyline.best { stroke: var(--best); }
+polyline.dot { stroke-width: 9px; }
+.key { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: 0 0 0 var(--left);
   padding: 0; font-size: .85rem; }
 .key li::before { content: ""; display: inline-block; width: 1.1rem; height: .2rem; border-radius: .1rem;
   margin-right: .4rem; vertical-align: middle; }

@@ -7,6 +7,7 @@ import re
 
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 DIGITS_UP_TO = 1e6  # from there on a number is written with an exponent
+MOST_DIGITS = 8  # of a number without one
 
 
 def visible(text: str) -> str:
@@ -28,10 +29,13 @@ def one_line(text: str) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A loss or the like with so many digits behind the point, fewer where it is huge; "-" for None."""
+    """A loss or the like with so many digits behind the point, fewer from 10,000 on; "-" for None."""
     if value is None:
         return "-"
-    return f"{value:.{digits}f}" if abs(value) < DIGITS_UP_TO else f"{value:.3g}"
+    if abs(value) >= DIGITS_UP_TO:
+        return f"{value:.3g}"
+    before_the_point = len(f"{abs(value):.0f}")
+    return f"{value:.{max(0, min(digits, MOST_DIGITS - before_the_point))}f}"
 
 
 def counted(n: int, thing: str) -> str:
