@@ -210,8 +210,13 @@ DAMAGE = {
     "results empty": ("eval/final.json", b""),
     "results of text": ("eval/final.json", b'{"steps": "a", "val_loss": "b", "best_val_loss": "c"}'),
     "results not a number": ("eval/final.json", b'{"steps": 400, "val_loss": NaN, "best_val_loss": NaN}'),
+    "results beyond a float": (
+        "eval/final.json",
+        b'{"steps": 400, "val_loss": 1, "best_val_loss": 1%s}' % (b"0" * 400),
+    ),
     "results without steps": ("eval/final.json", b'{"val_loss": 1, "best_val_loss": 1}'),
     "metrics of zeros": ("logs/metrics.jsonl", b"\0" * 100 + b"\n"),
+    "metrics of negative steps": ("logs/metrics.jsonl", b'{"step": -1, "loss/train_step": 1}\n'),
     "metrics without a step": ("logs/metrics.jsonl", b'{"loss/val": 1}\n'),
     "metrics deep": ("logs/metrics.jsonl", b'{"loss/val": %s}\n' % (b"[" * 100_000 + b"]" * 100_000)),
     "metrics of words": ("logs/metrics.jsonl", b'{"step": 1, "loss/val": }\n'),
@@ -551,6 +556,15 @@ def test_a_narrow_terminal_never_breaks_a_row(columns, compare, terminal):
     if columns == 100:  # what tells the runs apart stays longer than what they share
         assert "seed" in out[0] and "text" in out[0] and "n_layer" not in out[0]
         assert out[-1].startswith("no room for: ") and "n_layer" in out[-1]
+
+
+def test_no_terminal_obeys_the_name_of_a_run(compare, terminal):
+    make_run("2026-01-31_001_\x1b[2J\x9b", {0: 4.0})
+    assert "2026-01-31_001_\x1b[2J\x9b" in compare("--csv").out
+    terminal(80)
+    assert "2026-01-31_001_␛[2J\ufffd" in compare("--csv").out
+    assert "2026-01-31_001_\\u001b[2J\ufffd" in compare("--json").out
+    assert "2026-01-31_001_\ufffd[2J\ufffd" in compare().out
 
 
 def test_without_a_terminal_nothing_is_left_out(compare, monkeypatch):
