@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     if model.vocabulary is None:
         model.vocabulary = vocabulary_of(arguments.vocabulary, model, path)
     elif arguments.vocabulary is not None:
-        print_warning(f"--vocabulary is not used: {path} holds its own; leave the flag out")
+        print_warning("--vocabulary is not used: the model holds its own; leave the flag out")
     model.to(device).eval()
     print(shown_on(sys.stderr, str(path)), file=sys.stderr)
     tokenizer = Tokenizer(model.vocabulary)
@@ -260,7 +260,7 @@ COMMANDS = {
     ":top-k": Command("top_k", "draw from so many likeliest only; off: from all", (OFF,)),
     ":top-p": Command("top_p", "draw from the fewest that make up so much; off: from all", (OFF,)),
     ":seed": Command("seed", "of the draws, which begin anew"),
-    ":unknown": Command("unknown", "prompt characters that the model does not know: " + WAYS, UNKNOWN),
+    ":unknown": Command("unknown", "unknown characters of a prompt: " + WAYS, UNKNOWN),
 }
 ALL_COMMANDS = (*COMMANDS, ":help", ":quit")
 INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a text, Ctrl-D ends"

@@ -533,7 +533,7 @@ def test_help_lists_every_command_with_its_present_value(sample, model, type_in)
         ":top-k 5          draw from so many likeliest only; off: from all",
         ":top-p off        draw from the fewest that make up so much; off: from all",
         ":seed 1337        of the draws, which begin anew",
-        ":unknown error    prompt characters that the model does not know: error, skip or replace",
+        ":unknown error    unknown characters of a prompt: error, skip or replace",
         ":help             this list",
         "::TEXT            the prompt :TEXT",
         "Ctrl-C            stops a text",
@@ -696,7 +696,7 @@ def test_a_vocabulary_that_is_not_needed_is_a_warning(sample, model):
 
     assert (result.code, result.out) == (0, greedy(model, "ab", 12) + "\n")
     weights = f"{RUN}/artifacts/export/model.safetensors"
-    warning = f"warning: --vocabulary is not used: {weights} holds its own; leave the flag out"
+    warning = "warning: --vocabulary is not used: the model holds its own; leave the flag out"
     assert result.err.splitlines() == [warning, weights]
 
 
