@@ -1,7 +1,7 @@
 """Compare runs: a table of what each was and what came of it, the newest first.
 
     python compare.py                                    every run in runs/
-    python compare.py --sort best_val_loss               the best first; any column or parameter will do
+    python compare.py --sort best_val_loss               the best first; any heading or parameter will do
     python compare.py --tag search                       the runs with this word in their tag
     python compare.py --csv > runs.csv                   every value, for a spreadsheet; --json for a program
 
@@ -18,6 +18,7 @@ import sys
 from errors import DONE, Alg1Error
 from parameters import raise_problems
 from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
+from utils_alg1.utils_output import shown_on
 from utils_alg1.utils_script import run_script
 
 
@@ -28,7 +29,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         Alg1Error: unknown flags, or a column that there is not.
         SystemExit: after --help.
     """
-    from utils_alg1.utils_compare import check_sort_key
+    from utils_alg1.utils_compare import find_column
 
     parser = Parser(
         prog="python compare.py",
@@ -42,7 +43,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         "--sort",
         default="run",
         metavar="NAME",
-        help="a column such as best_val_loss or tokens_per_second, or a parameter, the best first (run)",
+        help="a heading such as tok/s or 'val loss', a value of --json or a parameter, the best first (run)",
     )
     parser.add_argument("--reverse", action="store_true", help="the other way round")
     parser.add_argument("--tag", metavar="TEXT", help="only the runs with this text in their tag")
@@ -51,7 +52,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     form.add_argument("--csv", action="store_true", help="every value as CSV")
     arguments, problems = parser.parse_with_suggestions(argv, "--runs-dir", "--tag")
     raise_problems(problems, f"{parser.prog} --help lists every flag")
-    check_sort_key(arguments.sort)
+    arguments.sort = find_column(arguments.sort)
     return arguments
 
 
@@ -82,12 +83,13 @@ def main(argv: list[str] | None = None) -> int:
         utils_compare.sort_rows(rows, "run", False), arguments.sort, arguments.reverse
     )
     if arguments.json:
-        print(utils_compare.to_json(rows))
+        text = utils_compare.to_json(rows)
     elif arguments.csv:
-        print(utils_compare.to_csv(rows))
+        text = utils_compare.to_csv(rows)
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print("\n".join(utils_compare.format_table(rows, width)))
+        text = "\n".join(utils_compare.format_table(rows, width))
+    print(shown_on(sys.stdout, text))
     return DONE
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import Alg1Error, disk_error
+from errors import Alg1Error, disk_error, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +128,24 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
     about = {"metadata": metadata, "sha256": digest(ready, metadata)}
     arrays = {name: tensor.numpy() for name, tensor in ready.items()}
     write_atomically(path, save(arrays, {METADATA_KEY: _compact_json(about)}))
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """The metadata of a tensor file of ours, without its tensors and so unverified.
+
+    Raises:
+        Alg1Error: it cannot be read, or is no tensor file of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = json.loads(file.metadata()[METADATA_KEY])["metadata"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Alg1Error(f"{path}: no metadata of ours can be read: {first_line(error)}") from None
+    if not isinstance(metadata, dict):
+        raise Alg1Error(f"{path}: its metadata are no names and values")
+    return metadata
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errors import DONE, Alg1Error
-from parameters import Problem, nearest, raise_problems, shown, specs
+from parameters import Problem, as_number, nearest, raise_problems, shown, specs
 from utils import show_characters
 from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
-from utils_alg1.utils_output import print_error
+from utils_alg1.utils_output import Typewriter, print_error, print_warning, shown_on
 from utils_alg1.utils_script import importing, run_script
 
 if TYPE_CHECKING:
@@ -48,16 +48,13 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--run", metavar="RUN", help="a run id or directory (default: the latest)")
     source.add_argument("--model", metavar="PATH", help="an exported file or a checkpoint")
     parser.add_argument("--prompt", metavar="TEXT", help="what the text begins with")
-    parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="characters (500)")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest (1.0)"
-    )
-    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest only")
-    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the fewest that make up X only")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts (1)")
+    parser.add_argument("--max-new-tokens", default=500, metavar="N", help="characters (500)")
+    parser.add_argument("--temperature", default=1.0, metavar="X", help="0 takes the likeliest (1.0)")
+    parser.add_argument("--top-k", metavar="N", help="draw from the N likeliest only")
+    parser.add_argument("--top-p", metavar="X", help="draw from the fewest that make up X only")
+    parser.add_argument("--num-samples", default=1, metavar="N", help="how many texts (1)")
     parser.add_argument(
         "--seed",
-        type=int,
         default=specs()["seed"].default,
         metavar="N",
         help=f"of the draws ({specs()['seed'].default})",
@@ -65,7 +62,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop", metavar="TEXT", help="end a text once it has drawn this")
     parser.add_argument(
         "--unknown",
-        choices=("error", "skip", "replace"),
+        choices=UNKNOWN,
         default="error",
         help="what to do with prompt characters that the model does not know (error)",
     )
@@ -80,27 +77,56 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     arguments, problems = parser.parse_with_suggestions(argv, "--model", "--prompt")
     if arguments.interactive and arguments.prompt is not None:
         problems.append(Problem("--interactive asks for prompts: leave --prompt out", ("prompt",)))
-    for name in LIMITS:
-        problems += problems_of(name, getattr(arguments, name), "--" + name.replace("_", "-"))
+    for name in NUMBERS:
+        text = getattr(arguments, name)
+        if isinstance(text, str) and text:  # not the default; an empty one is among the problems
+            flag = "--" + name.replace("_", "-")
+            try:
+                setattr(arguments, name, read_number(name, text))
+            except ValueError as error:
+                problems.append(Problem(f"{flag} {error}", (name,)))
+    if arguments.interactive and arguments.num_samples not in (1, ""):
+        text = "--interactive draws one text for each prompt: leave --num-samples out"
+        problems.append(Problem(text, ("interactive", "num_samples")))
     raise_problems(problems, f"{parser.prog} --help lists every flag")
     return arguments
 
 
-# What the number behind a flag, or a command of --interactive, must be.
-LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda n: n >= 0, "at least 0"),
-    "num_samples": (lambda n: n >= 1, "at least 1"),
-    "temperature": (lambda x: 0 <= x < float("inf"), "0 or above"),
-    "top_k": (lambda n: n is None or n >= 1, "at least 1"),
-    "top_p": (lambda x: x is None or 0 < x <= 1, "above 0, at most 1"),
-    "seed": (lambda n: 0 <= n < 2**63, "at least 0 and below 2**63"),
+UNKNOWN = ("error", "skip", "replace")  # what can be done with prompt characters that the model does not know
+
+
+class Number(NamedTuple):
+    """What the number behind a flag, or a command of --interactive, must be."""
+
+    type: type
+    good: Callable[[Any], bool]
+    wanted: str
+
+
+NUMBERS = {
+    "max_new_tokens": Number(int, lambda n: n >= 0, "at least 0"),
+    "num_samples": Number(int, lambda n: n >= 1, "at least 1"),
+    "temperature": Number(float, lambda x: x >= 0, "0 or above"),
+    "top_k": Number(int, lambda n: n >= 1, "at least 1"),
+    "top_p": Number(float, lambda x: 0 < x <= 1, "above 0, at most 1"),
+    "seed": Number(int, lambda n: 0 <= n < 2**63, "at least 0 and below 2**63"),
 }
 
 
-def problems_of(name: str, value: Any, shown_as: str) -> list[Problem]:
-    """What is wrong with the value of one of LIMITS; an empty list when nothing is."""
-    good, wanted = LIMITS[name]
-    return [] if good(value) else [Problem(f"{shown_as} {value}: must be {wanted}", (name,))]
+def read_number(name: str, text: str) -> int | float:
+    """The value of one of NUMBERS, written as in training (see `as_number`).
+
+    Raises:
+        ValueError: with the text and what it must be.
+    """
+    number = NUMBERS[name]
+    try:
+        value = as_number(number.type, text)
+    except ValueError as error:
+        raise ValueError(f"{shown(text)}: {error}") from None
+    if not number.good(value):
+        raise ValueError(f"{shown(value)}: must be {number.wanted}")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,8 +150,10 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model_file(path)
     if model.vocabulary is None:
         model.vocabulary = vocabulary_of(arguments.vocabulary, model, path)
+    elif arguments.vocabulary is not None:
+        print_warning("--vocabulary is not used: the model holds its own; leave the flag out")
     model.to(device).eval()
-    print(f"{path}", file=sys.stderr)
+    print(shown_on(sys.stderr, str(path)), file=sys.stderr)
     tokenizer = Tokenizer(model.vocabulary)
     if unseen := tokenizer.unseen(arguments.stop or ""):
         raise Alg1Error(
@@ -168,8 +196,8 @@ def vocabulary_of(text_path: str | None, model: BigramLanguageModel, path: Path)
     return vocabulary
 
 
-def known_characters(prompt: str, tokenizer: Tokenizer, unknown: str) -> str:
-    """The prompt in characters that the model knows.
+def known_characters(prompt: str, tokenizer: Tokenizer, unknown: str, flag: str = "--unknown") -> str:
+    """The prompt in characters that the model knows; `flag` is what the hint names.
 
     Raises:
         Alg1Error: there are others, and `unknown` is "error".
@@ -178,7 +206,7 @@ def known_characters(prompt: str, tokenizer: Tokenizer, unknown: str) -> str:
     if unseen and unknown == "error":
         raise Alg1Error(
             f"not in the model's vocabulary: {show_characters(unseen)}",
-            "leave them out with --unknown skip, or --unknown replace",
+            f"leave them out with {flag} skip, or {flag} replace",
         )
     stand_in = "" if unknown == "skip" else tokenizer.stand_in
     return "".join(stand_in if character in unseen else character for character in prompt)
@@ -205,31 +233,34 @@ def write_sample(
         generator,
         stop=tokenizer.encode(arguments.stop or ""),
     )
-    sys.stdout.write(prompt)
+    screen = Typewriter(sys.stdout)
+    screen.write(prompt)
     for token in stream:
-        sys.stdout.write(tokenizer.decode(token.tolist()))
+        screen.write(tokenizer.decode(token.tolist()))
         sys.stdout.flush()
-    sys.stdout.write("\n")
+    screen.write("\n")
     sys.stdout.flush()
 
 
+OFF = "off"
+WAYS = ", ".join(UNKNOWN[:-1]) + f" or {UNKNOWN[-1]}"
+
+
 class Command(NamedTuple):
-    """A command of --interactive: which argument it changes, to what type, and how :help explains it."""
+    """A command of --interactive: which argument it changes, and how :help explains it."""
 
     name: str
-    type: Callable[[str], Any]
     help: str
-    optional: bool = False  # `off` is a value too
+    words: tuple[str, ...] = ()  # that are values, too
 
 
 COMMANDS = {
-    ":temperature": Command("temperature", float, "0 takes the likeliest"),
-    ":length": Command("max_new_tokens", int, "characters of a text"),
-    ":top-k": Command("top_k", int, "draw from so many likeliest only; off: from all", optional=True),
-    ":top-p": Command(
-        "top_p", float, "draw from the fewest that make up so much; off: from all", optional=True
-    ),
-    ":seed": Command("seed", int, "of the draws, which begin anew"),
+    ":temperature": Command("temperature", "0 takes the likeliest"),
+    ":length": Command("max_new_tokens", "characters of a text"),
+    ":top-k": Command("top_k", "draw from so many likeliest only; off: from all", (OFF,)),
+    ":top-p": Command("top_p", "draw from the fewest that make up so much; off: from all", (OFF,)),
+    ":seed": Command("seed", "of the draws, which begin anew"),
+    ":unknown": Command("unknown", "unknown characters of a prompt: " + WAYS, UNKNOWN),
 }
 ALL_COMMANDS = (*COMMANDS, ":help", ":quit")
 INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a text, Ctrl-D ends"
@@ -250,11 +281,13 @@ def interact(model: BigramLanguageModel, tokenizer: Tokenizer, arguments: argpar
     while True:
         try:
             line = input("> ")
-            if line.startswith(":") and not line.startswith("::"):
-                obey(line, arguments, generator)
+            typed = line.lstrip()
+            if typed.startswith("::"):  # a prompt that begins with a colon
+                line = line.replace("::", ":", 1)
+            elif typed.startswith(":"):
+                obey(typed, arguments, generator)
                 continue
-            # A prompt that begins with a colon is typed with two.
-            prompt = known_characters(line.removeprefix(":"), tokenizer, arguments.unknown)
+            prompt = known_characters(line, tokenizer, arguments.unknown, ":unknown")
             write_sample(model, tokenizer, prompt, arguments, generator)
         except EOFError:
             print()
@@ -273,45 +306,48 @@ def obey(line: str, arguments: argparse.Namespace, generator: torch.Generator) -
         EOFError: it is the one that ends.
     """
     word, *values = line.split(maxsplit=1)
-    if word == ":help":
+    text = values[0].strip() if values else ""
+    if word in (":help", ":quit"):
+        if text:
+            raise Alg1Error(f"{word} {shown(text)}: it takes no value", f"type {word}")
+        if word == ":quit":
+            raise EOFError
         print(help_on_commands(arguments), file=sys.stderr)
         return
-    if word == ":quit":
-        raise EOFError
     if word not in COMMANDS:
         suggestion = nearest(word, ALL_COMMANDS)
         raise Alg1Error(
             f"unknown command {word}{suggestion}", "type :help, or :: for a prompt that begins with :"
         )
     command = COMMANDS[word]
-    if values:
-        value = read_value(word, command, values[0].strip())
+    if text:
+        value = read_value(word, command, text, arguments)
         setattr(arguments, command.name, value)
         if command.name == "seed":
             generator.manual_seed(value)
     print(f"{word} {shown_value(arguments, command)}", file=sys.stderr)
 
 
-def read_value(word: str, command: Command, text: str) -> Any:
+def read_value(word: str, command: Command, text: str, arguments: argparse.Namespace) -> Any:
     """The value behind a command.
 
     Raises:
-        Alg1Error: it is not of the command's type, or outside its limits.
+        Alg1Error: it is none of its words, and not the number that it must be.
     """
-    if command.optional and text == "off":
-        return None
+    hint = f"it stays {shown_value(arguments, command)}; :help explains every command"
+    if text in command.words:
+        return None if text == OFF else text
+    if command.name not in NUMBERS:
+        raise Alg1Error(f"{word} {shown(text)}: must be {WAYS}", hint)
     try:
-        value = command.type(text)
-    except ValueError:
-        wanted = ("a whole number" if command.type is int else "a number") + " or off" * command.optional
-        raise Alg1Error(f"{word} {shown(text)}: must be {wanted}") from None
-    raise_problems(problems_of(command.name, value, word), "type :help")
-    return value
+        return read_number(command.name, text)
+    except ValueError as error:
+        raise Alg1Error(f"{word} {error}{', or off' * (OFF in command.words)}", hint) from None
 
 
 def shown_value(arguments: argparse.Namespace, command: Command) -> str:
     value = getattr(arguments, command.name)
-    return "off" if value is None else str(value)
+    return OFF if value is None else str(value)
 
 
 def help_on_commands(arguments: argparse.Namespace) -> str:

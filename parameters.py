@@ -97,6 +97,16 @@ class ModelConfig:
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def n_parameters(self) -> int:
+        """How many weights a network of these sizes has; vocab_size is known."""
+        assert self.vocab_size is not None
+        C, V = self.n_embd, self.vocab_size
+        tables = V * C + (self.block_size * C if self.positions == "learned" else 0)
+        block = 12 * C * C + 10 * C  # matrices; biases and two LayerNorms
+        head = V * C + V
+        return tables + self.n_layer * block + 2 * C + head  # 2 C: the last LayerNorm
+
     def stored(self) -> dict[str, Any]:
         """As files hold it: without options at their defaults, so that the reference model's have none."""
         return {
@@ -465,6 +475,7 @@ def coerce(spec: Spec, value: Any) -> Any:
 
     YAML reads `1e-3` as text, and JSON has no integers of its own: text that is a number and a float
     that is whole serve where a number or a whole number is wanted. YAML reads `on` and `off` as booleans.
+    See `as_number` for how a number may be written.
 
     Raises:
         ValueError: with what the value must be.
@@ -491,9 +502,21 @@ def coerce(spec: Spec, value: Any) -> Any:
         except UnicodeEncodeError:
             raise ValueError("must not contain half a surrogate pair") from None
         return value
+    return as_number(spec.type, value)
+
+
+def as_number(kind: type, value: Any) -> int | float:
+    """A number, or text that is one, as an int or a float.
+
+    10000, 1e4 and 10_000 are one whole number, in files (YAML reads it so) and on every command line.
+
+    Raises:
+        ValueError: with what the value must be.
+    """
+    wanted = ValueError(f"must be {TYPE_NAMES[kind]}")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wanted
-    if spec.type is int and not isinstance(value, float):
+    if kind is int and not isinstance(value, float):
         try:
             return int(value)  # exactly: a float would round large seeds
         except ValueError:
@@ -504,7 +527,7 @@ def coerce(spec: Spec, value: Any) -> Any:
         raise wanted from None
     if not math.isfinite(number):
         raise ValueError("must be finite")
-    if spec.type is float:
+    if kind is float:
         return number
     if not number.is_integer():
         raise wanted

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ from typing import Any
 import pytest
 from conftest import QUIET_TRACKERS, TINY, _runner, run_process
 from filelock import FileLock
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import compare as script
-from parameters import specs
-from utils_alg1 import utils_compare
-from utils_alg1.utils_compare import read_run, run_order, sort_rows
+from errors import Alg1Error
+from parameters import ModelConfig, specs
+from utils_alg1 import utils_compare, utils_run_manager
+from utils_alg1.utils_checkpoint import checkpoint_paths, read_checkpoint
+from utils_alg1.utils_compare import FROM_FINAL, HEADINGS, RESULTS, in_use, read_run, run_order, sort_rows
+from utils_alg1.utils_run_manager import checkpoint_dir, lock_run
 
 TEXT_A, TEXT_B = "a" * 64, "b" * 64
 
@@ -47,7 +53,7 @@ def make_run(
     write(run / "meta/full_config.json", record)
     with (run / "logs/metrics.jsonl").open("w") as file:
         for step, loss in losses.items():
-            row = {"step": step, "loss/train": loss - 0.1, "loss/val": loss, "learning_rate": 1e-3}
+            row = {"step": step, "loss/train": max(loss - 0.1, 0), "loss/val": loss, "learning_rate": 1e-3}
             file.write(json.dumps(row) + "\n")
             file.write(json.dumps({"step": step, "tokens_per_second": 1000.0 + step}) + "\n")
             file.write(json.dumps({"step": step, "loss/train_step": loss}) + "\n")
@@ -58,7 +64,7 @@ def make_run(
             "run_id": name,
             "n_parameters": 12345,
             "steps": step,
-            "train_loss": losses[step] - 0.1,
+            "train_loss": max(losses[step] - 0.1, 0),
             "val_loss": losses[step],
             "best_val_loss": losses[best_step],
             "best_step": best_step,
@@ -109,7 +115,7 @@ def test_a_finished_run_is_its_results(workdir):
     }
     assert {name: row[name] for name in expected} == expected
     assert row["dropout"] == 0.1 and row["n_embd"] == 64
-    assert row.keys() == {*utils_compare.RESULTS, *specs()}
+    assert row.keys() == {*RESULTS, *specs()}
 
 
 def test_an_interrupted_run_is_what_its_metrics_say(workdir):
@@ -155,6 +161,29 @@ def test_looking_at_a_run_leaves_it_free_and_as_it_was(workdir):
         pass
 
 
+def test_a_resume_waits_for_somebody_who_looks(workdir, monkeypatch):
+    run = make_run("2026-01-31_001", {0: 4.0})
+    looking = FileLock(run / ".lock")
+    looking.acquire()
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        looking.release()
+
+    monkeypatch.setattr("filelock._api.time.sleep", sleep)
+    with lock_run(run):
+        assert in_use(run)
+    assert len(waits) == 1 and not in_use(run)
+
+
+def test_a_run_that_stays_in_use_is_refused_after_the_wait(workdir, monkeypatch):
+    monkeypatch.setattr(utils_run_manager, "LOCK_PATIENCE", 0.01)
+    run = make_run("2026-01-31_001", {0: 4.0})
+    with FileLock(run / ".lock"), pytest.raises(Alg1Error, match="in use by another process"):
+        lock_run(run)
+
+
 def test_a_finished_run_that_went_on_and_was_interrupted_is_unfinished(workdir):
     run = make_run("2026-01-31_001", {0: 4.0, 100: 2.0})
     with (run / "logs/metrics.jsonl").open("a") as file:
@@ -181,8 +210,13 @@ DAMAGE = {
     "results empty": ("eval/final.json", b""),
     "results of text": ("eval/final.json", b'{"steps": "a", "val_loss": "b", "best_val_loss": "c"}'),
     "results not a number": ("eval/final.json", b'{"steps": 400, "val_loss": NaN, "best_val_loss": NaN}'),
+    "results beyond a float": (
+        "eval/final.json",
+        b'{"steps": 400, "val_loss": 1, "best_val_loss": 1%s}' % (b"0" * 400),
+    ),
     "results without steps": ("eval/final.json", b'{"val_loss": 1, "best_val_loss": 1}'),
     "metrics of zeros": ("logs/metrics.jsonl", b"\0" * 100 + b"\n"),
+    "metrics of negative steps": ("logs/metrics.jsonl", b'{"step": -1, "loss/train_step": 1}\n'),
     "metrics without a step": ("logs/metrics.jsonl", b'{"loss/val": 1}\n'),
     "metrics deep": ("logs/metrics.jsonl", b'{"loss/val": %s}\n' % (b"[" * 100_000 + b"]" * 100_000)),
     "metrics of words": ("logs/metrics.jsonl", b'{"step": 1, "loss/val": }\n'),
@@ -227,7 +261,122 @@ def test_random_damage_never_ends_the_table(compare):
         (run / name).write_bytes(sound[name])
 
 
+# What no run has written where a number of it stands.
+GARBAGE = st.one_of(
+    st.text(max_size=5),
+    st.from_regex(r"[0-9]{1,3}", fullmatch=True),
+    st.booleans(),
+    st.integers(max_value=-1),
+    st.floats(max_value=-0.5, allow_nan=False),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+RECORD, METRICS, FINAL = "meta/full_config.json", "logs/metrics.jsonl", "eval/final.json"
+NUMBERS = [
+    *((RECORD, "parameters", name) for name, spec in specs().items() if spec.type in (int, float)),
+    (RECORD, "corpus", "vocab_size"),
+    *((FINAL, key) for key in FROM_FINAL.values()),
+    *((METRICS, i, "step") for i in range(3)),
+    (METRICS, 0, "loss/train"),
+    (METRICS, 0, "loss/val"),
+    (METRICS, 1, "tokens_per_second"),
+]
+PLACES = [*NUMBERS, (RECORD,), (RECORD, "parameters"), (RECORD, "origins"), (RECORD, "corpus")]
+PLACES += [(RECORD, "corpus", "path"), (RECORD, "corpus", "sha256"), (FINAL,), (METRICS, 0), (METRICS, 2)]
+PLACES += [(RECORD, "parameters", name) for name, spec in specs().items() if spec.type in (str, bool)]
+many = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def put(run: Path, place: tuple[Any, ...], value: Any) -> None:
+    """Let `value` stand in that place of a sound run of one evaluation: a file, and keys in it."""
+    if run.exists():
+        shutil.rmtree(run)
+    make_run(run.name, {0: 2.0})
+    path, *keys = run / place[0], *place[1:]
+    of_lines = path.suffix == ".jsonl"
+    lines = path.read_text().splitlines()
+    holder: Any = {"": [json.loads(line) for line in lines] if of_lines else json.loads(path.read_text())}
+    top, keys = holder, ["", *keys]
+    for key in keys[:-1]:
+        holder = holder[key]
+    holder[keys[-1]] = value
+    rows = top[""] if of_lines else [top[""]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def show_in_every_form(row: dict[str, Any]) -> None:
+    sound = dict.fromkeys(row) | {"run": "2026-01-31_002", "state": "done", "resumed": False, "best": True}
+    rows = [dict(row), sound]
+    utils_compare.mark_best(rows)
+    for key in row:
+        sort_rows(rows, key, True)
+    assert max(map(cell_len, utils_compare.format_table(rows))) < 400
+    utils_compare.format_table(rows, 60)
+    assert len(json.loads(utils_compare.to_json(rows))) == 2
+    utils_compare.to_csv(rows)
+
+
+@many
+@given(place=st.sampled_from(NUMBERS), value=GARBAGE)
+def test_whatever_is_no_number_where_one_stands_is_damage(workdir, place, value):
+    run = Path("runs/2026-01-31_001")
+    put(run, place, value)
+    row = read_run(run)
+    assert row["state"] == "damaged"
+    show_in_every_form(row)
+
+
+@many
+@given(place=st.sampled_from(PLACES), value=JSON)
+def test_any_value_in_any_place_is_survived(workdir, place, value):
+    run = Path("runs/2026-01-31_001")
+    put(run, place, value)
+    row = read_run(run)
+    if row["state"] != "damaged":
+        assert row["state"] == "done" and type(row["step"]) is int and row["step"] >= 0
+    show_in_every_form(row)
+
+
+def test_a_sound_run_is_not_damaged_by_the_tools_of_these_tests(workdir):
+    run = Path("runs/2026-01-31_001")
+    put(run, (RECORD, "parameters", "n_embd"), 128)
+    assert (read_run(run)["state"], read_run(run)["n_embd"]) == ("done", 128)
+    put(run, (METRICS, 0, "loss/val"), math.nan)  # it diverged
+    assert read_run(run)["state"] == "done"
+
+
+def test_what_train_py_would_refuse_is_damage_and_not_shown(workdir):
+    run = make_run("2026-01-31_001", {0: 2.0}, n_embd=-64, optimizer="lion", n_layer="6", n_head=2)
+    row = read_run(run)
+    assert row["state"] == "damaged"
+    assert [row[name] for name in ("n_embd", "optimizer", "n_layer", "n_head")] == [None, None, None, 2]
+
+
+def test_a_record_that_knows_fewer_parameters_is_sound(workdir):
+    run = make_run("2026-01-31_001", {0: 2.0})
+    record = json.loads((run / RECORD).read_text())
+    del record["parameters"]["positions"]
+    write(run / RECORD, record)
+    assert (read_run(run)["state"], read_run(run)["positions"]) == ("done", None)
+
+
 # --- the table ----------------------------------------------------------------------------------------
+
+
+def test_huge_results_keep_the_table_narrow(compare):
+    run = make_run("2026-01-31_001", {10: 4.0})
+    final = json.loads((run / FINAL).read_text())
+    final |= {"val_loss": 1e300, "best_val_loss": 123456789.5}
+    final |= {"n_parameters": 123_456_789_012, "tokens_per_second_overall": 1e300, "seconds_in_loop": 1e15}
+    write(run / FINAL, final)
+    cells = lines_of(compare())[1]
+    assert cells[2:5] == ["10", "* 1.23e+08", "1e+300"]
+    assert cells[-3:] == ["123,456,789,012", "1e+300", "1e+15"]
 
 
 def test_the_table_is_aligned_and_newest_first(compare):
@@ -242,7 +391,7 @@ batch_size  learning_rate  optimizer  parameters  tok/s  seconds
 2026-01-31_999_first  done               400         2.5000    2.5000        4       4     128          32  \
          4          0.001       muon      12,345  2,000       13
 2025-12-01_001_日本語の文  unfinished 200 of 400    3.1250    3.1250        4       4      64          32  \
-         4          0.001      adamw           -  1,200        -
+         4          0.001      adamw     201,731  1,200        -
 * the lowest of these runs
 """
     result = compare()
@@ -293,7 +442,7 @@ def test_sorting_puts_the_best_first_and_the_unknown_last(compare):
     assert order_by(compare, "--sort", "best") == ["1", "3", "2"]
 
 
-@pytest.mark.parametrize("key", [*utils_compare.RESULTS, *specs()])
+@pytest.mark.parametrize("key", [*RESULTS, *specs()])
 def test_every_column_sorts_values_of_any_kind(key):
     values = [3, None, "text", 1.5, True, [1], {"a": 1}, "2026-01-31_1000"]
     rows = [{key: value} for value in values]
@@ -303,6 +452,21 @@ def test_every_column_sorts_values_of_any_kind(key):
 
 def test_run_1000_of_a_day_comes_after_run_999():
     assert run_order("2026-01-31_999_x") < run_order("2026-01-31_1000") < run_order("2026-02-01_001")
+
+
+def test_every_heading_sorts_like_the_name_of_its_value(compare):
+    make_run("2026-01-31_001", {0: 4.0, 400: 2.0}, learning_rate=0.3, n_layer=2)
+    make_run("2026-01-31_002", {0: 3.0, 400: 2.5}, learning_rate=0.1)
+    line = compare().out.splitlines()[0]
+    headings = [heading.strip() for heading in line.split("  ") if heading.strip()]
+    assert {"best val loss", "val loss", "tok/s", "parameters", "seconds", "run"} <= set(headings)
+    names = {heading: name for name, heading in HEADINGS.items()}
+    for heading in headings:
+        result = compare("--sort", heading)
+        assert result.code == 0, heading
+        assert result.out == compare("--sort", names.get(heading, heading)).out
+    assert order_by(compare, "--sort", "best val loss") == ["1", "2"]
+    assert order_by(compare, "--sort", "best val loss", "--reverse") == ["2", "1"]
 
 
 def test_an_unknown_column_names_the_nearest(compare):
@@ -352,13 +516,16 @@ def test_json_and_csv_hold_every_value(compare):
     table = list(csv.DictReader(io.StringIO(compare("--csv").out)))
     assert [row["run"] for row in table] == ["2026-01-31_002", "2026-01-31_001_é"]
     assert (table[1]["val_loss"], table[1]["dropout"], table[0]["val_loss"]) == ("2.0", "0.25", "")
-    assert list(table[0]) == list(rows[0]) == [*utils_compare.RESULTS, *specs()]
+    assert list(table[0]) == list(rows[0]) == [*RESULTS, *specs()]
     assert compare("--json", "--csv").code == 2
 
 
 def test_a_value_never_breaks_a_line(compare):
-    make_run("2026-01-31_001", {0: 1.0}, optimizer="a\nb\x1b[31m" + "x" * 100)
-    make_run("2026-01-31_002", {0: 1.0})
+    run = make_run("2026-01-31_001", {0: 1.0})
+    make_run("2026-01-31_002", {0: 1.0}, text=TEXT_B)
+    record = json.loads((run / "meta/full_config.json").read_text())
+    record["corpus"]["path"] = "a\nb\x1b[31m" + "x" * 100
+    write(run / "meta/full_config.json", record)
     out = compare().out
     assert len(out.splitlines()) == 4 and "\x1b" not in out and "a\ufffdb\ufffd[31mxxx" in out and "…" in out
 
@@ -391,6 +558,15 @@ def test_a_narrow_terminal_never_breaks_a_row(columns, compare, terminal):
         assert out[-1].startswith("no room for: ") and "n_layer" in out[-1]
 
 
+def test_no_terminal_obeys_the_name_of_a_run(compare, terminal):
+    make_run("2026-01-31_001_\x1b[2J\x9b", {0: 4.0})
+    assert "2026-01-31_001_\x1b[2J\x9b" in compare("--csv").out
+    terminal(80)
+    assert "2026-01-31_001_␛[2J\ufffd" in compare("--csv").out
+    assert "2026-01-31_001_\\u001b[2J\ufffd" in compare("--json").out
+    assert "2026-01-31_001_\ufffd[2J\ufffd" in compare().out
+
+
 def test_without_a_terminal_nothing_is_left_out(compare, monkeypatch):
     make_run("2026-01-31_001", {0: 4.0})
     monkeypatch.setenv("COLUMNS", "20")
@@ -416,6 +592,29 @@ def test_runs_of_train_py_as_they_are(train, compare, text_file, monkeypatch):
     assert resumed["val_loss"] == final["val_loss"] and resumed["seconds"] == final["seconds_in_loop"]
     assert (first["state"], first["resumed"], first["tag"], first["step"]) == ("done", False, "one", 6)
     assert first["best"] != resumed["best"]
+
+    run = Path("runs", resumed["run"])
+    (run / "eval/final.json").unlink()  # as while it was training
+    unfinished = read_run(run)
+    newest = read_checkpoint(checkpoint_paths(checkpoint_dir(run))[-1])
+    assert (unfinished["state"], unfinished["n_parameters"]) == ("unfinished", final["n_parameters"])
+    assert unfinished["seconds"] == newest.progress.seconds > 0
+    damaged = checkpoint_paths(checkpoint_dir(run))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert (read_run(run)["state"], read_run(run)["seconds"]) == ("unfinished", None)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n_layer": 3, "positions": "rotary"}, {"qk_norm": True, "zero_init": True, "n_head": 2}]
+)
+def test_the_weights_are_counted_as_the_network_has_them(options):
+    from model import BigramLanguageModel
+
+    config = ModelConfig(
+        **{"n_embd": 16, "n_head": 4, "n_layer": 1, "block_size": 7, "vocab_size": 5} | options
+    )
+    model = BigramLanguageModel(config)
+    assert config.n_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_the_script_as_a_process_needs_no_torch(compare):

@@ -22,6 +22,7 @@ import pytest
 from conftest import PROJECT, QUIET_TRACKERS, TINY, run_process
 from rich.live import Live
 
+import train as script
 from errors import Alg1Error
 from parameters import Parameters
 from utils_alg1 import utils_report, utils_terminal
@@ -328,6 +329,54 @@ def test_an_error_is_coloured_at_a_terminal_only(colour, monkeypatch, capsys):
     text = shown.text() + capsys.readouterr().err
     assert ESCAPE.sub("", text) == "error: a [red]is[/] wrong\nhint: mend a\n"
     assert bool(COLOUR.search(text)) is colour
+
+
+@pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
+def test_no_terminal_obeys_a_text_or_the_name_of_a_file(term, open_screen, monkeypatch, workdir):
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen = open_screen()
+    console = Console()
+    console.log_to(Path("train.log"))
+    lines = {"text": "evil\x1b[2J.txt: 5 characters", "sample": CommandLine("python inference.py --run \x9b")}
+    console.start(lines)
+    sample = "one\r\ntwo\rthree\t\x07\x1b]0;title\x07"
+    console.summary({"reached": "step 1"}, sample)
+    console.close()
+    shown = lasting(screen.text())
+    assert shown[:2] == ["text    evil␛[2J.txt: 5 characters", "sample  python inference.py --run \ufffd"]
+    assert shown[-2] == "one"
+    assert shown[-1].expandtabs() == "two␍three       ␇␛]0;title␇"
+    assert sample in Path("train.log").read_bytes().decode()
+
+
+def test_an_error_shows_control_characters_at_a_terminal_only(monkeypatch, capsys):
+    error = Alg1Error("evil\x1b[2J: no such file", "mend \x07")
+    print_error(error)
+    assert capsys.readouterr().err == "error: evil\x1b[2J: no such file\nhint: mend \x07\n"
+    for term in ("xterm", "dumb"):
+        monkeypatch.setenv("TERM", term)
+        shown = Screen()
+        monkeypatch.setattr(sys, "stderr", shown.stream)
+        print_error(error)
+        assert ESCAPE.sub("", shown.text()) == "error: evil␛[2J: no such file\nhint: mend ␇\n"
+
+
+def test_the_values_of_print_config_are_visible_at_a_terminal(train, open_screen, workdir):
+    flags = ["--data", "evil\x1b[2J.txt", "--print-config"]
+    assert "evil\x1b[2J.txt" in train(*flags).out
+    screen = open_screen()
+    script.main(flags)
+    text = screen.text()
+    assert "evil␛[2J.txt" in text and "\x1b" not in text
+
+
+def test_a_notice_shows_control_characters_at_a_terminal(monkeypatch):
+    written = []
+    monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 2)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: written.append((descriptor, data)))
+    Console().interrupted(b"\ngo on: --resume a\x1bb\n")
+    assert written == [(2, "\ngo on: --resume a␛b\n".encode())]
 
 
 def test_a_terminal_that_goes_away_does_not_stop_the_training(start, open_screen, monkeypatch):

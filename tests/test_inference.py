@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -356,7 +357,23 @@ def test_an_unknown_character_is_a_message_and_not_the_end(sample, model, type_i
     assert (result.code, result.out) == (0, f"{greedy(model, 'ab', 12)}\n\n")
     assert result.err.splitlines()[-2:] == [
         "error: not in the model's vocabulary: 'Z' (U+005A)",
-        "hint: leave them out with --unknown skip, or --unknown replace",
+        "hint: leave them out with :unknown skip, or :unknown replace",
+    ]
+
+
+def test_the_hint_about_unknown_characters_can_be_followed(sample, model, type_in):
+    type_in("aZ", ":unknown", ":unknown skip", "aZ", ":unknown replace", "aZ", ":unknown error", "aZ")
+
+    result = sample("--interactive", *GREEDY)
+
+    assert result.out == f"{greedy(model, 'a', 12)}\n{greedy(model, 'a ', 12)}\n\n"
+    assert [line for line in result.err.splitlines() if not line.startswith("hint")][2:] == [
+        "error: not in the model's vocabulary: 'Z' (U+005A)",
+        ":unknown error",
+        ":unknown skip",
+        ":unknown replace",
+        ":unknown error",
+        "error: not in the model's vocabulary: 'Z' (U+005A)",
     ]
 
 
@@ -420,16 +437,49 @@ def test_a_command_without_a_value_shows_the_present_one(sample, model, type_in)
         ),
         (":lenght", ["error: unknown command :lenght; did you mean :length?", ...]),
         (":qqq", ["error: unknown command :qqq", ...]),
-        (":length x", ["error: :length 'x': must be a whole number"]),
-        (":length off", ["error: :length 'off': must be a whole number"]),
-        (":length 1.5", ["error: :length '1.5': must be a whole number"]),
-        (":length -1", ["error: :length -1: must be at least 0", "hint: type :help"]),
-        (":temperature hot", ["error: :temperature 'hot': must be a number"]),
-        (":temperature nan", ["error: :temperature nan: must be 0 or above", ...]),
-        (":top-k 0", ["error: :top-k 0: must be at least 1", ...]),
-        (":top-k many", ["error: :top-k 'many': must be a whole number or off"]),
-        (":top-p 2", ["error: :top-p 2.0: must be above 0, at most 1", ...]),
+        (
+            ":length x",
+            [
+                "error: :length 'x': must be a whole number",
+                "hint: it stays 12; :help explains every command",
+            ],
+        ),
+        (":length off", ["error: :length 'off': must be a whole number", ...]),
+        (":length 1.5", ["error: :length '1.5': must be a whole number", ...]),
+        (":length 10_", ["error: :length '10_': must be a whole number", ...]),
+        (":length -1", ["error: :length -1: must be at least 0", ...]),
+        (":length 5 6", ["error: :length '5 6': must be a whole number", ...]),
+        (":temperature hot", ["error: :temperature 'hot': must be a number", ...]),
+        (":temperature -1", ["error: :temperature -1.0: must be 0 or above", ...]),
+        (":temperature nan", ["error: :temperature 'nan': must be finite", ...]),
+        (":temperature inf", ["error: :temperature 'inf': must be finite", ...]),
+        (":top-k 0", ["error: :top-k 0: must be at least 1, or off", ...]),
+        (
+            ":top-k many",
+            [
+                "error: :top-k 'many': must be a whole number, or off",
+                "hint: it stays off; :help explains every command",
+            ],
+        ),
+        (":top-p 2", ["error: :top-p 2.0: must be above 0, at most 1, or off", ...]),
         (f":seed {2**63}", [f"error: :seed {2**63}: must be at least 0 and below 2**63", ...]),
+        (
+            ":seed x",
+            [
+                "error: :seed 'x': must be a whole number",
+                "hint: it stays 1337; :help explains every command",
+            ],
+        ),
+        (
+            ":unknown off",
+            [
+                "error: :unknown 'off': must be error, skip or replace",
+                "hint: it stays error; :help explains every command",
+            ],
+        ),
+        (":help x", ["error: :help 'x': it takes no value", "hint: type :help"]),
+        (":quit x", ["error: :quit 'x': it takes no value", "hint: type :quit"]),
+        (":", ["error: unknown command :", ...]),
     ],
 )
 def test_a_wrong_command_is_one_error_and_changes_nothing(sample, model, type_in, command, errors):
@@ -439,16 +489,36 @@ def test_a_wrong_command_is_one_error_and_changes_nothing(sample, model, type_in
 
     assert (result.code, result.out) == (0, f"{greedy(model, 'ab', 12)}\n\n")
     said = result.err.splitlines()[2:]
-    assert len(said) == len(errors)
+    assert len(said) == len(errors) == 2  # every error has a hint
     assert all(wanted in (..., line) for line, wanted in zip(said, errors, strict=True))
 
 
 def test_a_prompt_may_begin_with_a_colon(sample, model, type_in):
-    type_in("::a")
+    type_in("::a", "  ::a", "a::a")
 
     out = sample("--interactive", *GREEDY, "--unknown", "replace").out
 
-    assert out == greedy(model, " a", 12) + "\n\n"  # the model does not know the colon
+    prompts = " a", "   a", "a  a"  # the model does not know the colon
+    assert out == "".join(greedy(model, prompt, 12) + "\n" for prompt in prompts) + "\n"
+
+
+def test_spaces_before_a_command_do_not_matter(sample, model, type_in):
+    type_in("  :length 3", "\t:length", " ab", " :quit", "ab")
+
+    result = sample("--interactive", *GREEDY)
+
+    assert result.out == greedy(model, " ab", 3) + "\n\n"
+    assert result.err.splitlines()[2:] == [":length 3", ":length 3"]
+
+
+def test_numbers_are_written_as_in_training(sample, model, type_in):
+    type_in(":length 1_0", ":length 1e1", ":length 10.0", ":top-p 1e-9", ":top-k 1_0")
+
+    result = sample("--interactive", "--max-new-tokens", "1e1", "--seed", "1_0")
+
+    assert result.err.splitlines()[2:] == [*[":length 10"] * 3, ":top-p 1e-09", ":top-k 10"]
+    ten = sample("--max-new-tokens", 10, "--seed", 10).out
+    assert sample("--max-new-tokens", "1e1", "--seed", "1_0").out == ten
 
 
 def test_help_lists_every_command_with_its_present_value(sample, model, type_in):
@@ -463,6 +533,7 @@ def test_help_lists_every_command_with_its_present_value(sample, model, type_in)
         ":top-k 5          draw from so many likeliest only; off: from all",
         ":top-p off        draw from the fewest that make up so much; off: from all",
         ":seed 1337        of the draws, which begin anew",
+        ":unknown error    unknown characters of a prompt: error, skip or replace",
         ":help             this list",
         "::TEXT            the prompt :TEXT",
         "Ctrl-C            stops a text",
@@ -505,6 +576,94 @@ def test_at_a_terminal_ctrl_c_stops_a_text_and_ctrl_d_the_program(model):
     assert code == 0
 
 
+# --- control characters -------------------------------------------------------------------------------
+
+CONTROLS = sorted("ab[3m\n\t\r\x07\x1b\x7f\x9b")
+DRAWN = "a\r\nb\rb\x1b[3m\x9b\x7f\t\r\r\n\x07a\r"
+SHOWN = "a\nb␍b␛[3m\ufffd␡\t␍\n␇a\n"  # the last one is the line's end behind every text
+
+
+@pytest.fixture
+def drawing(workdir, monkeypatch):
+    """A model that has the vocabulary CONTROLS and draws DRAWN."""
+    export(RUN, build(vocabulary=CONTROLS))
+    drawn = iter([torch.tensor([CONTROLS.index(character)]) for character in DRAWN * 2])
+    monkeypatch.setattr(model_module, "next_token", lambda *_: next(drawn))
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Puts a terminal in the place of both streams; what it returns gives all that it was shown."""
+
+    def prepare(term: str = "xterm"):
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setenv("NO_COLOR", "1")
+        ours, theirs = pty.openpty()
+        stream = open(theirs, "w", encoding="utf-8")  # noqa: SIM115
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+
+        def shown() -> str:
+            stream.close()
+            seen = b""
+            with contextlib.suppress(OSError):  # nobody is at the other end any more
+                while data := os.read(ours, 65536):
+                    seen += data
+            os.close(ours)
+            return seen.decode().replace("\r\n", "\n")
+
+        return shown
+
+    return prepare
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_no_terminal_obeys_a_text_or_a_prompt(drawing, terminal, term):
+    shown = terminal(term)
+
+    inference.main(["--prompt", "b\x1b[3m\r\nb\r", "--max-new-tokens", str(len(DRAWN))])
+
+    assert shown() == f"{RUN}/artifacts/export/model.safetensors\nb␛[3m\nb␍{SHOWN}"
+
+
+def test_a_crlf_between_prompt_and_text_is_one_line_end(workdir, terminal, monkeypatch):
+    export(RUN, build(vocabulary=CONTROLS))
+    monkeypatch.setattr(model_module, "next_token", lambda *_: torch.tensor([CONTROLS.index("\n")]))
+    shown = terminal()
+
+    inference.main(["--prompt", "a\r", "--max-new-tokens", "1"])
+
+    assert shown().endswith("model.safetensors\na\n\n")
+
+
+def test_a_pipe_gets_every_byte_of_a_text(sample, drawing):
+    result = sample("--prompt", "b\x1b[3m\r\nb\r", "--max-new-tokens", len(DRAWN))
+
+    assert result.out.encode() == b"b\x1b[3m\r\nb\r" + DRAWN.encode() + b"\n"
+
+
+def test_no_terminal_obeys_a_name_of_a_file(workdir, terminal):
+    name = "evil\x1b[2J\x9b.safetensors"
+    build().save_safetensors(name)
+    shown = terminal()
+
+    inference.main(["--model", name, "--max-new-tokens", "0"])
+
+    assert shown() == "evil␛[2J\ufffd.safetensors\n\n"
+
+
+def test_no_terminal_obeys_what_was_typed(sample, model, type_in, terminal):
+    type_in(":\x1b[2J", ":length \x1b")
+    shown = terminal()
+
+    inference.main(["--interactive", "--max-new-tokens", "0"])
+
+    text = re.sub(r"\x1b\[\d*m", "", shown())  # labels are bold
+    assert "\x1b" not in text
+    assert "error: unknown command :␛[2J\n" in text
+    assert "error: :length '\\x1b': must be a whole number\n" in text
+
+
 # --- how it ends --------------------------------------------------------------------------------------
 
 
@@ -532,6 +691,15 @@ def test_ctrl_c_ends_it_without_a_traceback(sample, model, monkeypatch):
     assert result.err == f"{RUN}/artifacts/export/model.safetensors\ninterrupted\n"
 
 
+def test_a_vocabulary_that_is_not_needed_is_a_warning(sample, model):
+    result = sample("--prompt", "ab", *GREEDY, "--vocabulary", "nowhere.txt")
+
+    assert (result.code, result.out) == (0, greedy(model, "ab", 12) + "\n")
+    weights = f"{RUN}/artifacts/export/model.safetensors"
+    warning = "warning: --vocabulary is not used: the model holds its own; leave the flag out"
+    assert result.err.splitlines() == [warning, weights]
+
+
 HELP = "python inference.py --help lists every flag"
 
 
@@ -539,8 +707,8 @@ HELP = "python inference.py --help lists every flag"
     ("arguments", "error", "hint"),
     [
         ("--temperature -1", "--temperature -1.0: must be 0 or above", HELP),
-        ("--temperature nan", "--temperature nan: must be 0 or above", HELP),
-        ("--temperature inf", "--temperature inf: must be 0 or above", HELP),
+        ("--temperature nan", "--temperature 'nan': must be finite", HELP),
+        ("--temperature inf", "--temperature 'inf': must be finite", HELP),
         ("--top-k 0", "--top-k 0: must be at least 1", HELP),
         ("--top-p 0", "--top-p 0.0: must be above 0, at most 1", HELP),
         ("--top-p 1.5", "--top-p 1.5: must be above 0, at most 1", HELP),
@@ -552,7 +720,7 @@ HELP = "python inference.py --help lists every flag"
         ("stray", "'stray' belongs to no flag; did you mean --prompt stray?", HELP),
         ("--model", "argument --model: expected one argument", HELP),
         ("--run a --model b", "argument --model: not allowed with argument --run", HELP),
-        ("--top-k many", "argument --top-k: invalid int value: 'many'", HELP),
+        ("--top-k many", "--top-k 'many': must be a whole number", HELP),
         ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", None),
         (
             "--device cuda:99",

@@ -105,6 +105,8 @@ def test_defaults_are_valid(config_class):
         ("batch_size", " 8 ", 8),
         ("batch_size", "8.0", 8),
         ("batch_size", "1e3", 1000),
+        ("batch_size", "10_000", 10_000),  # as in YAML
+        ("learning_rate", "1_0.5", 10.5),
         ("seed", str(2**63 - 1), 2**63 - 1),  # a float would round it
         ("learning_rate", "1e-3", 0.001),
         ("learning_rate", "3E-4", 0.0003),
@@ -136,6 +138,7 @@ def test_coercion(name, given, expected):
         ("batch_size", "", "must be a whole number"),
         ("batch_size", 8.5, "must be a whole number"),
         ("batch_size", "8.5", "must be a whole number"),
+        ("batch_size", "10_", "must be a whole number"),
         ("batch_size", True, "must be a whole number"),
         ("batch_size", None, "must be a whole number"),
         ("batch_size", [8], "must be a whole number"),

@@ -10,17 +10,19 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from errors import Alg1Error
-from parameters import nearest, read_json_object, specs
+from files import read_metadata
+from parameters import build_parts, names_in, nearest, part_problems, read_json_object, specs
 from utils_alg1.utils_config_loader import RESUMED
-from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID
+from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, checkpoint_dir
 from utils_alg1.utils_text import number, one_line, perplexity
 
 Row = dict[str, Any]  # by the names of RESULTS and of parameters; what is not known is None
@@ -58,9 +60,17 @@ FROM_FINAL = {  # the names of eval/final.json
     "seconds": "seconds_in_loop",
     "n_parameters": "n_parameters",  # older runs do not say it
 }
+COUNTS = ("step", "best_step", "tokens", "n_parameters")  # whole numbers
+HEADINGS = {  # of columns that are not called as the value is
+    "best_val_loss": "best val loss",
+    "val_loss": "val loss",
+    "n_parameters": "parameters",
+    "tokens_per_second": "tok/s",
+}
 FALLING = ("run", "best", "tokens_per_second")  # sorted from the newest, the best and the highest
 MAIN = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
 LONGEST_CELL = 40  # characters; the run's name is never cut for this
+LONGEST_NUMBER = 15  # characters of a result; a longer one is shown with an exponent
 SPACE = "  "  # between columns
 
 
@@ -71,25 +81,27 @@ def read_run(path: Path) -> Row:
     """What a run directory says of itself.
 
     `state` is "running" while a process holds it, else "damaged" where a record cannot be used, "done" where
-    the results are those of the newest step, and "unfinished".
+    the results are those of the newest step, and "unfinished". The seconds of a run without results are those
+    until its newest checkpoint: nothing else notes the time before the end.
     """
     match = RUN_ID.fullmatch(path.name)
     row: Row = dict.fromkeys((*RESULTS, *specs()))
     row |= {"run": path.name, "tag": (match and match[3]) or "", "resumed": False, "best": False}
-    sound = read_record(path / "meta" / "full_config.json", row)
-    sound &= (reached := read_metrics_file(path / "logs" / "metrics.jsonl", row)) is not None
-    finished = False
+    recorded = read_record(path / "meta" / "full_config.json", row)
+    measured = read_metrics_file(path / "logs" / "metrics.jsonl", row)
     final_path = path / "eval" / "final.json"
-    if final_path.exists():
-        final = read_final(final_path)
-        sound &= final is not None
-        # A finished run that goes on has newer metrics than results.
-        if final is not None and final["step"] >= (reached or 0):
-            row |= final
-            finished = True
+    final = read_final(final_path) if final_path.exists() else {}
+    # A finished run that goes on has newer metrics than results.
+    finished = False
+    if final:
+        finished = final["step"] >= (row["step"] or 0)
+    if final and finished:
+        row |= {name: value for name, value in final.items() if value is not None}
+    else:
+        row["seconds"] = seconds_until_checkpoint(checkpoint_dir(path))
     if in_use(path):
         row["state"] = "running"
-    elif not sound:
+    elif not recorded or not measured or final is None:
         row["state"] = "damaged"
     else:
         row["state"] = "done" if finished else "unfinished"
@@ -97,14 +109,24 @@ def read_run(path: Path) -> Row:
 
 
 def read_record(path: Path, row: Row) -> bool:
-    """Take the parameters and the text from meta/full_config.json; False where something in it is wrong."""
+    """Take the parameters and the text from meta/full_config.json; False where something in it is wrong.
+
+    Wrong is, too, what train.py would have refused: a width of -1, say. Such values are left out.
+    """
     try:
         record = read_json_object(path)
-        parameters, origins, corpus = record["parameters"], record["origins"], record["corpus"]
-        row |= {name: parameters[name] for name in specs() if name in parameters}
-        row["resumed"] = RESUMED in origins.values()
-        row["text"], row["text_sha256"] = Path(corpus["path"]).name, str(corpus["sha256"])
-    except (Alg1Error, KeyError, TypeError, AttributeError):
+        given = {name: value for name, value in record["parameters"].items() if name in specs()}
+        parts = build_parts(given)
+        problems = part_problems(parts, {})
+        row |= {name: value for name, value in given.items() if name not in names_in(problems)}
+        row["resumed"] = RESUMED in record["origins"].values()
+        corpus = record["corpus"]
+        text, sha256, vocab_size = corpus["path"], corpus["sha256"], count(corpus["vocab_size"])
+        if problems or not isinstance(text, str) or not isinstance(sha256, str):
+            return False
+        row["text"], row["text_sha256"] = Path(text).name, sha256
+        row["n_parameters"] = replace(parts["model"], vocab_size=vocab_size).n_parameters
+    except (Alg1Error, KeyError, TypeError, AttributeError, ValueError):
         return False
     return True
 
@@ -113,17 +135,21 @@ def read_final(path: Path) -> Row | None:
     """The results of eval/final.json; None where they are not those of a run."""
     try:
         final = read_json_object(path)
-    except Alg1Error:
+        found: Row = {}
+        for name, key in FROM_FINAL.items():
+            value = final.get(key)
+            read = count if name in COUNTS else quantity
+            found[name] = None if value is None else read(value)
+    except (Alg1Error, ValueError):
         return None
-    found = {name: finite(final.get(key)) for name, key in FROM_FINAL.items()}
     needed = (found["step"], found["best_val_loss"], found["val_loss"])
     return None if None in needed else found
 
 
-def read_metrics_file(path: Path, row: Row) -> int | None:
-    """Take the evaluations and the speed from logs/metrics.jsonl; returns the newest step.
+def read_metrics_file(path: Path, row: Row) -> bool:
+    """Take the evaluations, the speed and the newest step from logs/metrics.jsonl.
 
-    A line that ends without a line's end is still being written. None for a file that is damaged before it;
+    A line that ends without a line's end is still being written. False for a file that is damaged before it;
     of the rows of single steps, by far the most, only both ends are looked at.
     """
     newest = b""
@@ -133,39 +159,70 @@ def read_metrics_file(path: Path, row: Row) -> int | None:
                 if not line.endswith(b"\n"):
                     break
                 if not (line.startswith(b"{") and line.endswith(b"}\n")):
-                    return None
+                    return False
                 newest = line
                 if b'"loss/val"' in line or b'"tokens_per_second"' in line:
                     take_values(json.loads(line), row)
-        row["step"] = int(json.loads(newest)["step"]) if newest else None
+        row["step"] = count(json.loads(newest)["step"]) if newest else None
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return row["step"] or 0
+    except (OSError, ValueError, KeyError, RecursionError):
+        return False
+    return True
 
 
 def take_values(values: dict[str, Any], row: Row) -> None:
-    """Make a row of metrics.jsonl the newest of the run, and its evaluation the best where it is."""
-    row["tokens_per_second"] = finite(values.get("tokens_per_second")) or row["tokens_per_second"]
+    """Make a row of metrics.jsonl the newest of the run, and its evaluation the best where it is.
+
+    Raises:
+        KeyError, ValueError: no run has written it.
+    """
+    step = count(values["step"])
+    if "tokens_per_second" in values:
+        row["tokens_per_second"] = quantity(values["tokens_per_second"])
     if "loss/val" not in values:
         return
-    loss = finite(values["loss/val"])
-    row["val_loss"], row["train_loss"] = loss, finite(values.get("loss/train"))
+    loss, train_loss = quantity(values["loss/val"]), quantity(values["loss/train"])
+    row["val_loss"], row["train_loss"] = loss, train_loss
     if loss is not None and (row["best_val_loss"] is None or loss < row["best_val_loss"]):
-        row["best_val_loss"], row["best_step"] = loss, values["step"]
+        row["best_val_loss"], row["best_step"] = loss, step
         row["best_perplexity"] = perplexity(loss)
         row["best_bits_per_character"] = loss / math.log(2)
 
 
-def finite(value: Any) -> float | None:
-    """A number that is one; None for whatever else stands in its place."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if good else None
+def quantity(value: Any) -> float | None:
+    """A number that is not negative; None for NaN and the infinite, which a run that diverges writes.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"{value!r} is no quantity")
+    return value if value <= sys.float_info.max else None
+
+
+def count(value: Any) -> int:
+    """A whole number that is not negative.
+
+    Raises:
+        ValueError: it is anything else, or more than 64 bits hold.
+    """
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def seconds_until_checkpoint(folder: Path) -> float | None:
+    """What a run has spent in the loop until the newest of its checkpoints; None where none tells."""
+    checkpoints = sorted(folder.glob("step_*.safetensors"), key=lambda path: (len(path.name), path.name))
+    try:
+        return quantity(read_metadata(checkpoints[-1])["progress"]["seconds"])
+    except (Alg1Error, IndexError, KeyError, TypeError, ValueError):
+        return None
 
 
 def in_use(path: Path) -> bool:
-    """Whether a process holds the run. The lock is taken for an instant where it is free."""
+    """Whether a process holds the run. The lock is taken for an instant where it is free (see `lock_run`)."""
     lock = path / LOCK_NAME
     try:
         if lock.exists():
@@ -192,14 +249,21 @@ def mark_best(rows: Iterable[Row]) -> None:
         row["best"] = row["best_val_loss"] == lowest[row["text_sha256"]]
 
 
-def check_sort_key(key: str) -> None:
-    """Raise Alg1Error for a key that no row has, naming the nearest."""
-    known = [*RESULTS, *specs()]
+def find_column(text: str) -> str:
+    """The name of a value of every row, for that name or the heading of its column.
+
+    Raises:
+        Alg1Error: there is none; the nearest is named.
+    """
+    known = {name: name for name in (*RESULTS, *specs())}
+    known |= {heading.replace(" ", "_"): name for name, heading in HEADINGS.items()}
+    key = text.strip().replace(" ", "_")
     if key not in known:
         raise Alg1Error(
-            f"--sort {key}: no such column{nearest(key, known)}",
+            f"--sort {text}: no such column{nearest(key, known)}",
             f"{', '.join(RESULTS)}, or any parameter of train.py",
         )
+    return known[key]
 
 
 def sort_rows(rows: list[Row], key: str, reverse: bool) -> list[Row]:
@@ -253,16 +317,16 @@ def columns_of(rows: list[Row]) -> list[Column]:
         Column("run", 0, lambda row: one_line(row["run"]), to_the_right=False),
         Column("state", 2, state_cell, to_the_right=False),
         Column("step", 4, step_cell),
-        Column("best val loss", 0, best_cell),
-        Column("val loss", 5, lambda row: number(row["val_loss"])),
+        Column(HEADINGS["best_val_loss"], 0, best_cell),
+        Column(HEADINGS["val_loss"], 5, lambda row: number(row["val_loss"])),
     ]
     if len({row["text_sha256"] for row in rows if row["text_sha256"]}) > 1:
         columns.append(Column("text", 1, lambda row: cell(row["text"]), to_the_right=False))
     columns += [parameter_column(name, 3 if name in differing else 9) for name in names]
     columns += [
-        Column("parameters", 8, lambda row: cell(row["n_parameters"], ",")),
-        Column("tok/s", 7, lambda row: cell(row["tokens_per_second"], ",.0f")),
-        Column("seconds", 6, lambda row: cell(row["seconds"], ",.0f")),
+        Column(HEADINGS["n_parameters"], 8, lambda row: whole(row["n_parameters"])),
+        Column(HEADINGS["tokens_per_second"], 7, lambda row: whole(row["tokens_per_second"])),
+        Column("seconds", 6, lambda row: whole(row["seconds"])),
     ]
     return columns
 
@@ -271,14 +335,18 @@ def parameter_column(name: str, rank: int) -> Column:
     return Column(name, rank, lambda row: cell(row[name]))
 
 
-def cell(value: Any, form: str = "") -> str:
-    """A value as a cell shows it: on one line, not too long, "-" where there is none."""
+def cell(value: Any) -> str:
+    """A parameter as a cell shows it: on one line, not too long, "-" where there is none."""
     if value is None or value == "":
         return "-"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"{value:{form}}" if form else f"{value:.6g}" if isinstance(value, float) else str(value)
-    text = one_line(str(value))
+    text = f"{value:.6g}" if isinstance(value, float) else one_line(str(value))
     return text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"
+
+
+def whole(value: float | None) -> str:
+    """A result without what stands behind its point."""
+    text = "-" if value is None else f"{value:,.0f}"
+    return text if len(text) <= LONGEST_NUMBER else number(value)
 
 
 def state_cell(row: Row) -> str:
@@ -287,7 +355,8 @@ def state_cell(row: Row) -> str:
 
 def step_cell(row: Row) -> str:
     done = row["state"] == "done" or row["max_iters"] is None or row["step"] is None
-    return cell(row["step"]) if done else f"{cell(row['step'])} of {cell(row['max_iters'])}"
+    step = cell(row["step"])
+    return step if done else f"{step} of {cell(row['max_iters'])}"
 
 
 def best_cell(row: Row) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from errors import Alg1Error
 from parameters import PARTS, Parameters, specs
-from utils_alg1.utils_text import number
+from utils_alg1.utils_text import for_terminal, number
 
 if TYPE_CHECKING:
     from utils_alg1.utils_terminal import Bar, Part, Terminal
@@ -32,13 +32,47 @@ ALWAYS = logging.WARNING + 5  # that of what --quiet does not leave out, and is 
 
 
 def print_error(error: Alg1Error) -> None:
+    _print_labelled(("error:", "bold red", error.message), ("hint:", "bold cyan", error.hint))
+
+
+def print_warning(text: str) -> None:
+    """A warning of a script that has no Console."""
+    _print_labelled(("warning:", "bold yellow", text))
+
+
+def _print_labelled(*lines: tuple[str, str, str | None]) -> None:
+    """Lines for the standard error: a label, its style and a text."""
     with contextlib.suppress(OSError):  # a full disk may be where stderr goes, too
         terminal = terminal_of(sys.stderr)
-        for label, style, text in (("error:", "bold red", error.message), ("hint:", "bold cyan", error.hint)):
+        for label, style, text in lines:
             if text and terminal:
                 terminal.print([(label, style), f" {text}"])
             elif text:
-                print(label, text, file=sys.stderr)
+                print(label, shown_on(sys.stderr, text), file=sys.stderr)
+
+
+def shown_on(stream: TextIO, text: str) -> str:
+    """Text that comes from outside as a stream is given it: no terminal obeys it; a file gets it as it is."""
+    return for_terminal(text) if stream.isatty() else text
+
+
+class Typewriter:
+    """Writes text piece by piece, as `shown_on` shows the whole.
+
+    A CRLF may come in two pieces, so on a terminal a CR waits for what follows it. One at the very end is
+    not written.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._terminal = stream, stream.isatty()
+        self._held = ""  # the CR that waits
+
+    def write(self, text: str) -> None:
+        if self._terminal:
+            text = self._held + text
+            self._held = "\r" if text.endswith("\r") else ""
+            text = for_terminal(text.removesuffix("\r"))
+        self._stream.write(text)
 
 
 def terminal_of(stream: TextIO) -> Terminal | None:
@@ -113,7 +147,7 @@ class Console:
             if terminal:
                 terminal.print(look(terminal.width) if look else [text])
             else:
-                print(text, file=stream, flush=True)
+                print(shown_on(stream, text), file=stream, flush=True)
         except OSError:  # the reader went away, or its disk is full: that is no reason to stop training
             self._give_up()
 
@@ -165,7 +199,8 @@ class Console:
             print(f"[{part}]")
             for name, spec in specs().items():
                 if spec.part == part:
-                    print(f"{name:{width}}  {values[name]:{value_width}}  {params.origins[name]}")
+                    line = f"{name:{width}}  {values[name]:{value_width}}  {params.origins[name]}"
+                    print(shown_on(sys.stdout, line))
 
     def start(self, lines: Mapping[str, str]) -> None:
         """The block that a run begins with."""
@@ -228,6 +263,8 @@ class Console:
             notice = notice.lstrip(b"\n")
         if self._terminal is not None and len(notice) > self._terminal.width:
             notice = notice.replace(b"; ", b";\n").replace(b": ", b":\n")
+        if os.isatty(2):
+            notice = for_terminal(notice.decode(errors="replace")).encode()
         with contextlib.suppress(OSError):
             os.write(2, notice)
 
@@ -280,11 +317,12 @@ def _look_of_entry(name: str, value: str) -> Look:
         typed = isinstance(value, CommandLine)
         separator = REMARK if typed else " "
         indent, gap = len(name) + 2, "  "
-        pieces = value.split(separator)
+        shown = for_terminal(value)
+        pieces = shown.split(separator)
         if indent + max(map(cell_len, pieces)) > width:  # below its name there is more room
             indent = 0 if typed else 2
             gap = "\n" + " " * indent
-        folded = fold(value, width, indent, separator)
+        folded = fold(shown, width, indent, separator)
         n = len(pieces[0]) if typed else 0
         return [(name, "bold"), gap, (folded[:n], "cyan"), folded[n:]]
 

@@ -42,6 +42,7 @@ SUBDIRECTORIES = (
     "artifacts/export",
     "eval",
 )
+LOCK_PATIENCE = 1.0  # seconds; whoever looks whether a run is in use has its lock for an instant
 UNKNOWN = "unknown"  # where there is no git, or no repository
 
 
@@ -261,12 +262,12 @@ def create_run(runs_dir: str | Path, tag: str = "") -> Run:
 
 
 def lock_run(path: Path) -> Run:
-    """Take a run directory for this process.
+    """Take a run directory for this process, LOCK_PATIENCE later where it is not free at once.
 
     Raises:
         Alg1Error: another process has it (exit code 2), or the file system refused (exit code 4).
     """
-    lock = FileLock(path / LOCK_NAME, timeout=0)
+    lock = FileLock(path / LOCK_NAME, timeout=LOCK_PATIENCE)
     try:
         lock.acquire()
     except Timeout:

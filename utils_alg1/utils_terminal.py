@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from rich.live import Live
 from rich.text import Text
 
-from utils_alg1.utils_text import duration, number
+from utils_alg1.utils_text import duration, for_terminal, number
 
 Part = str | tuple[str, str]  # some text, or text and a style of Rich's
 
@@ -50,7 +50,11 @@ class Terminal:
 
     def print(self, parts: Sequence[Part]) -> None:
         """Print a line. What is wider than the terminal is left to the terminal, so that it copies whole."""
-        self.rich.print(Text.assemble(*parts), soft_wrap=True)
+        harmless: list[Part] = [
+            for_terminal(part) if isinstance(part, str) else (for_terminal(part[0]), part[1])
+            for part in parts
+        ]
+        self.rich.print(Text.assemble(*harmless), soft_wrap=True)
 
 
 def fitting(width: int, *forms: Sequence[Part]) -> Sequence[Part]:

@@ -23,6 +23,11 @@ def visible(text: str) -> str:
     return INVISIBLE.sub(symbol, text)
 
 
+def for_terminal(text: str) -> str:
+    """`visible` text; a CRLF ends a line there like any other line's end."""
+    return visible(text.replace("\r\n", "\n"))
+
+
 def one_line(text: str) -> str:
     """Text without what would break a line or a terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
