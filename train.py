@@ -72,6 +72,7 @@ def run_phases(
         from utils_alg1 import (
             utils_checkpoint,
             utils_observations,
+            utils_pictures,
             utils_report,
             utils_report_page,
             utils_runtime,
@@ -158,8 +159,8 @@ def run_phases(
     exported = utils_report.export_weights(trainer, progress, store, run, params, console)
     samples = utils_report.draw_samples(trainer.model, params.train.seed)
     utils_report.write_results(run, progress, trainer, exported, samples)
-    utils_report.try_loss_curve(run, console)
-    attended = utils_report.try_attention_picture(run, trainer, console)
+    utils_pictures.try_loss_curve(run, console)
+    attended = utils_pictures.try_attention_picture(run, trainer, console)
     utils_report_page.try_page(run, samples, attended, console)
 
     # 13. Clean up: trackers, server, lock.

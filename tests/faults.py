@@ -75,10 +75,10 @@ def train_here(arguments: Sequence[str]) -> int:
 
 def leave_out_pictures() -> None:
     """In this process: the end of a run without pictures, page and long samples, most of its time."""
-    from utils_alg1 import utils_report, utils_report_page
+    from utils_alg1 import utils_pictures, utils_report, utils_report_page
 
-    utils_report.try_loss_curve = lambda run, console: None
-    utils_report.try_attention_picture = lambda run, trainer, console: None
+    utils_pictures.try_loss_curve = lambda run, console: None
+    utils_pictures.try_attention_picture = lambda run, trainer, console: None
     utils_report_page.try_page = lambda run, samples, attended, console: None
     utils_report.SAMPLE_LENGTH = 8
 

@@ -39,8 +39,8 @@ ALL_KEPT = ["--checkpoint-interval", 1, "--keep-checkpoints", 99]
 
 @pytest.fixture(autouse=True)
 def no_picture_and_short_samples(monkeypatch):
-    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
-    monkeypatch.setattr(utils_report, "draw_attention", lambda *_: b"")
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", lambda *_: b"")
     monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
 
 

@@ -577,10 +577,10 @@ def test_without_a_terminal_nothing_is_left_out(compare, monkeypatch):
 
 
 def test_runs_of_train_py_as_they_are(train, compare, text_file, monkeypatch):
-    from utils_alg1 import utils_report, utils_report_page
+    from utils_alg1 import utils_report_page
 
-    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
-    monkeypatch.setattr(utils_report, "draw_attention", lambda *_: b"")
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", lambda *_: b"")
     monkeypatch.setattr(utils_report_page, "build_page", lambda *_: "")
     assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--run-tag", "one").code == 0
     assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--n-layer", 2).code == 0

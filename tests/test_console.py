@@ -46,7 +46,7 @@ def terminal_settings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
     monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
 
 

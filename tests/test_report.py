@@ -27,7 +27,7 @@ from model import BigramLanguageModel
 from observations import Image
 from parameters import specs
 from utils import Tokenizer
-from utils_alg1 import utils_report, utils_report_page, utils_text
+from utils_alg1 import utils_pictures, utils_report_page, utils_text
 from utils_alg1.utils_charts import Line, chart, thinned, tick_labels, ticks
 from utils_alg1.utils_observations import attention_weights
 from utils_alg1.utils_report_page import build_page, escaped
@@ -43,7 +43,7 @@ VOID = {"meta", "link", "img"}
 @pytest.fixture
 def start(train, text_file, monkeypatch):
     """A tiny run without loss.png, which is not what is tested here."""
-    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
     return lambda *flags: train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
 
 
@@ -155,7 +155,7 @@ def draw_loss(tmp_path, monkeypatch):
 
     def draw(rows, title="2026-01-31_001"):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        utils_report.draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title)
+        utils_pictures.draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title)
         assert decoded((tmp_path / "loss.png").read_bytes()).shape == (540, 960, 3)
         return figures[-1].axes[0]
 
@@ -217,7 +217,7 @@ def test_no_loss_picture_of_before_a_resume_stays(train, text_file):
     class Ears:
         warn = staticmethod(warnings.append)
 
-    utils_report.try_loss_curve(Done, Ears)
+    utils_pictures.try_loss_curve(Done, Ears)
     assert warnings == [f"no loss curve was drawn: {run / 'gone.jsonl'}: no evaluation in it"]
     assert not (run / "eval/loss.png").exists()
 
@@ -245,7 +245,7 @@ def test_the_attention_picture_holds_every_weight_at_its_place():
         for layer in range(2)
         for head in range(3)
     ]
-    picture = decoded(utils_report.draw_attention(pictures, "2026-01-31_001 中 $x$"))
+    picture = decoded(utils_pictures.draw_attention(pictures, "2026-01-31_001 中 $x$"))
     side = 160  # 5 weights of 32 pixels; 16 between two squares, 40 to the left of them, 80 above them
     assert picture.shape == (80 + 2 * (side + 16), 40 + 3 * (side + 16), 3)
     for layer in range(2):
@@ -257,16 +257,16 @@ def test_the_attention_picture_holds_every_weight_at_its_place():
 
 
 def test_of_many_layers_some_are_shown_with_the_first_and_the_last():
-    assert utils_report.evenly_spaced(1) == [0]
-    assert utils_report.evenly_spaced(12) == list(range(12))
-    assert utils_report.evenly_spaced(23) == list(range(0, 23, 2))
+    assert utils_pictures.evenly_spaced(1) == [0]
+    assert utils_pictures.evenly_spaced(12) == list(range(12))
+    assert utils_pictures.evenly_spaced(23) == list(range(0, 23, 2))
     pictures = [Image("attention", {"layer": str(i), "head": "0"}, np.eye(4)) for i in range(30)]
-    assert decoded(utils_report.draw_attention(pictures, "")).shape == (80 + 12 * 176, 40 + 176, 3)
+    assert decoded(utils_pictures.draw_attention(pictures, "")).shape == (80 + 12 * 176, 40 + 176, 3)
 
 
 def test_a_title_wider_than_the_attention_picture_is_cut_short():
     pictures = [Image("attention", {"layer": "0", "head": "0"}, np.eye(4))]
-    picture = decoded(utils_report.draw_attention(pictures, "2026-01-31_001_" + 60 * "e"))
+    picture = decoded(utils_pictures.draw_attention(pictures, "2026-01-31_001_" + 60 * "e"))
     assert picture.shape == (80 + 176, 40 + 176, 3)
     beside = (picture[:40] == (0x11, 0x13, 0x18)).all(axis=(0, 2))
     assert beside[-8:].all() and not beside[-40:].all()  # all that there is ends near the right edge
@@ -335,7 +335,7 @@ def test_the_page_holds_results_samples_and_provenance(run):
     assert figures[2] == f"{final['best_bits_per_character']:.3f}"
     assert figures[3] == f"{final['val_loss']:.4f}"
     assert figures[4] == f"{final['tokens_per_second_overall']:,.0f}"
-    assert figures[5] == f"{final['seconds_in_loop']:.1f} s"
+    assert figures[5] == utils_text.duration(final["seconds_in_loop"])
     notes = page.texts["small"]
     assert notes[0] == f"nats per character, step\u00a0{final['best_step']}"
     assert notes[3] == f"train loss {final['train_loss']:.4f}" and notes[5] == "96 characters read"
@@ -486,7 +486,7 @@ def test_an_attention_picture_that_cannot_be_drawn_costs_one_line(run, train, mo
     def fail(*_):
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr(utils_report, "draw_attention", fail)
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", fail)
     result = train("--resume", "latest", "--max-iters", 8)
     assert (result.code, result.err) == (0, "warning: no attention picture was drawn: no matplotlib\n")
     assert not (run / "eval/attention.png").exists()

@@ -123,7 +123,7 @@ def boom(error: BaseException):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Nothing here looks at the picture of the loss curve, which takes a while to draw."""
-    monkeypatch.setattr("utils_alg1.utils_report.try_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.utils_pictures.try_loss_curve", lambda *_: None)
 
 
 @pytest.fixture

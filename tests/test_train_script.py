@@ -41,8 +41,8 @@ EVALUATION = re.compile(
 @pytest.fixture
 def fast_end(monkeypatch):
     """No picture and short samples, where a test is not about them."""
-    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
-    monkeypatch.setattr(utils_report, "draw_attention", lambda *_: b"")
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", lambda *_: b"")
     monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
 
 
@@ -216,7 +216,7 @@ def test_a_picture_that_cannot_be_drawn_costs_one_line(start, monkeypatch):
     def fail(*_):
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr(utils_report, "draw_loss_curve", fail)
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", fail)
     result = start()
     assert (result.code, result.err) == (0, "warning: no loss curve was drawn: no matplotlib\n")
     assert (only_run() / "eval/final.json").exists()

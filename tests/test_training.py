@@ -43,8 +43,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(autouse=True)
 def no_picture_and_short_samples(monkeypatch):
-    monkeypatch.setattr(utils_report, "draw_loss_curve", lambda *_: None)
-    monkeypatch.setattr(utils_report, "draw_attention", lambda *_: b"")
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", lambda *_: b"")
     monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
 
 
