@@ -15,14 +15,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import Alg1Error, disk_error
+from errors import Alg1Error, disk_error, unreadable
 
 if TYPE_CHECKING:
     import torch
 
 METADATA_KEY = "alg1"
 TEMPORARY_SUFFIX = ".tmp"
-WHERE_WEIGHTS_ARE = "the weights of a run are runs/RUN/artifacts/export/model.safetensors"
+WHERE_WEIGHTS_ARE = (
+    "the weights of a run are runs/RUN/artifacts/export/model.safetensors; inference.py --run RUN finds them"
+)
 
 
 def sync_folder(folder: Path) -> None:
@@ -140,11 +142,13 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
         with path.open("rb") as file:
             magic = file.read(2)
     except FileNotFoundError:
-        raise Alg1Error(f"{path}: no such file", WHERE_WEIGHTS_ARE) from None
-    except IsADirectoryError as error:
-        raise Alg1Error(f"{path}: cannot be read: {error.strerror}", WHERE_WEIGHTS_ARE) from None
+        remote = path.parts[0] in ("http:", "https:")
+        hint = "download it first, and name the file" if remote else WHERE_WEIGHTS_ARE
+        raise Alg1Error(f"{path}: no such file", hint) from None
+    except IsADirectoryError:
+        raise Alg1Error(f"{path}: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE) from None
     except OSError as error:
-        raise Alg1Error(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     if magic in (b"PK", b"\x80\x02"):
         raise Alg1Error(
             f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read",
