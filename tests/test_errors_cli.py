@@ -308,6 +308,16 @@ SAMPLING_MISTAKES = [
         "--prompt: needs a value; one that begins with a dash is written --prompt=-x",
         LISTS_SAMPLING,
     ),
+    (
+        "--prompt -Hello",
+        "--prompt: needs a value; one that begins with a dash is written --prompt=-Hello",
+        LISTS_SAMPLING,
+    ),
+    (
+        "--prompt --modle=x",
+        "2 problems:\n  - --prompt: needs a value\n  - unknown flag --modle; did you mean --model?",
+        LISTS_SAMPLING,
+    ),
     ("--prompt=--", "no run in runs has any weights yet", HAS_WEIGHTS),
     (
         "--seed x --top-k 1.5 --unknown z --model",

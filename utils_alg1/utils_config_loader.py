@@ -178,7 +178,9 @@ class Parser(argparse.ArgumentParser):
         """
         if words and not self._is_flag(words[0]):
             return words.pop(0)
-        if not words or words[0].split("=")[0] in self._option_string_actions or self._nearest(words[0]):
+        next_flag = words[0].split("=")[0] if words else ""
+        meant = next_flag.startswith("--") and self._nearest(next_flag)
+        if not words or next_flag in self._option_string_actions or meant:
             raise ValueError(f"{flag}: needs a value")
         with_it = f"{flag}={shlex.quote(words.pop(0))}"
         raise ValueError(f"{flag}: needs a value; one that begins with a dash is written {with_it}")
