@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import stat
 import tempfile
 import zlib
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from errors import Alg1Error, disk_error
+from errors import Alg1Error, disk_error, unreadable
 from files import atomic_file, write_all, write_atomically, write_json
 from parameters import DataConfig
 from utils import N_CODE_POINTS, Tokenizer
@@ -69,6 +70,9 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
         return _python_docs(folder / "python-docs.txt")
     if data_path == "shakespeare":
         return _shakespeare(folder / "shakespeare.txt", say)
+    if "://" in data_path:
+        hint = f"download it first: curl -o input.txt {shlex.quote(data_path)}; then --data input.txt"
+        raise Alg1Error(f"--data {data_path}: must be a file on this machine", hint)
     path = Path(data_path)
     kind = _file_kind(path)
     if kind == stat.S_IFDIR:
@@ -96,11 +100,7 @@ def _file_kind(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> Alg1Error:
-    return Alg1Error(f"{path}: cannot be read: {error.strerror or error}")
+        raise unreadable(path, error) from None
 
 
 def _shakespeare(path: Path, say: Say) -> Path:
@@ -283,7 +283,7 @@ def _reading(path: Path) -> Iterator[Any]:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def _pieces(path: Path, sha256: Any, beside: Beside) -> Iterator[bytes | np.ndarray]:
@@ -461,7 +461,7 @@ def get_batch(
     if n_starts < 1:
         raise Alg1Error(
             f"the {split} split has {len(data):,} characters, too few for block_size = {block_size}",
-            f"use --block-size {len(data) - 1} at most" if len(data) > 1 else None,
+            f"use --block-size {len(data) - 1} at most" if len(data) > 1 else "use a longer text",
         )
     starts = torch.randint(n_starts, (batch_size, 1), generator=generator)  # (B, 1)
     places = (starts + torch.arange(block_size + 1)).numpy()  # (B, T + 1)

@@ -45,6 +45,18 @@ def disk_error(action: str, error: OSError) -> Alg1Error:
     return Alg1Error(f"cannot {action}: {reason}", hints.get(error.errno or 0), exit_code)
 
 
+def unreadable(path: object, error: OSError) -> Alg1Error:
+    """The Alg1Error for an operating system error met while reading a file that a user has named."""
+    hints = {
+        errno.EISDIR: "this is a folder; name a file in it",
+        errno.ENOTDIR: "check its path: a part of it is a file and no folder",
+        errno.EACCES: "allow reading it: chmod +r",
+        errno.ENAMETOOLONG: "choose a shorter name",
+    }
+    hint = hints.get(error.errno or 0, "use another copy of it")
+    return Alg1Error(f"{path}: cannot be read: {error.strerror or error}", hint)
+
+
 def first_line(problem: object) -> str:
     """The first line of an exception's or a problem's text."""
     return (str(problem).splitlines() or [type(problem).__name__])[0]

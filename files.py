@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import Alg1Error, disk_error, first_line
+from errors import Alg1Error, disk_error, first_line, unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("alg1")
 METADATA_KEY = "alg1"
 TEMPORARY_SUFFIX = ".tmp"
-WHERE_WEIGHTS_ARE = "the weights of a run are runs/RUN/artifacts/export/model.safetensors"
+WHERE_WEIGHTS_ARE = (
+    "the weights of a run are runs/RUN/artifacts/export/model.safetensors; inference.py --run RUN finds them"
+)
 
 
 def sync_folder(folder: Path) -> None:
@@ -142,9 +144,9 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         with safe_open(str(path), framework="numpy") as file:
             metadata = json.loads(file.metadata()[METADATA_KEY])["metadata"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Alg1Error(f"{path}: no metadata of ours can be read: {first_line(error)}") from None
+        raise Alg1Error(f"{path}: no metadata of ours: {first_line(error)}", WHERE_WEIGHTS_ARE) from None
     if not isinstance(metadata, dict):
-        raise Alg1Error(f"{path}: its metadata are no names and values")
+        raise Alg1Error(f"{path}: its metadata are no names and values", WHERE_WEIGHTS_ARE)
     return metadata
 
 
@@ -161,11 +163,13 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
         with path.open("rb") as file:
             magic = file.read(2)
     except FileNotFoundError:
-        raise Alg1Error(f"{path}: no such file", WHERE_WEIGHTS_ARE) from None
-    except IsADirectoryError as error:
-        raise Alg1Error(f"{path}: cannot be read: {error.strerror}", WHERE_WEIGHTS_ARE) from None
+        remote = path.parts[0] in ("http:", "https:")
+        hint = "download it first, and name the file" if remote else WHERE_WEIGHTS_ARE
+        raise Alg1Error(f"{path}: no such file", hint) from None
+    except IsADirectoryError:
+        raise Alg1Error(f"{path}: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE) from None
     except OSError as error:
-        raise Alg1Error(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     if magic in (b"PK", b"\x80\x02"):
         raise Alg1Error(
             f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read",

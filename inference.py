@@ -48,13 +48,16 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--run", metavar="RUN", help="a run id or directory (default: the latest)")
     source.add_argument("--model", metavar="PATH", help="an exported file or a checkpoint")
     parser.add_argument("--prompt", metavar="TEXT", help="what the text begins with")
-    parser.add_argument("--max-new-tokens", default=500, metavar="N", help="characters (500)")
-    parser.add_argument("--temperature", default=1.0, metavar="X", help="0 takes the likeliest (1.0)")
-    parser.add_argument("--top-k", metavar="N", help="draw from the N likeliest only")
-    parser.add_argument("--top-p", metavar="X", help="draw from the fewest that make up X only")
-    parser.add_argument("--num-samples", default=1, metavar="N", help="how many texts (1)")
+    parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="characters (500)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest (1.0)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest only")
+    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the fewest that make up X only")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts (1)")
     parser.add_argument(
         "--seed",
+        type=int,
         default=specs()["seed"].default,
         metavar="N",
         help=f"of the draws ({specs()['seed'].default})",
@@ -78,14 +81,10 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.interactive and arguments.prompt is not None:
         problems.append(Problem("--interactive asks for prompts: leave --prompt out", ("prompt",)))
     for name in NUMBERS:
-        text = getattr(arguments, name)
-        if isinstance(text, str) and text:  # not the default; an empty one is among the problems
-            flag = "--" + name.replace("_", "-")
-            try:
-                setattr(arguments, name, read_number(name, text))
-            except ValueError as error:
-                problems.append(Problem(f"{flag} {error}", (name,)))
-    if arguments.interactive and arguments.num_samples not in (1, ""):
+        value = getattr(arguments, name)
+        if wrong := None if value is None else out_of_range(name, value):
+            problems.append(Problem(f"--{name.replace('_', '-')} {wrong}", (name,)))
+    if arguments.interactive and arguments.num_samples != 1:
         text = "--interactive draws one text for each prompt: leave --num-samples out"
         problems.append(Problem(text, ("interactive", "num_samples")))
     raise_problems(problems, f"{parser.prog} --help lists every flag")
@@ -113,20 +112,10 @@ NUMBERS = {
 }
 
 
-def read_number(name: str, text: str) -> int | float:
-    """The value of one of NUMBERS, written as in training (see `as_number`).
-
-    Raises:
-        ValueError: with the text and what it must be.
-    """
+def out_of_range(name: str, value: int | float) -> str | None:
+    """What is wrong with the value of one of NUMBERS, if anything is."""
     number = NUMBERS[name]
-    try:
-        value = as_number(number.type, text)
-    except ValueError as error:
-        raise ValueError(f"{shown(text)}: {error}") from None
-    if not number.good(value):
-        raise ValueError(f"{shown(value)}: must be {number.wanted}")
-    return value
+    return None if number.good(value) else f"{shown(value)}: must be {number.wanted}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -340,9 +329,13 @@ def read_value(word: str, command: Command, text: str, arguments: argparse.Names
     if command.name not in NUMBERS:
         raise Alg1Error(f"{word} {shown(text)}: must be {WAYS}", hint)
     try:
-        return read_number(command.name, text)
+        value = as_number(NUMBERS[command.name].type, text)
+        wrong = out_of_range(command.name, value)
     except ValueError as error:
-        raise Alg1Error(f"{word} {error}{', or off' * (OFF in command.words)}", hint) from None
+        wrong = f"{shown(text)}: {error}"
+    if wrong:
+        raise Alg1Error(f"{word} {wrong}{', or off' * (OFF in command.words)}", hint)
+    return value
 
 
 def shown_value(arguments: argparse.Namespace, command: Command) -> str:

@@ -27,6 +27,7 @@ from sampling import Decoder, KeyValueCache, check_sampling, next_token
 
 FORMAT = "alg1-model"
 FORMAT_VERSION = 1
+OTHER_WEIGHTS = "use an export of ALG1, or weights with the names that README-ARCH.md lists"
 INIT_STD = 0.02  # of the normal distribution that weights start from
 
 # What `BigramLanguageModel()` without a config is built from; see ModelConfig.apply_to_model_module.
@@ -375,7 +376,9 @@ class BigramLanguageModel(nn.Module):
     ) -> BigramLanguageModel:
         """`load_safetensors` for a file that `read_tensors` has read; `path` is for messages."""
         if metadata is not None and metadata.get("format") != FORMAT:
-            raise Alg1Error(f"{path}: this is {metadata.get('format')!r}, not an exported model")
+            raise Alg1Error(
+                f"{path}: this is {metadata.get('format')!r}, not an exported model", OTHER_WEIGHTS
+            )
         if metadata is not None and metadata.get("format_version") != FORMAT_VERSION:
             raise Alg1Error(
                 f"{path}: format version {metadata.get('format_version')!r} is not known",
@@ -386,15 +389,18 @@ class BigramLanguageModel(nn.Module):
         told = stored if isinstance(stored, dict) else {}
         config = config_from_shapes(tensors, path, told)
         if stored is not None and dataclasses.asdict(config) != MODEL_OPTIONS | told:
-            raise Alg1Error(f"{path}: its sizes and its tensors do not agree")
+            raise Alg1Error(f"{path}: its sizes and its tensors do not agree", OTHER_WEIGHTS)
         characters = vocabulary if vocabulary is not None else metadata.get("vocabulary")
         if characters is not None and len(characters) != config.vocab_size:
             raise Alg1Error(
                 f"{path}: the vocabulary has {len(characters)} characters,"
-                f" the weights are for {config.vocab_size}"
+                f" the weights are for {config.vocab_size}",
+                "name the vocabulary of the text that it was trained on",
             )
         if characters is not None and list(characters) != sorted(set(characters)):
-            raise Alg1Error(f"{path}: the vocabulary is not a sorted set of characters, token by token")
+            raise Alg1Error(
+                f"{path}: the vocabulary is not a sorted set of characters, token by token", OTHER_WEIGHTS
+            )
         state = join_heads(tensors, config, path)
         self._build(config)
         self.load_state_dict(state)
@@ -459,7 +465,7 @@ def config_from_shapes(
         if found is None or found.dim() != 2 or not found.numel():
             raise Alg1Error(
                 f"{path}: there is no model of this kind in it (no embedding tables)",
-                "use an export of ALG1, or weights with the names that README-ARCH.md lists",
+                OTHER_WEIGHTS,
             )
         return found
 
@@ -479,7 +485,7 @@ def config_from_shapes(
     )
     problems = config.problems(need_vocab_size=True)
     if problems:
-        raise Alg1Error(f"{path}: its tensors make no model: {problems[0].text}")
+        raise Alg1Error(f"{path}: its tensors make no model: {problems[0].text}", OTHER_WEIGHTS)
     return config
 
 
@@ -495,13 +501,14 @@ def join_heads(tensors: Mapping[str, Tensor], config: ModelConfig, path: str | P
     unknown = [name for name in tensors if name not in expected]
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown"
-        raise Alg1Error(f"{path}: not the weights of this model: {what}")
+        raise Alg1Error(f"{path}: not the weights of this model: {what}", OTHER_WEIGHTS)
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             actual = tuple(tensors[name].shape)
-            raise Alg1Error(f"{path}: {name} has the shape {actual}, not {shape}")
+            raise Alg1Error(f"{path}: {name} has the shape {actual}, not {shape}", OTHER_WEIGHTS)
         if not tensors[name].is_floating_point():
-            raise Alg1Error(f"{path}: {name} holds {tensors[name].dtype}, not floating numbers")
+            what = f"{name} holds {tensors[name].dtype}, not floating numbers"
+            raise Alg1Error(f"{path}: {what}", OTHER_WEIGHTS)
     state = {name: tensor for name, tensor in tensors.items() if ".sa.heads." not in name}
     for layer in range(config.n_layer):
         prefix = f"blocks.{layer}.sa."

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import Alg1Error
+from errors import Alg1Error, unreadable
 
 
 @dataclass(frozen=True)
@@ -449,24 +449,54 @@ def field_names(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class)]
 
 
-ELSEWHERE = {"lr": "learning_rate", "epochs": "max_iters", "steps": "max_iters"}  # what others call it
+# What other programs, nanoGPT above all, call what is here a parameter, a file key or a flag.
+ELSEWHERE = {
+    "learning_rate": ("lr",),
+    "max_iters": ("epochs", "steps", "max_steps", "num_steps", "iterations", "lr_decay_iters"),
+    "batch_size": ("bs",),
+    "block_size": ("context", "context_length", "context_size", "seq_len"),
+    "n_embd": ("d_model", "hidden_size"),
+    "n_layer": ("layers", "num_layers", "depth"),
+    "n_head": ("heads", "num_heads"),
+    "grad_accum_steps": ("gradient_accumulation_steps", "accumulate"),
+    "weight_decay": ("wd",),
+    "lr_schedule": ("decay_lr", "scheduler"),
+    "checkpoint_interval": ("always_save_checkpoint", "save_interval", "save_every"),
+    "device": ("gpu",),
+    "workers": ("jobs", "n_jobs"),
+    "low": ("min", "lower"),
+    "high": ("max", "upper"),
+    "data_path": ("dataset", "input", "text", "corpus"),
+    "data": ("dataset", "data_path", "input", "corpus"),
+    "runs_dir": ("out_dir", "output_dir"),
+    "run_tag": ("wandb_run_name", "run_name", "name"),
+    "aim": ("wandb", "wandb_log"),
+    "prompt": ("start", "text", "input"),
+    "max_new_tokens": ("length", "max_length", "max_tokens", "tokens"),
+    "num_samples": ("samples", "n_samples"),
+    "model": ("checkpoint", "ckpt", "weights"),
+}
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """ "; did you mean X?" for the known word that `word` begins, or that resembles it most, or nothing."""
     by_name = {name.lstrip("-:").replace("-", "_"): name for name in known}
-    bare = word.lstrip("-:").replace("-", "_")
+    bare = word.lstrip("-:").replace("-", "_").lower()
     begun = [name for name in by_name if bare and name.startswith(bare)]
-    if ELSEWHERE.get(bare) in by_name:
-        found = by_name[ELSEWHERE[bare]]
+    elsewhere = [name for name in by_name if bare in ELSEWHERE.get(name, ())]
+    if bare in by_name:
+        found = by_name[bare]
+    elif elsewhere:
+        found = by_name[elsewhere[0]]
     elif len(begun) == 1:
         found = by_name[begun[0]]
     else:
-        close = difflib.get_close_matches(word, list(by_name.values()), n=1)
-        found = close[0] if close else ""
+        close = difflib.get_close_matches(bare, list(by_name), n=1, cutoff=0.65)
+        found = by_name[close[0]] if close else ""
     return f"; did you mean {found}?" if found else ""
 
 
+FLAGS_ONLY = ("config", "resume", "init_from", "print_config", "quiet", "verbose", "serve_tensorboard")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -545,6 +575,12 @@ def coerce_all(values: Mapping[str, Any], origin: str | None = None) -> tuple[di
             continue
         if name not in known:
             text = f"{where}unknown name {shown(name)}{nearest(str(name), known)}"
+            if str(name).replace("-", "_") in FLAGS_ONLY:
+                text = f"{where}{shown(name)} is a flag of train.py only"
+            elif isinstance(value, dict):
+                text = (
+                    f"{where}{shown(name)} is a section, and there are none: move its names to the top level"
+                )
             problems.append(Problem(text, ()))
             continue
         try:
@@ -592,7 +628,7 @@ def limit_broken(spec: Spec, value: Any) -> str | None:
     if limits.choices and value not in limits.choices:
         return "must be one of " + ", ".join(limits.choices)
     if spec.type is str:
-        return "must not be empty" if not value and spec.default else None
+        return "must not be empty" if not value and spec.default != "" else None
     if limits.above is not None and not value > limits.above:
         return f"must be above {limits.above:g}"
     if limits.minimum is not None and not value >= limits.minimum:
@@ -641,6 +677,10 @@ def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:
         raise Alg1Error(f"{len(texts)} problems:{listed}", hint)
 
 
+JSON_EXAMPLE = '{"batch_size": 8, "n_embd": 128}'
+JSON_HINT = f"as in {JSON_EXAMPLE}: double quotes, no comment, no comma behind the last value"
+
+
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
@@ -656,13 +696,14 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=without_repeats)
     except json.JSONDecodeError as error:
-        raise Alg1Error(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+        where = f"line {error.lineno}, column {error.colno}"
+        raise Alg1Error(f"{path}: {where}: not JSON: {error.msg}", JSON_HINT) from None
     except RecursionError:
-        raise Alg1Error(f"{path}: nested too deeply") from None
+        raise Alg1Error(f"{path}: nested too deeply", "leave out the inner brackets") from None
     except ValueError:
-        raise Alg1Error(f"{path}: a number in it has too many digits") from None
+        raise Alg1Error(f"{path}: a number in it has too many digits", "shorten it") from None
     if not isinstance(value, dict):
-        raise Alg1Error(f"{path}: must hold one JSON object of names and values")
+        raise Alg1Error(f"{path}: must hold one JSON object of names and values", f"such as {JSON_EXAMPLE}")
     return value
 
 
@@ -682,10 +723,10 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise Alg1Error(f"{path}: no such file") from None
+        raise Alg1Error(f"{path}: no such file", "check its path") from None
     except UnicodeDecodeError as error:
         raise Alg1Error(f"{path}: not UTF-8 at byte {error.start}", "save it as UTF-8") from None
     except OSError as error:
-        raise Alg1Error(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     except ValueError as error:  # a null character in the name
-        raise Alg1Error(f"{path!r}: not a file name: {error}") from None
+        raise Alg1Error(f"{path!r}: not a file name: {error}", "check its path") from None

@@ -58,7 +58,7 @@ class Tokenizer:
             return [self.stoi[character] for character in text]
         except KeyError:
             unseen = show_characters(self.unseen(text))
-            raise Alg1Error(f"not in the model's vocabulary: {unseen}") from None
+            raise Alg1Error(f"not in the model's vocabulary: {unseen}", "leave them out") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens to text.
@@ -69,7 +69,8 @@ class Tokenizer:
         try:
             return "".join([self.itos[token] for token in tokens])
         except KeyError as error:
-            raise Alg1Error(f"token {error.args[0]} is outside the vocabulary of {self.vocab_size}") from None
+            text = f"token {error.args[0]} is outside the vocabulary of {self.vocab_size}"
+            raise Alg1Error(text, "use the tokenizer that made the tokens") from None
 
     def token_type(self) -> numpy.dtype:
         """The smallest unsigned integer type that holds every token."""

@@ -26,6 +26,7 @@ from utils_alg1 import utils_run_manager
 from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
 from utils_alg1.utils_run_manager import (
     LOCK_NAME,
+    NO_RUN_HINT,
     RUN_ID,
     MetadataCapture,
     RunDirectoryCreator,
@@ -391,8 +392,8 @@ def test_the_runs_folder_is_the_default_when_nothing_names_one(workdir):
         ("configs/train.yaml", "seed: 1\nseed: 1\n", "'seed' stands there twice"),
         ("configs/train.yaml", "a: b: c", "line 1, column 5: not YAML: mapping values are not allowed here"),
         ("configs/train.yaml", "seed: 1\n\tthreads: 2", "line 2, column 1: not YAML: found character '\\t'"),
-        ("configs/train.yaml", "- seed\n- threads\n", "must hold names and values, one `name: value` a line"),
-        ("configs/train.yaml", "just words", "must hold names and values, one `name: value` a line"),
+        ("configs/train.yaml", "- seed\n- threads\n", "must hold names and values"),
+        ("configs/train.yaml", "just words", "must hold names and values"),
         ("configs/train.yaml", "seed: 1\n---\nseed: 2\n", "line 2, column 1: not YAML: but found another"),
         ("configs/train.yaml", "? [a]\n: 1", "line 1, column 3: not YAML: found unhashable key"),
         ("configs/train.yaml", "seed: !!python/name:os.system", "line 1, column 7: not YAML: could not"),
@@ -415,7 +416,11 @@ def test_a_broken_file_is_one_error_line_that_names_it(workdir, train, path, con
     ("path", "content", "error"),
     [
         ("config.json", '{"batchsize": 1}', "unknown name 'batchsize'; did you mean batch_size?"),
-        ("config.json", '{"model": {"n_embd": 32}}', "unknown name 'model'"),
+        (
+            "config.json",
+            '{"model": {"n_embd": 32}}',
+            "'model' is a section, and there are none: move its names to the top level",
+        ),
         ("configs/train.yaml", "1: 2", "unknown name 1"),
         ("configs/train.yaml", "yes: 2", "unknown name true"),
         ("configs/train.yaml", "batch_size:", "batch_size = null must be a whole number"),
@@ -694,8 +699,8 @@ def test_a_runs_folder_that_is_none_holds_no_runs(workdir, runs_dir):
 @pytest.mark.parametrize(
     ("made", "name", "message", "hint"),
     [
-        ([], "latest", "there is no run in runs", "start one: python train.py"),
-        ([], "x", "x: no such run in runs, and no run directory", "start one: python train.py"),
+        ([], "latest", "there is no run in runs", NO_RUN_HINT),
+        ([], "x", "x: no such run in runs, and no run directory", NO_RUN_HINT),
         (
             ["2026-01-01_001_a"],
             "2026-01-01_00",

@@ -148,7 +148,8 @@ def test_arrays_and_tensors_serve_alike():
 
 
 @pytest.mark.parametrize(
-    ("length", "hint"), [(8, "use --block-size 7 at most"), (2, "use --block-size 1 at most"), (1, None)]
+    ("length", "hint"),
+    [(8, "use --block-size 7 at most"), (2, "use --block-size 1 at most"), (1, "use a longer text")],
 )
 def test_a_split_that_is_too_short_says_so(length, hint):
     enough, short = np.zeros(100, dtype=np.uint8), np.zeros(length, dtype=np.uint8)

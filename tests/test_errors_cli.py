@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import os
@@ -15,23 +16,39 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, _runner, run_process
 
 from errors import Alg1Error, Guard, disk_error
 from files import WHERE_WEIGHTS_ARE
+from parameters import JSON_EXAMPLE, JSON_HINT, TrainConfig
 from utils_alg1.utils_compare import RESULTS
+from utils_alg1.utils_config_loader import PATH_HINT, YAML_HINT
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import LOCK_NAME, RunDirectoryCreator, RunIDGenerator, create_run, lock_run
+from utils_alg1.utils_run_manager import (
+    LOCK_NAME,
+    NO_RUN_HINT,
+    RunDirectoryCreator,
+    RunIDGenerator,
+    create_run,
+    lock_run,
+)
 from utils_alg1.utils_script import run_script
+from utils_alg1.utils_search import STORAGE_HINT
+from utils_alg1.utils_search_space import PATH_HINT as SPACE_PATH_HINT
+from utils_alg1.utils_search_space import SPACE_HINT
 from utils_alg1.utils_text import loss_in_words
+from utils_alg1.utils_training import steadier_settings
 
 SHOWS = "python train.py --help explains every value"
-LISTS = "python train.py --help lists every flag"
 LISTS_SAMPLING = "python inference.py --help lists every flag"
+LISTS_SEARCHING = "python search.py --help lists every flag"
+NAMES_WEIGHTS = "weights are named with inference.py --model, or train.py --init-from"
 LISTS_COMPARING = "python compare.py --help lists every flag"
 COLUMNS = f"{', '.join(RESULTS)}, or any parameter of train.py"
 NOT_WHOLE = "it may be truncated or of another format; use another file"
 CHECK_DATA = "check the path of --data; --data python-docs is there without a file or a network"
+DEVICES = "use --device cuda for an NVIDIA GPU, --device cpu, or leave it out"
 HAS_WEIGHTS = "train one: python train.py, or name a --model"
 
 
@@ -109,38 +126,92 @@ TRAIN_MISTAKES = [
     ("--qk-nrom", "unknown flag --qk-nrom; did you mean --qk-norm?", SHOWS),
     (
         "--qk-norm true",
-        "'true' belongs to no flag; a switch takes no value: --aim is on, --no-aim is off",
+        "--qk-norm 'true': a switch takes no value: --qk-norm is on, --no-qk-norm is off",
         SHOWS,
     ),
     (
         "--zero-init=1",
-        "argument --zero-init/--no-zero-init: takes no value, but was given '1'",
-        LISTS,
+        "--zero-init '1': a switch takes no value: --zero-init is on, --no-zero-init is off",
+        SHOWS,
     ),
-    ("--max-iters", "argument --max-iters: expected one argument", LISTS),
-    ("--run-tag --aim", "argument --run-tag: expected one argument", LISTS),
-    ("--resume latest --init-from x", "argument --init-from: not allowed with argument --resume", LISTS),
-    ("--quiet --verbose", "argument --verbose: not allowed with argument --quiet", LISTS),
+    ("--max-iters", "--max-iters: needs a value", SHOWS),
+    ("--run-tag --aim", "--run-tag: needs a value", SHOWS),
+    (
+        "--resume latest --init-from x",
+        "--resume and --init-from exclude each other: leave one out",
+        SHOWS,
+    ),
+    ("--quiet --verbose", "--quiet and --verbose exclude each other: leave one out", SHOWS),
+    ("--data", "--data: needs a value", SHOWS),
+    (
+        "--run-tag -x",
+        "--run-tag: needs a value; one that begins with a dash is written --run-tag=-x",
+        SHOWS,
+    ),
+    ("--aim false", "--aim 'false': a switch takes no value: --aim is on, --no-aim is off", SHOWS),
+    ("--print-config=yes", "--print-config 'yes': a switch takes no value", SHOWS),
+    ("--quiet loudly", "'loudly' belongs to no flag; --quiet takes no value", SHOWS),
+    ("-help", "unknown flag -help; did you mean --help?", SHOWS),
+    ("folder", "'folder' belongs to no flag; did you mean --config folder?", SHOWS),
+    ("mine.json", "'mine.json' belongs to no flag; did you mean --config mine.json?", SHOWS),
+    # the habits of nanoGPT
+    ("--batch_size 32", "unknown flag --batch_size; did you mean --batch-size?", SHOWS),
+    ("--out_dir=out", "unknown flag --out_dir; did you mean --runs-dir?", SHOWS),
+    ("--dataset=shakespeare", "unknown flag --dataset; did you mean --data?", SHOWS),
+    ("--wandb_log=True", "unknown flag --wandb_log; did you mean --aim?", SHOWS),
+    (
+        "--always_save_checkpoint=False",
+        "unknown flag --always_save_checkpoint; did you mean --checkpoint-interval?",
+        SHOWS,
+    ),
+    (
+        "--compile=False",
+        "compile = 'False' must be one of auto, on, off (compile from --compile)",
+        SHOWS,
+    ),
+    (
+        "--init-from=resume",
+        "--init-from resume: must be a file of weights",
+        "to continue a run: --resume latest",
+    ),
+    (
+        "--init-from scratch",
+        "--init-from scratch: must be a file of weights",
+        "leave --init-from out: a run starts from scratch",
+    ),
+    (
+        "--config nano.yaml",
+        "3 problems:"
+        "\n  - nano.yaml: unknown name 'gradient_accumulation_steps'; did you mean grad_accum_steps?"
+        "\n  - nano.yaml: 'init_from' is a flag of train.py only"
+        "\n  - nano.yaml: unknown name 'N_EMBD'; did you mean n_embd?",
+        SHOWS,
+    ),
+    (
+        "--config nested.yaml",
+        "nested.yaml: 'train' is a section, and there are none: move its names to the top level",
+        SHOWS,
+    ),
     # files
     (
         "--config nowhere",
         "--config nowhere: no such file or folder",
-        "name a JSON file or a folder like configs/",
+        PATH_HINT,
     ),
-    ("--config notes.txt", "notes.txt: line 1, column 1: not JSON: Expecting value", None),
-    ("--resume latest", "there is no run in runs", "start one: python train.py"),
+    ("--config notes.txt", "notes.txt: line 1, column 1: not JSON: Expecting value", PATH_HINT),
+    ("--resume latest", "there is no run in runs", NO_RUN_HINT),
     (
         "--resume 2026-01-01_001 --runs-dir folder",
         "2026-01-01_001: no such run in folder, and no run directory",
-        "start one: python train.py",
+        NO_RUN_HINT,
     ),
     (
         "--resume folder",
         "folder: no such run in runs, and no run directory",
-        "start one: python train.py",
+        NO_RUN_HINT,
     ),
     ("--init-from nowhere.safetensors", "nowhere.safetensors: no such file", WHERE_WEIGHTS_ARE),
-    ("--init-from folder", "folder: cannot be read: Is a directory", WHERE_WEIGHTS_ARE),
+    ("--init-from folder", "folder: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE),
     ("--resume=", "--resume '': must not be empty", SHOWS),
     ("--init-from=", "--init-from '': must not be empty", SHOWS),
     ("--config=", "--config '': must not be empty", SHOWS),
@@ -148,10 +219,39 @@ TRAIN_MISTAKES = [
     (
         "--config folder",
         "--config folder: none of model.json, train.yaml, data.yaml, tensorboard.json is in this folder",
-        "name a folder like configs/, or a JSON file",
+        PATH_HINT,
     ),
     ("--config misspelt.json", "misspelt.json: unknown name 'n_embed'; did you mean n_embd?", SHOWS),
-    ("--config list.json", "list.json: must hold one JSON object of names and values", None),
+    (
+        "--config list.json",
+        "list.json: must hold one JSON object of names and values",
+        f"such as {JSON_EXAMPLE}",
+    ),
+    (
+        "--config broken.json",
+        "broken.json: line 1, column 18: not JSON: Expecting property name enclosed in double quotes",
+        JSON_HINT,
+    ),
+    (
+        "--config tab.yaml",
+        "tab.yaml: line 2, column 1: not YAML: found character '\\t' that cannot start any token",
+        YAML_HINT,
+    ),
+    ("--config list.yaml", "list.yaml: must hold names and values", YAML_HINT),
+    (
+        "--config model.safetensors",
+        "--config model.safetensors: these are weights",
+        "to start from them: --init-from model.safetensors",
+    ),
+    ("--resume notes.txt", "notes.txt: this is a file, not a run", NAMES_WEIGHTS),
+    ("--resume latest --runs-dir nowhere", "there is no run in nowhere: no such folder", NO_RUN_HINT),
+    ("--output=", "output = '' must not be empty (output from --output)", SHOWS),
+    ("--runs-dir=", "runs_dir = '' must not be empty (runs_dir from --runs-dir)", SHOWS),
+    (
+        "--data https://example.com/a.txt",
+        "--data https://example.com/a.txt: must be a file on this machine",
+        "download it first: curl -o input.txt https://example.com/a.txt; then --data input.txt",
+    ),
     ("--data nowhere.txt", "nowhere.txt: no such text file", CHECK_DATA),
     ("--data folder", "folder is a folder", "name a text file in it: --data PATH"),
     (
@@ -161,8 +261,9 @@ TRAIN_MISTAKES = [
     ),
     ("--output folder", "--output folder: this is a folder", "name a file in it"),
     # machine
-    ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps", None),
-    ("--device meta", "--device meta: not one of auto, cpu, cuda, cuda:N, mps", None),
+    ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
+    ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
+    ("--device meta", "--device meta: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
     (
         "--device cuda:77",
         "--device cuda:77: this machine has no such device",
@@ -177,16 +278,17 @@ TRAIN_MISTAKES = [
 
 SAMPLING_MISTAKES = [
     ("", "no run in runs has any weights yet", HAS_WEIGHTS),
-    ("--runs-dir notes.txt", "no run in notes.txt has any weights yet", HAS_WEIGHTS),
+    ("--runs-dir notes.txt", "no run in notes.txt has any weights yet: it is a file", NO_RUN_HINT),
+    ("--runs-dir folder", "no run in folder has any weights yet", HAS_WEIGHTS),
     (
         "--run 2026-01-01_001",
         "2026-01-01_001: no such run in runs, and no run directory",
-        "start one: python train.py",
+        NO_RUN_HINT,
     ),
-    ("--run folder", "folder: no such run in runs, and no run directory", "start one: python train.py"),
-    ("--run latest", "there is no run in runs", "start one: python train.py"),
+    ("--run folder", "folder: no such run in runs, and no run directory", NO_RUN_HINT),
+    ("--run latest", "there is no run in runs", NO_RUN_HINT),
     ("--model nowhere", "nowhere: no such file", WHERE_WEIGHTS_ARE),
-    ("--model folder", "folder: cannot be read: Is a directory", WHERE_WEIGHTS_ARE),
+    ("--model folder", "folder: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE),
     (
         "--model= --runs-dir=",
         "2 problems:\n  - --model '': must not be empty\n  - --runs-dir '': must not be empty",
@@ -209,10 +311,46 @@ SAMPLING_MISTAKES = [
     ("--max-new-tokens=", "--max-new-tokens '': must not be empty", LISTS_SAMPLING),
     ("--max-new-tokens 1.5", "--max-new-tokens '1.5': must be a whole number", LISTS_SAMPLING),
     ("--max-new-tokens 10_", "--max-new-tokens '10_': must be a whole number", LISTS_SAMPLING),
-    ("--run x --model y", "argument --model: not allowed with argument --run", LISTS_SAMPLING),
+    ("--run x --model y", "--run and --model exclude each other: leave one out", LISTS_SAMPLING),
+    (
+        "--prompt -x",
+        "--prompt: needs a value; one that begins with a dash is written --prompt=-x",
+        LISTS_SAMPLING,
+    ),
+    (
+        "--prompt -Hello",
+        "--prompt: needs a value; one that begins with a dash is written --prompt=-Hello",
+        LISTS_SAMPLING,
+    ),
+    (
+        "--prompt --modle=x",
+        "2 problems:\n  - --prompt: needs a value\n  - unknown flag --modle; did you mean --model?",
+        LISTS_SAMPLING,
+    ),
+    ("--prompt=--", "no run in runs has any weights yet", HAS_WEIGHTS),
+    (
+        "--seed x --top-k 1.5 --unknown z --model",
+        "4 problems:\n  - --seed 'x': must be a whole number\n  - --top-k '1.5': must be a whole number"
+        "\n  - --unknown 'z': must be one of error, skip, replace\n  - --model: needs a value",
+        LISTS_SAMPLING,
+    ),
+    ("--temperature hot", "--temperature 'hot': must be a number", LISTS_SAMPLING),
+    ("--temperature -1e-3", "--temperature -0.001: must be 0 or above", LISTS_SAMPLING),
+    ("--interactive=yes", "--interactive 'yes': a switch takes no value", LISTS_SAMPLING),
+    ("--start hello", "unknown flag --start; did you mean --prompt?", LISTS_SAMPLING),
+    ("--max_new_tokens=5", "unknown flag --max_new_tokens; did you mean --max-new-tokens?", LISTS_SAMPLING),
+    ("-- ROMEO", "'ROMEO' belongs to no flag; did you mean --prompt ROMEO?", LISTS_SAMPLING),
+    ("folder", "'folder' belongs to no flag; did you mean --run folder?", LISTS_SAMPLING),
+    ("--run notes.txt", "notes.txt: this is a file, not a run", NAMES_WEIGHTS),
+    (
+        "--model https://example.com/m.safetensors",
+        "https:/example.com/m.safetensors: no such file",
+        "download it first, and name the file",
+    ),
+    ("--runs-dir nowhere", "no run in nowhere has any weights yet: no such folder", NO_RUN_HINT),
     ("--modl x", "unknown flag --modl; did you mean --model?", LISTS_SAMPLING),
     ("ROMEO", "'ROMEO' belongs to no flag; did you mean --prompt ROMEO?", LISTS_SAMPLING),
-    ("--prompt", "argument --prompt: expected one argument", LISTS_SAMPLING),
+    ("--prompt", "--prompt: needs a value", LISTS_SAMPLING),
     ("--top-k some", "--top-k 'some': must be a whole number", LISTS_SAMPLING),
     ("--max-new-tokens -1", "--max-new-tokens -1: must be at least 0", LISTS_SAMPLING),
     ("--num-samples 0", "--num-samples 0: must be at least 1", LISTS_SAMPLING),
@@ -229,7 +367,7 @@ SAMPLING_MISTAKES = [
         "\n  - --num-samples 0: must be at least 1\n  - --top-k 0: must be at least 1",
         LISTS_SAMPLING,
     ),
-    ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps", None),
+    ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
     (
         "--device cuda:77",
         "--device cuda:77: this machine has no such device",
@@ -238,23 +376,78 @@ SAMPLING_MISTAKES = [
 ]
 
 COMPARING_MISTAKES = [
-    ("", "there is no run in runs", "start one: python train.py, or name another --runs-dir"),
+    ("", "there is no run in runs", NO_RUN_HINT),
     (
         "--runs-dir notes.txt",
         "there is no run in notes.txt",
-        "start one: python train.py, or name another --runs-dir",
+        NO_RUN_HINT,
     ),
     ("--runs-dir=", "--runs-dir '': must not be empty", LISTS_COMPARING),
     ("--sort=", "--sort '': must not be empty", LISTS_COMPARING),
-    ("--sort", "argument --sort: expected one argument", LISTS_COMPARING),
+    ("--sort", "--sort: needs a value", LISTS_COMPARING),
+    ("--csv out.csv", "'out.csv' belongs to no flag; --csv takes no value", LISTS_COMPARING),
+    ("--json=true", "--json 'true': a switch takes no value", LISTS_COMPARING),
+    ("--runs-dir nowhere", "there is no run in nowhere", NO_RUN_HINT),
     ("--srot run", "unknown flag --srot; did you mean --sort?", LISTS_COMPARING),
-    ("--csv --json", "argument --json: not allowed with argument --csv", LISTS_COMPARING),
+    ("--csv --json", "--csv and --json exclude each other: leave one out", LISTS_COMPARING),
     ("folder", "'folder' belongs to no flag; did you mean --runs-dir folder?", LISTS_COMPARING),
     ("book", "'book' belongs to no flag; did you mean --tag book?", LISTS_COMPARING),
     ("--sort n_embed", "--sort n_embed: no such column; did you mean n_embd?", COLUMNS),
     ("--sort qk-norm", "--sort qk-norm: no such column; did you mean qk_norm?", COLUMNS),
     ("--sort tok/sec", "--sort tok/sec: no such column; did you mean tok/s?", COLUMNS),
     ("--sort 'best loss'", "--sort best loss: no such column; did you mean best_val_loss?", COLUMNS),
+]
+
+SEARCHING_MISTAKES = [
+    ("--space nowhere.yaml", "nowhere.yaml: no such file", SPACE_PATH_HINT),
+    ("--space notes.txt", "notes.txt: line 1, column 1: not JSON: Expecting value", SPACE_PATH_HINT),
+    (
+        "--space tab.yaml",
+        "tab.yaml: line 2, column 1: not YAML: found character '\\t' that cannot start any token",
+        YAML_HINT,
+    ),
+    (
+        "--space minimum.yaml",
+        "2 problems:\n  - minimum.yaml: n_embd: unknown key 'min'; did you mean low?"
+        "\n  - minimum.yaml: n_embd: low is missing",
+        SPACE_HINT,
+    ),
+    (
+        "--trials many --workers 1.5 --sampler TPE --n-trials 3",
+        "4 problems:\n  - --trials 'many': must be a whole number"
+        "\n  - --workers '1.5': must be a whole number"
+        "\n  - --sampler 'TPE': must be one of tpe, random, grid"
+        "\n  - unknown flag --n-trials; did you mean --trials?",
+        LISTS_SEARCHING,
+    ),
+    ("--trials", "--trials: needs a value", LISTS_SEARCHING),
+    ("--no-prune=1", "--no-prune '1': a switch takes no value", LISTS_SEARCHING),
+    (
+        "--space tab.yaml other.yaml",
+        "'other.yaml' belongs to no flag; did you mean --space other.yaml?",
+        LISTS_SEARCHING,
+    ),
+    ("--runs-dir notes.txt", "--runs-dir notes.txt: this is a file", "name a folder"),
+    ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
+    ("--data nowhere.txt", "nowhere.txt: no such text file", CHECK_DATA),
+    (
+        "--storage broken.json",
+        "--storage broken.json: not the journal of a search",
+        STORAGE_HINT,
+    ),
+    ("--storage folder", "--storage folder: not the journal of a search", STORAGE_HINT),
+    ("--storage=", "--storage '': must not be empty", LISTS_SEARCHING),
+    (
+        "--storage notes.txt",
+        "--storage notes.txt: not the journal of a search",
+        STORAGE_HINT,
+    ),
+    (
+        "--storage sqlite:///nowhere/a.db",
+        "--storage sqlite:///nowhere/a.db: cannot be used:"
+        " (sqlite3.OperationalError) unable to open database file",
+        STORAGE_HINT,
+    ),
 ]
 
 # (what is done to the weights of a run, error, hint): the same whether they are sampled or trained on.
@@ -296,6 +489,14 @@ def place(text_file: Path) -> Path:
     (folder / "notes.txt").write_text("remember the milk\n", encoding="utf-8")
     (folder / "misspelt.json").write_text('{"n_embed": 32}')
     (folder / "list.json").write_text("[32]")
+    (folder / "broken.json").write_text('{"batch_size": 4,}')
+    (folder / "list.yaml").write_text("- 32\n")
+    (folder / "tab.yaml").write_text("a:\n\tb: 3\n")
+    (folder / "nested.yaml").write_text("train: {batch_size: 3}\n")
+    (folder / "nano.yaml").write_text("gradient_accumulation_steps: 5\ninit_from: resume\nN_EMBD: 32\n")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "space.yaml").write_text("n_layer: [1, 2]\n")
+    (folder / "minimum.yaml").write_text("n_embd: {min: 4, high: 8}\n")
     return folder
 
 
@@ -340,6 +541,44 @@ def test_a_mistake_in_comparing_is_reported_and_changes_nothing(place, capsys, c
     assert result.err == report(error, hint)
     assert (result.code, result.out) == (2, "")
     assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "hint"), SEARCHING_MISTAKES, ids=[mistake[0] for mistake in SEARCHING_MISTAKES]
+)
+def test_a_mistake_in_searching_is_reported_and_changes_nothing(place, capsys, command, error, hint):
+    pytest.importorskip("optuna", reason="searching is optional")
+    import search as script
+
+    before = snapshot(place, ".tokens")  # the text is read before a storage is opened
+    space = [] if "--space" in command else ["--space", "space.yaml"]
+    data = [] if "--data" in command else ["--data", "text.txt"]
+    result = _runner(script.main, capsys)(*space, *data, *shlex.split(command))
+    assert result.err == report(error, hint)
+    assert (result.code, result.out) == (2, "")
+    assert snapshot(place, ".tokens") == before
+
+
+@pytest.mark.parametrize(
+    "mistakes",
+    [TRAIN_MISTAKES, SAMPLING_MISTAKES, COMPARING_MISTAKES, SEARCHING_MISTAKES],
+    ids=["train", "inference", "compare", "search"],
+)
+def test_every_mistake_of_the_table_has_a_way_out(mistakes):
+    assert [command for command, _, hint in mistakes if not hint] == []
+
+
+def test_every_error_in_the_sources_has_a_hint():
+    """An Alg1Error without a hint leaves its reader alone: this goes over all that the sources raise."""
+    without = []
+    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("utils_*/*.py")]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Alg1Error":
+                hints = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "hint")]
+                parts = [part for hint in hints for part in ast.walk(hint)]
+                if not parts or any(isinstance(part, ast.Constant) and part.value is None for part in parts):
+                    without.append(f"{path.name}: {ast.unparse(call.args[0])}")
+    assert without == []
 
 
 @pytest.fixture(scope="module")
@@ -439,6 +678,74 @@ def test_characters_that_a_model_does_not_know_are_named(run, sample, flags, err
         assert result.err == f"{run}/artifacts/export/model.safetensors\n" + report(error, hint)
 
 
+def test_a_run_where_weights_are_wanted_is_told_from_them(run, train, sample):
+    weights = run / "artifacts/export/model.safetensors"
+    before = snapshot(Path())
+    hint = f"name {weights}, or the run with --run (inference.py) or --resume (train.py)"
+    expected = report(f"{run}: this is a run, not a file of weights", hint)
+    for result in (sample("--model", run), train("--data", "text.txt", "--init-from", run)):
+        assert (result.code, result.out, result.err) == (2, "", expected)
+    for result in (sample("--run", weights), train("--data", "text.txt", "--resume", weights)):
+        expected = report(f"{weights}: this is a file, not a run", NAMES_WEIGHTS)
+        assert (result.code, result.out, result.err) == (2, "", expected)
+    assert snapshot(Path()) == before
+    weights.unlink()  # while a run has no export, its newest checkpoint serves
+    newest = run / "artifacts/checkpoints/step_000000006.safetensors"
+    assert f"hint: name {newest}, or " in sample("--model", run).err
+
+
+def test_a_run_serves_as_configuration_by_its_record(run, train):
+    """The values are those of the run, and where they came from is its record."""
+    record = run / "meta/full_config.json"
+    result = train("--config", run)
+    assert result.code == 2
+    assert result.err.splitlines()[1] == f"hint: for the parameters of this run: --config {record}"
+    rows = {
+        row[0]: row[1:]
+        for line in train("--config", record, "--seed", 7, "--print-config").out.splitlines()
+        if (row := line.split())
+    }
+    assert rows["n_embd"] == ["16", str(record)]
+    assert rows["dropout"] == ["0.0", str(record)]
+    assert rows["seed"] == ["7", "--seed"]
+    assert train("--resume", "latest", "--config", record, "--max-iters", 7, *QUIET_TRACKERS).code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "way_out"),
+    [
+        ("", "try a --learning-rate below 1e+30, or --grad-clip 1.0"),
+        ("--grad-clip 0.5", "try a --learning-rate below 1e+30"),
+        ("--grad-clip 5", "try a --learning-rate below 1e+30, or --grad-clip 1.0"),
+    ],
+)
+def test_what_helps_a_lost_loss_is_not_what_the_run_does_already(place, train, flags, way_out):
+    loss = ["--learning-rate", "1e30", "--optimizer", "sgd", "--max-iters", 50, "--eval-interval", 50]
+    result = train("--data", "text.txt", *TINY, *QUIET_TRACKERS, "--quiet", *loss, *flags.split())
+    assert result.code == 3
+    error, hint = result.err.splitlines()
+    assert error.startswith("error: the loss is not finite at step ")
+    assert hint.split("; ")[0] == f"hint: {way_out}"
+
+
+def test_half_precision_is_named_where_a_loss_is_lost_to_it():
+    config = TrainConfig(learning_rate=0.01, grad_clip=1.0)
+    assert steadier_settings(config, torch.float16) == "try a --learning-rate below 0.01, or --dtype float32"
+    assert steadier_settings(config, torch.bfloat16) == "try a --learning-rate below 0.01"
+
+
+def test_a_text_without_a_last_line_end_is_no_storage(place, capsys):
+    """Optuna would append to it, and what keeps its journal whole would cut its last line off."""
+    pytest.importorskip("optuna", reason="searching is optional")
+    import search as script
+
+    Path("one.txt").write_bytes(b'{"batch_size": 8}')
+    result = _runner(script.main, capsys)(*"--space space.yaml --data text.txt --storage one.txt".split())
+    error = "--storage one.txt: not the journal of a search"
+    assert (result.code, result.out, result.err) == (2, "", report(error, STORAGE_HINT))
+    assert Path("one.txt").read_bytes() == b'{"batch_size": 8}'
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [("nowhere.txt", "nowhere.txt: no such text file"), ("folder", "folder is a folder")],
@@ -457,7 +764,7 @@ def test_a_preset_that_is_meant_is_named(place, train, flag, meant):
     shutil.copytree(PROJECT / "configs", "configs")
     result = train("--config", flag)
     error = f"--config {flag}: no such file or folder; did you mean {meant}?"
-    assert (result.code, result.err) == (2, report(error, "name a JSON file or a folder like configs/"))
+    assert (result.code, result.err) == (2, report(error, PATH_HINT))
 
 
 @pytest.mark.parametrize(

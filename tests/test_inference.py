@@ -718,10 +718,14 @@ HELP = "python inference.py --help lists every flag"
         (f"--seed {2**63}", f"--seed {2**63}: must be at least 0 and below 2**63", HELP),
         ("--temprature 1", "unknown flag --temprature; did you mean --temperature?", HELP),
         ("stray", "'stray' belongs to no flag; did you mean --prompt stray?", HELP),
-        ("--model", "argument --model: expected one argument", HELP),
-        ("--run a --model b", "argument --model: not allowed with argument --run", HELP),
+        ("--model", "--model: needs a value", HELP),
+        ("--run a --model b", "--run and --model exclude each other: leave one out", HELP),
         ("--top-k many", "--top-k 'many': must be a whole number", HELP),
-        ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", None),
+        (
+            "--device gpu",
+            "--device gpu: not one of auto, cpu, cuda, cuda:N, mps",
+            "use --device cuda for an NVIDIA GPU, --device cpu, or leave it out",
+        ),
         (
             "--device cuda:99",
             "--device cuda:99: this machine has no such device",
@@ -733,7 +737,7 @@ HELP = "python inference.py --help lists every flag"
             "the latest is 2026-01-31_001_first",
         ),
         ("--model nothing", "nothing: no such file", WHERE_WEIGHTS_ARE),
-        ("--model runs", f"runs: cannot be read: {os.strerror(21)}", WHERE_WEIGHTS_ARE),
+        ("--model runs", "runs: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE),
     ],
 )
 def test_bad_arguments_end_with_one_error(sample, model, arguments, error, hint):

@@ -187,7 +187,7 @@ def test_coerce_all_keeps_the_good_and_names_the_origin_of_the_bad():
     [
         ("batchsize", "; did you mean batch_size?"),
         ("learning-rate", "; did you mean learning_rate?"),
-        ("N_EMBED", ""),
+        ("N_EMBED", "; did you mean n_embd?"),
         ("zzz", ""),
     ],
 )
@@ -617,6 +617,11 @@ def test_validate_config_lists_every_problem():
         ("learning_rat", ["learning_rate", "seed"], "learning_rate"),
         ("--n-lyer", ["--n-layer", "--n-head"], "--n-layer"),
         ("qqqq", ["seed"], ""),
+        ("N_EMBD", ["n_embd", "n_head"], "n_embd"),
+        ("--nope", ["--compile"], ""),  # dashes make no words alike
+        ("--out_dir", ["--output", "--runs-dir"], "--runs-dir"),
+        ("dataset", ["data_path", "seed"], "data_path"),
+        ("--dataset", ["--data", "--seed"], "--data"),
         ("--", ["--seed"], ""),
     ],
 )

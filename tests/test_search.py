@@ -31,6 +31,7 @@ from utils_alg1.utils_search_space import Choices, Range, read_space
 
 LISTS = "hint: python search.py --help lists every flag\n"
 SPACE = f"hint: {utils_search_space.SPACE_HINT}\n"
+SPACE_PATH = f"hint: {utils_search_space.PATH_HINT}\n"
 
 # Stands in for train.py where a test is about the search: its loss is |learning_rate - 0.01|.
 FAKE_TRAIN = f"""
@@ -226,18 +227,22 @@ def test_the_shipped_space_holds_the_defaults():
 
 SEARCH_MISTAKES = [
     ("--trials 0", "--trials 0: must be at least 1", LISTS),
-    ("--workers 0 --trials x", "argument --trials: invalid int value: 'x'", LISTS),
+    (
+        "--workers 0 --trials x",
+        "2 problems:\n  - --trials 'x': must be a whole number\n  - --workers 0: must be at",
+        LISTS,
+    ),
     ("--study a/b", "--study 'a/b': must be a name of letters, digits, - _ and . within, at most 40", LISTS),
     ("--worker 2", "unknown flag --worker; did you mean --workers?", None),
-    ("--space no.yaml", "no.yaml: no such file", SPACE),
-    ("--space text.txt", "text.txt: line 1, column 2: not JSON", SPACE),
+    ("--space no.yaml", "no.yaml: no such file", SPACE_PATH),
+    ("--space text.txt", "text.txt: line 1, column 2: not JSON", SPACE_PATH),
     (
         "--space bad.yaml",
         "4 problems:\n  - bad.yaml: unknown name 'position'; did you mean positions?",
         SPACE,
     ),
     ("--space= --storage=", "2 problems:\n  - --space '': must not be empty\n  - --storage ''", LISTS),
-    ("--sampler grdi", "argument --sampler: invalid choice: 'grdi' (choose from", LISTS),
+    ("--sampler grdi", "--sampler 'grdi': must be one of tpe, random, grid", LISTS),
     ("text.txt", "'text.txt' belongs to no flag; did you mean --space text.txt?", LISTS),
     ("--resume latest", "unknown flag --resume", LISTS),
     ("--positions lerned", "positions = 'lerned' must be one of learned, rotary", None),
@@ -255,7 +260,7 @@ SEARCH_MISTAKES = [
         "space.yaml: learning_rate: a grid needs a list of choices, or a range with a step",
         None,
     ),
-    ("--storage text.txt", "--storage text.txt: ", "hint: name a file, or a database URL (sqlite:///a.db)\n"),
+    ("--storage text.txt", "--storage text.txt: not the journal", f"hint: {utils_search.STORAGE_HINT}\n"),
 ]
 
 

@@ -34,6 +34,7 @@ from parameters import (
 from utils import Tokenizer, show_characters
 from utils_alg1.utils_output import LOGGER, Console
 from utils_alg1.utils_run_manager import (
+    NO_RUN_HINT,
     Run,
     RunDirectoryCreator,
     checkpoint_dir,
@@ -41,11 +42,13 @@ from utils_alg1.utils_run_manager import (
     find_run,
     list_runs,
     lock_run,
+    no_folder,
 )
 from utils_alg1.utils_training import Evaluation, Progress, Trainer, learning_rate
 
 FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1
+OTHER_CHECKPOINT = "use another checkpoint, written by train.py"
 LARGE = 1e300  # no figure of a run comes near
 NAME = re.compile(r"step_(\d{9,})\.safetensors")
 
@@ -89,7 +92,9 @@ class Checkpoint:
             model.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise Alg1Error(f"{self.path}: not the weights of this model: {reason}") from None
+            raise Alg1Error(
+                f"{self.path}: not the weights of this model: {reason}", OTHER_CHECKPOINT
+            ) from None
 
     def load_trainer(self, trainer: Trainer) -> None:
         """Give model, optimizer and loss scaler the state they had.
@@ -118,10 +123,12 @@ class Checkpoint:
                 tensor = self.tensors.get(f"optimizer.{key}.{name}")
                 shape = () if key == "step" else parameter.shape
                 if tensor is None or tensor.shape != shape or tensor.dtype != parameter.dtype:
-                    raise Alg1Error(f"{self.path}: the optimizer's {key} of {name} does not fit")
+                    raise Alg1Error(
+                        f"{self.path}: the optimizer's {key} of {name} does not fit", OTHER_CHECKPOINT
+                    )
                 states[parameter][key] = tensor.to(parameter.device)
         if found:
-            raise Alg1Error(f"{self.path}: unknown optimizer state {sorted(found)[0]}")
+            raise Alg1Error(f"{self.path}: unknown optimizer state {sorted(found)[0]}", OTHER_CHECKPOINT)
         return states
 
     def build_model(self) -> BigramLanguageModel:
@@ -279,7 +286,7 @@ def parse_checkpoint(
         Alg1Error: not a checkpoint, or one with values that no run of ours has written.
     """
     if metadata is None or metadata.get("format") != FORMAT:
-        raise Alg1Error(f"{path}: this is not a checkpoint")
+        raise Alg1Error(f"{path}: this is not a checkpoint", OTHER_CHECKPOINT)
     if metadata.get("format_version") != FORMAT_VERSION:
         raise Alg1Error(
             f"{path}: checkpoint format {metadata.get('format_version')!r} is not known",
@@ -291,7 +298,7 @@ def parse_checkpoint(
     except (KeyError, TypeError, ValueError, AttributeError, Alg1Error):
         sound = False
     if not sound:
-        raise Alg1Error(f"{path}: this checkpoint makes no sense", "use another one")
+        raise Alg1Error(f"{path}: this checkpoint makes no sense", OTHER_CHECKPOINT)
     return checkpoint
 
 
@@ -409,6 +416,13 @@ class Start:
             check_vocabulary(self.initial, corpus.tokenizer, self.initial_path)
 
 
+# What --init-from can be there.
+OF_NANOGPT = {
+    "resume": "to continue a run: --resume latest",
+    "scratch": "leave --init-from out: a run starts from scratch",
+}
+
+
 def find_start(resume: str | None, init_from: str | None, runs_dir: str, console: Console) -> Start:
     """Read what --resume or --init-from names.
 
@@ -418,6 +432,8 @@ def find_start(resume: str | None, init_from: str | None, runs_dir: str, console
     if resume is not None:
         return Start(*reopen_run(runs_dir, resume, console))
     if init_from is not None:
+        if init_from in OF_NANOGPT and not Path(init_from).exists():
+            raise Alg1Error(f"--init-from {init_from}: must be a file of weights", OF_NANOGPT[init_from])
         return Start(initial=load_model_file(Path(init_from)), initial_path=init_from)
     return Start()
 
@@ -582,6 +598,9 @@ def check_output(output: str | None) -> None:
             raise Alg1Error(f"--output {output}: this file is not an export", hint) from None
 
 
+NO_WEIGHTS_HINT = "train one: python train.py, or name a --model"
+
+
 def find_weights(runs_dir: str, name: str | None = None) -> Path:
     """The file to sample a run from: its export, or while it has none its newest checkpoint.
 
@@ -593,12 +612,19 @@ def find_weights(runs_dir: str, name: str | None = None) -> Path:
     """
     runs = list_runs(runs_dir)[::-1] if name is None else [find_run(runs_dir, name)]
     for run_dir in runs:
-        candidates = [export_path(run_dir), *checkpoint_paths(checkpoint_dir(run_dir))[::-1]]
-        for path in candidates:
-            if path.is_file():
-                return path
-    where = f"no run in {runs_dir} has" if name is None else f"{name} has not"
-    raise Alg1Error(f"{where} any weights yet", "train one: python train.py, or name a --model")
+        if path := weights_of(run_dir):
+            return path
+    if name is not None:
+        raise Alg1Error(f"{name} has not any weights yet", NO_WEIGHTS_HINT)
+    missing = no_folder(runs_dir)
+    hint = NO_RUN_HINT if missing else NO_WEIGHTS_HINT
+    raise Alg1Error(f"no run in {runs_dir} has any weights yet{missing}", hint)
+
+
+def weights_of(run_dir: Path) -> Path | None:
+    """A run's export, or while it has none its newest checkpoint; None where it has neither."""
+    candidates = [export_path(run_dir), *checkpoint_paths(checkpoint_dir(run_dir))[::-1]]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def load_model_file(path: Path) -> BigramLanguageModel:
@@ -607,6 +633,9 @@ def load_model_file(path: Path) -> BigramLanguageModel:
     Raises:
         Alg1Error: it is none of these, or damaged.
     """
+    if path.is_dir() and (weights := weights_of(path)):
+        hint = f"name {weights}, or the run with --run (inference.py) or --resume (train.py)"
+        raise Alg1Error(f"{path}: this is a run, not a file of weights", hint)
     tensors, metadata = read_tensors(path)
     if metadata is not None and metadata.get("format") == FORMAT:
         return parse_checkpoint(tensors, metadata, path).build_model()

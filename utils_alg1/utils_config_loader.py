@@ -11,17 +11,19 @@ import difflib
 import logging
 import os
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from config import load_config
-from errors import BAD_INPUT, Alg1Error
+from errors import Alg1Error
 from parameters import (
     PARTS,
     Parameters,
     Problem,
     Spec,
+    as_number,
     coerce_all,
     nearest,
     read_json_object,
@@ -35,9 +37,18 @@ LOGGER = logging.getLogger("alg1")
 CONFIG_DIR = "configs"
 RESUMED = "resumed run"  # the origin of its values
 LEGACY_FILE = "config.json"
+PATH_HINT = "name a JSON or YAML file, or a folder like configs/"
+YAML_HINT = "write one `name: value` a line, with a space behind the colon and no tab"
 CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")  # in merging order
-SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off")
+SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 MAY_BE_EMPTY = ("prompt", "stop", "tag")
+# The flags that a file or a folder may be meant for, by its suffix; the first that a script has counts.
+FLAGS_FOR = {
+    "a folder": ("--run", "--config"),
+    ".json": ("--config",),
+    ".yaml": ("--space", "--config"),
+    ".safetensors": ("--model", "--init-from"),
+}
 
 
 @dataclass
@@ -61,47 +72,127 @@ class Options:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are Alg1Errors."""
-
-    def error(self, message: str) -> Any:
-        message = message.replace("ignored explicit argument", "takes no value, but was given")
-        raise Alg1Error(message, f"{self.prog} --help lists every flag", BAD_INPUT)
+    """Describes a script's flags. The command line is read here: argparse stops at the first mistake, and
+    says it in words of its own.
+    """
 
     def parse_with_suggestions(
         self, argv: list[str] | None, for_a_path: str = "", for_a_word: str = ""
     ) -> tuple[argparse.Namespace, list[Problem]]:
-        """Parse, and turn unknown words into problems that name the nearest flag.
+        """The flags' values, and a problem for each mistake; the flag of a mistake keeps its default.
 
         Args:
             for_a_path, for_a_word: the flag that is meant where something that exists, or any other word,
                 stands there without one.
+
+        Raises:
+            SystemExit: after --help.
         """
-        namespace, unknown = self.parse_known_args(argv)
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        problems = []
-        for word in unknown:
-            flag = word.split("=")[0]
-            if word.startswith("-"):
-                problems.append(Problem(f"unknown flag {flag}{nearest(flag, flags)}", ()))
-            elif not problems:  # a value behind an unknown flag is no problem of its own
-                meant = for_a_path if os.path.exists(word) else for_a_word
-                suggestion = f"; did you mean {meant} {shlex.quote(word)}?" if meant else ""
-                if word.lower() in SWITCH_VALUES:
-                    suggestion = "; a switch takes no value: --aim is on, --no-aim is off"
-                problems.append(Problem(f"{shown(word)} belongs to no flag{suggestion}", ()))
-        for action in self._actions:
-            empty = getattr(namespace, action.dest, None) == ""
-            checked_later = action.default is argparse.SUPPRESS and action.dest in specs()
-            if empty and action.dest not in MAY_BE_EMPTY and not checked_later:
-                problems.append(Problem(f"{action.option_strings[0]} '': must not be empty", ()))
+        namespace = self.parse_args([])  # the defaults
+        problems: list[Problem] = []
+        given: dict[argparse.Action, str] = {}  # the flags, as they were typed
+        words = list(sys.argv[1:] if argv is None else argv)
+        switch = ""  # the flag before a word, where it takes none
+        lost = False  # a word that belongs to no flag may be the value of an unknown one, or the next of many
+        while words:
+            word = words.pop(0)
+            if word == "--":  # behind which there are no flags, for programs that read words without
+                continue
+            flag, assigned, value = word.partition("=")
+            action = self._option_string_actions.get(flag)
+            if action is None and self._is_flag(word):
+                problems.append(Problem(f"unknown flag {flag}{self._nearest(flag)}", ()))
+                lost = True
+            elif action is None:
+                if not lost:
+                    meant = self._meant(word, for_a_path, for_a_word)
+                    suggestion = f"; did you mean {meant} {shlex.quote(word)}?" if meant else ""
+                    if switch and not os.path.exists(word):
+                        suggestion = f"; {switch} takes no value"
+                    problems.append(Problem(f"{shown(word)} belongs to no flag{suggestion}", ()))
+                lost = True
+            else:
+                given[action] = flag
+                switch = flag if action.nargs == 0 else ""
+                try:
+                    read = self._read(action, flag, value if assigned else None, words)
+                    action(self, namespace, read, flag)
+                except ValueError as error:
+                    problems.append(Problem(str(error), (action.dest,)))
+        for group in self._mutually_exclusive_groups:
+            flags = [flag for action, flag in given.items() if action in group._group_actions]
+            if len(flags) > 1:
+                problems.append(Problem(f"{' and '.join(flags)} exclude each other: leave one out", ()))
         return namespace, problems
+
+    def _nearest(self, flag: str) -> str:
+        return nearest(flag, self._option_string_actions)
+
+    def _is_flag(self, word: str) -> bool:
+        """Whether a word is a flag, known or not, and no text, number or lone dash that a flag may have."""
+        flag = word.split("=")[0]
+        if not flag.startswith("-") or flag.strip("-") == "" or len(flag.split()) > 1:
+            return False
+        try:
+            float(flag)
+        except ValueError:
+            return True
+        return False
+
+    def _meant(self, word: str, for_a_path: str, for_a_word: str) -> str:
+        """The flag that a word without one may be the value of; "" if there is none to name."""
+        kind = "a folder" if os.path.isdir(word) else Path(word).suffix
+        fitting = [flag for flag in FLAGS_FOR.get(kind, ()) if flag in self._option_string_actions]
+        return fitting[0] if fitting else for_a_path if os.path.exists(word) else for_a_word
+
+    def _read(self, action: argparse.Action, flag: str, value: str | None, words: list[str]) -> Any:
+        """A flag's value, which is taken from the words behind it where it was not given with `=`.
+
+        Raises:
+            ValueError: with what is wrong.
+        """
+        if action.nargs == 0:
+            if value is None and words and words[0].lower() in SWITCH_VALUES:
+                value = words.pop(0)
+            if value is not None:
+                on_and_off = [name for name in action.option_strings if name.startswith("--")]
+                say = ": {} is on, {} is off".format(*on_and_off) if len(on_and_off) == 2 else ""
+                raise ValueError(f"{flag} {shown(value)}: a switch takes no value{say}")
+            return None
+        if value is None:
+            value = self._value_behind(flag, words)
+        checked_later = action.default is argparse.SUPPRESS and action.dest in specs()
+        if not value and action.dest not in MAY_BE_EMPTY and not checked_later:
+            raise ValueError(f"{flag} '': must not be empty")
+        if isinstance(action.type, type):  # int or float
+            try:
+                return as_number(action.type, value)
+            except ValueError as error:
+                raise ValueError(f"{flag} {shown(value)}: {error}") from None
+        if action.choices and value not in action.choices:
+            raise ValueError(f"{flag} {shown(value)}: must be one of {', '.join(action.choices)}")
+        return value
+
+    def _value_behind(self, flag: str, words: list[str]) -> str:
+        """Take the value of a flag from the words behind it.
+
+        Raises:
+            ValueError: there is none, or it looks like a flag.
+        """
+        if words and not self._is_flag(words[0]):
+            return words.pop(0)
+        next_flag = words[0].split("=")[0] if words else ""
+        meant = next_flag.startswith("--") and self._nearest(next_flag)
+        if not words or next_flag in self._option_string_actions or meant:
+            raise ValueError(f"{flag}: needs a value")
+        with_it = f"{flag}={shlex.quote(words.pop(0))}"
+        raise ValueError(f"{flag}: needs a value; one that begins with a dash is written {with_it}")
 
 
 def parse_command_line(argv: list[str] | None = None) -> Options:
     """Read train.py's command line. Values stay text: all problems are reported together, later.
 
     Raises:
-        Alg1Error: a flag lacks its value, or two flags exclude each other.
         SystemExit: after --help.
     """
     parser = Parser(
@@ -287,9 +378,10 @@ def _named_sources(options: Options) -> list[Source]:
     if path.is_dir():
         sources = _folder_sources(path)
         if not sources:
+            record = path / "meta" / "full_config.json"
             raise Alg1Error(
                 f"--config {path}: none of {', '.join(CONFIG_FILES)} is in this folder",
-                "name a folder like configs/, or a JSON file",
+                f"for the parameters of this run: --config {record}" if record.is_file() else PATH_HINT,
             )
         return sources
     if not path.exists():
@@ -298,14 +390,31 @@ def _named_sources(options: Options) -> list[Source]:
         suggestion = f"; did you mean {Path(CONFIG_DIR, close[0])}?" if close else ""
         raise Alg1Error(
             f"--config {path}: no such file or folder{suggestion}",
-            "name a JSON file or a folder like configs/",
+            PATH_HINT,
         )
-    return [(str(path), _load_file(path))]
+    return [(str(path), _load_named(path))]
+
+
+def _load_named(path: Path) -> dict[str, Any]:
+    """The file behind --config; of a run's meta/full_config.json the parameters.
+
+    Raises:
+        Alg1Error: naming file and fault.
+    """
+    if path.suffix == ".safetensors":
+        raise Alg1Error(f"--config {path}: these are weights", f"to start from them: --init-from {path}")
+    try:
+        values = _load_file(path)
+    except Alg1Error as error:
+        other = path.suffix not in (".json", ".yaml", ".yml")
+        raise Alg1Error(error.message, PATH_HINT if other else error.hint) from None
+    recorded = values.get("parameters")
+    return recorded if isinstance(recorded, dict) and "origins" in values else values
 
 
 def _folder_sources(folder: Path) -> list[Source]:
     if not folder.is_dir():
-        raise Alg1Error(f"{folder}: no such folder")
+        raise Alg1Error(f"{folder}: no such folder", "name one that holds " + ", ".join(CONFIG_FILES))
     paths = [folder / name for name in CONFIG_FILES]
     return [(str(path), _load_file(path)) for path in paths if path.exists()]
 
@@ -324,14 +433,14 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Alg1Error(f"{path}: {where}not YAML: {error.problem}") from None
+        raise Alg1Error(f"{path}: {where}not YAML: {error.problem}", YAML_HINT) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise Alg1Error(f"{path}: not YAML: {reason}") from None
+        raise Alg1Error(f"{path}: not YAML: {reason}", YAML_HINT) from None
     if value is None:  # an empty file, or one of comments only
         return {}
     if not isinstance(value, dict):
-        raise Alg1Error(f"{path}: must hold names and values, one `name: value` a line")
+        raise Alg1Error(f"{path}: must hold names and values", YAML_HINT)
     assert isinstance(top, yaml.MappingNode)  # since its value is a dictionary
     refuse_repeats(path, [key.value for key, _ in top.value])
     return value

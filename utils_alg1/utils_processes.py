@@ -182,7 +182,9 @@ class TorchrunProcesses(Processes):
                 raise
             if not self.first:
                 raise SystemExit(DISK_FAILED) from error
-            raise Alg1Error("another process of this run has ended", None, DISK_FAILED) from error
+            raise Alg1Error(
+                "another process of this run has ended", "its own last line says why", DISK_FAILED
+            ) from error
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import os
 import platform
 import re
 import shutil
@@ -29,6 +30,7 @@ from filelock import FileLock, Timeout
 
 from errors import Alg1Error, disk_error
 from files import write_atomically
+from parameters import specs
 from utils_alg1.utils_config_loader import CONFIG_DIR, CONFIG_FILES
 
 RUN_ID = re.compile(r"(\d{4}-\d{2}-\d{2})_(\d{3,})(?:_(.*))?")
@@ -132,6 +134,9 @@ def list_runs(runs_dir: str | Path) -> list[Path]:
     return [path for match, path in sorted(runs, key=lambda r: (r[0][1], int(r[0][2]), r[1].name))]
 
 
+NO_RUN_HINT = "start one: python train.py, or name another --runs-dir"
+
+
 def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
     """The directory of a run: `latest`, a run id, or a path.
 
@@ -141,7 +146,7 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
     runs = list_runs(runs_dir)
     if name == "latest":
         if not runs:
-            raise Alg1Error(f"there is no run in {runs_dir}", "start one: python train.py")
+            raise Alg1Error(f"there is no run in {runs_dir}{no_folder(runs_dir)}", NO_RUN_HINT)
         return runs[-1]
     for run in runs:
         if run.name == name or (run.name.startswith(f"{name}_") and RUN_ID.fullmatch(name)):
@@ -149,8 +154,19 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
     path = Path(name)
     if path.is_dir() and (path / "artifacts").is_dir():
         return path
-    hint = f"the latest is {runs[-1].name}" if runs else "start one: python train.py"
+    if path.is_file():
+        hint = "weights are named with inference.py --model, or train.py --init-from"
+        raise Alg1Error(f"{name}: this is a file, not a run", hint)
+    hint = f"the latest is {runs[-1].name}" if runs else NO_RUN_HINT
     raise Alg1Error(f"{name}: no such run in {runs_dir}, and no run directory", hint)
+
+
+def no_folder(runs_dir: str | Path) -> str:
+    """The end of a message about missing runs: that their folder is none; "" where it is one, or is the
+    default, which the first run makes."""
+    if os.path.isdir(runs_dir) or str(runs_dir) == specs()["runs_dir"].default:
+        return ""
+    return ": it is a file" if os.path.exists(runs_dir) else ": no such folder"
 
 
 class RunIDGenerator:
@@ -190,7 +206,7 @@ class RunDirectoryCreator:
         """
         run_dir = self.runs_dir / run_id
         if run_dir.parent != self.runs_dir:
-            raise Alg1Error(f"{run_id!r} is not the name of a run")
+            raise Alg1Error(f"{run_id!r} is not the name of a run", "leave out what makes it a path")
         make_folder(self.runs_dir)
         try:
             run_dir.mkdir()

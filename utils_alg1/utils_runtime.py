@@ -150,7 +150,8 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise Alg1Error(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
+        hint = "use --device cuda for an NVIDIA GPU, --device cpu, or leave it out"
+        raise Alg1Error(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps", hint)
     count = {
         "cpu": 1,
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,

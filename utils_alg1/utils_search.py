@@ -72,6 +72,9 @@ class JournalLock:
         self._lock.release()
 
 
+STORAGE_HINT = "name a new file, or a database URL (sqlite:///a.db)"
+
+
 def open_storage(where: str) -> Any:
     """Optuna's storage: a database for a URL, a journal for a path.
 
@@ -85,6 +88,8 @@ def open_storage(where: str) -> Any:
         if "://" in where:
             return optuna.storages.RDBStorage(where)
         path = Path(where).absolute()
+        if not may_be_journal(path):
+            raise Alg1Error(f"--storage {where}: not the journal of a search", STORAGE_HINT)
         make_folder(path.parent)
         lock: Any = JournalLock(path)
         return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
@@ -92,8 +97,18 @@ def open_storage(where: str) -> Any:
         raise
     except Exception as error:  # each database has errors of its own
         raise Alg1Error(
-            f"--storage {where}: {first_line(error)}", "name a file, or a database URL (sqlite:///a.db)"
+            f"--storage {where}: cannot be used: {first_line(error)}",
+            STORAGE_HINT,
         ) from None
+
+
+def may_be_journal(path: Path) -> bool:
+    """Whether Optuna may take a file for its journal: it appends to any, and we cut off a half line."""
+    if not path.is_file():
+        return not path.exists()
+    begin = b'{"op_code":'
+    with path.open("rb") as file:
+        return begin.startswith(file.read(len(begin)))
 
 
 def take_lock(path: Path) -> int | None:
@@ -160,8 +175,9 @@ class Study:
         if settings.sampler == "grid":
             self._grid = grid_points(plan.space, settings.seed)
             self.wanted = min(self.wanted, len(self._grid))
+        storage = open_storage(settings.storage) if settings.storage else None  # before any folder is made
         make_folder(self.folder / "trials")
-        storage = open_storage(settings.storage or str(self.folder / "journal.log"))
+        storage = storage or open_storage(str(self.folder / "journal.log"))
         with self._alone():
             self.optuna = optuna.create_study(
                 storage=storage,
@@ -355,7 +371,9 @@ class Search:
                 else:
                     return
         except optuna.exceptions.StorageInternalError as error:
-            raise Alg1Error(f"the storage failed: {first_line(error)}", None, DISK_FAILED) from error
+            raise Alg1Error(
+                f"the storage failed: {first_line(error)}", "mend that and start again", DISK_FAILED
+            ) from error
 
     def _run_taken(self, taken: Taken) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ MAY_VARY = (  # neither shape the result of a trial nor where it is found
     *("checkpoint_interval", "keep_checkpoints", "export"),
 )
 SPACE_HINT = "configs/search.yaml shows how a space is written; python train.py --help explains every name"
+PATH_HINT = "name a space with --space: a YAML file such as configs/search.yaml, which comes with ALG1"
 
 
 # --- the space ----------------------------------------------------------------------------------------
@@ -130,7 +132,8 @@ def read_space(path: str | Path, for_grid: bool) -> Space:
     try:
         entries = ConfigLoader.load_search_space(path)
     except Alg1Error as error:
-        raise Alg1Error(error.message, error.hint or SPACE_HINT) from None
+        text = Path(path).suffix in (".yaml", ".yml", ".json") and os.path.exists(path)
+        raise Alg1Error(error.message, error.hint if text else PATH_HINT) from None
     for name, domain in entries.items():
         if name == "_comment":
             continue
@@ -277,15 +280,18 @@ class Plan:
 
 
 def check_surroundings(plan: Plan) -> None:
-    """Check once what every trial would trip over: the device and the text.
+    """Check once what every trial would trip over: the folder of the runs, the device and the text.
 
     Raises:
-        Alg1Error: there is no such device, or the text is missing, not UTF-8 or too short.
+        Alg1Error: that folder is a file, there is no such device, or the text is missing, not UTF-8 or
+            too short.
     """
     from data import check_block_size, find_corpus, open_corpus
     from utils_alg1.utils_runtime import find_device
 
     fixed = plan.fixed
+    if os.path.isfile(fixed["runs_dir"]):
+        raise Alg1Error(f"--runs-dir {fixed['runs_dir']}: this is a file", "name a folder")
     find_device(fixed.get("device", "auto"))
     path = find_corpus(fixed["data_path"])
     length = len(open_corpus(path).tokens)

@@ -267,8 +267,7 @@ class Trainer:
     def _stop(self, message: str) -> None:
         """Raise for a loss that is lost; the other processes see it too, and end when the first is gone."""
         if self.runtime.processes.first:
-            hint = "lower --learning-rate, or limit the gradient with --grad-clip 1.0"
-            raise Alg1Error(message, hint, CANNOT_TRAIN)
+            raise Alg1Error(message, steadier_settings(self.config, self.runtime.dtype), CANNOT_TRAIN)
 
     def validation_batch(self) -> torch.Tensor:
         """The first batch of validation text that every evaluation reads: (B, T)."""
@@ -277,3 +276,13 @@ class Trainer:
     def _batch(self, split: str, size: int, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
         draw = generator(self.config.seed, *key)
         return get_batch(split, *self.data, self.block_size, size, self.runtime.device, draw)
+
+
+def steadier_settings(config: TrainConfig, dtype: torch.dtype) -> str:
+    """A hint: settings with which the loss rather stays finite."""
+    ways = [f"a --learning-rate below {config.learning_rate:g}"]
+    if not 0 < config.grad_clip <= 1:
+        ways.append("--grad-clip 1.0")
+    if dtype is torch.float16:
+        ways.append("--dtype float32")
+    return "try " + ", or ".join(ways)
