@@ -17,7 +17,8 @@ import sys
 
 from errors import DONE, Alg1Error
 from parameters import raise_problems
-from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
+from utils_alg1.utils_command_line import Options, Parser
+from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import shown_on
 from utils_alg1.utils_script import run_script
 

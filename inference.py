@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from errors import DONE, Alg1Error
 from parameters import Problem, as_number, nearest, raise_problems, shown, specs
 from utils import show_characters
-from utils_alg1.utils_config_loader import ConfigLoader, Options, Parser
+from utils_alg1.utils_command_line import Options, Parser
+from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import Typewriter, print_error, print_warning, shown_on
 from utils_alg1.utils_script import importing, run_script
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from errors import DONE, Alg1Error
 from parameters import Problem, raise_problems
-from utils_alg1.utils_config_loader import (
+from utils_alg1.utils_command_line import (
     Options,
     Parser,
     add_config_flag,

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from errors import DONE, Alg1Error
 from parameters import due, raise_problems
-from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
+from utils_alg1.utils_command_line import Options, parse_command_line
+from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_processes import Processes, start_processes
 from utils_alg1.utils_script import importing, leave_if_told, run_script

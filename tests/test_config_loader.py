@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from errors import Alg1Error
 from parameters import DataConfig, ModelConfig, TensorBoardConfig, TrainConfig, field_names, specs
 from utils_alg1 import utils_run_manager
-from utils_alg1.utils_config_loader import ConfigLoader, Options, parse_command_line
+from utils_alg1.utils_command_line import Options, parse_command_line
+from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_run_manager import (
     LOCK_NAME,
     NO_RUN_HINT,
@@ -519,6 +520,7 @@ LIGHT = [
     "parameters",
     "config",
     "utils",
+    "utils_alg1.utils_command_line",
     "utils_alg1.utils_config_loader",
     "train",
     "inference",

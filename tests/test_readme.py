@@ -356,7 +356,7 @@ def skipped(*programs: str) -> list[str]:
 
 @pytest.mark.parametrize("command", skipped("torchrun "))
 def test_torchrun_and_train_read_their_flags(command):
-    from utils_alg1.utils_config_loader import parse_command_line
+    from utils_alg1.utils_command_line import parse_command_line
 
     assert parse_command_line(of_torchrun(command)).problems == []
 

@@ -23,7 +23,7 @@ import optuna
 
 from errors import Alg1Error
 from utils_alg1 import utils_search, utils_search_report, utils_search_space
-from utils_alg1.utils_config_loader import Options
+from utils_alg1.utils_command_line import Options
 from utils_alg1.utils_metrics import new_metrics, read_metrics
 from utils_alg1.utils_run_manager import create_run, list_runs
 from utils_alg1.utils_search import Settings
@@ -38,7 +38,8 @@ FAKE_TRAIN = f"""
 import json, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(PROJECT)!r})
-from utils_alg1.utils_config_loader import ConfigLoader, parse_command_line
+from utils_alg1.utils_command_line import parse_command_line
+from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_run_manager import create_run, lock_run
 
 options = parse_command_line()

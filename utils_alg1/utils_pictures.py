@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from errors import Alg1Error, first_line
+from errors import first_line
 from files import write_atomically
 from observations import Image
 from utils import Tokenizer
@@ -35,7 +35,8 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
-        Alg1Error: there is no evaluation in the file, or the file system refused (exit code 4).
+        ValueError: there is no evaluation in the file.
+        Alg1Error: the file system refused (exit code 4).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
         for key in points.keys() & row.keys():
             points[key].append((row["step"], drawable(row[key])))
     if not points["loss/val"]:
-        raise Alg1Error(f"{metrics_path}: no evaluation in it")
+        raise ValueError(f"{metrics_path}: no evaluation in it")
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -26,7 +26,8 @@ from parameters import (
     shown,
     specs,
 )
-from utils_alg1.utils_config_loader import ConfigLoader, Options
+from utils_alg1.utils_command_line import Options
+from utils_alg1.utils_config_loader import ConfigLoader
 
 if TYPE_CHECKING:
     import optuna
