@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         from utils import Tokenizer
-        from utils_alg1.utils_checkpoint import find_weights, load_model_file
         from utils_alg1.utils_runtime import find_device
+        from utils_alg1.utils_start import find_weights, load_model_file
 
     device = find_device(arguments.device)
     if arguments.model is not None:

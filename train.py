@@ -28,9 +28,10 @@ from utils_alg1.utils_script import importing, leave_if_told, run_script
 if TYPE_CHECKING:
     from data import Corpus
     from parameters import Parameters
-    from utils_alg1.utils_checkpoint import CheckpointStore, Start
+    from utils_alg1.utils_checkpoint import CheckpointStore
     from utils_alg1.utils_observations import Observer
     from utils_alg1.utils_runtime import Runtime, StopSignals
+    from utils_alg1.utils_start import Start
     from utils_alg1.utils_training import Progress, Trainer
 
 
@@ -77,6 +78,7 @@ def run_phases(
             utils_report,
             utils_report_page,
             utils_runtime,
+            utils_start,
         )
         from utils_alg1.utils_metrics import cut_metrics
         from utils_alg1.utils_run_manager import create_run
@@ -85,7 +87,7 @@ def run_phases(
 
     # 2. Configurations, checked as a whole and against the text before anything is created.
     runs_dir = ConfigLoader.runs_dir(options)
-    start = utils_checkpoint.find_start(options.resume, options.init_from, runs_dir, console)
+    start = utils_start.find_start(options.resume, options.init_from, runs_dir, console)
     if start.run:
         stack.enter_context(start.run)
     params = params or ConfigLoader.resolve(options, start.parameters, start.sizes)
@@ -93,7 +95,7 @@ def run_phases(
         console.configuration(params)
         return DONE
     splits = params.data.train_split, params.data.val_split
-    utils_checkpoint.check_output(params.train.output)
+    utils_start.check_output(params.train.output)
     runtime = utils_runtime.start_runtime(
         params.train, params.flops_per_step(), processes, start.compiled_before
     )

@@ -123,14 +123,14 @@ def build_trainer(text: Path, **values: Any) -> Any:
     """The Trainer that `train.py` would make, with flags by their parameter's name."""
     import data
     import train
-    from utils_alg1 import utils_checkpoint, utils_runtime
+    from utils_alg1 import utils_runtime, utils_start
     from utils_alg1.utils_output import Console
 
     params = parameters(text, **values)
     runtime = utils_runtime.start_runtime(params.train, params.flops_per_step())
     console = Console(quiet=True)
     corpus = data.open_corpus(text)
-    return train.build_trainer(params, utils_checkpoint.Start(), corpus, runtime, console)[0]
+    return train.build_trainer(params, utils_start.Start(), corpus, runtime, console)[0]
 
 
 def parameters(text: Path, **values: Any) -> Any:
