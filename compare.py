@@ -61,16 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
 
     from utils_alg1 import utils_compare
-    from utils_alg1.utils_run_manager import list_runs
+    from utils_alg1.utils_run_manager import NO_RUN_HINT, list_runs, no_folder
 
     runs_dir = arguments.runs_dir
     if runs_dir is None:
         runs_dir = ConfigLoader.runs_dir(Options())
     paths = list_runs(runs_dir)
     if not paths:
-        raise Alg1Error(
-            f"there is no run in {runs_dir}", "start one: python train.py, or name another --runs-dir"
-        )
+        raise Alg1Error(f"there is no run in {runs_dir}{no_folder(runs_dir)}", NO_RUN_HINT)
     rows = [utils_compare.read_run(path) for path in paths]
     if arguments.tag is not None:
         rows = [row for row in rows if arguments.tag.casefold() in row["tag"].casefold()]

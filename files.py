@@ -163,9 +163,10 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
         with path.open("rb") as file:
             magic = file.read(2)
     except FileNotFoundError:
-        remote = path.parts[0] in ("http:", "https:")
-        hint = "download it first, and name the file" if remote else WHERE_WEIGHTS_ARE
-        raise Alg1Error(f"{path}: no such file", hint) from None
+        if path.parts[0] in ("http:", "https:"):
+            url = str(path).replace(":/", "://", 1)  # a path has lost the second one
+            raise Alg1Error(f"{url}: must be a file on this machine", "download it first") from None
+        raise Alg1Error(f"{path}: no such file", WHERE_WEIGHTS_ARE) from None
     except IsADirectoryError:
         raise Alg1Error(f"{path}: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE) from None
     except OSError as error:

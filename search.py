@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     # 1. Command line and space, checked before anything is created.
     options = parse_command_line(argv)
     require_optuna()
-    from utils_alg1 import utils_search, utils_search_report, utils_search_space
+    from utils_alg1 import utils_search, utils_search_report, utils_search_space, utils_search_trials
     from utils_alg1.utils_runtime import StopSignals
 
     space = utils_search_space.read_space(options.space, options.sampler == "grid")
@@ -156,10 +156,10 @@ def main(argv: list[str] | None = None) -> int:
             console.say(f"the defaults are not tried, they are outside the space: {plan.no_defaults}")
 
         # 3. Trials, until all have ended or a signal comes.
-        search = utils_search.Search(study, console, threads_of_a_trial(plan, options.workers))
+        search = utils_search_trials.Search(study, console, threads_of_a_trial(plan, options.workers))
         with StopSignals(notice="stopping: the trials save and leave") as signals:
             leave_if_told()
-            utils_search.run_workers(search, options.workers, lambda: signals.received is not None)
+            utils_search_trials.run_workers(search, options.workers, lambda: signals.received is not None)
         n_finished = len(study.finished())
         if signals.received and n_finished < study.wanted:
             again = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])

@@ -116,7 +116,7 @@ GUARDS = [
     ),
     Guard(
         "lock of a trial, in its process",
-        "utils_alg1/utils_search.py",
+        "utils_alg1/utils_search_trials.py",
         "                    pass_fds=[self._taken.lock],\n",
         "",
         "tests/test_search.py -k holds_its_lock",

@@ -496,14 +496,18 @@ def test_a_tag_chooses_runs(compare):
     )
 
 
-@pytest.mark.parametrize("folder", ["runs", "empty", "file", "no\0name"])
-def test_without_a_run_there_is_one_line_with_the_fix(folder, compare):
+@pytest.mark.parametrize(
+    "folder, why",
+    [("runs", ""), ("empty", ""), ("file", ": it is a file"), ("no\0name", ": no such folder")],
+)
+def test_without_a_run_there_is_one_line_with_the_fix(folder, why, compare):
     Path("empty").mkdir()
     Path("file").touch()
     result = compare("--runs-dir", folder)
     assert (result.code, result.out) == (2, "")
     assert result.err == (
-        f"error: there is no run in {folder}\nhint: start one: python train.py, or name another --runs-dir\n"
+        f"error: there is no run in {folder}{why}\n"
+        "hint: start one: python train.py, or name another --runs-dir\n"
     )
 
 

@@ -344,8 +344,8 @@ SAMPLING_MISTAKES = [
     ("--run notes.txt", "notes.txt: this is a file, not a run", NAMES_WEIGHTS),
     (
         "--model https://example.com/m.safetensors",
-        "https:/example.com/m.safetensors: no such file",
-        "download it first, and name the file",
+        "https://example.com/m.safetensors: must be a file on this machine",
+        "download it first",
     ),
     ("--runs-dir nowhere", "no run in nowhere has any weights yet: no such folder", NO_RUN_HINT),
     ("--modl x", "unknown flag --modl; did you mean --model?", LISTS_SAMPLING),
@@ -379,7 +379,7 @@ COMPARING_MISTAKES = [
     ("", "there is no run in runs", NO_RUN_HINT),
     (
         "--runs-dir notes.txt",
-        "there is no run in notes.txt",
+        "there is no run in notes.txt: it is a file",
         NO_RUN_HINT,
     ),
     ("--runs-dir=", "--runs-dir '': must not be empty", LISTS_COMPARING),
@@ -387,7 +387,7 @@ COMPARING_MISTAKES = [
     ("--sort", "--sort: needs a value", LISTS_COMPARING),
     ("--csv out.csv", "'out.csv' belongs to no flag; --csv takes no value", LISTS_COMPARING),
     ("--json=true", "--json 'true': a switch takes no value", LISTS_COMPARING),
-    ("--runs-dir nowhere", "there is no run in nowhere", NO_RUN_HINT),
+    ("--runs-dir nowhere", "there is no run in nowhere: no such folder", NO_RUN_HINT),
     ("--srot run", "unknown flag --srot; did you mean --sort?", LISTS_COMPARING),
     ("--csv --json", "--csv and --json exclude each other: leave one out", LISTS_COMPARING),
     ("folder", "'folder' belongs to no flag; did you mean --runs-dir folder?", LISTS_COMPARING),

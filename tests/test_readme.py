@@ -152,11 +152,11 @@ def search(capsys, place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     from test_search import FAKE_TRAIN
 
     import search as script
-    from utils_alg1 import utils_search, utils_search_report
+    from utils_alg1 import utils_search_report, utils_search_trials
 
     (place / "fake_train.py").write_text(FAKE_TRAIN)
-    monkeypatch.setattr(utils_search, "TRAIN_SCRIPT", place / "fake_train.py")
-    monkeypatch.setattr(utils_search, "POLL", 0.02)
+    monkeypatch.setattr(utils_search_trials, "TRAIN_SCRIPT", place / "fake_train.py")
+    monkeypatch.setattr(utils_search_trials, "POLL", 0.02)
     monkeypatch.setattr(utils_search_report, "draw_pictures", lambda *_: None)
     return _runner(script.main, capsys)
 

@@ -22,7 +22,7 @@ pytest.importorskip("optuna", reason="searching is optional: pip install -e '.[s
 import optuna
 
 from errors import Alg1Error
-from utils_alg1 import utils_search, utils_search_report, utils_search_space
+from utils_alg1 import utils_search, utils_search_report, utils_search_space, utils_search_trials
 from utils_alg1.utils_command_line import Options
 from utils_alg1.utils_metrics import new_metrics, read_metrics
 from utils_alg1.utils_run_manager import create_run, list_runs
@@ -67,9 +67,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(PROJECT)!r})
 import search
-from utils_alg1 import utils_search
+from utils_alg1 import utils_search_trials
 from utils_alg1.utils_script import run_script
-utils_search.TRAIN_SCRIPT = Path("fake_train.py").absolute()
+utils_search_trials.TRAIN_SCRIPT = Path("fake_train.py").absolute()
 run_script(search.main)
 """
 
@@ -88,8 +88,8 @@ def fake_train(workdir, monkeypatch) -> Path:
     path = workdir / "fake_train.py"
     path.write_text(FAKE_TRAIN)
     (workdir / "run_search.py").write_text(RUN_SEARCH)
-    monkeypatch.setattr(utils_search, "TRAIN_SCRIPT", path)
-    monkeypatch.setattr(utils_search, "POLL", 0.02)
+    monkeypatch.setattr(utils_search_trials, "TRAIN_SCRIPT", path)
+    monkeypatch.setattr(utils_search_trials, "POLL", 0.02)
     monkeypatch.setattr(utils_search_report, "draw_pictures", lambda *_: None)
     return path
 
@@ -291,7 +291,7 @@ def test_without_optuna_there_is_one_line(search, workdir, monkeypatch):
     [("aim", False, "--no-aim"), ("aim", True, "--aim"), ("data_path", "-a b", "--data=-a b")],
 )
 def test_a_parameter_as_a_word(name, value, word):
-    assert utils_search.flag_word(name, value) == word
+    assert utils_search_trials.flag_word(name, value) == word
 
 
 # --- pieces -------------------------------------------------------------------------------------------
@@ -473,7 +473,7 @@ def test_a_dead_trial_is_replaced_where_it_stopped(search, fake_train, left, los
     old.lock.release()
     study = study_with(n_layer=[4])
     taken = study.take_trial()
-    trial_run = utils_search.TrialRun(study, taken, None, threading.Event())
+    trial_run = utils_search_trials.TrialRun(study, taken, None, threading.Event())
     assert trial_run._command()[-1] == "--run-tag=space-0"
     run = create_run("runs", "space-0")
     if left:
