@@ -41,8 +41,9 @@ def disk_error(action: str, error: OSError) -> Alg1Error:
         errno.ENAMETOOLONG: "choose a shorter name",
     }
     reason = error.strerror or str(error)
+    hint = hints.get(error.errno or 0, "check the disk, or choose another folder")
     exit_code = BAD_INPUT if error.errno == errno.ENAMETOOLONG else DISK_FAILED
-    return Alg1Error(f"cannot {action}: {reason}", hints.get(error.errno or 0), exit_code)
+    return Alg1Error(f"cannot {action}: {reason}", hint, exit_code)
 
 
 def unreadable(path: object, error: OSError) -> Alg1Error:

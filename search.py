@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     study = utils_search.Study(plan, settings)
     with contextlib.closing(Console()) as console:
         console.log_to(study.folder / "search.log")
-        console.start(utils_search_report.describe_start(study, options.space, options.workers))
+        console.block(utils_search_report.describe_start(study, options.space, options.workers))
         if plan.no_defaults and options.sampler != "grid":
             console.say(f"the defaults are not tried, they are outside the space: {plan.no_defaults}")
 
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         # 4. Tables, pictures and the best parameters.
         utils_search_report.write_results(study, console)
         utils_search_report.show_table(study, console)
-        console.start(utils_search_report.describe_end(study))
+        console.block(utils_search_report.describe_end(study))
         return DONE
 
 

@@ -72,7 +72,9 @@ def run_phases(
     with importing():
         import data
         from utils_alg1 import (
+            utils_blocks,
             utils_checkpoint,
+            utils_next_commands,
             utils_observations,
             utils_pictures,
             utils_report,
@@ -138,12 +140,12 @@ def run_phases(
     trainer, progress = build_trainer(params, start, corpus, runtime, console)
     newest_step = progress.step if start.checkpoint else None
     store = utils_checkpoint.CheckpointStore(run.checkpoint_dir, params.train.keep_checkpoints, newest_step)
-    console.start(utils_report.describe_start(run, params, corpus, trainer, progress.step))
+    console.block(utils_blocks.describe_start(run, params, corpus, trainer, progress.step))
 
     # 11. The loop.
     about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
     observer = utils_observations.Observer(trainer, trackers, params.tensorboard, console.warn)
-    before_leaving.append(lambda: console.interrupted(utils_report.last_words(store, run, processes)))
+    before_leaving.append(lambda: console.interrupted(utils_next_commands.last_words(store, run, processes)))
     stops = utils_runtime.StopSignals(before_leaving, processes, announce=console.interrupted)
     signals = stack.enter_context(stops)
     leave_if_told()
@@ -152,9 +154,9 @@ def run_phases(
         with utils_runtime.memory_guard(params), processes.lost_connection(), store:
             loop(trainer, progress, observer, store, about, signals, console)
     except Alg1Error as error:
-        raise utils_report.with_the_way_on(error, store, run, processes) from error
+        raise utils_next_commands.with_the_way_on(error, store, run, processes) from error
     if signals.received and progress.step < params.train.max_iters:
-        way_on = utils_report.resume_command(run, processes)
+        way_on = utils_next_commands.resume_command(run, processes)
         console.remind(f"stopped at step {progress.step}; go on with", way_on)
         return signals.exit_code
 
@@ -172,7 +174,7 @@ def run_phases(
     stack.close()
 
     # 14. Summary.
-    ending = utils_report.describe_end(run, params, progress, exported, shown_in, processes)
+    ending = utils_blocks.describe_end(run, params, progress, exported, shown_in, processes)
     console.summary(ending, samples[0])
     return DONE
 

@@ -439,4 +439,4 @@ def test_aim_is_kept_from_cleaning_up_at_exit_even_after_it_could_not_open(workd
 
 
 def test_the_instructions_name_command_and_address():
-    assert instructions() == "aim up   then open http://localhost:43800"
+    assert instructions() == ("aim up", "then open http://localhost:43800")

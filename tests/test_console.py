@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import logging
 import os
 import pty
@@ -25,8 +26,8 @@ from rich.live import Live
 import train as script
 from errors import Alg1Error
 from parameters import Parameters
-from utils_alg1 import utils_report, utils_terminal
-from utils_alg1.utils_output import LOGGER, CommandLine, Console, print_error
+from utils_alg1 import utils_blocks, utils_next_commands, utils_report, utils_terminal
+from utils_alg1.utils_output import LOGGER, Console, ShellCommand, print_error
 from utils_alg1.utils_processes import ALONE
 from utils_alg1.utils_run_manager import list_runs
 from utils_alg1.utils_runtime import StopSignals
@@ -133,7 +134,7 @@ def test_without_a_terminal_a_run_prints_these_lines_and_no_others(start):
         f"exported  runs/RUN/artifacts/export/model.safetensors (best weights, of step {best})",
         "report    runs/RUN/eval/report.html",
         "sample    python inference.py --run RUN",
-        "train on  python train.py --resume RUN --max-iters 12",
+        "continue  python train.py --resume RUN --max-iters 12",
         "",
         "a sample:",
     ]
@@ -161,27 +162,31 @@ def test_changed_values_stand_with_where_they_came_from():
     params = Parameters.from_values(values, origins, [])
     assert params.changed() == {"n_embd": 128, "max_iters": 7, "seed": 5}
     shown = "seed=5; n_embd=128 (a/model.json); max_iters=7 (a/train.yaml)"
-    assert utils_report.describe_changes(params) == shown
-    assert utils_report.describe_changes(Parameters.from_values({}, {}, [])) == ""
+    assert utils_blocks.describe_changes(params) == shown
+    assert utils_blocks.describe_changes(Parameters.from_values({}, {}, [])) == ""
 
 
 @pytest.mark.parametrize(
     "flags, way_on",
     [
         ([], "--resume RUN --max-iters 12"),
-        (["--lr-schedule", "cosine"], "--init-from runs/RUN/artifacts/export/model.safetensors"),
+        (
+            ["--lr-schedule", "cosine"],
+            "--config runs/RUN/meta/full_config.json --init-from runs/RUN/artifacts/export/model.safetensors",
+        ),
         (["--patience", 1, "--learning-rate", 9, "--eval-interval", 1], "--resume RUN --patience 0"),
     ],
     ids=["constant", "cosine", "patience"],
 )
 def test_the_command_that_trains_on_does_so(flags, way_on, start, train):
     lines = start(*flags).out.splitlines()
-    command = next(line for line in lines if line.startswith("train on")).removeprefix("train on  ")
+    command = next(line for line in lines if line.startswith("continue")).removeprefix("continue  ")
     assert RUN_ID.sub("RUN", command) == f"python train.py {way_on}"
-    given = [] if "--resume" in command else ["--data", "text.txt", *QUIET_TRACKERS, "--max-iters", 2]
-    result = train(*shlex.split(command)[2:], *given)
+    result = train(*shlex.split(command)[2:])
     assert result.code == 0, result.err
-    assert "lr " in result.out
+    schedule = "cosine" if "cosine" in flags else "constant"
+    record = json.loads((list_runs("runs")[-1] / "meta/full_config.json").read_text())["parameters"]
+    assert (record["lr_schedule"], record["data_path"]) == (schedule, "text.txt")
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--print-config"]])
@@ -338,8 +343,11 @@ def test_no_terminal_obeys_a_text_or_the_name_of_a_file(term, open_screen, monke
     screen = open_screen()
     console = Console()
     console.log_to(Path("train.log"))
-    lines = {"text": "evil\x1b[2J.txt: 5 characters", "sample": CommandLine("python inference.py --run \x9b")}
-    console.start(lines)
+    lines = {
+        "text": "evil\x1b[2J.txt: 5 characters",
+        "sample": ShellCommand("python inference.py --run \x9b"),
+    }
+    console.block(lines)
     sample = "one\r\ntwo\rthree\t\x07\x1b]0;title\x07"
     console.summary({"reached": "step 1"}, sample)
     console.close()
@@ -530,17 +538,17 @@ def test_a_duration(seconds, words):
 
 
 def test_folding_breaks_at_separators_only():
-    assert fold("aa bb cc", 6, 2) == "aa\n  bb\n  cc"
-    assert fold("aa bb cc", 7, 2) == "aa bb\n  cc"
-    assert fold("aaaaaaaaaa bb", 6, 2) == "aaaaaaaaaa\n  bb"
-    assert fold("日本 日本", 8, 0) == "日本\n日本"  # two columns each
-    assert fold("run this   a remark", 80, 2, "   ") == "run this   a remark"
-    assert fold("run this   a remark", 12, 2, "   ") == "run this\n  a remark"
+    assert fold("aa bb cc".split(), 6, 2) == "aa\n  bb\n  cc"
+    assert fold("aa bb cc".split(), 7, 2) == "aa bb\n  cc"
+    assert fold("aaaaaaaaaa bb".split(), 6, 2) == "aaaaaaaaaa\n  bb"
+    assert fold("日本 日本".split(), 8, 0) == "日本\n日本"  # two columns each
+    assert fold(["run this", "a remark"], 80, 2, "   ") == "run this   a remark"
+    assert fold(["run this", "a remark"], 12, 2, "   ") == "run this\n  a remark"
 
 
 def block(screen: Screen, lines: dict[str, str]) -> list[str]:
     console = Console()
-    console.start(lines)
+    console.block(lines)
     console.close()
     return ESCAPE.sub("", screen.text()).splitlines()[:-1]
 
@@ -559,8 +567,8 @@ def test_a_command_is_not_folded(open_screen, monkeypatch):
     screen = open_screen()
     monkeypatch.setenv("COLUMNS", "40")
     lines = {
-        "short": CommandLine("aim up   then open http://localhost:1"),
-        "long": CommandLine("tensorboard --logdir=runs --port=6006   then look"),
+        "short": ShellCommand("aim up", "then open http://localhost:1"),
+        "long": ShellCommand("tensorboard --logdir=runs --port=6006", "then look"),
     }
     assert block(screen, lines) == [
         "short  aim up",
@@ -646,7 +654,7 @@ def test_a_signal_without_a_stderr_is_heard_all_the_same(monkeypatch):
 def test_last_words_name_the_newest_checkpoint(step, words):
     run: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
     store: Any = SimpleNamespace(newest_step=step)
-    assert utils_report.last_words(store, run, ALONE) == words
+    assert utils_next_commands.last_words(store, run, ALONE) == words
 
 
 def test_ctrl_c_at_a_terminal_leaves_a_tidy_screen(text_file):
@@ -664,7 +672,7 @@ def test_ctrl_c_at_a_terminal_leaves_a_tidy_screen(text_file):
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, str(PROJECT / "train.py"), *flags])
-    patience = threading.Timer(120, os.kill, (pid, signal.SIGKILL))
+    patience = threading.Timer(300, os.kill, (pid, signal.SIGKILL))
     patience.start()
     seen = bytearray()
     stopped = False
@@ -683,7 +691,7 @@ def test_ctrl_c_at_a_terminal_leaves_a_tidy_screen(text_file):
     patience.cancel()
     os.close(terminal)
     lines = lasting(seen.decode().replace("\r\n", "\n"))
-    assert code == 130
+    assert code == 130, lines
     assert lines[-2] == "stopping after this step; once more to leave at once"
     assert re.fullmatch(r"stopped at step \d+; go on with: python train.py --resume \S+", lines[-1])
     assert lines[-3].startswith("step      0  train loss")

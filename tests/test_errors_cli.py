@@ -24,7 +24,7 @@ from files import WHERE_WEIGHTS_ARE
 from parameters import JSON_EXAMPLE, JSON_HINT, TrainConfig
 from utils_alg1.utils_compare import RESULTS
 from utils_alg1.utils_config_loader import PATH_HINT, YAML_HINT
-from utils_alg1.utils_output import Console
+from utils_alg1.utils_output import LOGGER, Console
 from utils_alg1.utils_run_manager import (
     LOCK_NAME,
     NO_RUN_HINT,
@@ -954,7 +954,7 @@ def raising(error: BaseException):
             4,
             f"error: cannot use f: No space left on device\nhint: {FULL}\n",
         ),
-        (OSError("odd"), 4, "error: cannot go on: odd\n"),
+        (OSError("odd"), 4, "error: cannot go on: odd\nhint: check the disk, or choose another folder\n"),
         (
             OSError(errno.ENAMETOOLONG, "File name too long", "f"),
             2,
@@ -1000,7 +1000,7 @@ def test_a_terminal_without_the_character_gets_a_stand_in(workdir):
         (errno.EDQUOT, "free some of your quota", 4),
         (errno.EFBIG, "raise the file-size limit (ulimit -f)", 4),
         (errno.EROFS, READ_ONLY, 4),
-        (errno.EIO, None, 4),
+        (errno.EIO, "check the disk, or choose another folder", 4),
         (errno.ENAMETOOLONG, "choose a shorter name", 2),
     ],
 )
@@ -1057,7 +1057,7 @@ def test_the_console_prints_what_was_asked_for_and_logs_everything(workdir, caps
     console = Console(**volume)
     console.log_to(Path("train.log"))
     console.say("said")
-    console.detail("detail")
+    LOGGER.debug("detail")
     console.warn("careful")
     console.close()
     assert capsys.readouterr() == (out, "warning: careful\n")

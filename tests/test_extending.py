@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,10 @@ def test_every_change_that_is_shown_is_made_here():
 
 @pytest.mark.parametrize("changed", ["A parameter"], indirect=True)
 def test_a_parameter(changed):
+    shutil.copytree(PROJECT / "tests", changed / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    tests = ["tests/test_readme.py", "-k", "table_of_parameters or every_flag"]
+    checked = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=changed, capture_output=True)
+    assert checked.returncode == 0
     run = train(changed, "--no-tensorboard", "--optimizer", "sgd", "--momentum", 0.5)
     assert json.loads((run / "meta/full_config.json").read_text())["parameters"]["momentum"] == 0.5
     result = run_process(changed / "train.py", "--momentum", 2, cwd=changed.parent)

@@ -780,7 +780,7 @@ def test_a_named_run_without_weights_says_so(sample, model):
     result = sample("--run", "2026-02-01_001")
 
     assert result.code == 2
-    assert result.err.splitlines()[0] == "error: 2026-02-01_001 has not any weights yet"
+    assert result.err.splitlines()[0] == "error: 2026-02-01_001 has no weights yet"
 
 
 def cut(path: Path) -> str:

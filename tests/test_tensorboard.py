@@ -601,7 +601,8 @@ def test_every_problem_of_a_configuration_is_told_at_once(workdir):
 def test_the_instructions_name_the_folder_and_the_port():
     assert launch_command() == "tensorboard --logdir=runs --port=6006"
     assert instructions("my-runs", 7007) == (
-        "tensorboard --logdir=my-runs --port=7007   then open http://localhost:7007"
+        "tensorboard --logdir=my-runs --port=7007",
+        "then open http://localhost:7007",
     )
 
 

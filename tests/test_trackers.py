@@ -795,7 +795,7 @@ def fake_aim(monkeypatch):
         for name in AIM_VALUES:
             setattr(aim, name, fail if place == name else (lambda *_, **__: None))
         if place == "draw_embedding":
-            monkeypatch.setattr(utils_trackers, "draw_embedding", fail)
+            monkeypatch.setattr("utils_aim.logger.draw_embedding", fail)
         errors = types.ModuleType("aim.sdk.errors")
         errors.MissingRunError = LookupError
         for name, module in {
@@ -915,7 +915,7 @@ def test_nothing_is_drawn_for_an_aim_that_failed(
     train, text_file, workdir, fake_aim, fake_tensorboard, monkeypatch
 ):
     drawn = Notes(workdir / "drawn.pkl")
-    monkeypatch.setattr(utils_trackers, "draw_embedding", drawn.append)
+    monkeypatch.setattr("utils_aim.logger.draw_embedding", drawn.append)
     fake_tensorboard("", None)
     fake_aim("track", boom(RuntimeError("boom")))
     assert train(*RUN_TINY).err == "warning: Aim is switched off, training goes on: RuntimeError: boom\n"

@@ -7,6 +7,6 @@ FOLDER = ".aim"  # Aim's name for its repository
 PORT = 43800  # Aim's own default
 
 
-def instructions() -> str:
-    """One line: what to type and where to look."""
-    return f"{LAUNCH_COMMAND}   then open http://localhost:{PORT}"
+def instructions() -> tuple[str, str]:
+    """What to type, and where to look then."""
+    return LAUNCH_COMMAND, f"then open http://localhost:{PORT}"

@@ -14,8 +14,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from errors import Alg1Error
 from parameters import PARTS, Parameters, specs
@@ -84,12 +85,25 @@ def terminal_of(stream: TextIO) -> Terminal | None:
     return Terminal(stream)
 
 
-class CommandLine(str):
-    """A line of a block to be typed, never folded, so that it can be copied; behind REMARK, a remark."""
+@dataclass(frozen=True)
+class ShellCommand:
+    """Something to be typed, shown so that it can be copied, and what to do then."""
+
+    command: str
+    remark: str = ""
+
+    SEPARATOR: ClassVar[str] = "   "
+
+    @property
+    def pieces(self) -> list[str]:
+        """What no line's end may stand in."""
+        return [self.command, self.remark] if self.remark else [self.command]
+
+    def __str__(self) -> str:
+        return self.SEPARATOR.join(self.pieces)
 
 
-REMARK = "   "
-
+Block = Mapping[str, "str | ShellCommand"]  # lines by their names
 
 Look = Callable[[int], "Sequence[Part]"]  # how a line looks on a terminal of so many columns
 
@@ -126,10 +140,6 @@ class Console:
         from_here = (f"{text}: ", (command, "bold")), (f"{text}:\n", (command, "bold"))
         self.end_progress()
         LOGGER.log(ALWAYS, "%s: %s", text, command, extra={"look": lambda width: _fitting(width, *from_here)})
-
-    def detail(self, text: str) -> None:
-        """A line for --verbose, and for the log."""
-        LOGGER.debug("%s", text)
 
     def warn(self, text: str) -> None:
         """A line about something that went wrong but does not end the run."""
@@ -202,15 +212,12 @@ class Console:
                     line = f"{name:{width}}  {values[name]:{value_width}}  {params.origins[name]}"
                     print(shown_on(sys.stdout, line))
 
-    def start(self, lines: Mapping[str, str]) -> None:
-        """The block that a run begins with."""
-        self._block(lines)
-        self.say()
-
-    def _block(self, lines: Mapping[str, str]) -> None:
+    def block(self, lines: Block) -> None:
+        """Lines with a name before each, and an empty one behind them."""
         widest = max(map(len, lines))
         for name, value in lines.items():
             self.say(f"{name:{widest}}  {value}", _look_of_entry(f"{name:{widest}}", value))
+        self.say()
 
     def evaluation(self, evaluation: Evaluation, progress: Progress, rate: float | None) -> None:
         """A line for each evaluation."""
@@ -231,12 +238,11 @@ class Console:
             lambda width: _fitting(width, *looks),
         )
 
-    def summary(self, lines: Mapping[str, str], sample: str) -> None:
+    def summary(self, lines: Block, sample: str) -> None:
         """What was reached and what to do next."""
         self.end_progress()
         self.say()
-        self._block(lines)
-        self.say()
+        self.block(lines)
         self.say("a sample:", lambda _: [("a sample:", "bold")])
         self.say(sample)
 
@@ -308,21 +314,21 @@ def _fitting(width: int, *looks: Sequence[Part]) -> Sequence[Part]:
     return fitting(width, *looks)
 
 
-def _look_of_entry(name: str, value: str) -> Look:
+def _look_of_entry(name: str, value: str | ShellCommand) -> Look:
     """How a line of a block looks on a terminal."""
 
     def look(width: int) -> list[Part]:
         from utils_alg1.utils_terminal import cell_len, fold
 
-        typed = isinstance(value, CommandLine)
-        separator = REMARK if typed else " "
+        typed = isinstance(value, ShellCommand)
+        separator = value.SEPARATOR if isinstance(value, ShellCommand) else " "
+        pieces = value.pieces if isinstance(value, ShellCommand) else value.split(separator)
+        pieces = [for_terminal(piece) for piece in pieces]
         indent, gap = len(name) + 2, "  "
-        shown = for_terminal(value)
-        pieces = shown.split(separator)
         if indent + max(map(cell_len, pieces)) > width:  # below its name there is more room
             indent = 0 if typed else 2
             gap = "\n" + " " * indent
-        folded = fold(shown, width, indent, separator)
+        folded = fold(pieces, width, indent, separator)
         n = len(pieces[0]) if typed else 0
         return [(name, "bold"), gap, (folded[:n], "cyan"), folded[n:]]
 

@@ -220,10 +220,10 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def launch_command(processes: Processes, script: str = "train.py") -> str:
-    """What to type to start a script with as many processes again."""
+def launch_command(processes: Processes) -> str:
+    """What to type to train with as many processes again."""
     if processes.world_size == 1:
-        return f"python {script}"
+        return "python train.py"
     if int(os.environ["LOCAL_WORLD_SIZE"]) == processes.world_size:
-        return f"torchrun --standalone --nproc_per_node={processes.world_size} {script}"
-    return f"torchrun (as before) {script}"
+        return f"torchrun --standalone --nproc_per_node={processes.world_size} train.py"
+    return "torchrun (as before) train.py"

@@ -39,6 +39,10 @@ class Runtime:
     processes: Processes = ALONE
     compile: bool = False
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass; nothing at all in float32."""
         if self.dtype is torch.float32:

@@ -81,12 +81,12 @@ def _signals_unwind() -> Iterator[None]:
     global _told_to_leave
     _told_to_leave = None
 
-    def leave(number: int, _frame: FrameType | None) -> None:
+    def unwind(number: int, _frame: FrameType | None) -> None:
         global _told_to_leave
         _told_to_leave = number
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, unwind) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

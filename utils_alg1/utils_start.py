@@ -284,7 +284,7 @@ def find_weights(runs_dir: str, name: str | None = None) -> Path:
         if path := weights_of(run_dir):
             return path
     if name is not None:
-        raise Alg1Error(f"{name} has not any weights yet", NO_WEIGHTS_HINT)
+        raise Alg1Error(f"{name} has no weights yet", NO_WEIGHTS_HINT)
     missing = no_folder(runs_dir)
     hint = NO_RUN_HINT if missing else NO_WEIGHTS_HINT
     raise Alg1Error(f"no run in {runs_dir} has any weights yet{missing}", hint)

@@ -65,10 +65,10 @@ def fitting(width: int, *forms: Sequence[Part]) -> Sequence[Part]:
     return forms[-1]
 
 
-def fold(value: str, width: int, indent: int, separator: str = " ") -> str:
-    """`value` in lines of `width` columns, broken at `separator` only; all but the first are indented."""
+def fold(words: Sequence[str], width: int, indent: int, separator: str = " ") -> str:
+    """Words in lines of `width` columns, none broken; all lines but the first are indented."""
     lines = [""]
-    for word in value.split(separator):
+    for word in words:
         longer = lines[-1] + separator + word if lines[-1] else word
         if lines[-1] and indent + cell_len(longer) > width:
             lines.append(word)

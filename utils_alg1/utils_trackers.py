@@ -21,7 +21,7 @@ from errors import Alg1Error
 from files import write_atomically
 from observations import Embedding, Histogram, Image, model_histograms
 from parameters import Parameters, specs
-from utils_aim.pictures import draw_embedding
+from utils_aim.logger import AimLogger
 from utils_aim.tracker import AimTracker
 from utils_alg1.utils_background import Background, close_all, flush_all
 from utils_alg1.utils_metrics import MetricsFile, Tracker, read_metrics
@@ -34,66 +34,7 @@ if TYPE_CHECKING:
     from utils_alg1.utils_run_manager import Run
 
 AIM_HASH_NAME = "aim.txt"  # in meta/
-TELLING = ("max_iters", "grad_accum_steps", "data_path")  # though a resumed run may change them
-
-
-# --- Aim ----------------------------------------------------------------------------------------------
-
-
-# The name and the context that Aim's pages group by.
-AIM_NAMES: dict[str, tuple[str, dict[str, str] | None]] = {
-    "loss/train_step": ("loss", {"subset": "train_step"}),
-    "loss/train": ("loss", {"subset": "train"}),
-    "loss/val": ("loss", {"subset": "val"}),
-    "learning_rate": ("learning_rate", None),
-    "gradient_norm": ("gradient_norm", None),
-    "tokens_per_second": ("tokens_per_second", None),
-}
-
-
-class AimMetrics(Tracker):
-    """Tells an `AimTracker` under the names of AIM_NAMES."""
-
-    def __init__(self, aim: AimTracker, hparams: dict[str, Any], metadata: dict[str, Any]):
-        self.aim = aim
-        aim.track_config(hparams)
-        for key, value in metadata.items():
-            aim.track_metadata(key, value)
-
-    @property
-    def enabled(self) -> bool:
-        return self.aim.enabled
-
-    @property
-    def identity(self) -> str | None:
-        return self.aim.run_hash
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        for key, value in values.items():
-            name, context = AIM_NAMES[key]
-            self.aim.track_metric(name, value, step, context)
-
-    def log_histograms(self, histograms: list[Histogram], step: int) -> None:
-        for h in histograms:
-            self.aim.track_distribution(h.name, (h.counts, h.edges), step, {"kind": h.kind})
-
-    def log_images(self, images: list[Image], step: int) -> None:
-        for image in images:
-            self.aim.track_image(image.name, image.pixels(), step, image.context)
-
-    def log_texts(self, texts: dict[str, str], step: int) -> None:
-        for name, text in texts.items():
-            self.aim.track_text(name, text, step)
-
-    def log_embedding(self, embedding: Embedding, step: int) -> None:
-        if self.enabled:  # drawing takes a while
-            self.aim.track_image(embedding.name, draw_embedding(embedding), step)
-
-    def close(self) -> None:
-        self.aim.close()
-
-
-# --- what the loop knows ------------------------------------------------------------------------------
+SHAPING_TOO = ("max_iters", "grad_accum_steps", "data_path")  # though a resumed run may change them
 
 
 class Trackers:
@@ -199,7 +140,7 @@ def start_trackers(
     if params.tensorboard.tensorboard:
         synced = state.get("tensorboard", {}).get("synced", 0)
         start_tensorboard = StartTensorBoard(
-            run.path.name, run.tensorboard_dir, synced if resumed else None, telling(hparams)
+            run.path.name, run.tensorboard_dir, synced if resumed else None, distinguishing(hparams)
         )
         copies["tensorboard"] = Background("TensorBoard", start_tensorboard, warn, synced)
     for copy in copies.values():
@@ -224,10 +165,10 @@ class StartAim:
     hparams: dict[str, Any]
     metadata: dict[str, Any]
 
-    def __call__(self, warn: Callable[[str], None]) -> AimMetrics:
+    def __call__(self, warn: Callable[[str], None]) -> AimLogger:
         aim = AimTracker(self.run_dir.name, self.run_dir, run_hash=self.run_hash, warn=warn)
         _write_aim_hash(self.run_dir / "meta" / AIM_HASH_NAME, aim.run_hash)
-        metrics = AimMetrics(aim, self.hparams, self.metadata)
+        metrics = AimLogger(aim, self.hparams, self.metadata)
         if aim.run_hash != self.checkpoint_hash:
             _send_again(self.metrics_path, metrics, range(self.synced))
         return metrics
@@ -248,11 +189,13 @@ class StartTensorBoard:
         return logger
 
 
-def telling(hparams: dict[str, Any]) -> dict[str, Any]:
+def distinguishing(hparams: dict[str, Any]) -> dict[str, Any]:
     """Those by which trainings are told apart: one of intervals and folders would hide them in a table."""
     known = specs()
     return {
-        name: value for name, value in hparams.items() if name in TELLING or not known[name].limits.may_change
+        name: value
+        for name, value in hparams.items()
+        if name in SHAPING_TOO or not known[name].limits.may_change
     }
 
 
@@ -269,7 +212,7 @@ def _write_aim_hash(path: Path, run_hash: str | None) -> None:
             write_atomically(path, f"{run_hash}\n".encode())
 
 
-def _send_again(metrics_path: Path, tracker: Tracker, steps: range) -> None:
+def _send_again(metrics_path: Path, tracker: Tracker | AimLogger, steps: range) -> None:
     """Tell a tracker those rows of the metrics file: a kill can have come before its last flush."""
     for row in read_metrics(metrics_path):
         step = int(row.pop("step"))

@@ -12,6 +12,6 @@ def launch_command(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -
     return f"tensorboard --logdir={shlex.quote(runs_dir)} --port={port}"
 
 
-def instructions(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -> str:
-    """One line: what to type and where to look."""
-    return f"{launch_command(runs_dir, port)}   then open http://localhost:{port}"
+def instructions(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -> tuple[str, str]:
+    """What to type, and where to look then."""
+    return launch_command(runs_dir, port), f"then open http://localhost:{port}"
