@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from utils_alg1.utils_checkpoint import CheckpointStore
     from utils_alg1.utils_observations import Observer
     from utils_alg1.utils_runtime import Runtime, StopSignals
-    from utils_alg1.utils_start import Start
+    from utils_alg1.utils_start import Job, Start
     from utils_alg1.utils_training import Progress, Trainer
 
 
@@ -111,7 +111,7 @@ def run_phases(
     start.check(params, corpus, processes.world_size)
     if odd := data.doubt(corpus):
         console.warn(odd)
-    processes.share((params, start.without_run(), corpus.path, corpus.sha256))
+    processes.share(utils_start.Job(params, start.without_run(), corpus.path, corpus.sha256))
 
     # 3. Run id, and 4. run directory; a resumed run has both.
     tag = params.train.run_tag
@@ -186,21 +186,21 @@ def follow(processes: Processes) -> int:
     from utils_alg1.utils_metrics import Tracker
     from utils_alg1.utils_trackers import Trackers
 
-    job = processes.share(None)
+    job: Job | None = processes.share(None)
     if job is None:  # the first had nothing to train
         return DONE
-    params, start, text_path, sha256 = job
+    params, text_path = job.params, job.text_path
     console = Console(quiet=True)
     try:
         runtime = utils_runtime.start_runtime(
-            params.train, params.flops_per_step(), processes, start.compiled_before
+            params.train, params.flops_per_step(), processes, job.start.compiled_before
         )
         if not text_path.exists():  # on a machine of its own
             text_path = find_corpus(params.data.data_path, console.say)
         corpus = open_corpus(text_path)
-        if corpus.sha256 != sha256:
+        if corpus.sha256 != job.sha256:
             raise Alg1Error(f"{text_path}: not the text of the first process", "copy that text here")
-        trainer, progress = build_trainer(params, start, corpus, runtime, console)
+        trainer, progress = build_trainer(params, job.start, corpus, runtime, console)
         store = utils_checkpoint.NoCheckpoints()
         silent = Trackers(Tracker(), {})
         observer = utils_observations.Observer(trainer, silent, params.tensorboard, console.warn)

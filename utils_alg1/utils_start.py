@@ -101,6 +101,16 @@ class Start:
             check_vocabulary(self.initial, corpus.tokenizer, self.initial_path)
 
 
+@dataclass
+class Job:
+    """What the first of several processes tells the others; `sha256` is that of its text."""
+
+    params: Parameters
+    start: Start
+    text_path: Path
+    sha256: str
+
+
 # What --init-from can be there.
 OF_NANOGPT = {
     "resume": "to continue a run: --resume latest",
