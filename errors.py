@@ -10,7 +10,7 @@ DONE = 0
 BAD_INPUT = 2  # a value, a file, a checkpoint or a lock is not as it must be
 CANNOT_TRAIN = 3  # loss or gradient not finite, or out of memory
 DISK_FAILED = 4  # the disk or the file system refused
-INTERRUPTED = 130  # by SIGINT; SIGTERM ends with 143
+INTERRUPTED = 130  # by SIGINT; SIGTERM ends with 143, SIGHUP with 129
 
 
 class Alg1Error(Exception):

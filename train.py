@@ -97,15 +97,16 @@ def run_phases(
         console.configuration(params)
         return DONE
     splits = params.data.train_split, params.data.val_split
-    utils_start.check_output(params.train.output)
+    utils_report.check_output(params.train.output)
     runtime = utils_runtime.start_runtime(
         params.train, params.flops_per_step(), processes, start.compiled_before
     )
-    text_path = data.find_corpus(params.data.data_path, console.say)
+    text_path = start.find_text(params.data.data_path, console.say)
 
     def check_text(n_characters: int, vocab_size: int) -> None:
         data.check_block_size(text_path, n_characters, params.model.block_size, *splits)
         params.model.check_vocab_size(vocab_size)
+        utils_runtime.check_memory(params, vocab_size, runtime.device)
 
     corpus = data.open_corpus(text_path, check_text)
     start.check(params, corpus, processes.world_size)
@@ -167,6 +168,7 @@ def run_phases(
     utils_pictures.try_loss_curve(run, console)
     attended = utils_pictures.try_attention_picture(run, trainer, console)
     utils_report_page.try_page(run, samples, attended, console)
+    utils_report.copy_export(run, params.train.output)
 
     # 13. Clean up: trackers, server, lock.
     trackers.flush(progress.step)

@@ -35,6 +35,22 @@ LOOKS = (
 WITH_AIM = ["--data", "text.txt", *TINY, *LOOKS, "--no-tensorboard"]
 
 
+def test_a_repository_that_another_run_opens_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils_aim.tracker.LOCK_POLL", 0.01)
+    open_at_once, tries = AimTracker._open_at_once, []
+
+    def busy(*arguments):
+        tries.append(arguments)
+        if len(tries) < 3:
+            raise RuntimeError("IO error: While lock file: index/LOCK: Resource temporarily unavailable")
+        return open_at_once(*arguments)
+
+    monkeypatch.setattr(AimTracker, "_open_at_once", staticmethod(busy))
+    tracker = AimTracker("run", tmp_path, tmp_path, warn=pytest.fail)
+    assert tracker.enabled and len(tries) == 3
+    tracker.close()
+
+
 def query(folder: Path, kind: str) -> dict[tuple, dict[int, object]]:
     """What `Repo.query_metrics`, say, finds: {(run, name, context): {step: value}}."""
     repo = aim.Repo(str(folder))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from errors import CANNOT_TRAIN, DONE, Alg1Error
 from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
+from utils_alg1 import utils_runtime
 from utils_alg1.utils_runtime import (
     Compiled,
     Runtime,
@@ -274,6 +275,38 @@ def test_a_smaller_width_is_a_valid_one(head_size, n_head):
 # --- signals ------------------------------------------------------------------------------------------
 
 STOPPING = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    STOPPING.append((signal.SIGHUP, 129))
+
+
+def test_a_closed_terminal_is_no_signal_under_nohup(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("more, fits", [(0, True), (1, False)])
+def test_a_model_that_cannot_fit_is_refused(more, fits, monkeypatch):
+    params = Parameters.from_values({"n_embd": 8, "n_head": 2, "n_layer": 1, "block_size": 4}, {}, [])
+    n_parameters = 5 * 8 + 4 * 8 + (12 * 64 + 10 * 8) + 2 * 8 + 5 * 8 + 5
+    monkeypatch.setattr(utils_runtime, "memory_of", lambda _: 12 * n_parameters - more)
+    if fits:
+        return utils_runtime.check_memory(params, 5, torch.device("cpu"))
+    with pytest.raises(Alg1Error) as caught:
+        utils_runtime.check_memory(params, 5, torch.device("cpu"))
+    assert caught.value.message.startswith(
+        f"a model of {n_parameters} parameters takes 0 GiB or more to train"
+    )
+    assert (caught.value.hint, caught.value.exit_code) == ("try a smaller --n-embd or --n-layer", 3)
+
+
+def test_this_machine_has_some_memory():
+    assert utils_runtime.memory_of(torch.device("cpu")) > 2**27
 
 
 @pytest.mark.parametrize("number, code", STOPPING)
@@ -305,7 +338,7 @@ def test_the_second_signal_leaves_at_once(first, _, second, code, monkeypatch):
 def test_handlers_are_restored_also_after_an_error():
     before = [signal.getsignal(number) for number, _ in STOPPING]
     with pytest.raises(ZeroDivisionError), StopSignals() as signals:
-        assert [signal.getsignal(number) for number, _ in STOPPING] == [signals._handle] * 2
+        assert [signal.getsignal(number) for number, _ in STOPPING] == [signals._handle] * len(STOPPING)
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number, _ in STOPPING] == before
 

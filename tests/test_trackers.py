@@ -946,8 +946,8 @@ def test_a_tracker_that_hangs_costs_one_warning(
 ):
     (fake_aim if name == "Aim" else fake_tensorboard)(place, hang)
     result = train(*RUN_TINY, "--no-tensorboard" if name == "Aim" else "--no-aim")
-    reason = "training goes on: it did not close within 0 seconds"
-    assert (result.code, result.err) == (0, f"warning: {name} is switched off, {reason}\n")
+    reason = "may lack the end of the run: it did not close within 0 seconds"
+    assert (result.code, result.err) == (0, f"warning: {name} {reason}\n")
     assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
     assert set(exit_codes(seen[0]).values()) == {-signal.SIGKILL}
 
@@ -992,9 +992,37 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0
-    warning = "warning: Aim is switched off, training goes on: it did not close within 0 seconds\n"
+    warning = "warning: Aim may lack the end of the run: it did not close within 0 seconds\n"
     assert done.stderr == (warning if hangs else "")
     assert (the_run() / "artifacts/export/model.safetensors").is_file()
+
+
+def test_ctrl_c_while_a_run_waits_for_a_tracker_goes_without_it(text_file, workdir):
+    package = workdir / "fake" / "aim"
+    (package / "sdk").mkdir(parents=True)
+    (package / "sdk" / "errors.py").write_text("MissingRunError = LookupError\n")
+    (package / "__init__.py").write_text(
+        "import threading\n"
+        "class Repo:\n    from_path = staticmethod(lambda *_, **__: None)\n"
+        "class Run:\n    def __init__(self, *_, **__): threading.Event().wait()\n"
+    )
+    flags = [word for word in (*RUN_TINY, "--no-tensorboard", *NO_LOOKS) if word != "--quiet"]
+    code = (
+        "import train\n"
+        "from utils_alg1 import utils_background, utils_script\n"
+        "utils_background.SILENCE = 0.1\n"
+        f"utils_script.run_script(lambda: train.main({flags!r}))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(PROJECT)])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
+        while not (line := process.stdout.readline()).startswith("waiting for Aim"):
+            assert line, process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert err == "warning: Aim may lack the end of the run: it was not waited for\n"
+    assert "\nreached   step " in out and "\na sample:\n" in out
 
 
 def test_who_watches_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
@@ -1011,7 +1039,7 @@ def test_who_watches_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
     assert copies[1].start_close().wait(60)
     threading.Timer(0.5, go_on.set).start()
     utils_background.close_all(copies)
-    assert told == ["waiting for Aim to take the rest, 20 seconds at most"]
+    assert told == ["waiting for Aim to take the rest, 20 seconds at most; Ctrl-C goes without"]
 
 
 def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, run_p
 from safetensors.torch import save_file
 
 import train as train_script
+from errors import Alg1Error
 from files import read_tensors
 from model import BigramLanguageModel
 from parameters import ModelConfig, specs
@@ -459,7 +460,7 @@ def test_a_program_started_without_streams_trains(text_file):
     assert (list_runs("runs")[0] / "eval" / "final.json").is_file()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_that_python_loses_before_the_loop_still_ends_the_run(
     number, code, train, text_file, monkeypatch
 ):
@@ -484,6 +485,45 @@ def test_an_output_never_takes_the_place_of_another_file(name, train, text_file)
     assert result.err.splitlines()[0] == f"error: --output {name}: this file is not an export"
     assert Path(name).read_bytes() == before
     assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no file: /proc")
+@pytest.mark.parametrize("flags", [["--output", "/proc/m.safetensors"], ["--runs-dir", "/proc"]])
+def test_a_place_that_takes_no_file_is_found_before_training(flags, train, text_file):
+    result = train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
+    assert (result.code, result.out) == (4, "")
+    assert result.err.startswith("error: cannot ") and result.err.count("\nhint: ") == 1
+    assert list_runs("runs") == []
+
+
+def test_an_output_that_fails_after_training_costs_only_itself(train, text_file, fast_end, monkeypatch):
+    write = utils_report.write_atomically
+
+    def refusing(path, data):
+        if path == "m.safetensors":
+            raise Alg1Error("cannot write m.safetensors: no", "choose another folder", 4)
+        write(path, data)
+
+    monkeypatch.setattr(utils_report, "write_atomically", refusing)
+    result = train("--data", text_file, *TINY, *QUIET_TRACKERS, "--output", "m.safetensors")
+    export = only_run() / "artifacts/export/model.safetensors"
+    assert result.code == 4
+    assert result.err == f"error: cannot write m.safetensors: no\nhint: the same file is {export}\n"
+    assert (only_run() / "eval/final.json").is_file() and (only_run() / "eval/report.html").is_file()
+
+
+def test_a_resumed_run_whose_text_has_gone_asks_for_it(train, text_file, fast_end):
+    flags = ["--data", "moved.txt", *TINY, *QUIET_TRACKERS]
+    Path("moved.txt").write_bytes(Path(text_file).read_bytes())
+    assert train(*flags).code == 0
+    Path("moved.txt").rename("elsewhere.txt")
+    result = train("--resume", "latest", "--max-iters", 8)
+    assert result.code == 2
+    assert result.err == (
+        "error: moved.txt: no such text file\n"
+        "hint: put the text of the run there, or name where it lies now: --data PATH\n"
+    )
+    assert train("--resume", "latest", "--max-iters", 8, "--data", "elsewhere.txt").code == 0
 
 
 def test_an_output_takes_the_place_of_an_older_export(train, text_file, fast_end):

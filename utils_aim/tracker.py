@@ -5,12 +5,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from errors import Guard
+
+LOCK_PATIENCE = 10.0  # seconds
+LOCK_POLL = 0.2  # seconds
 
 
 class AimTracker:
@@ -41,8 +45,19 @@ class AimTracker:
             self._guard.attempt(setattr, self._run, "name", run_name)
         self.track_metadata("run_dir", str(run_dir))
 
+    def _open(self, repo: Path, run_hash: str | None) -> Any:
+        """Open the run; another one that opens its own at this moment is waited for."""
+        end = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                return self._open_at_once(repo, run_hash)
+            except Exception as error:  # of RocksDB's, which has no public type
+                if "lock file" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(LOCK_POLL)
+
     @staticmethod
-    def _open(repo: Path, run_hash: str | None) -> Any:
+    def _open_at_once(repo: Path, run_hash: str | None) -> Any:
         import aim
         from aim.sdk.errors import MissingRunError
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from errors import Guard
 from observations import Embedding, Histogram, Image
 from utils_alg1.utils_metrics import Tracker
+from utils_alg1.utils_processes import STOP_SIGNALS
 
 LOGGER = logging.getLogger("alg1")
 QUEUE_SIZE = 10_000  # calls a tracker may be behind
@@ -33,7 +34,6 @@ FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; rows that are late by then a
 
 # A forked process has PyTorch imported already; elsewhere than on Linux forking is not safe.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Call = tuple[str, tuple]  # a method of Tracker, its arguments
 CLOSE: Call = ("close", ())
@@ -191,6 +191,11 @@ class Background(Tracker):
         return self._guard.enabled
 
     @property
+    def ended(self) -> bool:
+        """Whether its process is gone."""
+        return self._ended.is_set()
+
+    @property
     def caught_up(self) -> bool:
         """Whether the last flush is done."""
         return self._flush.is_set()
@@ -286,9 +291,10 @@ class Background(Tracker):
         self._urgent.set()
         return self._ended
 
-    def give_up(self) -> None:
-        """End the process of a tracker that does not answer."""
-        self._guard.fail(f"it did not close within {PATIENCE:.0f} seconds")
+    def give_up(self, why: str) -> None:
+        """End the process of a tracker that is not waited for any longer."""
+        self._guard.enabled = False
+        self._warn(f"{self.name} may lack the end of the run: {why}")
         self._process.kill()
         self._ended.wait(PATIENCE)
 
@@ -336,13 +342,19 @@ def flush_all(copies: Iterable[Background], step: int) -> None:
 
 
 def close_all(copies: Iterable[Background]) -> None:
-    """Close all; the process of one that does not answer within PATIENCE seconds is ended."""
+    """Close all; the process of one that does not answer in PATIENCE seconds, or before Ctrl-C, is ended."""
     end = time.monotonic() + PATIENCE  # a full queue takes some of it
     copies = list(copies)
-    events = [copy.start_close() for copy in copies]
-    in_silence = _wait_for_all(events, min(SILENCE, PATIENCE))
-    if late := [copy.name for copy, done in zip(copies, in_silence, strict=True) if not done]:
-        LOGGER.info("waiting for %s to take the rest, %.0f seconds at most", " and ".join(late), PATIENCE)
-    for copy, done in zip(copies, _wait_for_all(events, end - time.monotonic()), strict=True):
-        if not done:
-            copy.give_up()
+    why = f"it did not close within {PATIENCE:.0f} seconds"
+    try:
+        events = [copy.start_close() for copy in copies]
+        _wait_for_all(events, min(SILENCE, PATIENCE))
+        if late := [copy.name for copy in copies if not copy.ended]:
+            wait = f"{PATIENCE:.0f} seconds at most; Ctrl-C goes without"
+            LOGGER.info("waiting for %s to take the rest, %s", " and ".join(late), wait)
+        _wait_for_all(events, end - time.monotonic())
+    except KeyboardInterrupt:  # the run is done, or saved: that is all it can be about
+        why = "it was not waited for"
+    for copy in copies:
+        if not copy.ended:
+            copy.give_up(why)

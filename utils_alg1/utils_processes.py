@@ -14,7 +14,8 @@ import datetime
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from errors import DISK_FAILED, DONE, Alg1Error
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# What asks a program to end. A terminal that is closed sends SIGHUP, which Windows does not have.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for another, which may be saving
 
 
@@ -218,6 +223,13 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(code)
+
+
+def catch_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Let `handler` have STOP_SIGNALS; returns the handlers before. Under nohup SIGHUP stays ignored."""
+    hangup = getattr(signal, "SIGHUP", None)
+    caught = [n for n in STOP_SIGNALS if n != hangup or signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in caught}
 
 
 def launch_command(processes: Processes) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import Alg1Error
-from files import write_atomically, write_json
+from errors import Alg1Error, disk_error
+from files import read_tensors, write_atomically, write_json
 from model import BigramLanguageModel
 from parameters import Parameters
 from utils_alg1.utils_observations import draw_texts
@@ -103,6 +104,32 @@ def write_results(
     write_atomically(run.eval_dir / "samples.txt", text.encode("utf-8", "surrogatepass"))
 
 
+def check_output(output: str | None) -> None:
+    """Check before training that --output can name a file, and that nothing else is lost by writing it.
+
+    Raises:
+        Alg1Error: its folder is not there or takes no file (exit code 4), it is a folder itself, or a file
+            that is not an export.
+    """
+    if output is None:
+        return
+    if not Path(output).absolute().parent.is_dir():
+        raise Alg1Error(f"--output {output}: there is no folder {Path(output).parent}", "create it")
+    if Path(output).is_dir():
+        raise Alg1Error(f"--output {output}: this is a folder", "name a file in it")
+    if Path(output).exists():
+        try:
+            read_tensors(output)
+        except Alg1Error:
+            hint = "name another file: an export would take its place"
+            raise Alg1Error(f"--output {output}: this file is not an export", hint) from None
+    try:
+        with tempfile.TemporaryFile(dir=Path(output).absolute().parent):
+            pass
+    except OSError as error:
+        raise disk_error(f"write --output {output}", error) from error
+
+
 def export_weights(
     trainer: Trainer,
     progress: Progress,
@@ -126,9 +153,21 @@ def export_weights(
     model.provenance = {"run_id": run.run_id, **exported}
     model.save_safetensors(run.export_path)
     write_json(run.export_path.with_name("config.json"), model.config.stored())
-    if params.train.output:
-        model.save_safetensors(params.train.output)
     return exported
+
+
+def copy_export(run: Run, output: str | None) -> None:
+    """Write the export to --output, too.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4); the run is complete without it.
+    """
+    if output is None:
+        return
+    try:
+        write_atomically(output, run.export_path.read_bytes())
+    except Alg1Error as error:
+        raise Alg1Error(error.message, f"the same file is {run.export_path}", error.exit_code) from error
 
 
 def draw_samples(model: BigramLanguageModel, seed: int) -> list[str]:

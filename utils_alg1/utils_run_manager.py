@@ -262,6 +262,7 @@ def create_run(runs_dir: str | Path, tag: str = "") -> Run:
     runs_dir = Path(runs_dir)
     make_folder(runs_dir)
     try:
+        (runs_dir / LOCK_NAME).touch()  # where it cannot be made, FileLock would go on trying
         with FileLock(runs_dir / LOCK_NAME, timeout=60):
             run_id = RunIDGenerator(runs_dir).generate(tag)
             path = RunDirectoryCreator(runs_dir).create(run_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import os
@@ -16,8 +17,9 @@ import torch
 
 from errors import CANNOT_TRAIN, DONE, Alg1Error
 from parameters import Parameters, TrainConfig
-from utils_alg1.utils_processes import ALONE, Processes
+from utils_alg1.utils_processes import ALONE, Processes, catch_signals
 
+BYTES_PER_PARAMETER = 12  # at least: the weight, its gradient and one moment
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -243,6 +245,33 @@ def memory_guard(params: Parameters) -> Iterator[None]:
         raise Alg1Error("out of memory", smaller_settings(params), CANNOT_TRAIN) from error
 
 
+def check_memory(params: Parameters, vocab_size: int, device: torch.device) -> None:
+    """Check that a model's weights, gradients and optimizer state alone fit into the machine.
+
+    Raises:
+        Alg1Error: they do not (exit code 3).
+    """
+    n_parameters = dataclasses.replace(params.model, vocab_size=vocab_size).n_parameters
+    needed, there = n_parameters * BYTES_PER_PARAMETER, memory_of(device)
+    if needed > there:
+        raise Alg1Error(
+            f"a model of {n_parameters:,} parameters takes {needed / 2**30:,.0f} GiB or more to train,"
+            f" and {device} has {there / 2**30:,.0f}",
+            "try a smaller --n-embd or --n-layer",
+            CANNOT_TRAIN,
+        )
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of memory that a device has; infinite where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return math.inf
+
+
 def smaller_settings(params: Parameters) -> str:
     """A hint: flags that take about half the memory."""
     batch_size, micro_batches = params.train.batch_size, params.train.grad_accum_steps
@@ -263,7 +292,7 @@ def to_stderr(text: bytes) -> None:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM, as a flag that the loop reads between steps.
+    """SIGINT, SIGTERM and SIGHUP, as a flag that the loop reads between steps.
 
     The first signal asks; a second one ends the process at once, and what is on disk stays valid, since
     every file is written atomically. Outside the `with` block the handlers are what they were.
@@ -291,8 +320,7 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._previous = catch_signals(self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,7 +12,7 @@ from types import FrameType
 
 from errors import DONE, INTERRUPTED, Alg1Error, disk_error
 from utils_alg1.utils_output import print_error
-from utils_alg1.utils_processes import leave
+from utils_alg1.utils_processes import catch_signals, leave
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -73,7 +73,7 @@ _told_to_leave: int | None = None  # the signal that came while no loop was ther
 
 @contextlib.contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the program through every `with` and `finally` on the way.
+    """Let SIGINT, SIGTERM and SIGHUP end the program through every `with` and `finally` on the way.
 
     An exception that comes in the middle of an import or a callback of Python's can get lost there, so the
     signal is noted too: see `leave_if_told`.
@@ -86,7 +86,7 @@ def _signals_unwind() -> Iterator[None]:
         _told_to_leave = number
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, unwind) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = catch_signals(unwind)
     try:
         yield
     finally:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data import Corpus
+from data import Corpus, find_corpus
 from errors import Alg1Error
 from files import read_tensors, remove_temporary_files
 from model import BigramLanguageModel
@@ -82,6 +83,14 @@ class Start:
     def without_run(self) -> Start:
         """The same for another process: the run belongs to one."""
         return dataclasses.replace(self, run=None)
+
+    def find_text(self, data_path: str, say: Callable[[str], None]) -> Path:
+        """See `find_corpus`; a run that goes on needs the text that it had."""
+        try:
+            return find_corpus(data_path, say)
+        except Alg1Error as error:
+            hint = "put the text of the run there, or name where it lies now: --data PATH"
+            raise Alg1Error(error.message, hint if self.checkpoint else error.hint) from None
 
     def check(self, params: Parameters, corpus: Corpus, world_size: int = 1) -> None:
         """Check that parameters, text and number of processes fit to what the run starts from.
@@ -257,26 +266,6 @@ def micro_batches_changed(old_steps: int, old_world_size: int, steps: int, world
     return [f"micro-batches of a step: {change}{way_on}"]
 
 
-def check_output(output: str | None) -> None:
-    """Check before training that --output can name a file, and that nothing else is lost by writing it.
-
-    Raises:
-        Alg1Error: its folder is not there, it is a folder itself, or a file that is not an export.
-    """
-    if output is None:
-        return
-    if not Path(output).absolute().parent.is_dir():
-        raise Alg1Error(f"--output {output}: there is no folder {Path(output).parent}", "create it")
-    if Path(output).is_dir():
-        raise Alg1Error(f"--output {output}: this is a folder", "name a file in it")
-    if Path(output).exists():
-        try:
-            read_tensors(output)
-        except Alg1Error:
-            hint = "name another file: an export would take its place"
-            raise Alg1Error(f"--output {output}: this file is not an export", hint) from None
-
-
 NO_WEIGHTS_HINT = "train one: python train.py, or name a --model"
 
 
@@ -284,16 +273,17 @@ def find_weights(runs_dir: str, name: str | None = None) -> Path:
     """The file to sample a run from: its export, or while it has none its newest checkpoint.
 
     Args:
-        name: a run id or a run directory; None is the latest run that has any weights.
+        name: a run id or a run directory; None and "latest" are the latest run that has any weights.
 
     Raises:
         Alg1Error: there is no such run, or nothing to sample from.
     """
-    runs = list_runs(runs_dir)[::-1] if name is None else [find_run(runs_dir, name)]
+    newest = name in (None, "latest")
+    runs = list_runs(runs_dir)[::-1] if newest else [find_run(runs_dir, str(name))]
     for run_dir in runs:
         if path := weights_of(run_dir):
             return path
-    if name is not None:
+    if not newest:
         raise Alg1Error(f"{name} has no weights yet", NO_WEIGHTS_HINT)
     missing = no_folder(runs_dir)
     hint = NO_RUN_HINT if missing else NO_WEIGHTS_HINT
