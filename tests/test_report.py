@@ -529,6 +529,11 @@ def test_the_steps_of_a_run_are_whole_numbers():
     assert ticks(0, 3, 3, smallest=1) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("low, high, smallest", [(0, 0.5, 1), (0.2, 1.9, 1), (7, 9.5, 3), (-0.5, 0.4, 1)])
+def test_two_numbers_too_close_for_two_ticks_have_one(low, high, smallest):
+    assert ticks(low, high, 3, smallest) == [low]
+
+
 @pytest.mark.parametrize(
     "values, expected",
     [
