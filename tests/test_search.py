@@ -491,6 +491,27 @@ def test_a_dead_trial_is_replaced_where_it_stopped(search, fake_train, left, los
     assert "(the defaults)" in Path("searches/space/results.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "name, resumed",
+    [
+        ("step_000000004.safetensors", True),
+        ("step_000000004-copy.safetensors", False),
+        ("step_4.safetensors", False),
+    ],
+)
+def test_a_dead_trial_is_resumed_from_nothing_but_a_checkpoint(workdir, name, resumed):
+    study = study_with(n_layer=[4])
+    taken = study.take_trial()
+    utils_search_trials.TrialRun(study, taken, None, threading.Event())._command()
+    run = create_run("runs", "space-0")
+    (run.checkpoint_dir / name).touch()
+    run.lock.release()
+    command = utils_search_trials.TrialRun(study, taken, None, threading.Event())._command()
+    assert (command[:2] == ["--resume", str(run.path)]) is resumed
+    assert ("--run-tag=space-0" in command) is not resumed
+    os.close(taken.lock)
+
+
 def test_a_trial_lives_as_long_as_its_process(workdir):
     study = study_with(learning_rate=[1e-3, 1e-2])
     taken = study.take_trial()

@@ -16,13 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from errors import Alg1Error
 from files import read_metadata
 from parameters import build_parts, names_in, nearest, part_problems, read_json_object, specs
 from utils_alg1.utils_config_loader import RESUMED
-from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, checkpoint_dir
+from utils_alg1.utils_run_manager import RUN_ID, RunFolder, checkpoint_paths, in_use
 from utils_alg1.utils_text import number, one_line, perplexity
 
 Row = dict[str, Any]  # by the names of RESULTS and of parameters; what is not known is None
@@ -87,10 +85,10 @@ def read_run(path: Path) -> Row:
     match = RUN_ID.fullmatch(path.name)
     row: Row = dict.fromkeys((*RESULTS, *specs()))
     row |= {"run": path.name, "tag": (match and match[3]) or "", "resumed": False, "best": False}
-    recorded = read_record(path / "meta" / "full_config.json", row)
-    measured = read_metrics_file(path / "logs" / "metrics.jsonl", row)
-    final_path = path / "eval" / "final.json"
-    final = read_final(final_path) if final_path.exists() else {}
+    run = RunFolder(path)
+    recorded = read_record(run.record_path, row)
+    measured = read_metrics_file(run.metrics_path, row)
+    final = read_final(run.final_path) if run.final_path.exists() else {}
     # A finished run that goes on has newer metrics than results.
     finished = False
     if final:
@@ -98,7 +96,7 @@ def read_run(path: Path) -> Row:
     if final and finished:
         row |= {name: value for name, value in final.items() if value is not None}
     else:
-        row["seconds"] = seconds_until_checkpoint(checkpoint_dir(path))
+        row["seconds"] = seconds_until_checkpoint(run.checkpoint_dir)
     if in_use(path):
         row["state"] = "running"
     elif not recorded or not measured or final is None:
@@ -214,25 +212,10 @@ def count(value: Any) -> int:
 
 def seconds_until_checkpoint(folder: Path) -> float | None:
     """What a run has spent in the loop until the newest of its checkpoints; None where none tells."""
-    checkpoints = sorted(folder.glob("step_*.safetensors"), key=lambda path: (len(path.name), path.name))
     try:
-        return quantity(read_metadata(checkpoints[-1])["progress"]["seconds"])
+        return quantity(read_metadata(checkpoint_paths(folder)[-1])["progress"]["seconds"])
     except (Alg1Error, IndexError, KeyError, TypeError, ValueError):
         return None
-
-
-def in_use(path: Path) -> bool:
-    """Whether a process holds the run. The lock is taken for an instant where it is free (see `lock_run`)."""
-    lock = path / LOCK_NAME
-    try:
-        if lock.exists():
-            with FileLock(lock, timeout=0):
-                return False
-    except Timeout:
-        return True
-    except OSError:  # a folder of somebody else's, or read-only: nobody here can tell
-        pass
-    return False
 
 
 # --- all runs -----------------------------------------------------------------------------------------

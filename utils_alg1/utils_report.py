@@ -63,7 +63,7 @@ def write_records(
         "threads": runtime.threads,
     }
     write_json(
-        run.meta_dir / "full_config.json",
+        run.record_path,
         {
             "parameters": params.flat(),
             "origins": params.origins,
@@ -107,7 +107,7 @@ def write_results(
         "tokens_per_second_overall": round(tokens / progress.seconds, 1) if progress.seconds else None,
         "export": exported,
     }
-    write_json(run.eval_dir / "final.json", final)
+    write_json(run.final_path, final)
     text = "\n\n".join(f"--- sample {i + 1}\n{sample}" for i, sample in enumerate(samples)) + "\n"
     write_atomically(run.eval_dir / "samples.txt", text.encode("utf-8", "surrogatepass"))
 
@@ -166,8 +166,8 @@ def describe_end(
         "best": f"step {progress.best_step}: val loss {loss_in_words(progress.best_val)}",
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']})",
     }
-    if (run.eval_dir / "report.html").exists():
-        lines["report"] = str(run.eval_dir / "report.html")
+    if run.report_path.exists():
+        lines["report"] = str(run.report_path)
     lines["sample"] = CommandLine(f"python inference.py --run {name_of(run)}")
     if "tensorboard" in shown_in:
         lines["curves"] = CommandLine(tensorboard_instructions(runs_dir, params.tensorboard.port))

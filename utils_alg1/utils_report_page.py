@@ -21,7 +21,7 @@ from parameters import read_json_object, read_text, specs
 from utils_alg1.utils_charts import Line, Point, chart
 from utils_alg1.utils_metrics import read_metrics
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import Run
+from utils_alg1.utils_run_manager import Run, RunFolder
 from utils_alg1.utils_text import counted, duration, number, visible
 
 MOST_ROWS = 200  # of the table of evaluations
@@ -32,7 +32,7 @@ def try_page(run: Run, samples: list[str], attended: str | None, console: Consol
 
     `attended` is the text that eval/attention.png is about, None where there is no such picture.
     """
-    path = run.eval_dir / "report.html"
+    path = run.report_path
     try:
         path.unlink(missing_ok=True)  # one from before a resume tells of another result
         write_atomically(path, build_page(run.path, samples, attended).encode("utf-8"))
@@ -47,9 +47,9 @@ def build_page(run_dir: Path, samples: list[str], attended: str | None) -> str:
         Alg1Error: eval/final.json or meta/full_config.json cannot be read.
         KeyError, OSError: something is missing in them, or a file is.
     """
-    final = read_json_object(run_dir / "eval" / "final.json")
-    record = read_json_object(run_dir / "meta" / "full_config.json")
-    curves = read_curves(run_dir / "logs" / "metrics.jsonl")
+    run = RunFolder(run_dir)
+    final, record = read_json_object(run.final_path), read_json_object(run.record_path)
+    curves = read_curves(run.metrics_path)
     sections = [
         f"<h1>{escaped(run_dir.name)}</h1>",
         f"<p class=lead>{describe(final, record)}</p>",
@@ -59,12 +59,12 @@ def build_page(run_dir: Path, samples: list[str], attended: str | None) -> str:
         section("Samples", drawn_texts(samples, final)),
     ]
     if attended is not None:
-        picture = (run_dir / "eval" / "attention.png").read_bytes()
+        picture = (run.eval_dir / "attention.png").read_bytes()
         sections.append(section("Attention", attention(picture, attended)))
     sections += [
         section("Parameters", parameter_tables(record)),
         section("Evaluations", evaluation_table(curves)),
-        section("Where it came from", provenance(run_dir, record)),
+        section("Where it came from", provenance(run.meta_dir, record)),
     ]
     return PAGE.format(title=escaped(run_dir.name), policy=POLICY, style=STYLE, body="\n".join(sections))
 
@@ -251,15 +251,15 @@ def evaluation_table(curves: Curves) -> str:
     )
 
 
-def provenance(run_dir: Path, record: dict[str, Any]) -> str:
+def provenance(meta_dir: Path, record: dict[str, Any]) -> str:
     corpus, runtime = record["corpus"], record["runtime"]
     rows = {
         "text": f"{corpus['path']}, {counted(corpus['characters'], 'character')},"
         f" {corpus['vocab_size']} distinct",
         "SHA-256 of the text": corpus["sha256"],
         "device": f"{runtime['device']}, {runtime['dtype']}, {counted(runtime['threads'], 'thread')}",
-        **{f"git {name}": value for name, value in read_lines(run_dir / "meta" / "git.txt").items()},
-        **read_lines(run_dir / "meta" / "env.txt"),
+        **{f"git {name}": value for name, value in read_lines(meta_dir / "git.txt").items()},
+        **read_lines(meta_dir / "env.txt"),
     }
     return table(("", ""), [[escaped(name), escaped(value)] for name, value in rows.items()])
 

@@ -15,7 +15,7 @@ from files import write_atomically, write_json
 from parameters import read_json_object, specs
 from utils_alg1.utils_config_loader import CONFIG_FILES, ConfigLoader
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import make_folder
+from utils_alg1.utils_run_manager import RunFolder, make_folder
 from utils_alg1.utils_search import Study, best_of, loss_of, loss_reached, parameters_of, short, state_of
 from utils_alg1.utils_search_space import WHERE
 
@@ -181,7 +181,7 @@ def write_preset(study: Study) -> None:
 
 def threads_of(trial: optuna.trial.FrozenTrial) -> dict[str, int]:
     """The threads that the search gave the trial: only with as many a run ends with the same digits."""
-    record = Path(trial.user_attrs.get("run", "")) / "meta" / "full_config.json"
+    record = RunFolder(Path(trial.user_attrs.get("run", ""))).record_path
     try:
         threads = read_json_object(record)["parameters"]["threads"]
     except (Alg1Error, KeyError, TypeError):  # the run has been removed
