@@ -20,6 +20,7 @@ from errors import Alg1Error
 from files import read_metadata
 from parameters import build_parts, names_in, nearest, part_problems, read_json_object, specs
 from utils_alg1.utils_config_loader import RESUMED
+from utils_alg1.utils_metrics import read_outline
 from utils_alg1.utils_run_manager import RUN_ID, RunFolder, checkpoint_paths, in_use
 from utils_alg1.utils_text import number, one_line, perplexity
 
@@ -87,7 +88,7 @@ def read_run(path: Path) -> Row:
     row |= {"run": path.name, "tag": (match and match[3]) or "", "resumed": False, "best": False}
     run = RunFolder(path)
     recorded = read_record(run.record_path, row)
-    measured = read_metrics_file(run.metrics_path, row)
+    measured = read_measured(run.metrics_path, row)
     final = read_final(run.final_path) if run.final_path.exists() else {}
     # A finished run that goes on has newer metrics than results.
     finished = False
@@ -144,27 +145,12 @@ def read_final(path: Path) -> Row | None:
     return None if None in needed else found
 
 
-def read_metrics_file(path: Path, row: Row) -> bool:
-    """Take the evaluations, the speed and the newest step from logs/metrics.jsonl.
-
-    A line that ends without a line's end is still being written. False for a file that is damaged before it;
-    of the rows of single steps, by far the most, only both ends are looked at.
-    """
-    newest = b""
+def read_measured(path: Path, row: Row) -> bool:
+    """Take evaluations, speed and newest step from logs/metrics.jsonl; False where something in it is wrong."""
     try:
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                if not (line.startswith(b"{") and line.endswith(b"}\n")):
-                    return False
-                newest = line
-                if b'"loss/val"' in line or b'"tokens_per_second"' in line:
-                    take_values(json.loads(line), row)
-        row["step"] = count(json.loads(newest)["step"]) if newest else None
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, RecursionError):
+        for values in read_outline(path):
+            take_values(values, row)
+    except (OSError, ValueError, KeyError):
         return False
     return True
 
@@ -175,7 +161,7 @@ def take_values(values: dict[str, Any], row: Row) -> None:
     Raises:
         KeyError, ValueError: no run has written it.
     """
-    step = count(values["step"])
+    step = row["step"] = count(values["step"])
     if "tokens_per_second" in values:
         row["tokens_per_second"] = quantity(values["tokens_per_second"])
     if "loss/val" not in values:
