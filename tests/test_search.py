@@ -512,6 +512,25 @@ def test_a_dead_trial_is_resumed_from_nothing_but_a_checkpoint(workdir, name, re
     os.close(taken.lock)
 
 
+def test_the_table_on_the_console_lines_up_in_any_script(monkeypatch):
+    rows = [["trial", "data_path", "run"], ["0", "日本語.txt", "one"], ["10", "text.txt", "zwei"]]
+    monkeypatch.setattr(utils_search_report, "table", lambda *_: rows)
+    monkeypatch.setattr(utils_search_report, "ranked", lambda _: [])
+    said: list[str] = []
+
+    class Ears:
+        say = staticmethod(said.append)
+
+    utils_search_report.show_table(None, Ears)
+    assert said == [
+        "",
+        "trial  data_path   run",
+        "0      日本語.txt  one",
+        "10     text.txt    zwei",
+        "",
+    ]
+
+
 def test_a_trial_lives_as_long_as_its_process(workdir):
     study = study_with(learning_rate=[1e-3, 1e-2])
     taken = study.take_trial()
