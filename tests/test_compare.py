@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUIET_TRACKERS, TINY, _runner, run_process
+from conftest import QUIET_TRACKERS, TINY, run_process, runner
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ TEXT_A, TEXT_B = "a" * 64, "b" * 64
 
 @pytest.fixture
 def compare(capsys, workdir):
-    return _runner(script.main, capsys)
+    return runner(script.main, capsys)
 
 
 def make_run(

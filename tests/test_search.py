@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, _runner
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, runner
 
 pytest.importorskip("optuna", reason="searching is optional: pip install -e '.[search]'")
 
@@ -79,7 +79,7 @@ def search(capsys) -> Callable[..., Result]:
     """search.py in this process; its trials are processes."""
     import search as script
 
-    return _runner(script.main, capsys)
+    return runner(script.main, capsys)
 
 
 @pytest.fixture
@@ -615,7 +615,7 @@ def test_ctrl_c_leaves_the_trials_for_the_next_start(fake_train):
     process = start_search(*flags, "--weight-decay", 0.2, "--trials", 2)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    counted = utils_search.counted(study_of().trials)
+    counted = utils_search.not_replaced(study_of().trials)
     assert [(trial.user_attrs.get("replaces"), trial.value) for trial in counted] == [(0, 0.125), (1, 0.125)]
     assert len(list_runs("runs")) == 2
 

@@ -6,12 +6,12 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from utils_alg1.utils_metrics import Point
+
 MOST_POINTS = 800  # of a curve: more than a page has pixels for
 SPAN = 1000  # units along each side of a curve's own coordinates
 LARGEST = 1e100  # past every float32; sums and quotients of such numbers are still numbers
 LEVEL = 1e-4  # of its largest value: a chart whose values differ by less shows a level line
-
-Point = tuple[float, float]  # step, value
 
 
 @dataclass

@@ -22,7 +22,7 @@ from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_metrics import read_outline
 from utils_alg1.utils_run_manager import RUN_ID, RunFolder, checkpoint_paths, in_use
 from utils_alg1.utils_table import Column
-from utils_alg1.utils_text import number, one_line, perplexity
+from utils_alg1.utils_text import bits_per_character, number, one_line, perplexity
 
 Row = dict[str, Any]  # by the names of RESULTS and of parameters; what is not known is None
 
@@ -170,7 +170,7 @@ def take_values(values: dict[str, Any], row: Row) -> None:
     if loss is not None and (row["best_val_loss"] is None or loss < row["best_val_loss"]):
         row["best_val_loss"], row["best_step"] = loss, step
         row["best_perplexity"] = perplexity(loss)
-        row["best_bits_per_character"] = loss / math.log(2)
+        row["best_bits_per_character"] = bits_per_character(loss)
 
 
 def quantity(value: Any) -> float | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ from errors import disk_error
 if TYPE_CHECKING:
     from observations import Embedding, Histogram, Image
 
+
+Point = tuple[float, float]  # step, value
 
 EACH_STEP = "loss/train_step"  # in the rows of single steps, by far the most
 
@@ -137,6 +141,37 @@ def _sound_row(line: bytes, path: Path) -> dict[str, float]:
     if row is None:
         raise ValueError(f"{path}: a damaged row")
     return row
+
+
+@dataclass
+class Curves:
+    """What a metrics file holds, as finite points of (step, value)."""
+
+    each_step: list[Point] = field(default_factory=list)
+    train: list[Point] = field(default_factory=list)
+    val: list[Point] = field(default_factory=list)
+    learning_rate: list[Point] = field(default_factory=list)
+    gradient_norm: list[Point] = field(default_factory=list)
+    speed: list[Point] = field(default_factory=list)
+
+
+def read_curves(path: Path) -> Curves:
+    """The curves of a metrics file, up to its first damaged row."""
+    curves = Curves()
+    points = {
+        EACH_STEP: curves.each_step,
+        "loss/train": curves.train,
+        "loss/val": curves.val,
+        "learning_rate": curves.learning_rate,
+        "gradient_norm": curves.gradient_norm,
+        "tokens_per_second": curves.speed,
+    }
+    for row in read_metrics(path):
+        for key in points.keys() & row.keys():
+            value = row[key]
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                points[key].append((row["step"], value))
+    return curves
 
 
 def new_metrics(path: Path, start: int) -> tuple[list[dict[str, float]], int]:

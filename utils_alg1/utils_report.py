@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 import shlex
 import time
 from collections.abc import Collection
@@ -22,7 +21,7 @@ from utils_alg1.utils_observations import draw_texts
 from utils_alg1.utils_output import CommandLine, Console
 from utils_alg1.utils_processes import Processes, launch_command
 from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
-from utils_alg1.utils_text import counted, duration, loss_in_words, number, perplexity
+from utils_alg1.utils_text import bits_per_character, counted, duration, loss_in_words, number, perplexity
 from utils_alg1.utils_training import learning_rate
 from utils_tensorboard.instructions import instructions as tensorboard_instructions
 
@@ -91,16 +90,16 @@ def write_results(
     final = {
         "run_id": run.run_id,
         "finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "n_parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "n_parameters": trainer.model.config.n_parameters,
         "steps": progress.step,
         "train_loss": evaluation.train_loss,
         "val_loss": evaluation.val_loss,
         "perplexity": perplexity(evaluation.val_loss),
-        "bits_per_character": evaluation.val_loss / math.log(2),
+        "bits_per_character": bits_per_character(evaluation.val_loss),
         "best_val_loss": progress.best_val,
         "best_step": progress.best_step,
         "best_perplexity": perplexity(progress.best_val),
-        "best_bits_per_character": progress.best_val / math.log(2),
+        "best_bits_per_character": bits_per_character(progress.best_val),
         "tokens": tokens,
         "seconds_in_loop": round(progress.seconds, 3),
         "wall_seconds": round(time.monotonic() - run.opened, 3),
@@ -226,7 +225,7 @@ def describe_start(
 ) -> dict[str, str]:
     """The block of lines that a run begins with."""
     model, train, runtime = params.model, params.train, trainer.runtime
-    n_parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    n_parameters = trainer.model.config.n_parameters
     dtype = str(runtime.dtype).removeprefix("torch.")
     sequences = trainer.tokens_per_step // model.block_size
     steps = f"{step} to {train.max_iters}," if step else f"{train.max_iters}"

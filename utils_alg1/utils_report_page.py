@@ -11,15 +11,13 @@ import base64
 import html
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errors import first_line
-from files import write_atomically
+from files import try_to_write, write_atomically
 from parameters import read_json_object, read_text, specs
-from utils_alg1.utils_charts import Line, Point, chart
-from utils_alg1.utils_metrics import read_metrics
+from utils_alg1.utils_charts import Line, chart
+from utils_alg1.utils_metrics import Curves, read_curves
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import Run, RunFolder
 from utils_alg1.utils_text import counted, duration, number, visible
@@ -32,12 +30,11 @@ def try_page(run: Run, samples: list[str], attended: str | None, console: Consol
 
     `attended` is the text that eval/attention.png is about, None where there is no such picture.
     """
-    path = run.report_path
-    try:
-        path.unlink(missing_ok=True)  # one from before a resume tells of another result
+
+    def write(path: Path) -> None:
         write_atomically(path, build_page(run.path, samples, attended).encode("utf-8"))
-    except Exception as error:  # the run is done, and its results lie in the other files
-        console.warn(f"no report was written: {first_line(error)}")
+
+    try_to_write(run.report_path, write, "no report was written", console.warn)
 
 
 def build_page(run_dir: Path, samples: list[str], attended: str | None) -> str:
@@ -118,39 +115,6 @@ def cards(final: dict[str, Any]) -> str:
 # --- curves -------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Curves:
-    """What metrics.jsonl holds, as points of (step, value)."""
-
-    each_step: list[Point] = field(default_factory=list)
-    train: list[Point] = field(default_factory=list)
-    val: list[Point] = field(default_factory=list)
-    learning_rate: list[Point] = field(default_factory=list)
-    gradient_norm: list[Point] = field(default_factory=list)
-    speed: list[Point] = field(default_factory=list)
-
-
-KEYS = {
-    "loss/train_step": "each_step",
-    "loss/train": "train",
-    "loss/val": "val",
-    "learning_rate": "learning_rate",
-    "gradient_norm": "gradient_norm",
-    "tokens_per_second": "speed",
-}
-
-
-def read_curves(metrics_path: Path) -> Curves:
-    """The finite points of a metrics file, up to its first damaged row."""
-    curves = Curves()
-    for row in read_metrics(metrics_path):
-        for key, name in KEYS.items():
-            value = row.get(key)
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                getattr(curves, name).append((row["step"], value))
-    return curves
-
-
 def loss_chart(curves: Curves, final: dict[str, Any]) -> str:
     best = [(float(final["best_step"]), float(final["best_val_loss"]))]
     lines = [
@@ -206,7 +170,7 @@ def parameter_tables(record: dict[str, Any]) -> str:
     rows = {
         name: [
             f"<code>{escaped(name)}</code>",
-            shown(value),
+            value_cell(value),
             default_of(name),
             escaped(origins.get(name, "")),
         ]
@@ -221,10 +185,10 @@ def parameter_tables(record: dict[str, Any]) -> str:
 
 
 def default_of(name: str) -> str:
-    return shown(specs()[name].default) if name in specs() else ""
+    return value_cell(specs()[name].default) if name in specs() else ""
 
 
-def shown(value: Any) -> str:
+def value_cell(value: Any) -> str:
     """A parameter's value for a cell."""
     if value is None or value == "":
         return "<i>none</i>"
