@@ -12,15 +12,16 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from errors import Alg1Error, disk_error, first_line, unreadable
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 LOGGER = logging.getLogger("alg1")
 METADATA_KEY = "alg1"
 TEMPORARY_SUFFIX = ".tmp"
@@ -86,6 +87,22 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, text.encode("utf-8", "surrogatepass"))
+
+
+def try_to_write(
+    path: Path, write: Callable[[Path], T], failure: str, warn: Callable[[str], None]
+) -> T | None:
+    """Let `write` make a file that a finished run can do without; returns what it returns.
+
+    A failure costs one line, `failure` with the reason, and gives None. No older file stays then: it would
+    tell of another result.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        return write(path)
+    except Exception as error:  # what draws and describes fails in many ways, and the results lie elsewhere
+        warn(f"{failure}: {first_line(error)}")
+        return None
 
 
 def remove_temporary_files(folder: Path) -> None:

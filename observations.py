@@ -46,13 +46,14 @@ class Image:
     context: dict[str, str]
     weights: np.ndarray
 
-    def pixels(self) -> np.ndarray:
-        """uint8, some whole number of pixels for a weight along each side.
+    def pixels(self, size: int = PICTURE_SIZE) -> np.ndarray:
+        """uint8, a whole number of pixels for a weight along each side, `size` of them or fewer in all.
 
-        The brightness is the root of the weight: of many small weights one would see nothing otherwise.
+        More weights than that have a pixel each. The brightness is the root of the weight: of many small
+        weights one would see nothing otherwise.
         """
         grey = np.rint(255 * np.sqrt(np.nan_to_num(self.weights))).astype(np.uint8)
-        factor = max(1, PICTURE_SIZE // max(grey.shape))
+        factor = max(1, size // max(grey.shape))
         return grey.repeat(factor, axis=0).repeat(factor, axis=1)
 
 

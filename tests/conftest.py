@@ -146,7 +146,7 @@ def train(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """train.py in this process: `train("--max-iters", "5")`."""
     import train as script
 
-    return _runner(script.main, capsys)
+    return runner(script.main, capsys)
 
 
 @pytest.fixture
@@ -154,10 +154,11 @@ def sample(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """inference.py in this process."""
     import inference as script
 
-    return _runner(script.main, capsys)
+    return runner(script.main, capsys)
 
 
-def _runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """A script's `main` as a function of its arguments, with what it said and its exit code."""
     from utils_alg1.utils_script import run_script
 
     def run(*arguments: object) -> Result:

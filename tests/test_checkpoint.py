@@ -25,12 +25,8 @@ from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig, TrainConfig
 from utils_alg1 import utils_checkpoint, utils_report, utils_training
 from utils_alg1.utils_backward import find_backward
-from utils_alg1.utils_checkpoint import (
-    CheckpointStore,
-    checkpoint_paths,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from utils_alg1.utils_checkpoint import CheckpointStore, newest_checkpoint, read_checkpoint
+from utils_alg1.utils_run_manager import checkpoint_paths
 from utils_alg1.utils_runtime import Runtime
 from utils_alg1.utils_training import Evaluation, Progress, Trainer
 

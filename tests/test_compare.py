@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUIET_TRACKERS, TINY, _runner, run_process
+from conftest import QUIET_TRACKERS, TINY, run_process, runner
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,16 +24,16 @@ import compare as script
 from errors import Alg1Error
 from parameters import ModelConfig, specs
 from utils_alg1 import utils_compare, utils_run_manager
-from utils_alg1.utils_checkpoint import checkpoint_paths, read_checkpoint
-from utils_alg1.utils_compare import FROM_FINAL, HEADINGS, RESULTS, in_use, read_run, run_order, sort_rows
-from utils_alg1.utils_run_manager import checkpoint_dir, lock_run
+from utils_alg1.utils_checkpoint import read_checkpoint
+from utils_alg1.utils_compare import FROM_FINAL, HEADINGS, RESULTS, read_run, run_order, sort_rows
+from utils_alg1.utils_run_manager import RunFolder, checkpoint_paths, in_use, lock_run
 
 TEXT_A, TEXT_B = "a" * 64, "b" * 64
 
 
 @pytest.fixture
 def compare(capsys, workdir):
-    return _runner(script.main, capsys)
+    return runner(script.main, capsys)
 
 
 def make_run(
@@ -600,12 +600,31 @@ def test_runs_of_train_py_as_they_are(train, compare, text_file, monkeypatch):
     run = Path("runs", resumed["run"])
     (run / "eval/final.json").unlink()  # as while it was training
     unfinished = read_run(run)
-    newest = read_checkpoint(checkpoint_paths(checkpoint_dir(run))[-1])
+    newest = read_checkpoint(checkpoint_paths(RunFolder(run).checkpoint_dir)[-1])
     assert (unfinished["state"], unfinished["n_parameters"]) == ("unfinished", final["n_parameters"])
     assert unfinished["seconds"] == newest.progress.seconds > 0
-    damaged = checkpoint_paths(checkpoint_dir(run))[-1]
+    damaged = checkpoint_paths(RunFolder(run).checkpoint_dir)[-1]
     damaged.write_bytes(damaged.read_bytes()[:100])
     assert (read_run(run)["state"], read_run(run)["seconds"]) == ("unfinished", None)
+
+
+def test_the_seconds_are_those_of_the_newest_checkpoint_and_of_no_copy(workdir):
+    import torch
+
+    from files import write_tensors
+
+    run = make_run("2026-01-31_001", {0: 2.0}, done=False)
+    folder = RunFolder(run).checkpoint_dir
+    folder.mkdir(parents=True)
+    for name, seconds in {
+        "step_000000003.safetensors": 3.0,
+        "step_000000004.safetensors": 4.0,
+        "step_000000004-copy.safetensors": 99.0,
+        "step_5.safetensors": 99.0,
+        "step_000000006.safetensors.aside": 99.0,
+    }.items():
+        write_tensors(folder / name, {"a": torch.zeros(1)}, {"progress": {"seconds": seconds}})
+    assert read_run(run)["seconds"] == 4.0
 
 
 @pytest.mark.parametrize(

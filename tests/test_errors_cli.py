@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, _runner, run_process
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process, runner
 
 from errors import Alg1Error, Guard, disk_error
 from files import WHERE_WEIGHTS_ARE
@@ -537,7 +537,7 @@ def test_a_mistake_in_comparing_is_reported_and_changes_nothing(place, capsys, c
     import compare as script
 
     before = snapshot(place)
-    result = _runner(script.main, capsys)(*shlex.split(command))
+    result = runner(script.main, capsys)(*shlex.split(command))
     assert result.err == report(error, hint)
     assert (result.code, result.out) == (2, "")
     assert snapshot(place) == before
@@ -553,7 +553,7 @@ def test_a_mistake_in_searching_is_reported_and_changes_nothing(place, capsys, c
     before = snapshot(place, ".tokens")  # the text is read before a storage is opened
     space = [] if "--space" in command else ["--space", "space.yaml"]
     data = [] if "--data" in command else ["--data", "text.txt"]
-    result = _runner(script.main, capsys)(*space, *data, *shlex.split(command))
+    result = runner(script.main, capsys)(*space, *data, *shlex.split(command))
     assert result.err == report(error, hint)
     assert (result.code, result.out) == (2, "")
     assert snapshot(place, ".tokens") == before
@@ -740,7 +740,7 @@ def test_a_text_without_a_last_line_end_is_no_storage(place, capsys):
     import search as script
 
     Path("one.txt").write_bytes(b'{"batch_size": 8}')
-    result = _runner(script.main, capsys)(*"--space space.yaml --data text.txt --storage one.txt".split())
+    result = runner(script.main, capsys)(*"--space space.yaml --data text.txt --storage one.txt".split())
     error = "--storage one.txt: not the journal of a search"
     assert (result.code, result.out, result.err) == (2, "", report(error, STORAGE_HINT))
     assert Path("one.txt").read_bytes() == b'{"batch_size": 8}'

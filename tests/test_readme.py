@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, _runner
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, runner
 
 TEXTS = ("README.md", "README-TENSORBOARD.md", "README-AIM.md", "README-ARCH.md", "CONTRIBUTING.md")
 SCRIPTS = ("train.py", "inference.py", "search.py", "compare.py")
@@ -158,7 +158,7 @@ def search(capsys, place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     monkeypatch.setattr(utils_search_trials, "TRAIN_SCRIPT", place / "fake_train.py")
     monkeypatch.setattr(utils_search_trials, "POLL", 0.02)
     monkeypatch.setattr(utils_search_report, "draw_pictures", lambda *_: None)
-    return _runner(script.main, capsys)
+    return runner(script.main, capsys)
 
 
 def short_training(words: list[str]) -> list[object]:
@@ -220,7 +220,7 @@ def test_a_command_that_compares(command, place, capsys):
     import compare as script
 
     words, _, file = command.partition(" '>' ")
-    result = _runner(script.main, capsys)(*shlex.split(words)[2:])
+    result = runner(script.main, capsys)(*shlex.split(words)[2:])
     assert (result.code, result.err) == (0, "")
     assert "2026-01-31_002_search" in result.out
     assert ("," in result.out.splitlines()[0]) == bool(file)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, _runner
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, runner
 
 pytest.importorskip("optuna", reason="searching is optional: pip install -e '.[search]'")
 
@@ -79,7 +79,7 @@ def search(capsys) -> Callable[..., Result]:
     """search.py in this process; its trials are processes."""
     import search as script
 
-    return _runner(script.main, capsys)
+    return runner(script.main, capsys)
 
 
 @pytest.fixture
@@ -491,6 +491,46 @@ def test_a_dead_trial_is_replaced_where_it_stopped(search, fake_train, left, los
     assert "(the defaults)" in Path("searches/space/results.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "name, resumed",
+    [
+        ("step_000000004.safetensors", True),
+        ("step_000000004-copy.safetensors", False),
+        ("step_4.safetensors", False),
+    ],
+)
+def test_a_dead_trial_is_resumed_from_nothing_but_a_checkpoint(workdir, name, resumed):
+    study = study_with(n_layer=[4])
+    taken = study.take_trial()
+    utils_search_trials.TrialRun(study, taken, None, threading.Event())._command()
+    run = create_run("runs", "space-0")
+    (run.checkpoint_dir / name).touch()
+    run.lock.release()
+    command = utils_search_trials.TrialRun(study, taken, None, threading.Event())._command()
+    assert (command[:2] == ["--resume", str(run.path)]) is resumed
+    assert ("--run-tag=space-0" in command) is not resumed
+    os.close(taken.lock)
+
+
+def test_the_table_on_the_console_lines_up_in_any_script(monkeypatch):
+    rows = [["trial", "data_path", "run"], ["0", "日本語.txt", "one"], ["10", "text.txt", "zwei"]]
+    monkeypatch.setattr(utils_search_report, "table", lambda *_: rows)
+    monkeypatch.setattr(utils_search_report, "ranked", lambda _: [])
+    said: list[str] = []
+
+    class Ears:
+        say = staticmethod(said.append)
+
+    utils_search_report.show_table(None, Ears)
+    assert said == [
+        "",
+        "trial  data_path   run",
+        "0      日本語.txt  one",
+        "10     text.txt    zwei",
+        "",
+    ]
+
+
 def test_a_trial_lives_as_long_as_its_process(workdir):
     study = study_with(learning_rate=[1e-3, 1e-2])
     taken = study.take_trial()
@@ -575,7 +615,7 @@ def test_ctrl_c_leaves_the_trials_for_the_next_start(fake_train):
     process = start_search(*flags, "--weight-decay", 0.2, "--trials", 2)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    counted = utils_search.counted(study_of().trials)
+    counted = utils_search.not_replaced(study_of().trials)
     assert [(trial.user_attrs.get("replaces"), trial.value) for trial in counted] == [(0, 0.125), (1, 0.125)]
     assert len(list_runs("runs")) == 2
 

@@ -28,9 +28,9 @@ from files import read_tensors
 from model import BigramLanguageModel
 from parameters import ModelConfig, specs
 from utils_alg1 import utils_report, utils_run_manager
-from utils_alg1.utils_checkpoint import CheckpointStore, checkpoint_paths
+from utils_alg1.utils_checkpoint import CheckpointStore
 from utils_alg1.utils_report import draw_samples
-from utils_alg1.utils_run_manager import MetadataCapture, list_runs
+from utils_alg1.utils_run_manager import MetadataCapture, checkpoint_paths, list_runs
 from utils_alg1.utils_training import Trainer
 
 EVALUATION = re.compile(

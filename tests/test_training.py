@@ -21,8 +21,9 @@ from model import BigramLanguageModel
 from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
 from utils_alg1 import utils_report, utils_training
 from utils_alg1.utils_backward import Backward, find_backward
-from utils_alg1.utils_checkpoint import checkpoint_paths, newest_checkpoint
+from utils_alg1.utils_checkpoint import newest_checkpoint
 from utils_alg1.utils_optimizers import SGD, create_optimizer, orthogonalise
+from utils_alg1.utils_run_manager import checkpoint_paths
 from utils_alg1.utils_runtime import (
     Compiled,
     Runtime,

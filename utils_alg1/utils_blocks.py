@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def describe_start(run: Run, params: Parameters, corpus: Corpus, trainer: Trainer, step: int) -> Block:
     """The block of lines that a run begins with."""
     model, train, runtime = params.model, params.train, trainer.runtime
-    n_parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    n_parameters = trainer.model.config.n_parameters
     sequences = trainer.tokens_per_step // model.block_size
     steps = f"{step} to {train.max_iters}," if step else f"{train.max_iters}"
     lines = {
@@ -83,8 +83,8 @@ def describe_end(
         "best": f"step {progress.best_step}: val loss {loss_in_words(progress.best_val)}",
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']})",
     }
-    if (run.eval_dir / "report.html").exists():
-        lines["report"] = str(run.eval_dir / "report.html")
+    if run.report_path.exists():
+        lines["report"] = str(run.report_path)
     lines["sample"] = ShellCommand(f"python inference.py --run {name_of(run)}")
     if "tensorboard" in shown_in:
         lines["curves"] = ShellCommand(*tensorboard_instructions(runs_dir, params.tensorboard.port))

@@ -6,12 +6,12 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from utils_alg1.utils_metrics import Point
+
 MOST_POINTS = 800  # of a curve: more than a page has pixels for
 SPAN = 1000  # units along each side of a curve's own coordinates
 LARGEST = 1e100  # past every float32; sums and quotients of such numbers are still numbers
 LEVEL = 1e-4  # of its largest value: a chart whose values differ by less shows a level line
-
-Point = tuple[float, float]  # step, value
 
 
 @dataclass
@@ -49,7 +49,7 @@ def is_level(low: float, high: float) -> bool:
 def ticks(low: float, high: float, most: int, smallest: float = 0.0) -> list[float]:
     """Round numbers between two others, two or about `most`: 1, 2 or 5 times a power of ten apart.
 
-    They are at least `smallest` apart. Where the two are too close, there is one: the lower.
+    They are at least `smallest` apart. Where the two are too close for that, there is one: the lower.
     """
     if is_level(low, high):
         return [low]
@@ -57,9 +57,9 @@ def ticks(low: float, high: float, most: int, smallest: float = 0.0) -> list[flo
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return (
-        [i * step for i in range(first, last + 1)] if last > first else ticks(low, high, 2 * most, smallest)
-    )
+    if last > first:
+        return [i * step for i in range(first, last + 1)]
+    return [low] if raw <= smallest else ticks(low, high, 2 * most, smallest)
 
 
 def chart(title: str, unit: str, lines: list[Line], n_steps: int, large: bool = False) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ import torch
 from errors import Alg1Error, disk_error
 from files import read_tensors, write_tensors
 from model import BigramLanguageModel
-from parameters import (
-    ModelConfig,
-    coerce_all,
-)
+from parameters import ModelConfig, coerce_all
 from utils_alg1.utils_output import LOGGER
 from utils_alg1.utils_run_manager import (
-    checkpoint_dir,
+    CHECKPOINT_NAME,
+    RunFolder,
+    checkpoint_path,
+    checkpoint_paths,
+    checkpoint_step,
 )
 from utils_alg1.utils_training import Evaluation, Progress, Trainer
 
@@ -34,7 +34,6 @@ FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1
 OTHER_CHECKPOINT = "use another checkpoint, written by train.py"
 LARGE = 1e300  # no figure of a run comes near
-NAME = re.compile(r"step_(\d{9,})\.safetensors")
 
 
 @dataclass
@@ -238,20 +237,6 @@ class NoCheckpoints(CheckpointStore):
         return self.path(progress.step)
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:09d}.safetensors"
-
-
-def checkpoint_paths(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=_step)
-
-
-def _step(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.stem.removeprefix("step_"))
-
-
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
@@ -299,7 +284,7 @@ def _is_sound(checkpoint: Checkpoint) -> bool:
     evaluation = progress.evaluation or Evaluation(0, 0.0, 0.0, 0.0)
     steps = [progress.step, progress.evaluations_since_best, evaluation.step, progress.best_step or 0]
     numbers = [*dataclasses.astuple(evaluation), progress.seconds, progress.best_val or 0]
-    named = NAME.fullmatch(checkpoint.path.name)
+    named = CHECKPOINT_NAME.fullmatch(checkpoint.path.name)
     vocabulary = metadata["vocabulary"]
     return (
         tokens == (config.vocab_size, config.n_embd)
@@ -328,7 +313,7 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
     Raises:
         Alg1Error: there is none left.
     """
-    paths = checkpoint_paths(checkpoint_dir(run_dir))
+    paths = checkpoint_paths(RunFolder(run_dir).checkpoint_dir)
     for path in reversed(paths):
         try:
             return read_checkpoint(path)
@@ -349,7 +334,7 @@ def set_newer_aside(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
         Alg1Error: the file system refused (exit code 4).
     """
     for path in checkpoint_paths(checkpoint.path.parent):
-        if _step(path) > _step(checkpoint.path):
+        if checkpoint_step(path) > checkpoint_step(checkpoint.path):
             aside = path.with_name(path.name + ".aside")
             say(f"renaming {path.name} to {aside.name}: the run goes on from {checkpoint.path.name}")
             try:

@@ -1,4 +1,4 @@
-"""Runs side by side: what each run directory says of itself, and a table of it.
+"""Runs side by side: what each run directory says of itself, their order, and what stands in the table.
 
 Reads only, and takes what it finds: a run that is being written, was interrupted or is damaged has fewer
 values and a word for its state. Nothing here needs torch.
@@ -6,24 +6,23 @@ values and a word for its state. Nothing here needs torch.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from errors import Alg1Error
 from files import read_metadata
 from parameters import build_parts, names_in, nearest, part_problems, read_json_object, specs
+from utils_alg1 import utils_table
 from utils_alg1.utils_config_loader import RESUMED
-from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, checkpoint_dir
-from utils_alg1.utils_text import number, one_line, perplexity
+from utils_alg1.utils_metrics import read_outline
+from utils_alg1.utils_run_manager import RUN_ID, RunFolder, checkpoint_paths, in_use
+from utils_alg1.utils_table import Column
+from utils_alg1.utils_text import bits_per_character, number, one_line, perplexity
 
 Row = dict[str, Any]  # by the names of RESULTS and of parameters; what is not known is None
 
@@ -71,7 +70,6 @@ FALLING = ("run", "best", "tokens_per_second")  # sorted from the newest, the be
 MAIN = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
 LONGEST_CELL = 40  # characters; the run's name is never cut for this
 LONGEST_NUMBER = 15  # characters of a result; a longer one is shown with an exponent
-SPACE = "  "  # between columns
 
 
 # --- one run ------------------------------------------------------------------------------------------
@@ -87,10 +85,10 @@ def read_run(path: Path) -> Row:
     match = RUN_ID.fullmatch(path.name)
     row: Row = dict.fromkeys((*RESULTS, *specs()))
     row |= {"run": path.name, "tag": (match and match[3]) or "", "resumed": False, "best": False}
-    recorded = read_record(path / "meta" / "full_config.json", row)
-    measured = read_metrics_file(path / "logs" / "metrics.jsonl", row)
-    final_path = path / "eval" / "final.json"
-    final = read_final(final_path) if final_path.exists() else {}
+    run = RunFolder(path)
+    recorded = read_record(run.record_path, row)
+    measured = read_measured(run.metrics_path, row)
+    final = read_final(run.final_path) if run.final_path.exists() else {}
     # A finished run that goes on has newer metrics than results.
     finished = False
     if final:
@@ -98,7 +96,7 @@ def read_run(path: Path) -> Row:
     if final and finished:
         row |= {name: value for name, value in final.items() if value is not None}
     else:
-        row["seconds"] = seconds_until_checkpoint(checkpoint_dir(path))
+        row["seconds"] = seconds_until_checkpoint(run.checkpoint_dir)
     if in_use(path):
         row["state"] = "running"
     elif not recorded or not measured or final is None:
@@ -146,27 +144,12 @@ def read_final(path: Path) -> Row | None:
     return None if None in needed else found
 
 
-def read_metrics_file(path: Path, row: Row) -> bool:
-    """Take the evaluations, the speed and the newest step from logs/metrics.jsonl.
-
-    A line that ends without a line's end is still being written. False for a file that is damaged before it;
-    of the rows of single steps, by far the most, only both ends are looked at.
-    """
-    newest = b""
+def read_measured(path: Path, row: Row) -> bool:
+    """Take evaluations, speed and newest step from logs/metrics.jsonl; False where it is damaged."""
     try:
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                if not (line.startswith(b"{") and line.endswith(b"}\n")):
-                    return False
-                newest = line
-                if b'"loss/val"' in line or b'"tokens_per_second"' in line:
-                    take_values(json.loads(line), row)
-        row["step"] = count(json.loads(newest)["step"]) if newest else None
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, RecursionError):
+        for values in read_outline(path):
+            take_values(values, row)
+    except (OSError, ValueError, KeyError):
         return False
     return True
 
@@ -177,7 +160,7 @@ def take_values(values: dict[str, Any], row: Row) -> None:
     Raises:
         KeyError, ValueError: no run has written it.
     """
-    step = count(values["step"])
+    step = row["step"] = count(values["step"])
     if "tokens_per_second" in values:
         row["tokens_per_second"] = quantity(values["tokens_per_second"])
     if "loss/val" not in values:
@@ -187,7 +170,7 @@ def take_values(values: dict[str, Any], row: Row) -> None:
     if loss is not None and (row["best_val_loss"] is None or loss < row["best_val_loss"]):
         row["best_val_loss"], row["best_step"] = loss, step
         row["best_perplexity"] = perplexity(loss)
-        row["best_bits_per_character"] = loss / math.log(2)
+        row["best_bits_per_character"] = bits_per_character(loss)
 
 
 def quantity(value: Any) -> float | None:
@@ -214,25 +197,10 @@ def count(value: Any) -> int:
 
 def seconds_until_checkpoint(folder: Path) -> float | None:
     """What a run has spent in the loop until the newest of its checkpoints; None where none tells."""
-    checkpoints = sorted(folder.glob("step_*.safetensors"), key=lambda path: (len(path.name), path.name))
     try:
-        return quantity(read_metadata(checkpoints[-1])["progress"]["seconds"])
+        return quantity(read_metadata(checkpoint_paths(folder)[-1])["progress"]["seconds"])
     except (Alg1Error, IndexError, KeyError, TypeError, ValueError):
         return None
-
-
-def in_use(path: Path) -> bool:
-    """Whether a process holds the run. The lock is taken for an instant where it is free (see `lock_run`)."""
-    lock = path / LOCK_NAME
-    try:
-        if lock.exists():
-            with FileLock(lock, timeout=0):
-                return False
-    except Timeout:
-        return True
-    except OSError:  # a folder of somebody else's, or read-only: nobody here can tell
-        pass
-    return False
 
 
 # --- all runs -----------------------------------------------------------------------------------------
@@ -290,21 +258,6 @@ def run_order(name: str) -> tuple[str, int, str]:
 # --- the table ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Column:
-    """A column of the table.
-
-    Attributes:
-        rank: those with the highest are left out first where the terminal is narrow; 0 never is.
-        cell: the text of a row's value.
-    """
-
-    heading: str
-    rank: int
-    cell: Callable[[Row], str]
-    to_the_right: bool = True
-
-
 def columns_of(rows: list[Row]) -> list[Column]:
     """The main results and parameters, and what else shaped the training and is not the same in all."""
     differing = [
@@ -313,26 +266,28 @@ def columns_of(rows: list[Row]) -> list[Column]:
         if not spec.limits.may_change and len({cell(row[name]) for row in rows if row[name] is not None}) > 1
     ]
     names = [*MAIN, *(name for name in differing if name not in MAIN)]
+
+    def column(heading: str, rank: int, show: Callable[[Row], str], to_the_right: bool = True) -> Column:
+        return Column(heading, [show(row) for row in rows], rank, to_the_right)
+
     columns = [
-        Column("run", 0, lambda row: one_line(row["run"]), to_the_right=False),
-        Column("state", 2, state_cell, to_the_right=False),
-        Column("step", 4, step_cell),
-        Column(HEADINGS["best_val_loss"], 0, best_cell),
-        Column(HEADINGS["val_loss"], 5, lambda row: number(row["val_loss"])),
+        column("run", 0, lambda row: one_line(row["run"]), to_the_right=False),
+        column("state", 2, state_cell, to_the_right=False),
+        column("step", 4, step_cell),
+        column(HEADINGS["best_val_loss"], 0, best_cell),
+        column(HEADINGS["val_loss"], 5, lambda row: number(row["val_loss"])),
     ]
     if len({row["text_sha256"] for row in rows if row["text_sha256"]}) > 1:
-        columns.append(Column("text", 1, lambda row: cell(row["text"]), to_the_right=False))
-    columns += [parameter_column(name, 3 if name in differing else 9) for name in names]
+        columns.append(column("text", 1, lambda row: cell(row["text"]), to_the_right=False))
+    for name in names:
+        cells = [cell(row[name]) for row in rows]
+        columns.append(Column(name, cells, 3 if name in differing else 9, to_the_right=True))
     columns += [
-        Column(HEADINGS["n_parameters"], 8, lambda row: whole(row["n_parameters"])),
-        Column(HEADINGS["tokens_per_second"], 7, lambda row: whole(row["tokens_per_second"])),
-        Column("seconds", 6, lambda row: whole(row["seconds"])),
+        column(HEADINGS["n_parameters"], 8, lambda row: whole(row["n_parameters"])),
+        column(HEADINGS["tokens_per_second"], 7, lambda row: whole(row["tokens_per_second"])),
+        column("seconds", 6, lambda row: whole(row["seconds"])),
     ]
     return columns
-
-
-def parameter_column(name: str, rank: int) -> Column:
-    return Column(name, rank, lambda row: cell(row[name]))
 
 
 def cell(value: Any) -> str:
@@ -365,41 +320,12 @@ def best_cell(row: Row) -> str:
 
 def format_table(rows: list[Row], width: int | None = None) -> list[str]:
     """The table as lines, none wider than `width` columns of a terminal; None does not limit them."""
-    from rich.cells import cell_len, set_cell_size
-
-    columns = columns_of(rows)
-    cells = {id(c): [c.heading, *(c.cell(row) for row in rows)] for c in columns}
-    widths = {id(c): max(cell_len(text) for text in cells[id(c)]) for c in columns}
-    left_out = []
-
-    def total() -> int:
-        return sum(widths[id(c)] for c in columns) + len(SPACE) * (len(columns) - 1)
-
-    while width is not None and total() > width and any(c.rank for c in columns):
-        least = max(reversed(columns), key=lambda c: c.rank)
-        columns.remove(least)
-        left_out.append(least.heading)
-    if width is not None and total() > width:  # even the run's name does not fit
-        widths[id(columns[0])] = max(1, widths[id(columns[0])] - (total() - width))
-
-    def fit(text: str, column: Column) -> str:
-        size = widths[id(column)]
-        if cell_len(text) > size:
-            return set_cell_size(text, size - 1) + "…"
-        return " " * (size - cell_len(text)) + text if column.to_the_right else set_cell_size(text, size)
-
-    lines = [
-        SPACE.join(fit(cells[id(column)][i], column) for column in columns).rstrip()
-        for i in range(len(rows) + 1)
-    ]
+    lines, left_out = utils_table.format_columns(columns_of(rows), width)
     if texts := {row["text_sha256"] for row in rows if row["best"]}:
         lines.append("* the lowest" + (" on its text" if len(texts) > 1 else " of these runs"))
     if left_out:
-        lines.append(f"no room for: {', '.join(reversed(left_out))}")
-    return [
-        line if width is None or cell_len(line) <= width else set_cell_size(line, width).rstrip()
-        for line in lines
-    ]
+        lines.append(f"no room for: {', '.join(left_out)}")
+    return [utils_table.cut(line, width) for line in lines]
 
 
 def to_json(rows: list[Row]) -> str:
@@ -409,8 +335,4 @@ def to_json(rows: list[Row]) -> str:
 
 def to_csv(rows: list[Row]) -> str:
     """All values of all rows, under a line of names; what is not known is empty."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*RESULTS, *specs()], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().rstrip("\n")
+    return utils_table.to_csv([*RESULTS, *specs()], rows).rstrip("\n")

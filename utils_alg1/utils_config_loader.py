@@ -159,7 +159,9 @@ def _named_sources(options: Options) -> list[Source]:
     if path.is_dir():
         sources = _folder_sources(path)
         if not sources:
-            record = path / "meta" / "full_config.json"
+            from utils_alg1.utils_run_manager import RunFolder  # which needs this module
+
+            record = RunFolder(path).record_path
             raise Alg1Error(
                 f"--config {path}: none of {', '.join(CONFIG_FILES)} is in this folder",
                 f"for the parameters of this run: --config {record}" if record.is_file() else PATH_HINT,

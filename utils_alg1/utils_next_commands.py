@@ -29,7 +29,7 @@ def longer_command(run: Run, params: Parameters, progress: Progress, processes: 
     moved = params.train.lr_schedule != "constant"
     if moved and any(learning_rate(params.train, s) != learning_rate(longer, s) for s in range(steps)):
         # The schedule is at its end, and a longer one would have begun otherwise: another run as this one.
-        files = {"--config": run.meta_dir / "full_config.json", "--init-from": run.export_path}
+        files = {"--config": run.record_path, "--init-from": run.export_path}
         named = " ".join(f"{flag} {shlex.quote(str(path))}" for flag, path in files.items())
         return f"{launch_command(processes)} {named}"
     return f"{resume_command(run, processes)} --max-iters {longer.max_iters}"

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from errors import first_line
-from files import write_atomically
+from files import try_to_write, write_atomically
 from observations import Image
 from utils import Tokenizer
-from utils_alg1.utils_charts import Point, drawable
-from utils_alg1.utils_metrics import read_metrics
+from utils_alg1.utils_charts import drawable
+from utils_alg1.utils_metrics import Point, read_curves
 from utils_alg1.utils_observations import attention_pictures
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import Run
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from utils_alg1.utils_training import Trainer
 
 ATTENTION_LENGTH = 64  # characters that the attention picture is about; of more each would be a pixel
@@ -41,44 +42,36 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves: dict[str, dict[str, Any]] = {
-        "loss/train_step": {"label": "train, each step", "color": "0.8", "linewidth": 0.8},
-        "loss/train": {"label": "train", "color": "tab:blue"},
-        "loss/val": {"label": "val", "color": "tab:orange"},
-    }
-    points: dict[str, list[Point]] = {key: [] for key in curves}
-    for row in read_metrics(metrics_path):
-        for key in points.keys() & row.keys():
-            points[key].append((row["step"], drawable(row[key])))
-    if not points["loss/val"]:
+    curves = read_curves(metrics_path)
+    if not curves.val:
         raise ValueError(f"{metrics_path}: no evaluation in it")
+    lines: list[tuple[list[Point], dict[str, Any]]] = [
+        (curves.each_step, {"label": "train, each step", "color": "0.8", "linewidth": 0.8}),
+        (curves.train, {"label": "train", "color": "tab:blue"}),
+        (curves.val, {"label": "val", "color": "tab:orange"}),
+    ]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for key, style in curves.items():
-        alone = len(points[key]) == 1  # a line of one point would not be seen
-        steps, losses = [x for x, _ in points[key]], [y for _, y in points[key]]
+    for points, style in lines:
+        alone = len(points) == 1  # a line of one point would not be seen
+        steps, losses = [x for x, _ in points], [drawable(y) for _, y in points]
         axes.plot(steps, losses, marker="o" if alone else "", **style)
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)  # the end of a wide tag may be cut off
     axes.set(xlabel="step", ylabel="loss (nats per character)")
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a tag may have letters that the font lacks
-        figure.savefig(buffer, format="png")
-    write_atomically(picture, buffer.getvalue())
+    write_atomically(picture, as_png(figure))
 
 
 def try_loss_curve(run: Run, console: Console) -> None:
     """Draw eval/loss.png; a picture that cannot be drawn costs one line."""
-    picture = run.eval_dir / "loss.png"
-    try:
-        picture.unlink(missing_ok=True)  # one from before a resume shows other losses
+
+    def draw(picture: Path) -> None:
         draw_loss_curve(run.metrics_path, picture, run.run_id)
-    except Exception as error:  # matplotlib fails in many ways, and the run is done
-        console.warn(f"no loss curve was drawn: {first_line(error)}")
+
+    try_to_write(run.eval_dir / "loss.png", draw, "no loss curve was drawn", console.warn)
 
 
 def draw_attention(pictures: list[Image], title: str) -> bytes:
@@ -112,26 +105,23 @@ def draw_attention(pictures: list[Image], title: str) -> bytes:
     for picture in pictures:
         layer, head = int(picture.context["layer"]), int(picture.context["head"])
         if layer in layers and head in heads:
-            colours = colormaps["magma"](square(picture, side), bytes=True)
+            colours = colormaps["magma"](picture.pixels(side), bytes=True)
             left, top = place_of(layers.index(layer), heads.index(head), side)
             figure.figimage(colours, left, size[1] - top - side, origin="upper")
     for i, head in enumerate(heads):
         write(place_of(0, i, side)[0] + side / 2, 1.5 * MARGIN, f"head {head}", ha="center")
     for i, layer in enumerate(layers):
         write(MARGIN / 2, place_of(i, 0, side)[1] + side / 2, f"layer {layer}", ha="center", rotation=90)
+    return as_png(figure)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure that has its canvas, as a PNG."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a tag may have letters that the font lacks
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def square(picture: Image, side: int) -> np.ndarray:
-    """The picture's pixels, (side, side) uint8; `side` is a whole number of times that of the weights."""
-    grey, n_weights = picture.pixels(), len(picture.weights)
-    factor = len(grey) // n_weights
-    one_each = grey[::factor, ::factor]
-    return one_each.repeat(side // n_weights, axis=0).repeat(side // n_weights, axis=1)
 
 
 def place_of(row: int, column: int, side: int) -> tuple[int, int]:
@@ -149,14 +139,12 @@ def try_attention_picture(run: Run, trainer: Trainer, console: Console) -> str |
 
     A picture that cannot be drawn costs one line and gives None.
     """
-    picture = run.eval_dir / "attention.png"
-    try:
-        picture.unlink(missing_ok=True)  # as above
+
+    def draw(picture: Path) -> str:
         idx = trainer.validation_batch()[:1, :ATTENTION_LENGTH]
         pictures = attention_pictures(trainer.model, idx)
         write_atomically(picture, draw_attention(pictures, run.run_id))
         assert trainer.model.vocabulary is not None
         return Tokenizer(trainer.model.vocabulary).decode(idx[0].tolist())
-    except Exception as error:  # matplotlib again
-        console.warn(f"no attention picture was drawn: {first_line(error)}")
-        return None
+
+    return try_to_write(run.eval_dir / "attention.png", draw, "no attention picture was drawn", console.warn)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from parameters import Parameters
 from utils_alg1.utils_observations import draw_texts
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
-from utils_alg1.utils_text import perplexity
+from utils_alg1.utils_text import bits_per_character, perplexity
 
 if TYPE_CHECKING:
     from data import Corpus
@@ -55,7 +54,7 @@ def write_records(
         "threads": runtime.threads,
     }
     write_json(
-        run.meta_dir / "full_config.json",
+        run.record_path,
         {
             "parameters": params.flat(),
             "origins": params.origins,
@@ -83,23 +82,23 @@ def write_results(
     final = {
         "run_id": run.run_id,
         "finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "n_parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "n_parameters": trainer.model.config.n_parameters,
         "steps": progress.step,
         "train_loss": evaluation.train_loss,
         "val_loss": evaluation.val_loss,
         "perplexity": perplexity(evaluation.val_loss),
-        "bits_per_character": evaluation.val_loss / math.log(2),
+        "bits_per_character": bits_per_character(evaluation.val_loss),
         "best_val_loss": progress.best_val,
         "best_step": progress.best_step,
         "best_perplexity": perplexity(progress.best_val),
-        "best_bits_per_character": progress.best_val / math.log(2),
+        "best_bits_per_character": bits_per_character(progress.best_val),
         "tokens": tokens,
         "seconds_in_loop": round(progress.seconds, 3),
         "wall_seconds": round(time.monotonic() - run.opened, 3),
         "tokens_per_second_overall": round(tokens / progress.seconds, 1) if progress.seconds else None,
         "export": exported,
     }
-    write_json(run.eval_dir / "final.json", final)
+    write_json(run.final_path, final)
     text = "\n\n".join(f"--- sample {i + 1}\n{sample}" for i, sample in enumerate(samples)) + "\n"
     write_atomically(run.eval_dir / "samples.txt", text.encode("utf-8", "surrogatepass"))
 

@@ -11,17 +11,15 @@ import base64
 import html
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errors import first_line
-from files import write_atomically
+from files import try_to_write, write_atomically
 from parameters import read_json_object, read_text, specs
-from utils_alg1.utils_charts import Line, Point, chart
-from utils_alg1.utils_metrics import read_metrics
+from utils_alg1.utils_charts import Line, chart
+from utils_alg1.utils_metrics import Curves, read_curves
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import Run
+from utils_alg1.utils_run_manager import Run, RunFolder
 from utils_alg1.utils_text import counted, duration, number, visible
 
 MOST_ROWS = 200  # of the table of evaluations
@@ -32,12 +30,11 @@ def try_page(run: Run, samples: list[str], attended: str | None, console: Consol
 
     `attended` is the text that eval/attention.png is about, None where there is no such picture.
     """
-    path = run.eval_dir / "report.html"
-    try:
-        path.unlink(missing_ok=True)  # one from before a resume tells of another result
+
+    def write(path: Path) -> None:
         write_atomically(path, build_page(run.path, samples, attended).encode("utf-8"))
-    except Exception as error:  # the run is done, and its results lie in the other files
-        console.warn(f"no report was written: {first_line(error)}")
+
+    try_to_write(run.report_path, write, "no report was written", console.warn)
 
 
 def build_page(run_dir: Path, samples: list[str], attended: str | None) -> str:
@@ -47,9 +44,9 @@ def build_page(run_dir: Path, samples: list[str], attended: str | None) -> str:
         Alg1Error: eval/final.json or meta/full_config.json cannot be read.
         KeyError, OSError: something is missing in them, or a file is.
     """
-    final = read_json_object(run_dir / "eval" / "final.json")
-    record = read_json_object(run_dir / "meta" / "full_config.json")
-    curves = read_curves(run_dir / "logs" / "metrics.jsonl")
+    run = RunFolder(run_dir)
+    final, record = read_json_object(run.final_path), read_json_object(run.record_path)
+    curves = read_curves(run.metrics_path)
     sections = [
         f"<h1>{escaped(run_dir.name)}</h1>",
         f"<p class=lead>{describe(final, record)}</p>",
@@ -59,12 +56,12 @@ def build_page(run_dir: Path, samples: list[str], attended: str | None) -> str:
         section("Samples", drawn_texts(samples, final)),
     ]
     if attended is not None:
-        picture = (run_dir / "eval" / "attention.png").read_bytes()
+        picture = (run.eval_dir / "attention.png").read_bytes()
         sections.append(section("Attention", attention(picture, attended)))
     sections += [
         section("Parameters", parameter_tables(record)),
         section("Evaluations", evaluation_table(curves)),
-        section("Where it came from", provenance(run_dir, record)),
+        section("Where it came from", provenance(run.meta_dir, record)),
     ]
     return PAGE.format(title=escaped(run_dir.name), policy=POLICY, style=STYLE, body="\n".join(sections))
 
@@ -116,39 +113,6 @@ def cards(final: dict[str, Any]) -> str:
 
 
 # --- curves -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Curves:
-    """What metrics.jsonl holds, as points of (step, value)."""
-
-    each_step: list[Point] = field(default_factory=list)
-    train: list[Point] = field(default_factory=list)
-    val: list[Point] = field(default_factory=list)
-    learning_rate: list[Point] = field(default_factory=list)
-    gradient_norm: list[Point] = field(default_factory=list)
-    speed: list[Point] = field(default_factory=list)
-
-
-KEYS = {
-    "loss/train_step": "each_step",
-    "loss/train": "train",
-    "loss/val": "val",
-    "learning_rate": "learning_rate",
-    "gradient_norm": "gradient_norm",
-    "tokens_per_second": "speed",
-}
-
-
-def read_curves(metrics_path: Path) -> Curves:
-    """The finite points of a metrics file, up to its first damaged row."""
-    curves = Curves()
-    for row in read_metrics(metrics_path):
-        for key, name in KEYS.items():
-            value = row.get(key)
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                getattr(curves, name).append((row["step"], value))
-    return curves
 
 
 def loss_chart(curves: Curves, final: dict[str, Any]) -> str:
@@ -206,7 +170,7 @@ def parameter_tables(record: dict[str, Any]) -> str:
     rows = {
         name: [
             f"<code>{escaped(name)}</code>",
-            shown(value),
+            value_cell(value),
             default_of(name),
             escaped(origins.get(name, "")),
         ]
@@ -221,10 +185,10 @@ def parameter_tables(record: dict[str, Any]) -> str:
 
 
 def default_of(name: str) -> str:
-    return shown(specs()[name].default) if name in specs() else ""
+    return value_cell(specs()[name].default) if name in specs() else ""
 
 
-def shown(value: Any) -> str:
+def value_cell(value: Any) -> str:
     """A parameter's value for a cell."""
     if value is None or value == "":
         return "<i>none</i>"
@@ -251,15 +215,15 @@ def evaluation_table(curves: Curves) -> str:
     )
 
 
-def provenance(run_dir: Path, record: dict[str, Any]) -> str:
+def provenance(meta_dir: Path, record: dict[str, Any]) -> str:
     corpus, runtime = record["corpus"], record["runtime"]
     rows = {
         "text": f"{corpus['path']}, {counted(corpus['characters'], 'character')},"
         f" {corpus['vocab_size']} distinct",
         "SHA-256 of the text": corpus["sha256"],
         "device": f"{runtime['device']}, {runtime['dtype']}, {counted(runtime['threads'], 'thread')}",
-        **{f"git {name}": value for name, value in read_lines(run_dir / "meta" / "git.txt").items()},
-        **read_lines(run_dir / "meta" / "env.txt"),
+        **{f"git {name}": value for name, value in read_lines(meta_dir / "git.txt").items()},
+        **read_lines(meta_dir / "env.txt"),
     }
     return table(("", ""), [[escaped(name), escaped(value)] for name, value in rows.items()])
 

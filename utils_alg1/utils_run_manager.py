@@ -1,4 +1,4 @@
-"""Run directories: their names, their folders, their lock, and what is recorded about a run's origin.
+"""Run directories: their names, what lies where in them, their lock, and what is recorded about their origin.
 
 runs/YYYY-MM-DD_NNN_tag/
     meta/        full_config.json  git.txt  env.txt  notes.md  configs/ (copies)
@@ -36,6 +36,7 @@ from utils_alg1.utils_config_loader import CONFIG_DIR, CONFIG_FILES
 RUN_ID = re.compile(r"(\d{4}-\d{2}-\d{2})_(\d{3,})(?:_(.*))?")
 TAG_LENGTH = 60  # characters
 TAG_BYTES = 200  # a file name has at most 255 bytes
+CHECKPOINT_NAME = re.compile(r"step_(\d{9,})\.safetensors")
 LOCK_NAME = ".lock"
 SUBDIRECTORIES = (
     "meta",
@@ -49,18 +50,10 @@ UNKNOWN = "unknown"  # where there is no git, or no repository
 
 
 @dataclass
-class Run:
-    """A run directory that this process holds until the `with` block ends.
-
-    Attributes:
-        begun: whether there is anything in it worth keeping; if not, it is removed at the end.
-        opened: when this process took it, on the clock time.monotonic.
-    """
+class RunFolder:
+    """Any run directory: what lies where in it."""
 
     path: Path
-    lock: FileLock
-    begun: bool = True
-    opened: float = field(default_factory=time.monotonic)
 
     @property
     def run_id(self) -> str:
@@ -69,6 +62,10 @@ class Run:
     @property
     def meta_dir(self) -> Path:
         return self.path / "meta"
+
+    @property
+    def record_path(self) -> Path:
+        return self.meta_dir / "full_config.json"
 
     @property
     def log_path(self) -> Path:
@@ -84,15 +81,37 @@ class Run:
 
     @property
     def checkpoint_dir(self) -> Path:
-        return checkpoint_dir(self.path)
+        return self.path / "artifacts" / "checkpoints"
 
     @property
     def export_path(self) -> Path:
-        return export_path(self.path)
+        return self.path / "artifacts" / "export" / "model.safetensors"
 
     @property
     def eval_dir(self) -> Path:
         return self.path / "eval"
+
+    @property
+    def final_path(self) -> Path:
+        return self.eval_dir / "final.json"
+
+    @property
+    def report_path(self) -> Path:
+        return self.eval_dir / "report.html"
+
+
+@dataclass
+class Run(RunFolder):
+    """A run directory that this process holds until the `with` block ends.
+
+    Attributes:
+        begun: whether there is anything in it worth keeping; if not, it is removed at the end.
+        opened: when this process took it, on the clock time.monotonic.
+    """
+
+    lock: FileLock
+    begun: bool = True
+    opened: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> Run:
         return self
@@ -103,12 +122,20 @@ class Run:
         self.lock.release()
 
 
-def checkpoint_dir(run_dir: Path) -> Path:
-    return run_dir / "artifacts" / "checkpoints"
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:09d}.safetensors"
 
 
-def export_path(run_dir: Path) -> Path:
-    return run_dir / "artifacts" / "export" / "model.safetensors"
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; a copy under another name is none."""
+    return sorted(
+        (path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=checkpoint_step
+    )
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step_"))
 
 
 # --- names --------------------------------------------------------------------------------------------
@@ -292,6 +319,20 @@ def lock_run(path: Path) -> Run:
     except OSError as error:
         raise disk_error(f"lock {path}", error) from error
     return Run(path, lock)
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process holds the run. The lock is taken for an instant where it is free (see `lock_run`)."""
+    lock = path / LOCK_NAME
+    try:
+        if lock.exists():
+            with FileLock(lock, timeout=0):
+                return False
+    except Timeout:
+        return True
+    except OSError:  # a folder of somebody else's, or read-only: nobody here can tell
+        pass
+    return False
 
 
 # --- where it came from -------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class Taken:
     lock: int
 
 
-def counted(trials: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
+def not_replaced(trials: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
     """The trials without those that another one has replaced."""
     replaced = {trial.user_attrs.get("replaces") for trial in trials}
     return [trial for trial in trials if trial.number not in replaced]
@@ -243,7 +243,7 @@ class Study:
 
     def trials(self) -> list[optuna.trial.FrozenTrial]:
         """Every trial that counts."""
-        return counted(self.optuna.get_trials(deepcopy=False))
+        return not_replaced(self.optuna.get_trials(deepcopy=False))
 
     def finished(self) -> list[optuna.trial.FrozenTrial]:
         """Every trial that counts and has ended."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import shlex
 import warnings
@@ -15,9 +14,10 @@ from files import write_atomically, write_json
 from parameters import read_json_object, specs
 from utils_alg1.utils_config_loader import CONFIG_FILES, ConfigLoader
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import make_folder
+from utils_alg1.utils_run_manager import RunFolder, make_folder
 from utils_alg1.utils_search import Study, best_of, loss_of, loss_reached, parameters_of, short, state_of
 from utils_alg1.utils_search_space import WHERE
+from utils_alg1.utils_table import Column, format_columns, to_csv
 
 if TYPE_CHECKING:
     import optuna
@@ -69,11 +69,7 @@ def write_table(study: Study) -> None:
     """results.csv: every trial that counts, in the order of their numbers."""
     rows = [table_row(trial) for trial in sorted(study.finished(), key=lambda trial: trial.number)]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(study.folder / "results.csv", text.getvalue().encode("utf-8", "surrogatepass"))
+    write_atomically(study.folder / "results.csv", to_csv(names, rows).encode("utf-8", "surrogatepass"))
 
 
 def table(study: Study, trials: list[optuna.trial.FrozenTrial]) -> list[list[str]]:
@@ -104,12 +100,13 @@ def write_summary(study: Study) -> None:
 
 def show_table(study: Study, console: Console) -> None:
     """The best trials, in columns."""
-    cells = table(study, ranked(study)[:SHOWN])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    console.say()
-    for row in cells:
-        console.say("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-    console.say()
+    columns = [
+        Column(heading, list(cells))
+        for heading, *cells in zip(*table(study, ranked(study)[:SHOWN]), strict=True)
+    ]
+    lines, _ = format_columns(columns)
+    for line in ("", *lines, ""):
+        console.say(line)
 
 
 def describe_search(study: Study) -> dict[str, str]:
@@ -181,7 +178,7 @@ def write_preset(study: Study) -> None:
 
 def threads_of(trial: optuna.trial.FrozenTrial) -> dict[str, int]:
     """The threads that the search gave the trial: only with as many a run ends with the same digits."""
-    record = Path(trial.user_attrs.get("run", "")) / "meta" / "full_config.json"
+    record = RunFolder(Path(trial.user_attrs.get("run", ""))).record_path
     try:
         threads = read_json_object(record)["parameters"]["threads"]
     except (Alg1Error, KeyError, TypeError):  # the run has been removed

@@ -18,7 +18,7 @@ from errors import CANNOT_TRAIN, DISK_FAILED, DONE, Alg1Error, disk_error, first
 from parameters import read_json_object, specs
 from utils_alg1.utils_metrics import new_metrics
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, checkpoint_dir, list_runs
+from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, RunFolder, checkpoint_paths, list_runs
 from utils_alg1.utils_search import Study, Taken, best_of, in_words, loss_of, state_of
 
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
@@ -143,9 +143,9 @@ class TrialRun:
         self._find_run()
         if self._run:
             self._wait_until_free(self._run)
-            if (self._run / "eval" / "final.json").exists():
+            if RunFolder(self._run).final_path.exists():
                 return None
-            if any(checkpoint_dir(self._run).glob("step_*.safetensors")):
+            if checkpoint_paths(RunFolder(self._run).checkpoint_dir):
                 return ["--resume", str(self._run), *self._threads]
         self._run = None
         tag = f"{self._study.settings.name}-{self._trial.number}"
@@ -186,7 +186,7 @@ class TrialRun:
         self._find_run()
         if self._run is None:
             return False
-        rows, self._read = new_metrics(self._run / "logs" / "metrics.jsonl", self._read)
+        rows, self._read = new_metrics(RunFolder(self._run).metrics_path, self._read)
         news = False
         for row in rows:
             if "loss/val" in row and row["step"] > self._reported:
@@ -232,7 +232,7 @@ class TrialRun:
         if self._run is None:
             return Outcome("FAIL", None, f"its run is not in {self._study.plan.fixed['runs_dir']}")
         try:
-            loss = read_json_object(self._run / "eval" / "final.json")["best_val_loss"]
+            loss = read_json_object(RunFolder(self._run).final_path)["best_val_loss"]
         except (Alg1Error, KeyError) as error:
             return Outcome("FAIL", None, f"no result: {first_line(error)}")
         return Outcome("COMPLETE", loss)

@@ -24,21 +24,20 @@ from parameters import (
 from utils import Tokenizer, show_characters
 from utils_alg1.utils_checkpoint import (
     FORMAT,
-    NAME,
     Checkpoint,
-    checkpoint_path,
-    checkpoint_paths,
     newest_checkpoint,
     parse_checkpoint,
     read_checkpoint,
 )
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import (
+    CHECKPOINT_NAME,
     NO_RUN_HINT,
     Run,
     RunDirectoryCreator,
-    checkpoint_dir,
-    export_path,
+    RunFolder,
+    checkpoint_path,
+    checkpoint_paths,
     find_run,
     list_runs,
     lock_run,
@@ -151,17 +150,17 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpo
         Alg1Error: no such run, in use, or no checkpoint that can be read.
     """
     file = Path(name)
-    from_file = bool(NAME.fullmatch(file.name)) and file.is_file()
+    from_file = bool(CHECKPOINT_NAME.fullmatch(file.name)) and file.is_file()
     if from_file:
         folders = file.absolute().parents
-        if len(folders) < 3 or file.absolute().parent != checkpoint_dir(folders[2]):
+        if len(folders) < 3 or file.absolute().parent != RunFolder(folders[2]).checkpoint_dir:
             raise Alg1Error(
                 f"{file}: this checkpoint is not in a run directory",
                 "to start a new run from its weights: --init-from PATH",
             )
         path = folders[2]
     else:
-        saved = [run for run in list_runs(runs_dir) if checkpoint_paths(checkpoint_dir(run))]
+        saved = [run for run in list_runs(runs_dir) if checkpoint_paths(RunFolder(run).checkpoint_dir)]
         path = saved[-1] if saved and name == "latest" else find_run(runs_dir, name)
     run = lock_run(path)
     try:
@@ -292,7 +291,8 @@ def find_weights(runs_dir: str, name: str | None = None) -> Path:
 
 def weights_of(run_dir: Path) -> Path | None:
     """A run's export, or while it has none its newest checkpoint; None where it has neither."""
-    candidates = [export_path(run_dir), *checkpoint_paths(checkpoint_dir(run_dir))[::-1]]
+    run = RunFolder(run_dir)
+    candidates = [run.export_path, *checkpoint_paths(run.checkpoint_dir)[::-1]]
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -64,7 +64,12 @@ def perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < 700 else None
 
 
+def bits_per_character(loss: float) -> float:
+    """A loss in nats as bits: what each character would take if the text were coded with the model."""
+    return loss / math.log(2)
+
+
 def loss_in_words(loss: float) -> str:
     """A loss with what it means: its perplexity and its bits per character."""
-    bits = loss / math.log(2)
+    bits = bits_per_character(loss)
     return f"{number(loss)} (perplexity {number(perplexity(loss), 2)}, {number(bits, 3)} bits per character)"

@@ -25,13 +25,12 @@ from utils_aim.logger import AimLogger
 from utils_aim.tracker import AimTracker
 from utils_alg1.utils_background import Background, close_all, flush_all
 from utils_alg1.utils_metrics import MetricsFile, Tracker, read_metrics
+from utils_alg1.utils_run_manager import Run, RunFolder
 from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.writer import TensorBoardWriter
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from utils_alg1.utils_run_manager import Run
 
 AIM_HASH_NAME = "aim.txt"  # in meta/
 SHAPING_TOO = ("max_iters", "grad_accum_steps", "data_path")  # though a resumed run may change them
@@ -167,7 +166,7 @@ class StartAim:
 
     def __call__(self, warn: Callable[[str], None]) -> AimLogger:
         aim = AimTracker(self.run_dir.name, self.run_dir, run_hash=self.run_hash, warn=warn)
-        _write_aim_hash(self.run_dir / "meta" / AIM_HASH_NAME, aim.run_hash)
+        _write_aim_hash(RunFolder(self.run_dir).meta_dir / AIM_HASH_NAME, aim.run_hash)
         metrics = AimLogger(aim, self.hparams, self.metadata)
         if aim.run_hash != self.checkpoint_hash:
             _send_again(self.metrics_path, metrics, range(self.synced))
