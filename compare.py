@@ -16,8 +16,8 @@ import shutil
 import sys
 
 from errors import DONE, Alg1Error
-from parameters import raise_problems
-from utils_alg1.utils_command_line import Options, Parser
+from problems import raise_problems
+from utils_alg1.utils_command_line import Parser
 from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import shown_on
 from utils_alg1.utils_script import run_script
@@ -63,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils_alg1 import utils_compare
     from utils_alg1.utils_run_manager import NO_RUN_HINT, list_runs, no_folder
 
-    runs_dir = arguments.runs_dir
-    if runs_dir is None:
-        runs_dir = ConfigLoader.runs_dir(Options())
+    runs_dir = ConfigLoader.runs_dir(arguments.runs_dir)
     paths = list_runs(runs_dir)
     if not paths:
         raise Alg1Error(f"there is no run in {runs_dir}{no_folder(runs_dir)}", NO_RUN_HINT)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errors import DONE, Alg1Error
-from parameters import Problem, as_number, nearest, raise_problems, shown, specs
+from parameters import as_number, specs
+from problems import Problem, nearest, raise_problems, shown
 from utils import show_characters
-from utils_alg1.utils_command_line import Options, Parser
+from utils_alg1.utils_command_line import Parser
 from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import Typewriter, print_error, print_warning, shown_on
 from utils_alg1.utils_script import importing, run_script
@@ -133,9 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.model is not None:
         path = Path(arguments.model)
     else:
-        runs_dir = arguments.runs_dir
-        if runs_dir is None:
-            runs_dir = ConfigLoader.runs_dir(Options())
+        runs_dir = ConfigLoader.runs_dir(arguments.runs_dir)
         path = find_weights(runs_dir, arguments.run)
     model = load_model_file(path)
     if model.vocabulary is None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import DONE, Alg1Error
-from parameters import Problem, raise_problems
+from problems import Problem, raise_problems
 from utils_alg1.utils_command_line import (
     Options,
     Parser,

@@ -20,8 +20,8 @@ import torch
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, _runner, run_process
 
 from errors import Alg1Error, Guard, disk_error
-from files import WHERE_WEIGHTS_ARE
-from parameters import JSON_EXAMPLE, JSON_HINT, TrainConfig
+from files import JSON_EXAMPLE, JSON_HINT, WHERE_WEIGHTS_ARE
+from parameters import TrainConfig
 from utils_alg1.utils_compare import RESULTS
 from utils_alg1.utils_config_loader import PATH_HINT, YAML_HINT
 from utils_alg1.utils_output import Console

@@ -6,11 +6,12 @@ import argparse
 import os
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from parameters import PARTS, Problem, Spec, as_number, nearest, shown, specs
+from parameters import PARTS, Spec, as_number, specs
+from problems import Problem, nearest, shown
 
 SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 MAY_BE_EMPTY = ("prompt", "stop", "tag")
@@ -41,6 +42,10 @@ class Options:
     def starts_from_weights(self) -> bool:
         """Whether parameters come from a run or a model that must be read first."""
         return self.resume is not None or self.init_from is not None
+
+
+# The names of flags that are no parameters, which a file cannot hold.
+FLAGS_ONLY = {option.name for option in fields(Options)} - {"values", "problems"}
 
 
 class Parser(argparse.ArgumentParser):

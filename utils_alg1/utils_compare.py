@@ -19,8 +19,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from errors import Alg1Error
-from files import read_metadata
-from parameters import build_parts, names_in, nearest, part_problems, read_json_object, specs
+from files import read_json_object, read_metadata
+from parameters import build_parts, part_problems, specs
+from problems import names_in, nearest
 from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, checkpoint_dir
 from utils_alg1.utils_text import number, one_line, perplexity

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from errors import first_line
-from files import write_atomically
-from parameters import read_json_object, read_text, specs
+from files import read_json_object, read_text, write_atomically
+from parameters import specs
 from utils_alg1.utils_charts import Line, Point, chart
 from utils_alg1.utils_metrics import read_metrics
 from utils_alg1.utils_output import Console

@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from errors import Alg1Error
 from parameters import (
-    Problem,
     Spec,
     TensorBoardConfig,
     build_parts,
     coerce,
     field_names,
     limit_broken,
-    nearest,
     part_problems,
-    raise_problems,
-    shown,
     specs,
 )
+from problems import Problem, nearest, raise_problems, shown
 from utils_alg1.utils_command_line import Options
 from utils_alg1.utils_config_loader import ConfigLoader
 
@@ -317,7 +314,7 @@ def make_plan(space: Space, given: Options) -> Plan:
         if name in given.values
     ]
     raise_problems([*both, *own], "leave the flag out, or take the name out of the space file")
-    values, origins, faults = ConfigLoader.merge(given)
+    values, origins, faults = ConfigLoader.read(given).merge()
     parts = build_parts(values)
     further = part_problems(parts, origins)
     # What is wrong only together with a searched parameter is wrong with the defaults, not with the search.
