@@ -21,10 +21,17 @@ from errors import Alg1Error
 from files import read_json_object
 from problems import Problem, joint_problem, named_origin, names_in, nearest, raise_problems, shown
 
+# What a word may be that stands on a command line without a flag (see Limits.stands_for); or a suffix.
+A_FOLDER = "a folder"
+A_PATH = "a file or a folder"
+A_WORD = "a word"
+LARGEST = 2**31 - 1  # of a whole number without a limit of its own; more cannot be allocated anyway
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What a field's value must satisfy beyond its type, and how it is reached from outside."""
+    """What the value of a field, or of any flag, must satisfy beyond its type, and how it is reached from
+    outside."""
 
     help: str
     above: float | None = None  # exclusive lower bound
@@ -32,8 +39,29 @@ class Limits:
     below: float | None = None  # exclusive upper bound
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
+    may_be_empty: bool = False  # of text
+    stands_for: tuple[str, ...] = ()  # the words that its flag is meant for, if they stand without one
     flag: str | None = None  # the command-line flag, where it is not the field's own name
     may_change: bool = False  # a resumed run may change it: it never shaped the steps already taken
+
+    def broken_by(self, value: Any) -> str | None:
+        """What a value of the right type must be to keep the limits; None when it does."""
+        if value is None:
+            return None
+        if self.choices and value not in self.choices:
+            return "must be one of " + ", ".join(self.choices)
+        if isinstance(value, str):
+            return None if value or self.may_be_empty else "must not be empty"
+        if self.above is not None and not value > self.above:
+            return f"must be above {self.above:g}"
+        if self.minimum is not None and not value >= self.minimum:
+            return f"must be at least {self.minimum:g}"
+        if self.below is not None and not value < self.below:
+            return f"must be below {self.below:g}"
+        maximum = LARGEST if isinstance(value, int) and self.maximum is None else self.maximum
+        if maximum is not None and not value <= maximum:
+            return f"must be at most {maximum}"
+        return None
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
@@ -235,7 +263,7 @@ class TrainConfig:
     )
     output: str | None = setting(None, "also write the export to this file", may_change=True)
     runs_dir: str = setting("runs", "folder of the run directories", may_change=True)
-    run_tag: str = setting("", "words for the end of the run's name", may_change=True)
+    run_tag: str = setting("", "words for the end of the run's name", may_be_empty=True, may_change=True)
     aim: bool = setting(True, "track with Aim", may_change=True)
 
     def problems(self) -> list[Problem]:
@@ -273,6 +301,7 @@ class DataConfig:
     data_path: str = setting(
         "data/input.txt",
         "a UTF-8 text file, or one of the names shakespeare and python-docs",
+        stands_for=(A_PATH,),
         flag="--data",
         may_change=True,  # the checkpoint holds the text's digest, which may not
     )
@@ -549,7 +578,7 @@ def range_problems(config: Any) -> list[Problem]:
         spec, value = specs()[name], getattr(config, name)
         fitting = (int, float) if spec.type is float else spec.type
         try:
-            complaint = limit_broken(spec, coerce(spec, value))
+            complaint = spec.limits.broken_by(coerce(spec, value))
             if value is not None and not isinstance(value, fitting):  # text that is a number, say
                 complaint = f"must be {TYPE_NAMES[spec.type]}"
         except ValueError as error:
@@ -557,27 +586,3 @@ def range_problems(config: Any) -> list[Problem]:
         if complaint:
             problems.append(Problem(f"{name} = {shown(value)} {complaint}", (name,)))
     return problems
-
-
-LARGEST = 2**31 - 1  # of a whole number without a limit of its own; more cannot be allocated anyway
-
-
-def limit_broken(spec: Spec, value: Any) -> str | None:
-    """What a value of the right type must be to keep the field's limits; None when it does."""
-    limits = spec.limits
-    if value is None:
-        return None
-    if limits.choices and value not in limits.choices:
-        return "must be one of " + ", ".join(limits.choices)
-    if spec.type is str:
-        return "must not be empty" if not value and spec.default != "" else None
-    if limits.above is not None and not value > limits.above:
-        return f"must be above {limits.above:g}"
-    if limits.minimum is not None and not value >= limits.minimum:
-        return f"must be at least {limits.minimum:g}"
-    if limits.below is not None and not value < limits.below:
-        return f"must be below {limits.below:g}"
-    maximum = LARGEST if spec.type is int and limits.maximum is None else limits.maximum
-    if maximum is not None and not value <= maximum:
-        return f"must be at most {maximum}"
-    return None

@@ -101,6 +101,11 @@ def write_space(**domains: Any) -> Path:
     return path
 
 
+def settings(name: str, trials: int = 20, sampler: str = "tpe", seed: int = 0) -> Settings:
+    """How search.py would run a search in the working folder."""
+    return Settings(name, Path("searches", name), None, trials, sampler, seed, prune=True)
+
+
 def results(name: str = "space") -> list[dict[str, str]]:
     with Path("searches", name, "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -350,9 +355,7 @@ def test_the_same_seed_draws_the_same_values(workdir, sampler):
     def draw(name: str, seed: int) -> list[float]:
         drawn = []
         for _ in range(4):  # each time as another process would
-            study = utils_search.Study(
-                plan, Settings(name, Path("searches", name), sampler=sampler, seed=seed)
-            )
+            study = utils_search.Study(plan, settings(name, sampler=sampler, seed=seed))
             taken = study.take_trial()
             drawn.append(taken.drawn["learning_rate"])
             study.optuna.tell(taken.trial, 1.0)
@@ -455,7 +458,7 @@ def test_a_database_serves_as_storage_and_belongs_to_one_folder(
 def study_with(name: str = "space", **domains: Any) -> utils_search.Study:
     """The study that search.py would open, with two trials to come."""
     plan = utils_search_space.make_plan(read_space(write_space(**domains), for_grid=False), Options())
-    return utils_search.Study(plan, Settings(name, Path("searches", name), trials=2))
+    return utils_search.Study(plan, settings(name, trials=2))
 
 
 @pytest.mark.parametrize(

@@ -142,11 +142,11 @@ class Settings:
 
     name: str
     folder: Path
-    storage: str | None = None
-    trials: int = 20
-    sampler: str = "tpe"
-    seed: int = 0
-    prune: bool = True
+    storage: str | None
+    trials: int
+    sampler: str
+    seed: int
+    prune: bool
 
 
 class Study:

@@ -18,7 +18,6 @@ from parameters import (
     build_parts,
     coerce,
     field_names,
-    limit_broken,
     part_problems,
     specs,
 )
@@ -211,7 +210,7 @@ def read_value(spec: Spec, value: Any, faults: list[str]) -> Any:
     """A value as the parameter's type, within its limits; else None, and what is wrong is added."""
     try:
         coerced = coerce(spec, value)
-        complaint = "must have a value" if coerced is None else limit_broken(spec, coerced)
+        complaint = "must have a value" if coerced is None else spec.limits.broken_by(coerced)
     except ValueError as error:
         complaint = str(error)
     if complaint is None:
