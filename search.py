@@ -120,7 +120,7 @@ def name_problems(options: SearchOptions) -> list[Problem]:
     from utils_alg1.utils_run_manager import sanitise_tag
 
     good = sanitise_tag(options.name) == options.name and 0 < len(options.name) <= LONGEST_NAME
-    if good or not options.space:  # an empty --space is a problem already
+    if good:
         return []
     wanted = f"letters, digits, - _ and . within, at most {LONGEST_NAME}"
     return [Problem(f"--study {options.name!r}: must be a name of {wanted}", ())]

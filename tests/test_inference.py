@@ -710,6 +710,18 @@ def test_a_run_that_is_not_there_is_told_from_the_latest(sample, model):
     ]
 
 
+def test_help_names_the_settings_with_their_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        inference.parse_command_line(["--help"])
+    shown = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()]
+    settings = inference.parse_command_line([])
+    for name, setting in utils_dialogue.SETTINGS.items():
+        assert getattr(settings, name) == setting.default
+        assert setting.limits.help + (f" ({setting.default})" if setting.default else "") in shown
+    assert (settings.max_new_tokens, settings.temperature, settings.num_samples) == (500, 1.0, 1)
+
+
 def test_the_largest_seed_serves_several_samples(sample, model):
     assert sample("--seed", 2**63 - 1, "--num-samples", 2, "--max-new-tokens", 2).code == 0
 

@@ -235,10 +235,11 @@ SEARCH_MISTAKES = [
     ("--trials 0", "--trials 0: must be at least 1", LISTS),
     (
         "--workers 0 --trials x",
-        "2 problems:\n  - --trials 'x': must be a whole number\n  - --workers 0: must be at",
+        "2 problems:\n  - --workers 0: must be at least 1\n  - --trials 'x': must be a whole number\n",
         LISTS,
     ),
     ("--study a/b", "--study 'a/b': must be a name of letters, digits, - _ and . within, at most 40", LISTS),
+    ("--sampler-seed -1", "--sampler-seed -1: must be at least 0", LISTS),
     ("--worker 2", "unknown flag --worker; did you mean --workers?", None),
     ("--space no.yaml", "no.yaml: no such file", SPACE_PATH),
     ("--space text.txt", "text.txt: line 1, column 2: not JSON", SPACE_PATH),

@@ -43,7 +43,10 @@ FLAGS_ONLY = {option.name for option in fields(Options)} - {"values", "problems"
 
 
 class Flag(argparse.Action):
-    """A flag with a value: of which type it is, and within which limits. These explain it, too."""
+    """A flag with a value, of a type and within limits, which explain it too.
+
+    For `add_argument(name, action=Flag, limits=Limits(help, ...))`; argparse passes everything on.
+    """
 
     def __init__(
         self,
@@ -55,11 +58,9 @@ class Flag(argparse.Action):
         metavar: str | None = None,
     ):
         metavar = metavar or "|".join(limits.choices) or METAVARS[type]
-        super().__init__(
-            option_strings, dest, default=default, metavar=metavar, help=explained(limits, default)
-        )
+        text = explained(limits, default)
+        super().__init__(option_strings, dest, type=type, default=default, metavar=metavar, help=text)
         self.limits = limits
-        self.kind = type
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, flag: Any = None
@@ -68,7 +69,7 @@ class Flag(argparse.Action):
 
     def read(self, text: str) -> Any:
         """The value that text stands for. Raises ValueError with what is wrong."""
-        return read_value(self.kind, self.limits, text)
+        return read_value(self.type, self.limits, text)
 
 
 class ParameterFlag(Flag):
