@@ -514,6 +514,7 @@ def test_files_that_cannot_be_read_are_problems_among_the_others(workdir, train)
     """What a missing file's values would go with is unknown: only what is wrong by itself is told."""
     write("configs/model.json", "{")
     write("configs/train.yaml", "seed: 1\nseed: 2\n")
+    write("config.json", {"tensorboard": False})
     flags = "--config nowhere --max-iterz 5 --max-iters five --n-embd 6 --batch-size 0".split()
     json_error = "configs/model.json: line 1, column 2: not JSON: Expecting property name enclosed in double"
     expected = (
@@ -526,7 +527,7 @@ def test_files_that_cannot_be_read_are_problems_among_the_others(workdir, train)
         "  - batch_size = 0 must be above 0 (batch_size from --batch-size)\n" + CONFIG_HINT
     )
     for start in ([], ["--resume", "latest"], ["--init-from", "nowhere.safetensors"]):
-        result = train(*flags, *start)
+        result = train(*flags, "--serve-tensorboard", *start)
         assert (result.code, result.out, result.err) == (2, "", expected)
 
 

@@ -67,9 +67,12 @@ class Flag(argparse.Action):
     ) -> None:
         setattr(namespace, self.dest, value)
 
-    def read(self, text: str) -> Any:
-        """The value that text stands for. Raises ValueError with what is wrong."""
-        return read_value(self.type, self.limits, text)
+    def read(self, flag: str, text: str) -> Any:
+        """The value that the text behind the flag stands for. Raises ValueError with what is wrong."""
+        try:
+            return read_value(self.type, self.limits, text)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
 
 
 class ParameterFlag(Flag):
@@ -79,7 +82,7 @@ class ParameterFlag(Flag):
         super().__init__(option_strings, dest, spec.limits, spec.type, spec.default)
         self.default = default
 
-    def read(self, text: str) -> str:
+    def read(self, flag: str, text: str) -> str:
         return text
 
 
@@ -164,7 +167,7 @@ class Parser(argparse.ArgumentParser):
         try:
             if isinstance(action, Flag):
                 text = self._value_behind(flag, words) if value is None else value
-                action(self, namespace, _read(action, flag, text), flag)
+                action(self, namespace, action.read(flag, text), flag)
             else:
                 _refuse_value(action, flag, value, words)
                 action(self, namespace, None, flag)
@@ -215,13 +218,6 @@ class Parser(argparse.ArgumentParser):
             if len(flags) > 1:
                 problems.append(Problem(f"{' and '.join(flags)} exclude each other: leave one out", ()))
         return problems
-
-
-def _read(action: Flag, flag: str, text: str) -> Any:
-    try:
-        return action.read(text)
-    except ValueError as error:
-        raise ValueError(f"{flag} {error}") from None
 
 
 def _refuse_value(switch: argparse.Action, flag: str, value: str | None, words: list[str]) -> None:

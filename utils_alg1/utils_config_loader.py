@@ -139,7 +139,8 @@ class Sources:
             values.update(good)
             origins.update(dict.fromkeys(good, flag))
             problems += [fault._replace(text=f"{fault.text} (from {flag})") for fault in faults]
-        if self._options.serve_tensorboard and values.get("tensorboard") is False:
+        off = values.get("tensorboard") is False and not self._unreadable  # one of these might say otherwise
+        if self._options.serve_tensorboard and off:
             text = f"--serve-tensorboard has nothing to show: tensorboard is off ({origins['tensorboard']})"
             problems.append(Problem(text, ()))
         return values, origins, problems
