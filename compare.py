@@ -16,8 +16,9 @@ import shutil
 import sys
 
 from errors import DONE, Alg1Error
-from parameters import raise_problems
-from utils_alg1.utils_command_line import Options, Parser
+from parameters import A_WORD, Limits
+from problems import raise_problems
+from utils_alg1.utils_command_line import Flag, Parser, add_runs_dir_flag
 from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import shown_on
 from utils_alg1.utils_script import run_script
@@ -37,21 +38,16 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         description="Compare runs: a table of what each was and what came of it.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--runs-dir", metavar="PATH", help="where runs are looked for (default: as in training)"
-    )
-    parser.add_argument(
-        "--sort",
-        default="run",
-        metavar="NAME",
-        help="a heading such as tok/s or 'val loss', a value of --json or a parameter, the best first (run)",
-    )
+    add_runs_dir_flag(parser)
+    column = "a heading such as tok/s or 'val loss', a value of --json or a parameter, the best first"
+    parser.add_argument("--sort", action=Flag, default="run", metavar="NAME", limits=Limits(column))
     parser.add_argument("--reverse", action="store_true", help="the other way round")
-    parser.add_argument("--tag", metavar="TEXT", help="only the runs with this text in their tag")
+    tag = Limits("only the runs with this text in their tag", may_be_empty=True, stands_for=(A_WORD,))
+    parser.add_argument("--tag", action=Flag, limits=tag)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="every value as JSON")
     form.add_argument("--csv", action="store_true", help="every value as CSV")
-    arguments, problems = parser.parse_with_suggestions(argv, "--runs-dir", "--tag")
+    arguments, problems = parser.parse_with_suggestions(argv)
     raise_problems(problems, f"{parser.prog} --help lists every flag")
     arguments.sort = find_column(arguments.sort)
     return arguments
@@ -63,9 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils_alg1 import utils_compare
     from utils_alg1.utils_run_manager import NO_RUN_HINT, list_runs, no_folder
 
-    runs_dir = arguments.runs_dir
-    if runs_dir is None:
-        runs_dir = ConfigLoader.runs_dir(Options())
+    runs_dir = ConfigLoader.runs_dir(arguments.runs_dir)
     paths = list_runs(runs_dir)
     if not paths:
         raise Alg1Error(f"there is no run in {runs_dir}{no_folder(runs_dir)}", NO_RUN_HINT)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from parameters import Parameters, coerce_all, read_json_object
+from files import read_json_object
+from parameters import Parameters, coerce_all
 
 
 def load_config(path: str | Path = "config.json") -> dict[str, Any]:

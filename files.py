@@ -1,4 +1,5 @@
-"""Files that are either whole or not there: atomic writes, and tensor files that prove their own bytes.
+"""Files that are either whole or not there: atomic writes, and tensor files that prove their own bytes; and
+the JSON and text files that people write, read with what is wrong in them.
 
 A tensor file is a safetensors file with one metadata string: JSON that says what the file holds, and a
 SHA-256 over that and over every tensor. safetensors itself has no checksum: without ours, a flipped bit
@@ -12,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -110,6 +111,85 @@ def remove_temporary_files(folder: Path) -> None:
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+# --- files that people write ----------------------------------------------------------------------------
+
+JSON_EXAMPLE = '{"batch_size": 8, "n_embd": 128}'
+JSON_HINT = f"as in {JSON_EXAMPLE}: double quotes, no comment, no comma behind the last value"
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        Alg1Error: it is not there, not UTF-8, not JSON, not an object, or names a key twice.
+    """
+    return parse_json_object(read_bytes(path), path)
+
+
+def parse_json_object(data: bytes, path: str | Path) -> dict[str, Any]:
+    """The object that the bytes of a JSON file hold; raises as `read_json_object` does."""
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        refuse_repeats(path, [name for name, _ in pairs])
+        return dict(pairs)
+
+    text = decode(data, path)
+    try:
+        value = json.loads(text, object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise Alg1Error(f"{path}: {where}: not JSON: {error.msg}", JSON_HINT) from None
+    except RecursionError:
+        raise Alg1Error(f"{path}: nested too deeply", "leave out the inner brackets") from None
+    except ValueError:
+        raise Alg1Error(f"{path}: a number in it has too many digits", "shorten it") from None
+    if not isinstance(value, dict):
+        raise Alg1Error(f"{path}: must hold one JSON object of names and values", f"such as {JSON_EXAMPLE}")
+    return value
+
+
+def refuse_repeats(path: str | Path, names: Iterable[str]) -> None:
+    """Raise Alg1Error when a file says a name twice: one of the two values would be lost in silence."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise Alg1Error(f"{path}: {name!r} stands there twice", "keep one of them")
+        seen.add(name)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a small UTF-8 file (a BOM is dropped).
+
+    Raises:
+        Alg1Error: it is not there, cannot be read or is not UTF-8.
+    """
+    return decode(read_bytes(path), path)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a small file that a user has named.
+
+    Raises:
+        Alg1Error: it is not there, or cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise Alg1Error(f"{path}: no such file", "check its path") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:  # a null character in the name
+        raise Alg1Error(f"{path!r}: not a file name: {error}", "check its path") from None
+
+
+def decode(data: bytes, path: str | Path) -> str:
+    """The text of a UTF-8 file's bytes (a BOM is dropped). Raises Alg1Error naming the first bad byte."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Alg1Error(f"{path}: not UTF-8 at byte {error.start}", "save it as UTF-8") from None
 
 
 # --- tensor files -------------------------------------------------------------------------------------

@@ -7,24 +7,31 @@ validation and the listing follow from it. Nothing else in the project writes a 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import json
 import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from errors import Alg1Error, unreadable
+from errors import Alg1Error
+from files import read_json_object
+from problems import Problem, joint_problem, named_origin, names_in, nearest, raise_problems, shown
+
+# What a word may be that stands on a command line without a flag (see Limits.stands_for); or a suffix.
+A_FOLDER = "a folder"
+A_PATH = "a file or a folder"
+A_WORD = "a word"
+LARGEST = 2**31 - 1  # of a whole number without a limit of its own; more cannot be allocated anyway
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a field's value must satisfy beyond its type, and how it is reached from outside."""
+    """What the value of a field, or of any flag, must satisfy beyond its type, and how it is reached from
+    outside."""
 
     help: str
     above: float | None = None  # exclusive lower bound
@@ -32,15 +39,29 @@ class Limits:
     below: float | None = None  # exclusive upper bound
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
+    may_be_empty: bool = False  # of text
+    stands_for: tuple[str, ...] = ()  # the words that its flag is meant for, if they stand without one
     flag: str | None = None  # the command-line flag, where it is not the field's own name
     may_change: bool = False  # a resumed run may change it: it never shaped the steps already taken
 
-
-class Problem(NamedTuple):
-    """Something wrong with one parameter, or with several taken together."""
-
-    text: str
-    names: tuple[str, ...]  # of the parameters it is about
+    def broken_by(self, value: Any) -> str | None:
+        """What a value of the right type must be to keep the limits; None when it does."""
+        if value is None:
+            return None
+        if self.choices and value not in self.choices:
+            return "must be one of " + ", ".join(self.choices)
+        if isinstance(value, str):
+            return None if value or self.may_be_empty else "must not be empty"
+        if self.above is not None and not value > self.above:
+            return f"must be above {self.above:g}"
+        if self.minimum is not None and not value >= self.minimum:
+            return f"must be at least {self.minimum:g}"
+        if self.below is not None and not value < self.below:
+            return f"must be below {self.below:g}"
+        maximum = LARGEST if isinstance(value, int) and self.maximum is None else self.maximum
+        if maximum is not None and not value <= maximum:
+            return f"must be at most {maximum}"
+        return None
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
@@ -120,9 +141,9 @@ class ModelConfig:
         found = range_problems(self)
         wrong = names_in(found)
         if not wrong & {"n_embd", "n_head"} and self.n_embd % self.n_head:
-            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            width = max(1, round(self.n_embd / self.n_head)) * self.n_head
             found += joint_problem(
-                f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head} (n_embd = {nearest} is)",
+                f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head} (n_embd = {width} is)",
                 "n_embd",
                 "n_head",
             )
@@ -242,7 +263,7 @@ class TrainConfig:
     )
     output: str | None = setting(None, "also write the export to this file", may_change=True)
     runs_dir: str = setting("runs", "folder of the run directories", may_change=True)
-    run_tag: str = setting("", "words for the end of the run's name", may_change=True)
+    run_tag: str = setting("", "words for the end of the run's name", may_be_empty=True, may_change=True)
     aim: bool = setting(True, "track with Aim", may_change=True)
 
     def problems(self) -> list[Problem]:
@@ -280,6 +301,7 @@ class DataConfig:
     data_path: str = setting(
         "data/input.txt",
         "a UTF-8 text file, or one of the names shakespeare and python-docs",
+        stands_for=(A_PATH,),
         flag="--data",
         may_change=True,  # the checkpoint holds the text's digest, which may not
     )
@@ -449,54 +471,6 @@ def field_names(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class)]
 
 
-# What other programs, nanoGPT above all, call what is here a parameter, a file key or a flag.
-ELSEWHERE = {
-    "learning_rate": ("lr",),
-    "max_iters": ("epochs", "steps", "max_steps", "num_steps", "iterations", "lr_decay_iters"),
-    "batch_size": ("bs",),
-    "block_size": ("context", "context_length", "context_size", "seq_len"),
-    "n_embd": ("d_model", "hidden_size"),
-    "n_layer": ("layers", "num_layers", "depth"),
-    "n_head": ("heads", "num_heads"),
-    "grad_accum_steps": ("gradient_accumulation_steps", "accumulate"),
-    "weight_decay": ("wd",),
-    "lr_schedule": ("decay_lr", "scheduler"),
-    "checkpoint_interval": ("always_save_checkpoint", "save_interval", "save_every"),
-    "device": ("gpu",),
-    "workers": ("jobs", "n_jobs"),
-    "low": ("min", "lower"),
-    "high": ("max", "upper"),
-    "data_path": ("dataset", "input", "text", "corpus"),
-    "data": ("dataset", "data_path", "input", "corpus"),
-    "runs_dir": ("out_dir", "output_dir"),
-    "run_tag": ("wandb_run_name", "run_name", "name"),
-    "aim": ("wandb", "wandb_log"),
-    "prompt": ("start", "text", "input"),
-    "max_new_tokens": ("length", "max_length", "max_tokens", "tokens"),
-    "num_samples": ("samples", "n_samples"),
-    "model": ("checkpoint", "ckpt", "weights"),
-}
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """ "; did you mean X?" for the known word that `word` begins, or that resembles it most, or nothing."""
-    by_name = {name.lstrip("-:").replace("-", "_"): name for name in known}
-    bare = word.lstrip("-:").replace("-", "_").lower()
-    begun = [name for name in by_name if bare and name.startswith(bare)]
-    elsewhere = [name for name in by_name if bare in ELSEWHERE.get(name, ())]
-    if bare in by_name:
-        found = by_name[bare]
-    elif elsewhere:
-        found = by_name[elsewhere[0]]
-    elif len(begun) == 1:
-        found = by_name[begun[0]]
-    else:
-        close = difflib.get_close_matches(bare, list(by_name), n=1, cutoff=0.65)
-        found = by_name[close[0]] if close else ""
-    return f"; did you mean {found}?" if found else ""
-
-
-FLAGS_ONLY = ("config", "resume", "init_from", "print_config", "quiet", "verbose", "serve_tensorboard")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -564,8 +538,15 @@ def as_number(kind: type, value: Any) -> int | float:
     return int(number)
 
 
-def coerce_all(values: Mapping[str, Any], origin: str | None = None) -> tuple[dict[str, Any], list[Problem]]:
-    """Coerce a flat dictionary of parameters: the good values, and a problem for each of the others."""
+def coerce_all(
+    values: Mapping[str, Any], origin: str | None = None, flags_only: Container[str] = ()
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Coerce a flat dictionary of parameters: the good values, and a problem for each of the others.
+
+    Args:
+        origin: where the values come from, as a problem names it.
+        flags_only: names that are no parameters but flags of train.py.
+    """
     good: dict[str, Any] = {}
     problems: list[Problem] = []
     where = f"{origin}: " if origin else ""
@@ -575,7 +556,7 @@ def coerce_all(values: Mapping[str, Any], origin: str | None = None) -> tuple[di
             continue
         if name not in known:
             text = f"{where}unknown name {shown(name)}{nearest(str(name), known)}"
-            if str(name).replace("-", "_") in FLAGS_ONLY:
+            if str(name).replace("-", "_") in flags_only:
                 text = f"{where}{shown(name)} is a flag of train.py only"
             elif isinstance(value, dict):
                 text = (
@@ -597,7 +578,7 @@ def range_problems(config: Any) -> list[Problem]:
         spec, value = specs()[name], getattr(config, name)
         fitting = (int, float) if spec.type is float else spec.type
         try:
-            complaint = limit_broken(spec, coerce(spec, value))
+            complaint = spec.limits.broken_by(coerce(spec, value))
             if value is not None and not isinstance(value, fitting):  # text that is a number, say
                 complaint = f"must be {TYPE_NAMES[spec.type]}"
         except ValueError as error:
@@ -605,128 +586,3 @@ def range_problems(config: Any) -> list[Problem]:
         if complaint:
             problems.append(Problem(f"{name} = {shown(value)} {complaint}", (name,)))
     return problems
-
-
-def names_in(problems: list[Problem]) -> set[str]:
-    """The parameters that problems are about."""
-    return {name for problem in problems for name in problem.names}
-
-
-def joint_problem(text: str, *names: str) -> list[Problem]:
-    """A problem of several parameters together, as a list to add to others."""
-    return [Problem(text, names)]
-
-
-LARGEST = 2**31 - 1  # of a whole number without a limit of its own; more cannot be allocated anyway
-
-
-def limit_broken(spec: Spec, value: Any) -> str | None:
-    """What a value of the right type must be to keep the field's limits; None when it does."""
-    limits = spec.limits
-    if value is None:
-        return None
-    if limits.choices and value not in limits.choices:
-        return "must be one of " + ", ".join(limits.choices)
-    if spec.type is str:
-        return "must not be empty" if not value and spec.default != "" else None
-    if limits.above is not None and not value > limits.above:
-        return f"must be above {limits.above:g}"
-    if limits.minimum is not None and not value >= limits.minimum:
-        return f"must be at least {limits.minimum:g}"
-    if limits.below is not None and not value < limits.below:
-        return f"must be below {limits.below:g}"
-    maximum = LARGEST if spec.type is int and limits.maximum is None else limits.maximum
-    if maximum is not None and not value <= maximum:
-        return f"must be at most {maximum}"
-    return None
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: on one line and not too long."""
-    try:
-        text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
-    except (TypeError, ValueError, RecursionError):  # what only YAML can say, or a number without end
-        text = f"({type(value).__name__})"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def named_origin(problem: Problem, origins: Mapping[str, str]) -> Problem:
-    """The problem with where its values came from, for those that are not defaults."""
-    given = [f"{name} from {origins[name]}" for name in problem.names if name in origins]
-    return problem._replace(text=f"{problem.text} ({', '.join(given)})") if given else problem
-
-
-CONFIG_HINT = "python train.py --help explains every value"
-
-
-def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:
-    """Raise one Alg1Error that lists every problem; do nothing when there is none.
-
-    A problem of several parameters is left out when one of them is wrong by itself: it may follow from it.
-    """
-    wrong = {problem.names for problem in problems if len(problem.names) == 1}
-    texts = [
-        problem.text
-        for problem in problems
-        if len(problem.names) < 2 or not any((name,) in wrong for name in problem.names)
-    ]
-    if len(texts) == 1:
-        raise Alg1Error(texts[0], hint)
-    if texts:
-        listed = "".join(f"\n  - {text}" for text in texts)
-        raise Alg1Error(f"{len(texts)} problems:{listed}", hint)
-
-
-JSON_EXAMPLE = '{"batch_size": 8, "n_embd": 128}'
-JSON_HINT = f"as in {JSON_EXAMPLE}: double quotes, no comment, no comma behind the last value"
-
-
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        Alg1Error: it is not there, not UTF-8, not JSON, not an object, or names a key twice.
-    """
-
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        refuse_repeats(path, [name for name, _ in pairs])
-        return dict(pairs)
-
-    text = read_text(path)
-    try:
-        value = json.loads(text, object_pairs_hook=without_repeats)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise Alg1Error(f"{path}: {where}: not JSON: {error.msg}", JSON_HINT) from None
-    except RecursionError:
-        raise Alg1Error(f"{path}: nested too deeply", "leave out the inner brackets") from None
-    except ValueError:
-        raise Alg1Error(f"{path}: a number in it has too many digits", "shorten it") from None
-    if not isinstance(value, dict):
-        raise Alg1Error(f"{path}: must hold one JSON object of names and values", f"such as {JSON_EXAMPLE}")
-    return value
-
-
-def refuse_repeats(path: str | Path, names: list[Any]) -> None:
-    """Raise Alg1Error when a file says a name twice: one of the two values would be lost in silence."""
-    for name in names:
-        if names.count(name) > 1:
-            raise Alg1Error(f"{path}: {name!r} stands there twice", "keep one of them")
-
-
-def read_text(path: str | Path) -> str:
-    """Read a small UTF-8 file (a BOM is dropped).
-
-    Raises:
-        Alg1Error: it is not there, cannot be read or is not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise Alg1Error(f"{path}: no such file", "check its path") from None
-    except UnicodeDecodeError as error:
-        raise Alg1Error(f"{path}: not UTF-8 at byte {error.start}", "save it as UTF-8") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except ValueError as error:  # a null character in the name
-        raise Alg1Error(f"{path!r}: not a file name: {error}", "check its path") from None

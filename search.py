@@ -24,13 +24,15 @@ import os
 import shlex
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import DONE, Alg1Error
-from parameters import Problem, raise_problems
+from parameters import A_PATH, Limits
+from problems import Problem, raise_problems
 from utils_alg1.utils_command_line import (
+    Flag,
     Options,
     Parser,
     add_config_flag,
@@ -51,15 +53,15 @@ LONGEST_NAME = 40  # characters of a study's name: it begins the tags of the run
 class SearchOptions:
     """The command line of search.py: what to search and how, and train.py's flags for every trial."""
 
-    space: str = "configs/search.yaml"
-    study: str = ""
-    trials: int = 20
-    workers: int = 1
-    sampler: str = "tpe"
-    sampler_seed: int = 0
-    prune: bool = True
-    storage: str | None = None
-    training: Options = field(default_factory=Options)
+    space: str
+    study: str | None
+    trials: int
+    workers: int
+    sampler: str
+    sampler_seed: int
+    prune: bool
+    storage: str | None
+    training: Options
 
     @property
     def name(self) -> str:
@@ -82,49 +84,46 @@ def parse_command_line(argv: list[str] | None = None) -> SearchOptions:
         argument_default=argparse.SUPPRESS,
     )
     search = parser.add_argument_group("search")
-    search.add_argument("--space", metavar="PATH", help="what is searched (configs/search.yaml)")
-    search.add_argument("--study", metavar="NAME", help="of its folder in searches/ (the space file's name)")
-    search.add_argument("--trials", type=int, metavar="N", help="in all, those of earlier starts too (20)")
-    search.add_argument("--workers", type=int, metavar="N", help="trials at a time (1)")
-    samplers = ("tpe", "random", "grid")
+    space = Limits("what is searched", stands_for=(".yaml", A_PATH))
+    search.add_argument("--space", action=Flag, default="configs/search.yaml", metavar="PATH", limits=space)
+    study = Limits("of its folder in searches/ (the space file's name)")
+    search.add_argument("--study", action=Flag, default=None, metavar="NAME", limits=study)
+    trials = Limits("in all, those of earlier starts too", minimum=1)
+    search.add_argument("--trials", action=Flag, type=int, default=20, limits=trials)
+    workers = Limits("trials at a time", minimum=1)
+    search.add_argument("--workers", action=Flag, type=int, default=1, limits=workers)
+    sampler = Limits("what chooses the next trial; tpe is Bayesian", choices=("tpe", "random", "grid"))
+    search.add_argument("--sampler", action=Flag, default="tpe", limits=sampler)
+    seed = Limits("of its draws", minimum=0)
+    search.add_argument("--sampler-seed", action=Flag, type=int, default=0, limits=seed)
     search.add_argument(
-        "--sampler", choices=samplers, help="what chooses the next trial; tpe is Bayesian (tpe)"
+        "--no-prune",
+        dest="prune",
+        default=True,
+        action="store_false",
+        help="let hopeless trials run to their end",
     )
-    search.add_argument("--sampler-seed", type=int, metavar="N", help="of its draws (0)")
-    search.add_argument(
-        "--no-prune", dest="prune", action="store_false", help="let hopeless trials run to their end"
-    )
-    search.add_argument(
-        "--storage", metavar="PATH|URL", help="a journal file or a database (the study's own)"
-    )
+    storage = Limits("a journal file or a database (the study's own)")
+    search.add_argument("--storage", action=Flag, default=None, metavar="PATH|URL", limits=storage)
     add_config_flag(search)
     add_parameter_flags(parser)
-    namespace, problems = parser.parse_with_suggestions(argv, for_a_path="--space")
+    namespace, problems = parser.parse_with_suggestions(argv)
     values, given = split_parameters(namespace)
     training = Options(values=values, config=given.pop("config", None))
     options = SearchOptions(training=training, **given)
-    raise_problems([*problems, *problems_of(options)], f"{parser.prog} --help lists every flag")
+    raise_problems([*problems, *name_problems(options)], f"{parser.prog} --help lists every flag")
     return options
 
 
-def problems_of(options: SearchOptions) -> list[Problem]:
-    """What is wrong with search.py's own flags."""
+def name_problems(options: SearchOptions) -> list[Problem]:
+    """What is wrong with the study's name."""
     from utils_alg1.utils_run_manager import sanitise_tag
 
-    problems = [
-        Problem(f"--{name.replace('_', '-')} {value}: must be at least {lowest}", ())
-        for name, value, lowest in (
-            ("trials", options.trials, 1),
-            ("workers", options.workers, 1),
-            ("sampler_seed", options.sampler_seed, 0),
-        )
-        if value < lowest
-    ]
-    good_name = sanitise_tag(options.name) == options.name and 0 < len(options.name) <= LONGEST_NAME
-    if options.space and not good_name:  # an empty --space is a problem already
-        wanted = f"letters, digits, - _ and . within, at most {LONGEST_NAME}"
-        problems.append(Problem(f"--study {options.name!r}: must be a name of {wanted}", ()))
-    return problems
+    good = sanitise_tag(options.name) == options.name and 0 < len(options.name) <= LONGEST_NAME
+    if good:
+        return []
+    wanted = f"letters, digits, - _ and . within, at most {LONGEST_NAME}"
+    return [Problem(f"--study {options.name!r}: must be a name of {wanted}", ())]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from errors import DONE, Alg1Error
-from parameters import due, raise_problems
+from parameters import due
 from utils_alg1.utils_command_line import Options, parse_command_line
 from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import Console
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from data import Corpus
     from parameters import Parameters
     from utils_alg1.utils_checkpoint import CheckpointStore
+    from utils_alg1.utils_config_loader import Sources
     from utils_alg1.utils_observations import Observer
     from utils_alg1.utils_runtime import Runtime, StopSignals
     from utils_alg1.utils_start import Job, Start
@@ -45,14 +46,18 @@ def lead(argv: list[str] | None, processes: Processes) -> int:
     # 1. Command line. The heavy packages are imported after it, so that --help answers at once.
     options = parse_command_line(argv)
     console = Console(options.quiet, options.verbose)
-    raise_problems(options.problems if options.starts_from_weights else [])
-    params = None if options.starts_from_weights else ConfigLoader.resolve(options)
+    sources = ConfigLoader.read(options)
+    params = None
+    if options.starts_from_weights:
+        sources.check()  # the rest once it is known what the run starts from
+    else:
+        params = sources.resolve()
     if params and options.print_config:
         console.configuration(params)
         return DONE
     with contextlib.closing(console), contextlib.ExitStack() as stack:
         try:
-            return run_phases(options, params, console, stack, processes)
+            return run_phases(options, sources, params, console, stack, processes)
         except Exception as error:
             console.log_failure(error)
             raise
@@ -60,6 +65,7 @@ def lead(argv: list[str] | None, processes: Processes) -> int:
 
 def run_phases(
     options: Options,
+    sources: Sources,
     params: Parameters | None,
     console: Console,
     stack: contextlib.ExitStack,
@@ -88,11 +94,10 @@ def run_phases(
         from utils_tensorboard.server import TensorBoardServer
 
     # 2. Configurations, checked as a whole and against the text before anything is created.
-    runs_dir = ConfigLoader.runs_dir(options)
-    start = utils_start.find_start(options.resume, options.init_from, runs_dir, console)
+    start = utils_start.find_start(options.resume, options.init_from, sources.runs_dir, console)
     if start.run:
         stack.enter_context(start.run)
-    params = params or ConfigLoader.resolve(options, start.parameters, start.sizes)
+    params = params or sources.resolve(start.parameters, start.sizes)
     if options.print_config:
         console.configuration(params)
         return DONE
@@ -120,8 +125,7 @@ def run_phases(
     console.log_to(run.log_path)
 
     # 5. Metadata.
-    config_files = ConfigLoader.files_used(options)
-    origin = utils_report.write_records(run, params, config_files, corpus, runtime)
+    origin = utils_report.write_records(run, params, sources.files, corpus, runtime)
 
     # 6. Aim, and 7. TensorBoard: both start in the background, fed by one fan-out.
     state = None

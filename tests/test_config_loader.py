@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import PROJECT
+from conftest import PROJECT, QUIET_TRACKERS, TINY
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from errors import Alg1Error
+from files import JSON_HINT
 from parameters import DataConfig, ModelConfig, TensorBoardConfig, TrainConfig, field_names, specs
 from utils_alg1 import utils_run_manager
 from utils_alg1.utils_command_line import Options, parse_command_line
-from utils_alg1.utils_config_loader import ConfigLoader
+from utils_alg1.utils_config_loader import PATH_HINT, ConfigLoader
 from utils_alg1.utils_run_manager import (
     LOCK_NAME,
     NO_RUN_HINT,
@@ -127,6 +128,12 @@ def flags(values: dict[str, object]) -> list[str]:
         else:
             words.append(f"{flag}={value}")
     return words
+
+
+def without(flag: str, words: list[str]) -> list[str]:
+    """Words of a command line without a flag and its value."""
+    i = words.index(flag)
+    return words[:i] + words[i + 2 :]
 
 
 def short(value: object) -> str:
@@ -355,12 +362,34 @@ def test_files_used_are_those_that_count(workdir):
         "unused.json",
     ):
         write(path, {})
-    options = parse_command_line(["--config", "preset"])
-    assert ConfigLoader.files_used(options) == [
-        Path("config.json"),
-        Path("configs/train.yaml"),
-        Path("preset/model.json"),
-    ]
+    files = {"config.json": b"{}", "configs/train.yaml": b"{}\n", "preset/model.json": b"{}"}
+    for words, used in (([], list(files)), (["--resume", "latest"], ["preset/model.json"])):
+        sources = ConfigLoader.read(parse_command_line(["--config", "preset", *words]))
+        assert sources.files == {Path(name): files[name] for name in used}
+
+
+def test_a_file_is_read_once_and_kept_as_it_was_then(workdir):
+    write("configs/train.yaml", "runs_dir: here\n")
+    sources = ConfigLoader.read(Options())
+    write("configs/train.yaml", "runs_dir: there\n")
+    assert (sources.runs_dir, sources.resolve().train.runs_dir) == ("here", "here")
+    assert sources.files == {Path("configs/train.yaml"): b"runs_dir: here\n"}
+
+
+def test_a_resumed_run_keeps_the_copies_of_the_files_that_it_read(text_file, train):
+    write("configs/train.yaml", "batch_size: 2\n")
+    write("more/train.yaml", "eval_iters: 1\n")
+    assert train("--data", text_file, *without("--batch-size", TINY), *QUIET_TRACKERS).code == 0
+    (run,) = list_runs("runs")
+    write("configs/train.yaml", "batch_size: 7\n")
+    for more in ([], ["--config", "more"], ["--config", "more"]):
+        result = train("--resume", "latest", "--max-iters", 7, *more)
+        assert result.code == 0, result.err
+        assert json.loads((run / "meta/full_config.json").read_text())["parameters"]["batch_size"] == 2
+        copies = {path.name: path.read_text() for path in (run / "meta/configs").iterdir()}
+        assert copies == {"train.yaml": "batch_size: 2\n"} | (
+            {"train-2.yaml": "eval_iters: 1\n"} if more else {}
+        )
 
 
 @pytest.mark.parametrize(
@@ -371,11 +400,20 @@ def test_the_runs_folder_is_known_before_the_parameters_are(workdir, words, expe
     write("config.json", {"runs_dir": "from-legacy"})
     write("configs/train.yaml", {"runs_dir": "from-configs", "no_such_name": 1})
     write("a.json", {"runs_dir": "from-a"})
-    assert ConfigLoader.runs_dir(parse_command_line(words)) == expected
+    assert ConfigLoader.read(parse_command_line(words)).runs_dir == expected
 
 
 def test_the_runs_folder_is_the_default_when_nothing_names_one(workdir):
-    assert ConfigLoader.runs_dir(Options()) == "runs"
+    assert ConfigLoader.runs_dir(None) == "runs"
+
+
+def test_a_script_without_parameters_finds_the_runs_folder_too(workdir):
+    write("configs/train.yaml", {"runs_dir": "from-configs"})
+    assert (ConfigLoader.runs_dir(None), ConfigLoader.runs_dir("here")) == ("from-configs", "here")
+    write("configs/train.yaml", "- 1\n")
+    with pytest.raises(Alg1Error, match=r"^configs/train.yaml: must hold names and values$"):
+        ConfigLoader.runs_dir(None)
+    assert ConfigLoader.runs_dir("here") == "here"
 
 
 # --- what is wrong with a file ---
@@ -391,6 +429,8 @@ def test_the_runs_folder_is_the_default_when_nothing_names_one(workdir):
         ("config.json", '{"seed": ' + "9" * 5000 + "}", "a number in it has too many digits"),
         ("configs/model.json", "n_embd: 64", "line 1, column 1: not JSON: Expecting value"),
         ("configs/train.yaml", "seed: 1\nseed: 1\n", "'seed' stands there twice"),
+        ("configs/train.yaml", "seed: {a: 1, b: [{c: 1, c: 1}]}\n", "'c' stands there twice"),
+        ("configs/train.yaml", "seed: &a {b: 1}\nthreads: {<<: *a, c: 1, c: 2}\n", "'c' stands there twice"),
         ("configs/train.yaml", "a: b: c", "line 1, column 5: not YAML: mapping values are not allowed here"),
         ("configs/train.yaml", "seed: 1\n\tthreads: 2", "line 2, column 1: not YAML: found character '\\t'"),
         ("configs/train.yaml", "- seed\n- threads\n", "must hold names and values"),
@@ -470,6 +510,45 @@ def test_the_problems_of_all_sources_come_in_one_message(workdir, train):
     )
 
 
+def test_files_that_cannot_be_read_are_problems_among_the_others(workdir, train):
+    """What a missing file's values would go with is unknown: only what is wrong by itself is told."""
+    write("configs/model.json", "{")
+    write("configs/train.yaml", "seed: 1\nseed: 2\n")
+    write("config.json", {"tensorboard": False})
+    flags = "--config nowhere --max-iterz 5 --max-iters five --n-embd 6 --batch-size 0".split()
+    json_error = "configs/model.json: line 1, column 2: not JSON: Expecting property name enclosed in double"
+    expected = (
+        "error: 6 problems:\n"
+        "  - unknown flag --max-iterz; did you mean --max-iters?\n"
+        f"  - {json_error} quotes ({JSON_HINT})\n"
+        "  - configs/train.yaml: 'seed' stands there twice (keep one of them)\n"
+        f"  - --config nowhere: no such file or folder ({PATH_HINT})\n"
+        "  - max_iters = 'five' must be a whole number (from --max-iters)\n"
+        "  - batch_size = 0 must be above 0 (batch_size from --batch-size)\n" + CONFIG_HINT
+    )
+    for start in ([], ["--resume", "latest"], ["--init-from", "nowhere.safetensors"]):
+        result = train(*flags, "--serve-tensorboard", *start)
+        assert (result.code, result.out, result.err) == (2, "", expected)
+
+
+@pytest.mark.parametrize("start", ["--resume latest", "--init-from nowhere.safetensors"])
+def test_flags_are_checked_before_a_run_or_a_model_is_read(workdir, train, start):
+    write("more.json", {"n_layr": 2})
+    flags = "--config more.json --max-iters five --dropout 1 --n-embd 30 --serve-tensorboard --no-tensorboard"
+    assert train(*start.split(), *flags.split()).err == (
+        "error: 4 problems:\n"
+        "  - more.json: unknown name 'n_layr'; did you mean n_layer?\n"
+        "  - max_iters = 'five' must be a whole number (from --max-iters)\n"
+        "  - --serve-tensorboard has nothing to show: tensorboard is off (--tensorboard)\n"
+        "  - dropout = 1.0 must be below 1 (dropout from --dropout)\n" + CONFIG_HINT
+    )
+
+
+def test_a_yaml_mapping_may_merge_another_and_stand_above_it(workdir):
+    write("a.yaml", "base: &base {a: 1}\nmore: &more {<<: *base, a: 2}\nlast: {<<: *more, a: 3}\n")
+    assert ConfigLoader.load_search_space("a.yaml") == {"base": {"a": 1}, "more": {"a": 2}, "last": {"a": 3}}
+
+
 def test_a_wrong_value_is_reported_even_where_a_stronger_source_has_a_good_one(workdir, train):
     write("configs/train.yaml", "seed: x\n")
     assert train("--print-config", "--seed", 5).err == (
@@ -519,9 +598,11 @@ LIGHT = [
     "errors",
     "parameters",
     "config",
+    "problems",
     "utils",
     "utils_alg1.utils_command_line",
     "utils_alg1.utils_config_loader",
+    "utils_alg1.utils_dialogue",
     "train",
     "inference",
     "search",
@@ -854,14 +935,15 @@ def test_runs_created_by_eight_processes_get_eight_numbers(workdir):
 
 
 def test_files_copied_under_the_same_name_are_numbered(workdir):
-    for folder in "abc":
-        write(f"{folder}/train.yaml", folder)
-    copies = copy_files([Path(folder, "train.yaml") for folder in "abc"], Path("meta/configs"))
+    files = {Path(folder, "train.yaml"): folder.encode() for folder in "abc"}
+    copies = copy_files(files, Path("meta/configs"))
     assert [(path.name, path.read_text()) for path in copies] == [
         ("train.yaml", "a"),
         ("train-2.yaml", "b"),
         ("train-3.yaml", "c"),
     ]
+    assert copy_files({Path("d/train.yaml"): b"b"}, Path("meta/configs")) == [copies[1]]  # it is there
+    assert [path.read_text() for path in copies] == ["a", "b", "c"]
 
 
 def test_the_configuration_files_of_a_folder_are_copied(workdir):

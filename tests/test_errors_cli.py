@@ -20,8 +20,8 @@ import torch
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process, runner
 
 from errors import Alg1Error, Guard, disk_error
-from files import WHERE_WEIGHTS_ARE
-from parameters import JSON_EXAMPLE, JSON_HINT, TrainConfig
+from files import JSON_EXAMPLE, JSON_HINT, WHERE_WEIGHTS_ARE
+from parameters import TrainConfig
 from utils_alg1.utils_compare import RESULTS
 from utils_alg1.utils_config_loader import PATH_HINT, YAML_HINT
 from utils_alg1.utils_output import LOGGER, Console
@@ -109,6 +109,24 @@ TRAIN_MISTAKES = [
     ("--qqqqqqq 5", "unknown flag --qqqqqqq", SHOWS),
     ("stray words", "'stray' belongs to no flag", SHOWS),
     ("text.txt", "'text.txt' belongs to no flag; did you mean --data text.txt?", SHOWS),
+    (
+        "one --seed 1 two",
+        "2 problems:\n  - 'one' belongs to no flag\n  - 'two' belongs to no flag",
+        SHOWS,
+    ),
+    (
+        "--max-iterz 5 6 --seed 1 stray words --quiet more",
+        "3 problems:\n  - unknown flag --max-iterz; did you mean --max-iters?"
+        "\n  - 'stray' belongs to no flag\n  - 'more' belongs to no flag; --quiet takes no value",
+        SHOWS,
+    ),
+    (
+        "--max-iterz 5 --config nowhere --max-iters five",
+        "3 problems:\n  - unknown flag --max-iterz; did you mean --max-iters?"
+        f"\n  - --config nowhere: no such file or folder ({PATH_HINT})"
+        "\n  - max_iters = 'five' must be a whole number (from --max-iters)",
+        SHOWS,
+    ),
     # options of the model
     (
         "--positions rotaty",
@@ -286,7 +304,7 @@ SAMPLING_MISTAKES = [
         NO_RUN_HINT,
     ),
     ("--run folder", "folder: no such run in runs, and no run directory", NO_RUN_HINT),
-    ("--run latest", "there is no run in runs", NO_RUN_HINT),
+    ("--run latest", "no run in runs has any weights yet", HAS_WEIGHTS),
     ("--model nowhere", "nowhere: no such file", WHERE_WEIGHTS_ARE),
     ("--model folder", "folder: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE),
     (
@@ -335,7 +353,7 @@ SAMPLING_MISTAKES = [
         LISTS_SAMPLING,
     ),
     ("--temperature hot", "--temperature 'hot': must be a number", LISTS_SAMPLING),
-    ("--temperature -1e-3", "--temperature -0.001: must be 0 or above", LISTS_SAMPLING),
+    ("--temperature -1e-3", "--temperature -0.001: must be at least 0", LISTS_SAMPLING),
     ("--interactive=yes", "--interactive 'yes': a switch takes no value", LISTS_SAMPLING),
     ("--start hello", "unknown flag --start; did you mean --prompt?", LISTS_SAMPLING),
     ("--max_new_tokens=5", "unknown flag --max_new_tokens; did you mean --max-new-tokens?", LISTS_SAMPLING),
@@ -354,17 +372,21 @@ SAMPLING_MISTAKES = [
     ("--top-k some", "--top-k 'some': must be a whole number", LISTS_SAMPLING),
     ("--max-new-tokens -1", "--max-new-tokens -1: must be at least 0", LISTS_SAMPLING),
     ("--num-samples 0", "--num-samples 0: must be at least 1", LISTS_SAMPLING),
-    ("--temperature -0.5", "--temperature -0.5: must be 0 or above", LISTS_SAMPLING),
+    ("--temperature -0.5", "--temperature -0.5: must be at least 0", LISTS_SAMPLING),
     ("--temperature nan", "--temperature 'nan': must be finite", LISTS_SAMPLING),
     ("--temperature inf", "--temperature 'inf': must be finite", LISTS_SAMPLING),
     ("--top-k 0", "--top-k 0: must be at least 1", LISTS_SAMPLING),
-    ("--top-p 0", "--top-p 0.0: must be above 0, at most 1", LISTS_SAMPLING),
-    ("--top-p 1.5", "--top-p 1.5: must be above 0, at most 1", LISTS_SAMPLING),
-    ("--seed -1", "--seed -1: must be at least 0 and below 2**63", LISTS_SAMPLING),
+    ("--top-p 0", "--top-p 0.0: must be above 0", LISTS_SAMPLING),
+    ("--top-p 1.5", "--top-p 1.5: must be at most 1", LISTS_SAMPLING),
+    ("--seed -1", "--seed -1: must be at least 0", LISTS_SAMPLING),
+    (f"--seed {2**63}", f"--seed {2**63}: must be at most {2**63 - 1}", LISTS_SAMPLING),
+    ("--num-samples 1e10", "--num-samples 10000000000: must be at most 2147483647", LISTS_SAMPLING),
+    ("--temprature 1", "unknown flag --temprature; did you mean --temperature?", LISTS_SAMPLING),
+    ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
     (
         "--top-k 0 --num-samples 0 --modl x",
-        "3 problems:\n  - unknown flag --modl; did you mean --model?"
-        "\n  - --num-samples 0: must be at least 1\n  - --top-k 0: must be at least 1",
+        "3 problems:\n  - --top-k 0: must be at least 1\n  - --num-samples 0: must be at least 1"
+        "\n  - unknown flag --modl; did you mean --model?",
         LISTS_SAMPLING,
     ),
     ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
@@ -557,15 +579,6 @@ def test_a_mistake_in_searching_is_reported_and_changes_nothing(place, capsys, c
     assert result.err == report(error, hint)
     assert (result.code, result.out) == (2, "")
     assert snapshot(place, ".tokens") == before
-
-
-@pytest.mark.parametrize(
-    "mistakes",
-    [TRAIN_MISTAKES, SAMPLING_MISTAKES, COMPARING_MISTAKES, SEARCHING_MISTAKES],
-    ids=["train", "inference", "compare", "search"],
-)
-def test_every_mistake_of_the_table_has_a_way_out(mistakes):
-    assert [command for command, _, hint in mistakes if not hint] == []
 
 
 def test_every_error_in_the_sources_has_a_hint():

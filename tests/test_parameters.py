@@ -13,22 +13,19 @@ from hypothesis import strategies as st
 
 from config import load_config, validate_config
 from errors import Alg1Error
+from files import read_json_object
 from parameters import (
     PARTS,
     DataConfig,
     ModelConfig,
     Parameters,
-    Problem,
     TensorBoardConfig,
     TrainConfig,
     coerce,
     coerce_all,
-    nearest,
-    raise_problems,
-    read_json_object,
-    shown,
     specs,
 )
+from problems import Problem, nearest, raise_problems, shown
 
 DOCUMENTED_DEFAULTS = {
     "batch_size": 4,

@@ -101,6 +101,11 @@ def write_space(**domains: Any) -> Path:
     return path
 
 
+def settings(name: str, trials: int = 20, sampler: str = "tpe", seed: int = 0) -> Settings:
+    """How search.py would run a search in the working folder."""
+    return Settings(name, Path("searches", name), None, trials, sampler, seed, prune=True)
+
+
 def results(name: str = "space") -> list[dict[str, str]]:
     with Path("searches", name, "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -230,10 +235,11 @@ SEARCH_MISTAKES = [
     ("--trials 0", "--trials 0: must be at least 1", LISTS),
     (
         "--workers 0 --trials x",
-        "2 problems:\n  - --trials 'x': must be a whole number\n  - --workers 0: must be at",
+        "2 problems:\n  - --workers 0: must be at least 1\n  - --trials 'x': must be a whole number\n",
         LISTS,
     ),
     ("--study a/b", "--study 'a/b': must be a name of letters, digits, - _ and . within, at most 40", LISTS),
+    ("--sampler-seed -1", "--sampler-seed -1: must be at least 0", LISTS),
     ("--worker 2", "unknown flag --worker; did you mean --workers?", None),
     ("--space no.yaml", "no.yaml: no such file", SPACE_PATH),
     ("--space text.txt", "text.txt: line 1, column 2: not JSON", SPACE_PATH),
@@ -350,9 +356,7 @@ def test_the_same_seed_draws_the_same_values(workdir, sampler):
     def draw(name: str, seed: int) -> list[float]:
         drawn = []
         for _ in range(4):  # each time as another process would
-            study = utils_search.Study(
-                plan, Settings(name, Path("searches", name), sampler=sampler, seed=seed)
-            )
+            study = utils_search.Study(plan, settings(name, sampler=sampler, seed=seed))
             taken = study.take_trial()
             drawn.append(taken.drawn["learning_rate"])
             study.optuna.tell(taken.trial, 1.0)
@@ -455,7 +459,7 @@ def test_a_database_serves_as_storage_and_belongs_to_one_folder(
 def study_with(name: str = "space", **domains: Any) -> utils_search.Study:
     """The study that search.py would open, with two trials to come."""
     plan = utils_search_space.make_plan(read_space(write_space(**domains), for_grid=False), Options())
-    return utils_search.Study(plan, Settings(name, Path("searches", name), trials=2))
+    return utils_search.Study(plan, settings(name, trials=2))
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,16 @@ import argparse
 import os
 import shlex
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from parameters import PARTS, Problem, Spec, as_number, nearest, shown, specs
+from parameters import A_FOLDER, A_PATH, A_WORD, PARTS, Limits, Spec, as_number, specs
+from problems import Problem, nearest, shown
 
 SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off", "0", "1")
-MAY_BE_EMPTY = ("prompt", "stop", "tag")
-# The flags that a file or a folder may be meant for, by its suffix; the first that a script has counts.
-FLAGS_FOR = {
-    "a folder": ("--run", "--config"),
-    ".json": ("--config",),
-    ".yaml": ("--space", "--config"),
-    ".safetensors": ("--model", "--init-from"),
-}
+METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 @dataclass
@@ -43,19 +38,91 @@ class Options:
         return self.resume is not None or self.init_from is not None
 
 
-class Parser(argparse.ArgumentParser):
-    """Describes a script's flags. The command line is read here: argparse stops at the first mistake, and
-    says it in words of its own.
+# The names of flags that are no parameters, which a file cannot hold.
+FLAGS_ONLY = {option.name for option in fields(Options)} - {"values", "problems"}
+
+
+class Flag(argparse.Action):
+    """A flag with a value, of a type and within limits, which explain it too.
+
+    For `add_argument(name, action=Flag, limits=Limits(help, ...))`; argparse passes everything on.
     """
 
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        limits: Limits,
+        type: Any = str,
+        default: Any = None,
+        metavar: str | None = None,
+    ):
+        metavar = metavar or "|".join(limits.choices) or METAVARS[type]
+        text = explained(limits, default)
+        super().__init__(option_strings, dest, type=type, default=default, metavar=metavar, help=text)
+        self.limits = limits
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, flag: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, value)
+
+    def read(self, flag: str, text: str) -> Any:
+        """The value that the text behind the flag stands for. Raises ValueError with what is wrong."""
+        try:
+            return read_value(self.type, self.limits, text)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+
+
+class ParameterFlag(Flag):
+    """The flag of a parameter. Its value stays text, to be checked together with those of the files."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, spec: Spec, default: Any):
+        super().__init__(option_strings, dest, spec.limits, spec.type, spec.default)
+        self.default = default
+
+    def read(self, flag: str, text: str) -> str:
+        return text
+
+
+def read_value(kind: Any, limits: Limits, text: str) -> Any:
+    """The value of a type that text stands for.
+
+    Raises:
+        ValueError: it does not, or not within the limits: the value as a message shows it, and what is wrong.
+    """
+    if not text and not limits.may_be_empty:
+        raise ValueError("'': must not be empty")
+    try:
+        value = as_number(kind, text) if kind in (int, float) else text
+    except ValueError as error:
+        raise ValueError(f"{shown(text)}: {error}") from None
+    if wrong := limits.broken_by(value):
+        raise ValueError(f"{shown(value)}: {wrong}")
+    return value
+
+
+def explained(limits: Limits, default: Any) -> str:
+    """The help on a flag: what it is, and its default where there is one to show."""
+    shown_default = "" if default in (None, "", argparse.SUPPRESS) else f" ({default})"
+    return (limits.help + shown_default).replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """Describes a script's flags: each a Flag, or a switch of argparse's. The command line is read here:
+    argparse stops at the first mistake, and says it in words of its own.
+    """
+
+    @property
+    def flags(self) -> Mapping[str, argparse.Action]:
+        """What there is, by each of its names."""
+        return self._option_string_actions
+
     def parse_with_suggestions(
-        self, argv: list[str] | None, for_a_path: str = "", for_a_word: str = ""
+        self, argv: list[str] | None = None
     ) -> tuple[argparse.Namespace, list[Problem]]:
         """The flags' values, and a problem for each mistake; the flag of a mistake keeps its default.
-
-        Args:
-            for_a_path, for_a_word: the flag that is meant where something that exists, or any other word,
-                stands there without one.
 
         Raises:
             SystemExit: after --help.
@@ -64,41 +131,22 @@ class Parser(argparse.ArgumentParser):
         problems: list[Problem] = []
         given: dict[argparse.Action, str] = {}  # the flags, as they were typed
         words = list(sys.argv[1:] if argv is None else argv)
-        switch = ""  # the flag before a word, where it takes none
-        lost = False  # a word that belongs to no flag may be the value of an unknown one, or the next of many
+        before = ""  # the known flag before a word
+        lost = False  # a word behind an unknown flag may be its value, and one behind a stray word its next
         while words:
             word = words.pop(0)
-            if word == "--":  # behind which there are no flags, for programs that read words without
-                continue
             flag, assigned, value = word.partition("=")
-            action = self._option_string_actions.get(flag)
-            if action is None and self._is_flag(word):
-                problems.append(Problem(f"unknown flag {flag}{self._nearest(flag)}", ()))
+            if flag in self.flags:
+                given[self.flags[flag]] = before = flag
+                problems += self._obey(flag, value if assigned else None, words, namespace)
+                lost = False
+            elif self._is_flag(word):
+                problems.append(Problem(f"unknown flag {flag}{nearest(flag, self.flags)}", ()))
                 lost = True
-            elif action is None:
-                if not lost:
-                    meant = self._meant(word, for_a_path, for_a_word)
-                    suggestion = f"; did you mean {meant} {shlex.quote(word)}?" if meant else ""
-                    if switch and not os.path.exists(word):
-                        suggestion = f"; {switch} takes no value"
-                    problems.append(Problem(f"{shown(word)} belongs to no flag{suggestion}", ()))
+            elif word != "--" and not lost:  # behind `--` there are no flags, for programs that read words
+                problems.append(self._stray(word, before))
                 lost = True
-            else:
-                given[action] = flag
-                switch = flag if action.nargs == 0 else ""
-                try:
-                    read = self._read(action, flag, value if assigned else None, words)
-                    action(self, namespace, read, flag)
-                except ValueError as error:
-                    problems.append(Problem(str(error), (action.dest,)))
-        for group in self._mutually_exclusive_groups:
-            flags = [flag for action, flag in given.items() if action in group._group_actions]
-            if len(flags) > 1:
-                problems.append(Problem(f"{' and '.join(flags)} exclude each other: leave one out", ()))
-        return namespace, problems
-
-    def _nearest(self, flag: str) -> str:
-        return nearest(flag, self._option_string_actions)
+        return namespace, [*problems, *self._exclusions(given)]
 
     def _is_flag(self, word: str) -> bool:
         """Whether a word is a flag, known or not, and no text, number or lone dash that a flag may have."""
@@ -111,39 +159,21 @@ class Parser(argparse.ArgumentParser):
             return True
         return False
 
-    def _meant(self, word: str, for_a_path: str, for_a_word: str) -> str:
-        """The flag that a word without one may be the value of; "" if there is none to name."""
-        kind = "a folder" if os.path.isdir(word) else Path(word).suffix
-        fitting = [flag for flag in FLAGS_FOR.get(kind, ()) if flag in self._option_string_actions]
-        return fitting[0] if fitting else for_a_path if os.path.exists(word) else for_a_word
-
-    def _read(self, action: argparse.Action, flag: str, value: str | None, words: list[str]) -> Any:
-        """A flag's value, which is taken from the words behind it where it was not given with `=`.
-
-        Raises:
-            ValueError: with what is wrong.
-        """
-        if action.nargs == 0:
-            if value is None and words and words[0].lower() in SWITCH_VALUES:
-                value = words.pop(0)
-            if value is not None:
-                on_and_off = [name for name in action.option_strings if name.startswith("--")]
-                say = ": {} is on, {} is off".format(*on_and_off) if len(on_and_off) == 2 else ""
-                raise ValueError(f"{flag} {shown(value)}: a switch takes no value{say}")
-            return None
-        if value is None:
-            value = self._value_behind(flag, words)
-        checked_later = action.default is argparse.SUPPRESS and action.dest in specs()
-        if not value and action.dest not in MAY_BE_EMPTY and not checked_later:
-            raise ValueError(f"{flag} '': must not be empty")
-        if isinstance(action.type, type):  # int or float
-            try:
-                return as_number(action.type, value)
-            except ValueError as error:
-                raise ValueError(f"{flag} {shown(value)}: {error}") from None
-        if action.choices and value not in action.choices:
-            raise ValueError(f"{flag} {shown(value)}: must be one of {', '.join(action.choices)}")
-        return value
+    def _obey(
+        self, flag: str, value: str | None, words: list[str], namespace: argparse.Namespace
+    ) -> list[Problem]:
+        """Do what a known flag says, with a value that was given by `=`, or that stands first in `words`."""
+        action = self.flags[flag]
+        try:
+            if isinstance(action, Flag):
+                text = self._value_behind(flag, words) if value is None else value
+                action(self, namespace, action.read(flag, text), flag)
+            else:
+                _refuse_value(action, flag, value, words)
+                action(self, namespace, None, flag)
+        except ValueError as error:
+            return [Problem(str(error), (action.dest,))]
+        return []
 
     def _value_behind(self, flag: str, words: list[str]) -> str:
         """Take the value of a flag from the words behind it.
@@ -154,11 +184,50 @@ class Parser(argparse.ArgumentParser):
         if words and not self._is_flag(words[0]):
             return words.pop(0)
         next_flag = words[0].split("=")[0] if words else ""
-        meant = next_flag.startswith("--") and self._nearest(next_flag)
-        if not words or next_flag in self._option_string_actions or meant:
+        meant = next_flag.startswith("--") and nearest(next_flag, self.flags)
+        if not words or next_flag in self.flags or meant:
             raise ValueError(f"{flag}: needs a value")
         with_it = f"{flag}={shlex.quote(words.pop(0))}"
         raise ValueError(f"{flag}: needs a value; one that begins with a dash is written {with_it}")
+
+    def _stray(self, word: str, before: str) -> Problem:
+        """The problem with a word that belongs to no flag, behind the flag `before`."""
+        suggestion = ""
+        if meant := self._meant(word):
+            suggestion = f"; did you mean {meant} {shlex.quote(word)}?"
+        if before and self.flags[before].nargs == 0 and not os.path.exists(word):
+            suggestion = f"; {before} takes no value"
+        return Problem(f"{shown(word)} belongs to no flag{suggestion}", ())
+
+    def _meant(self, word: str) -> str:
+        """The first flag that says to stand for such a word; "" if there is none to name."""
+        kinds = [A_FOLDER if os.path.isdir(word) else Path(word).suffix, A_WORD]
+        if os.path.exists(word):
+            kinds.insert(1, A_PATH)
+        for kind in kinds:
+            for flag, action in self.flags.items():
+                if isinstance(action, Flag) and kind in action.limits.stands_for:
+                    return flag
+        return ""
+
+    def _exclusions(self, given: Mapping[argparse.Action, str]) -> list[Problem]:
+        """A problem for each group of flags of which only one may be given, and more were."""
+        problems = []
+        for group in self._mutually_exclusive_groups:
+            flags = [flag for action, flag in given.items() if action in group._group_actions]
+            if len(flags) > 1:
+                problems.append(Problem(f"{' and '.join(flags)} exclude each other: leave one out", ()))
+        return problems
+
+
+def _refuse_value(switch: argparse.Action, flag: str, value: str | None, words: list[str]) -> None:
+    """Raise ValueError if a switch was given a value, which is taken from `words` where it stands there."""
+    if value is None and words and words[0].lower() in SWITCH_VALUES:
+        value = words.pop(0)
+    if value is not None:
+        on_and_off = [name for name in switch.option_strings if name.startswith("--")]
+        say = ": {} is on, {} is off".format(*on_and_off) if len(on_and_off) == 2 else ""
+        raise ValueError(f"{flag} {shown(value)}: a switch takes no value{say}")
 
 
 def parse_command_line(argv: list[str] | None = None) -> Options:
@@ -178,22 +247,36 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
     run = parser.add_argument_group("run")
     add_config_flag(run)
     start = run.add_mutually_exclusive_group()
-    start.add_argument("--resume", metavar="RUN", help="continue a run: latest, a run id or a run directory")
-    start.add_argument("--init-from", metavar="PATH", help="start from the weights of an exported model")
+    start.add_argument(
+        "--resume",
+        action=Flag,
+        metavar="RUN",
+        limits=Limits("continue a run: latest, a run id or a run directory"),
+    )
+    weights = Limits("start from the weights of an exported model", stands_for=(".safetensors",))
+    start.add_argument("--init-from", action=Flag, metavar="PATH", limits=weights)
     run.add_argument("--print-config", action="store_true", help="show every value and its origin, then stop")
     volume = run.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     volume.add_argument("--verbose", action="store_true", help="print what happens inside too")
     run.add_argument("--serve-tensorboard", action="store_true", help="serve TensorBoard while training")
     add_parameter_flags(parser)
-    namespace, problems = parser.parse_with_suggestions(argv, for_a_path="--data")
+    namespace, problems = parser.parse_with_suggestions(argv)
     values, given = split_parameters(namespace)
     return Options(values=values, problems=problems, **given)
 
 
 def add_config_flag(group: Any) -> None:
     """The flag that names further settings."""
-    group.add_argument("--config", metavar="PATH", help="a JSON file, or a folder like configs/ (a preset)")
+    stands_for = (A_FOLDER, ".json", ".yaml")
+    limits = Limits("a JSON file, or a folder like configs/ (a preset)", stands_for=stands_for)
+    group.add_argument("--config", action=Flag, metavar="PATH", limits=limits)
+
+
+def add_runs_dir_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of a script that reads runs; see ConfigLoader.runs_dir."""
+    limits = Limits("where runs are looked for (default: as in training)", stands_for=(A_PATH,))
+    parser.add_argument("--runs-dir", action=Flag, metavar="PATH", limits=limits)
 
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
@@ -213,12 +296,8 @@ def split_parameters(namespace: argparse.Namespace) -> tuple[dict[str, str | boo
 
 
 def _add_flag(group: Any, spec: Spec) -> None:
-    default = "" if spec.default in (None, "") else f" ({spec.default})"
-    help_text = (spec.limits.help + default).replace("%", "%%")
     if spec.type is bool:
-        action = argparse.BooleanOptionalAction
-        group.add_argument(spec.flag, dest=spec.name, action=action, help=help_text)
-        return
-    letter = {int: "N", float: "X", str: "TEXT"}[spec.type]
-    metavar = "|".join(spec.limits.choices) or letter
-    group.add_argument(spec.flag, dest=spec.name, metavar=metavar, help=help_text)
+        text = explained(spec.limits, spec.default)
+        group.add_argument(spec.flag, dest=spec.name, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        group.add_argument(spec.flag, dest=spec.name, action=ParameterFlag, spec=spec)

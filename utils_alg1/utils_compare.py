@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import Alg1Error
-from files import read_metadata
-from parameters import build_parts, names_in, nearest, part_problems, read_json_object, specs
+from files import read_json_object, read_metadata
+from parameters import build_parts, part_problems, specs
+from problems import names_in, nearest
 from utils_alg1 import utils_table
 from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_metrics import read_outline
@@ -225,7 +226,7 @@ def find_column(text: str) -> str:
     """
     known = {name: name for name in (*RESULTS, *specs())}
     known |= {heading.replace(" ", "_"): name for name, heading in HEADINGS.items()}
-    key = text.strip().replace(" ", "_")
+    key = text.strip().lower().replace(" ", "_")
     if key not in known:
         raise Alg1Error(
             f"--sort {text}: no such column{nearest(key, known)}",

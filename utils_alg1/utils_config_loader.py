@@ -9,20 +9,13 @@ from __future__ import annotations
 import difflib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from config import load_config
 from errors import Alg1Error
-from parameters import (
-    Parameters,
-    Problem,
-    coerce_all,
-    read_json_object,
-    read_text,
-    refuse_repeats,
-    specs,
-)
-from utils_alg1.utils_command_line import Options
+from files import decode, parse_json_object, read_bytes, refuse_repeats
+from parameters import Parameters, build_parts, coerce_all, part_problems, specs
+from problems import Problem, raise_problems
+from utils_alg1.utils_command_line import FLAGS_ONLY, Options
 
 LOGGER = logging.getLogger("alg1")
 CONFIG_DIR = "configs"
@@ -30,7 +23,127 @@ RESUMED = "resumed run"  # the origin of its values
 LEGACY_FILE = "config.json"
 PATH_HINT = "name a JSON or YAML file, or a folder like configs/"
 YAML_HINT = "write one `name: value` a line, with a space behind the colon and no tab"
+YAML_SUFFIXES = (".yaml", ".yml")
 CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")  # in merging order
+
+
+class Source(NamedTuple):
+    """Where values come from, and the values; of a file its bytes too."""
+
+    origin: str
+    values: dict[str, Any]
+    data: bytes = b""
+
+
+class Sources:
+    """The files of settings of one start, each read once, and the command line that stands above them.
+
+    When a run is resumed, its own parameters take the place of config.json and configs/*: these only say,
+    then, where the run is looked for. A file that cannot be read is one problem among the others.
+    """
+
+    def __init__(self, options: Options):
+        self._options = options
+        self._unreadable: list[Problem] = []
+        self._standing = self._read(_standing_files())
+        try:
+            named = _named_files(options.config) if options.config else []  # "" is a problem already
+        except Alg1Error as error:
+            self._note(error)
+            named = []
+        self._named = self._read(named)
+
+    def _read(self, paths: list[Path]) -> list[Source]:
+        sources = []
+        for path in paths:
+            try:
+                data = read_bytes(path)
+                source = Source(str(path), _parse(path, data), data)
+            except Alg1Error as error:
+                self._note(error)
+            else:
+                LOGGER.debug("%s: %s", path, ", ".join(map(str, source.values)) or "no settings")
+                sources.append(source)
+        return sources
+
+    def _note(self, error: Alg1Error) -> None:
+        self._unreadable.append(Problem(error.message, (), error.hint))
+
+    @property
+    def files(self) -> dict[Path, bytes]:
+        """The files whose values count, as they were read, for the run's records."""
+        resumes = self._options.resume is not None
+        counting = self._named if resumes else [*self._standing, *self._named]
+        return {Path(source.origin): source.data for source in counting}
+
+    @property
+    def runs_dir(self) -> str:
+        """The folder in which --resume finds its run: it is needed before the run's parameters are.
+
+        Raises:
+            Alg1Error: a file cannot be read, which may name it.
+        """
+        raise_problems(self._unreadable)
+        values = [*(source.values for source in [*self._standing, *self._named]), self._options.values]
+        named = [source["runs_dir"] for source in values if "runs_dir" in source]
+        return str(named[-1]) if named else specs()["runs_dir"].default
+
+    def check(self) -> None:
+        """Check what does not depend on a run or a model that is still to be read: each value by itself.
+
+        Raises:
+            Alg1Error: every problem of the command line and of the files that count, in one message.
+        """
+        values, origins, problems = self._merge({} if self._options.resume is not None else None, None)
+        of_values = part_problems(build_parts(values), origins)
+        raise_problems([*problems, *(problem for problem in of_values if len(problem.names) == 1)])
+
+    def resolve(
+        self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
+    ) -> Parameters:
+        """Merge every source into validated parameters; see `ConfigLoader.resolve`."""
+        return Parameters.from_values(*self.merge(resumed, initial))
+
+    def merge(
+        self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
+        """What `resolve` builds parameters from: values of the right types, their origins, the problems.
+
+        Raises:
+            Alg1Error: a file cannot be read. What its values would go with is unknown, so that the message
+                lists only what is wrong by itself.
+        """
+        if self._unreadable:
+            self.check()
+        return self._merge(resumed, initial)
+
+    def _merge(
+        self, resumed: dict[str, Any] | None, initial: dict[str, Any] | None
+    ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
+        sources = self._standing if resumed is None else [Source(RESUMED, resumed)]
+        sources = [*sources, *self._named]
+        if initial is not None:
+            sources.append(Source("--init-from", initial))
+
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        problems = [*self._options.problems, *self._unreadable]
+        for origin, source, _ in sources:
+            good, faults = coerce_all(source, origin, FLAGS_ONLY)
+            values.update(good)
+            origins.update(dict.fromkeys(good, origin))
+            problems += faults
+        for name, value in self._options.values.items():
+            flag = specs()[name].flag
+            good, faults = coerce_all({name: value})
+            values.update(good)
+            origins.update(dict.fromkeys(good, flag))
+            problems += [fault._replace(text=f"{fault.text} (from {flag})") for fault in faults]
+        off = values.get("tensorboard") is False and not self._unreadable  # one of these might say otherwise
+        if self._options.serve_tensorboard and off:
+            text = f"--serve-tensorboard has nothing to show: tensorboard is off ({origins['tensorboard']})"
+            problems.append(Problem(text, ()))
+        return values, origins, problems
 
 
 class ConfigLoader:
@@ -69,9 +182,16 @@ class ConfigLoader:
             Alg1Error: no such folder, or a file in it cannot be read.
         """
         merged: dict[str, Any] = {}
-        for _, values in _folder_sources(Path(config_dir)):
-            merged.update(values)
+        if not Path(config_dir).is_dir():
+            raise Alg1Error(f"{config_dir}: no such folder", "name one that holds " + ", ".join(CONFIG_FILES))
+        for path in _files_in(Path(config_dir)):
+            merged.update(_load_file(path))
         return merged
+
+    @staticmethod
+    def read(options: Options) -> Sources:
+        """Read every file that counts, once."""
+        return Sources(options)
 
     @staticmethod
     def resolve(
@@ -89,76 +209,39 @@ class ConfigLoader:
         Raises:
             Alg1Error: every problem of every source in one message.
         """
-        return Parameters.from_values(*ConfigLoader.merge(options, resumed, initial))
+        return Sources(options).resolve(resumed, initial)
 
     @staticmethod
-    def merge(
-        options: Options,
-        resumed: dict[str, Any] | None = None,
-        initial: dict[str, Any] | None = None,
-    ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-        """What `resolve` builds parameters from: values of the right types, their origins, the problems."""
-        if resumed is not None:
-            sources = [(RESUMED, resumed), *_named_sources(options)]
-        else:
-            sources = _file_sources(options)
-        if initial is not None:
-            sources.append(("--init-from", initial))
+    def runs_dir(given: str | None) -> str:
+        """The folder that a script without train.py's flags looks for runs in: what its own --runs-dir
+        says, else where training keeps them.
 
-        values: dict[str, Any] = {}
-        origins: dict[str, str] = {}
-        problems = list(options.problems)
-        for origin, source in sources:
-            LOGGER.debug("%s: %s", origin, ", ".join(map(str, source)) or "no settings")
-            good, faults = coerce_all(source, origin)
-            values.update(good)
-            origins.update(dict.fromkeys(good, origin))
-            problems += faults
-        for name, value in options.values.items():
-            flag = specs()[name].flag
-            good, faults = coerce_all({name: value})
-            values.update(good)
-            origins.update(dict.fromkeys(good, flag))
-            problems += [fault._replace(text=f"{fault.text} (from {flag})") for fault in faults]
-        if options.serve_tensorboard and values.get("tensorboard") is False:
-            text = f"--serve-tensorboard has nothing to show: tensorboard is off ({origins['tensorboard']})"
-            problems.append(Problem(text, ()))
-        return values, origins, problems
-
-    @staticmethod
-    def runs_dir(options: Options) -> str:
-        """The folder in which --resume finds its run: it is needed before the run's parameters are."""
-        sources = [*_file_sources(options), ("", options.values)]
-        named = [source["runs_dir"] for _, source in sources if "runs_dir" in source]
-        return str(named[-1]) if named else specs()["runs_dir"].default
-
-    @staticmethod
-    def files_used(options: Options) -> list[Path]:
-        """The configuration files that `resolve` reads, for the run's records."""
-        return [Path(origin) for origin, _ in _file_sources(options)]
+        Raises:
+            Alg1Error: a file of settings cannot be read.
+        """
+        return Sources(Options()).runs_dir if given is None else given
 
 
-Source = tuple[str, dict[str, Any]]  # where values came from, and the values
+def _standing_files() -> list[Path]:
+    """config.json and configs/*, as far as they are there, the weakest first."""
+    legacy = [Path(LEGACY_FILE)] if Path(LEGACY_FILE).exists() else []
+    return legacy + _files_in(Path(CONFIG_DIR))
 
 
-def _file_sources(options: Options) -> list[Source]:
-    """Every file that counts, the weakest first."""
-    sources: list[Source] = []
-    if Path(LEGACY_FILE).exists():
-        sources.append((LEGACY_FILE, load_config(LEGACY_FILE)))
-    if Path(CONFIG_DIR).is_dir():
-        sources += _folder_sources(Path(CONFIG_DIR))
-    return sources + _named_sources(options)
+def _files_in(folder: Path) -> list[Path]:
+    return [folder / name for name in CONFIG_FILES if (folder / name).exists()]
 
 
-def _named_sources(options: Options) -> list[Source]:
-    """The files behind --config PATH."""
-    if not options.config:  # an empty one is among the problems
-        return []
-    path = Path(options.config)
+def _named_files(config: str) -> list[Path]:
+    """The files behind --config PATH.
+
+    Raises:
+        Alg1Error: there are none.
+    """
+    path = Path(config)
     if path.is_dir():
-        sources = _folder_sources(path)
-        if not sources:
+        paths = _files_in(path)
+        if not paths:
             from utils_alg1.utils_run_manager import RunFolder  # which needs this module
 
             record = RunFolder(path).record_path
@@ -166,53 +249,51 @@ def _named_sources(options: Options) -> list[Source]:
                 f"--config {path}: none of {', '.join(CONFIG_FILES)} is in this folder",
                 f"for the parameters of this run: --config {record}" if record.is_file() else PATH_HINT,
             )
-        return sources
+        return paths
     if not path.exists():
         presets = [folder.name for folder in Path(CONFIG_DIR).glob("*") if folder.is_dir()]
         close = difflib.get_close_matches(path.name, presets, n=1)
         suggestion = f"; did you mean {Path(CONFIG_DIR, close[0])}?" if close else ""
-        raise Alg1Error(
-            f"--config {path}: no such file or folder{suggestion}",
-            PATH_HINT,
-        )
-    return [(str(path), _load_named(path))]
+        raise Alg1Error(f"--config {path}: no such file or folder{suggestion}", PATH_HINT)
+    if path.suffix == ".safetensors":
+        raise Alg1Error(f"--config {path}: these are weights", f"to start from them: --init-from {path}")
+    return [path]
 
 
-def _load_named(path: Path) -> dict[str, Any]:
-    """The file behind --config; of a run's meta/full_config.json the parameters.
+def _load_file(path: Path) -> dict[str, Any]:
+    return _parse(path, read_bytes(path))
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    """The settings that a file's bytes hold; of a run's meta/full_config.json the parameters.
 
     Raises:
         Alg1Error: naming file and fault.
     """
-    if path.suffix == ".safetensors":
-        raise Alg1Error(f"--config {path}: these are weights", f"to start from them: --init-from {path}")
+    if path.suffix in YAML_SUFFIXES:
+        return _parse_yaml(path, data)
     try:
-        values = _load_file(path)
+        values = parse_json_object(data, path)
     except Alg1Error as error:
-        other = path.suffix not in (".json", ".yaml", ".yml")
-        raise Alg1Error(error.message, PATH_HINT if other else error.hint) from None
+        raise Alg1Error(error.message, error.hint if path.suffix == ".json" else PATH_HINT) from None
     recorded = values.get("parameters")
     return recorded if isinstance(recorded, dict) and "origins" in values else values
 
 
-def _folder_sources(folder: Path) -> list[Source]:
-    if not folder.is_dir():
-        raise Alg1Error(f"{folder}: no such folder", "name one that holds " + ", ".join(CONFIG_FILES))
-    paths = [folder / name for name in CONFIG_FILES]
-    return [(str(path), _load_file(path)) for path in paths if path.exists()]
-
-
-def _load_file(path: Path) -> dict[str, Any]:
-    return _load_yaml(path) if path.suffix in (".yaml", ".yml") else read_json_object(path)
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    text = read_text(path)
+def _parse_yaml(path: Path, data: bytes) -> dict[str, Any]:
+    text = decode(data, path)
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a name that stands twice in one mapping, at any level."""
+
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)  # as it stands there: `<<` is not merged in yet
+            refuse_repeats(path, [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            return node
+
     try:
-        top = yaml.compose(text, yaml.SafeLoader)
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -224,6 +305,4 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise Alg1Error(f"{path}: must hold names and values", YAML_HINT)
-    assert isinstance(top, yaml.MappingNode)  # since its value is a dictionary
-    refuse_repeats(path, [key.value for key, _ in top.value])
     return value

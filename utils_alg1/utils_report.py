@@ -29,7 +29,7 @@ NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
 
 
 def write_records(
-    run: Run, params: Parameters, config_files: list[Path], corpus: Corpus, runtime: Runtime
+    run: Run, params: Parameters, config_files: dict[Path, bytes], corpus: Corpus, runtime: Runtime
 ) -> dict[str, Any]:
     """Fill meta/, and return the origin of the run for the trackers.
 

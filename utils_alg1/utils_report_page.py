@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from files import try_to_write, write_atomically
-from parameters import read_json_object, read_text, specs
+from files import read_json_object, read_text, try_to_write, write_atomically
+from parameters import specs
 from utils_alg1.utils_charts import Line, chart
 from utils_alg1.utils_metrics import Curves, read_curves
 from utils_alg1.utils_output import Console

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -408,23 +408,24 @@ class MetadataCapture:
     def copy_configs(config_dir: str | Path, meta_dir: str | Path) -> list[Path]:
         """Copy the configuration files of a folder to meta/configs, and return the copies."""
         paths = [Path(config_dir) / name for name in CONFIG_FILES]
-        return copy_files([path for path in paths if path.is_file()], Path(meta_dir) / CONFIG_DIR)
+        files = {path: path.read_bytes() for path in paths if path.is_file()}
+        return copy_files(files, Path(meta_dir) / CONFIG_DIR)
 
 
-def copy_files(paths: Iterable[Path], folder: Path) -> list[Path]:
-    """Copy files to a folder under their own names; a later file of the same name gets a number."""
+def copy_files(files: Mapping[Path, bytes], folder: Path) -> list[Path]:
+    """Write files, given as they were read, to a folder under their own names, and return the copies.
+
+    A copy is never written over: a file of the same name with other bytes gets a number.
+    """
     copies: list[Path] = []
-    for path in paths:
+    for path, data in files.items():
         make_folder(folder)
         copy = folder / path.name
         number = 2
-        while copy in copies:
+        while copy.exists() and copy.read_bytes() != data:
             copy = folder / f"{path.stem}-{number}{path.suffix}"
             number += 1
-        try:
-            write_atomically(copy, path.read_bytes())
-        except OSError as error:
-            raise disk_error(f"copy {path}", error) from error
+        write_atomically(copy, data)
         copies.append(copy)
     return copies
 

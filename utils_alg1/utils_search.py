@@ -25,7 +25,8 @@ from filelock import FileLock
 
 from errors import Alg1Error, disk_error, first_line
 from files import write_atomically
-from parameters import shown, specs
+from parameters import specs
+from problems import shown
 from utils_alg1.utils_run_manager import LOCK_NAME, make_folder
 from utils_alg1.utils_search_space import MAY_VARY, Plan, grid_points, tidy
 
@@ -141,11 +142,11 @@ class Settings:
 
     name: str
     folder: Path
-    storage: str | None = None
-    trials: int = 20
-    sampler: str = "tpe"
-    seed: int = 0
-    prune: bool = True
+    storage: str | None
+    trials: int
+    sampler: str
+    seed: int
+    prune: bool
 
 
 class Study:

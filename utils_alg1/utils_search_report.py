@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import CANNOT_TRAIN, Alg1Error, first_line
-from files import write_atomically, write_json
-from parameters import read_json_object, specs
+from files import read_json_object, write_atomically, write_json
+from parameters import specs
 from utils_alg1.utils_config_loader import CONFIG_FILES, ConfigLoader
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import RunFolder, make_folder
@@ -165,7 +165,7 @@ def write_preset(study: Study) -> None:
     best = best_of(study.finished())
     if best is None:
         return
-    values, _, _ = ConfigLoader.merge(study.plan.options(parameters_of(best)))
+    values, _, _ = ConfigLoader.read(study.plan.options(parameters_of(best))).merge()
     values |= threads_of(best)
     preset = {name: value for name, value in values.items() if name not in WHERE}
     folder = study.folder / "best"

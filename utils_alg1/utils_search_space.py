@@ -13,19 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from errors import Alg1Error
 from parameters import (
-    Problem,
     Spec,
     TensorBoardConfig,
     build_parts,
     coerce,
     field_names,
-    limit_broken,
-    nearest,
     part_problems,
-    raise_problems,
-    shown,
     specs,
 )
+from problems import Problem, nearest, raise_problems, shown
 from utils_alg1.utils_command_line import Options
 from utils_alg1.utils_config_loader import ConfigLoader
 
@@ -214,7 +210,7 @@ def read_value(spec: Spec, value: Any, faults: list[str]) -> Any:
     """A value as the parameter's type, within its limits; else None, and what is wrong is added."""
     try:
         coerced = coerce(spec, value)
-        complaint = "must have a value" if coerced is None else limit_broken(spec, coerced)
+        complaint = "must have a value" if coerced is None else spec.limits.broken_by(coerced)
     except ValueError as error:
         complaint = str(error)
     if complaint is None:
@@ -317,7 +313,7 @@ def make_plan(space: Space, given: Options) -> Plan:
         if name in given.values
     ]
     raise_problems([*both, *own], "leave the flag out, or take the name out of the space file")
-    values, origins, faults = ConfigLoader.merge(given)
+    values, origins, faults = ConfigLoader.read(given).merge()
     parts = build_parts(values)
     further = part_problems(parts, origins)
     # What is wrong only together with a searched parameter is wrong with the defaults, not with the search.

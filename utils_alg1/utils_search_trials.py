@@ -15,7 +15,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from errors import CANNOT_TRAIN, DISK_FAILED, DONE, Alg1Error, disk_error, first_line
-from parameters import read_json_object, specs
+from files import read_json_object
+from parameters import specs
 from utils_alg1.utils_metrics import new_metrics
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import LOCK_NAME, RUN_ID, RunFolder, checkpoint_paths, list_runs

@@ -12,15 +12,8 @@ from data import Corpus, find_corpus
 from errors import Alg1Error
 from files import read_tensors, remove_temporary_files
 from model import BigramLanguageModel
-from parameters import (
-    MODEL_OPTIONS,
-    Parameters,
-    TrainConfig,
-    coerce_all,
-    field_names,
-    shown,
-    specs,
-)
+from parameters import MODEL_OPTIONS, Parameters, TrainConfig, coerce_all, field_names, specs
+from problems import shown
 from utils import Tokenizer, show_characters
 from utils_alg1.utils_checkpoint import (
     FORMAT,

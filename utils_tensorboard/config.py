@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from parameters import TensorBoardConfig, coerce_all, field_names, raise_problems, read_json_object
+from files import read_json_object
+from parameters import TensorBoardConfig, coerce_all, field_names
+from problems import raise_problems
 
 CONFIG_FILE = "configs/tensorboard.json"
 
