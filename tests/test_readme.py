@@ -226,16 +226,16 @@ def test_a_command_that_compares(command, place, capsys):
     assert ("," in result.out.splitlines()[0]) == bool(file)
 
 
-IN_THE_TEXT = sorted(
-    {
-        " ".join(command.split())
-        for name in TEXTS
-        for command in re.findall(
-            rf"`(python (?:{'|'.join(SCRIPTS)})[^`]*)`".replace(".py", r"\.py"),
-            re.sub(r"^```.*?^```$", "", (PROJECT / name).read_text("utf-8"), flags=re.M | re.S),
-        )
-    }
-)
+def in_the_text(pattern: str) -> list[str]:
+    """The commands between backticks that match, outside of blocks."""
+    found = set()
+    for name in TEXTS:
+        text = re.sub(r"^```.*?^```$", "", (PROJECT / name).read_text("utf-8"), flags=re.M | re.S)
+        found |= {" ".join(command.split()) for command in re.findall(rf"`({pattern}[^`]*)`", text)}
+    return sorted(found)
+
+
+IN_THE_TEXT = in_the_text(rf"python (?:{'|'.join(map(re.escape, SCRIPTS))})")
 
 
 @pytest.mark.parametrize("command", IN_THE_TEXT)
@@ -275,6 +275,21 @@ def test_the_python_of_the_readme_runs(code, place):
 
 
 # --- other programs ---
+
+
+@pytest.mark.parametrize("command", in_the_text("aim "))
+def test_aim_knows_a_command_of_the_text(command):
+    words = [program("aim"), *shlex.split(command.replace("<hash>", 24 * "f"))[1:], "--help"]
+    assert subprocess.run(words, capture_output=True).returncode == 0  # 2: no such command or flag
+
+
+@pytest.mark.parametrize("command", in_the_text("tensorboard "))
+def test_tensorboard_knows_a_command_of_the_text(command):
+    from tensorboard import default, program
+
+    server = program.TensorBoard(default.get_plugins())
+    server.configure(["tensorboard", *shlex.split(command)[1:]])  # SystemExit where it does not
+    assert server.flags.logdir == "runs"
 
 
 def program(name: str) -> str:
