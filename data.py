@@ -32,6 +32,7 @@ import numpy as np
 from errors import Alg1Error, disk_error, unreadable
 from files import atomic_file, write_all, write_atomically, write_json
 from parameters import DataConfig
+from problems import nearest
 from utils import N_CODE_POINTS, Tokenizer
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
         raise Alg1Error(f"{path} is not a file that can be read twice", "save the text to a file")
     if path != Path(DEFAULT_PATH):
         raise Alg1Error(
-            f"{path}: no such text file",
+            f"{path}: no such text file{nearest(data_path, ('shakespeare', 'python-docs'))}",
             "check the path of --data; --data python-docs is there without a file or a network",
         )
     try:

@@ -2,7 +2,7 @@
 
     python train.py                                     the reference model on data/input.txt
     python train.py --data book.txt --max-iters 2000    your own text
-    python train.py --config configs/                   a folder of settings, or a legacy JSON file
+    python train.py --config configs/                   a folder of settings, or a file of them
     python train.py --print-config                      every value and where it came from
     python train.py --resume latest                     continue an interrupted run, to the same bytes
     python train.py --init-from model.safetensors       start from trained weights
@@ -166,6 +166,7 @@ def run_phases(
         return signals.exit_code
 
     # 12. Export.
+    signals.notice = "finishing the results"
     exported = utils_report.export_weights(trainer, progress, store, run, params, console)
     samples = utils_report.draw_samples(trainer.model, params.train.seed)
     utils_report.write_results(run, progress, trainer, exported, samples)

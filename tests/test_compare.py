@@ -54,9 +54,13 @@ def make_run(
     with (run / "logs/metrics.jsonl").open("w") as file:
         for step, loss in losses.items():
             row = {"step": step, "loss/train": max(loss - 0.1, 0), "loss/val": loss, "learning_rate": 1e-3}
-            file.write(json.dumps(row) + "\n")
-            file.write(json.dumps({"step": step, "tokens_per_second": 1000.0 + step}) + "\n")
-            file.write(json.dumps({"step": step, "loss/train_step": loss}) + "\n")
+            speed = {"step": step, "tokens_per_second": 1000.0 + step}
+            before = (
+                {"step": step - 1, "loss/train_step": loss} if step else {"step": 0, "gradient_norm": 1.0}
+            )
+            behind = {"step": step, "loss/train_step": loss}
+            for values in (row, speed, before if done else behind):
+                file.write(json.dumps(values) + "\n")
     if done:
         step = max(losses)
         best_step = min(losses, key=lambda s: losses[s])
@@ -123,7 +127,7 @@ def test_an_interrupted_run_is_what_its_metrics_say(workdir):
     with (run / "logs/metrics.jsonl").open("a") as file:
         file.write('{"step": 207, "loss/train_step": 2.9}\n{"step": 208, "loss/tr')  # killed in a write
     row = read_run(run)
-    assert (row["state"], row["step"], row["tokens_per_second"]) == ("unfinished", 207, 1200.0)
+    assert (row["state"], row["step"], row["tokens_per_second"]) == ("unfinished", 208, 1200.0)
     assert (row["best_val_loss"], row["best_step"], row["val_loss"], row["train_loss"]) == (
         2.0,
         100,
@@ -390,7 +394,7 @@ batch_size  learning_rate  optimizer  parameters  tok/s  seconds
          4          0.001      adamw      12,345  2,000       13
 2026-01-31_999_first  done               400         2.5000    2.5000        4       4     128          32  \
          4          0.001       muon      12,345  2,000       13
-2025-12-01_001_日本語の文  unfinished 200 of 400    3.1250    3.1250        4       4      64          32  \
+2025-12-01_001_日本語の文  unfinished 201 of 400    3.1250    3.1250        4       4      64          32  \
          4          0.001      adamw     201,731  1,200        -
 * the lowest of these runs
 """

@@ -335,6 +335,13 @@ def test_the_second_signal_leaves_at_once(first, _, second, code, monkeypatch):
     assert caught.value.args == (code,)
 
 
+def test_what_a_signal_is_answered_with_can_change(capfd):
+    with StopSignals() as signals:
+        signals.notice = "finishing the results"
+        signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err == "\nfinishing the results; once more to leave at once\n"
+
+
 def test_handlers_are_restored_also_after_an_error():
     before = [signal.getsignal(number) for number, _ in STOPPING]
     with pytest.raises(ZeroDivisionError), StopSignals() as signals:

@@ -1039,7 +1039,8 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
     assert (the_run() / "artifacts/export/model.safetensors").is_file()
 
 
-def test_ctrl_c_while_a_run_waits_for_a_tracker_goes_without_it(text_file, workdir):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_file, workdir):
     package = workdir / "fake" / "aim"
     (package / "sdk").mkdir(parents=True)
     (package / "sdk" / "errors.py").write_text("MissingRunError = LookupError\n")
@@ -1060,11 +1061,20 @@ def test_ctrl_c_while_a_run_waits_for_a_tracker_goes_without_it(text_file, workd
     with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
         while not (line := process.stdout.readline()).startswith("waiting for Aim"):
             assert line, process.stderr.read()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0
     assert err == "warning: Aim may lack the end of the run: it was not waited for\n"
     assert "\nreached   step " in out and "\na sample:\n" in out
+
+
+def test_a_signal_while_a_tracker_is_started_is_no_failure_of_it(monkeypatch):
+    def told_to_leave(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(Background, "_fork", told_to_leave)
+    with pytest.raises(SystemExit):
+        background(of(Tracker()))
 
 
 def test_who_watches_is_told_what_a_run_waits_for(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, run_process
 from safetensors.torch import save_file
@@ -524,6 +525,49 @@ def test_a_resumed_run_whose_text_has_gone_asks_for_it(train, text_file, fast_en
         "hint: put the text of the run there, or name where it lies now: --data PATH\n"
     )
     assert train("--resume", "latest", "--max-iters", 8, "--data", "elsewhere.txt").code == 0
+
+
+@pytest.mark.parametrize("kind", ["foreign", "checkpoint", "of a run"])
+def test_an_output_never_takes_the_place_of_other_weights(kind, train, text_file, fast_end):
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS]
+    assert train(*flags).code == 0
+    checkpoint = checkpoint_paths(only_run() / "artifacts/checkpoints")[-1]
+    path, why = Path("weights.safetensors"), "this file is not an export"
+    if kind == "foreign":
+        path.write_bytes(safetensors.torch.save({"w": torch.zeros(3)}))
+    elif kind == "checkpoint":
+        path.write_bytes(checkpoint.read_bytes())
+    else:
+        path, why = only_run() / "artifacts/export/model.safetensors", "this is in the directory of a run"
+    before = path.read_bytes()
+    result = train(*flags, "--output", path)
+    assert result.code == 2 and len(list_runs("runs")) == 1
+    assert result.err == (
+        f"error: --output {path}: {why}\nhint: name another file: an export would take its place\n"
+    )
+    assert path.read_bytes() == before
+
+
+def test_the_commands_at_the_end_find_a_run_that_is_not_where_runs_are(train, text_file, fast_end):
+    Path("configs").mkdir()
+    Path("configs/train.yaml").write_text("runs_dir: elsewhere\n")
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS]
+    out = train(*flags, "--runs-dir", "runs").out
+    assert f"\nsample    python inference.py --run {only_run()}\n" in out
+    assert f"\ncontinue  python train.py --resume {only_run()} " in out
+    out = train(*flags).out
+    assert f"\nsample    python inference.py --run {list_runs('elsewhere')[0].name}\n" in out
+
+
+def test_a_run_with_the_parameters_of_another_leaves_its_output_alone(train, text_file, fast_end):
+    flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--output", "mine.safetensors"]
+    assert train(*flags).code == 0
+    before = Path("mine.safetensors").read_bytes()
+    record = only_run() / "meta/full_config.json"
+    assert train("--config", record, "--seed", 5).code == 0
+    assert Path("mine.safetensors").read_bytes() == before
+    parameters = json.loads((list_runs("runs")[1] / "meta/full_config.json").read_text())["parameters"]
+    assert (parameters["output"], parameters["seed"], parameters["data_path"]) == (None, 5, str(text_file))
 
 
 def test_an_output_takes_the_place_of_an_older_export(train, text_file, fast_end):

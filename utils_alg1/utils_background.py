@@ -162,7 +162,10 @@ class Background(Tracker):
         self._flush.set()
         self._connection: Any = None
         self._process: Any = None
-        self._guard.attempt(self._fork, start)
+        try:
+            self._fork(start)
+        except Exception as error:  # but no SystemExit: in this process it is a signal's
+            self._guard.fail(f"{type(error).__name__}: {error}")
 
     def _fork(self, start: Starter) -> None:
         context: Any = multiprocessing.get_context(START_METHOD)
@@ -301,7 +304,7 @@ class Background(Tracker):
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
-    """SIGINT and SIGTERM wait meanwhile: a new process would take them for its own before it ignores them."""
+    """STOP_SIGNALS wait meanwhile: a new process would take them for its own before it ignores them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -342,7 +345,7 @@ def flush_all(copies: Iterable[Background], step: int) -> None:
 
 
 def close_all(copies: Iterable[Background]) -> None:
-    """Close all; the process of one that does not answer in PATIENCE seconds, or before Ctrl-C, is ended."""
+    """Close all; the process of one that does not answer in PATIENCE seconds or before a signal is ended."""
     end = time.monotonic() + PATIENCE  # a full queue takes some of it
     copies = list(copies)
     why = f"it did not close within {PATIENCE:.0f} seconds"
@@ -353,7 +356,7 @@ def close_all(copies: Iterable[Background]) -> None:
             wait = f"{PATIENCE:.0f} seconds at most; Ctrl-C goes without"
             LOGGER.info("waiting for %s to take the rest, %s", " and ".join(late), wait)
         _wait_for_all(events, end - time.monotonic())
-    except KeyboardInterrupt:  # the run is done, or saved: that is all it can be about
+    except (KeyboardInterrupt, SystemExit):  # the run is done, or saved: a signal can mean nothing else
         why = "it was not waited for"
     for copy in copies:
         if not copy.ended:

@@ -77,11 +77,12 @@ def describe_end(
     evaluation = progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # the loop ends with one
     runs_dir = str(run.path.parent)
+    copy = f"; also {params.train.output}" if params.train.output else ""
     lines: dict[str, str | ShellCommand] = {
         "reached": f"step {progress.step}: train loss {number(evaluation.train_loss)},"
         f" val loss {number(evaluation.val_loss)}, in {duration(progress.seconds)}",
         "best": f"step {progress.best_step}: val loss {loss_in_words(progress.best_val)}",
-        "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']})",
+        "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']}){copy}",
     }
     if run.report_path.exists():
         lines["report"] = str(run.report_path)

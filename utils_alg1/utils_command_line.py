@@ -269,7 +269,7 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
 def add_config_flag(group: Any) -> None:
     """The flag that names further settings."""
     stands_for = (A_FOLDER, ".json", ".yaml")
-    limits = Limits("a JSON file, or a folder like configs/ (a preset)", stands_for=stands_for)
+    limits = Limits("a JSON or YAML file, or a folder like configs/ (a preset)", stands_for=stands_for)
     group.add_argument("--config", action=Flag, metavar="PATH", limits=limits)
 
 

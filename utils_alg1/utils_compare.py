@@ -20,7 +20,7 @@ from parameters import build_parts, part_problems, specs
 from problems import names_in, nearest
 from utils_alg1 import utils_table
 from utils_alg1.utils_config_loader import RESUMED
-from utils_alg1.utils_metrics import read_outline
+from utils_alg1.utils_metrics import EACH_STEP, read_outline
 from utils_alg1.utils_run_manager import RUN_ID, RunFolder, checkpoint_paths, in_use
 from utils_alg1.utils_table import Column
 from utils_alg1.utils_text import bits_per_character, number, one_line, perplexity
@@ -161,7 +161,7 @@ def take_values(values: dict[str, Any], row: Row) -> None:
     Raises:
         KeyError, ValueError: no run has written it.
     """
-    step = row["step"] = count(values["step"])
+    step = row["step"] = count(values["step"]) + (EACH_STEP in values)  # such a row comes before its update
     if "tokens_per_second" in values:
         row["tokens_per_second"] = quantity(values["tokens_per_second"])
     if "loss/val" not in values:

@@ -277,7 +277,10 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     except Alg1Error as error:
         raise Alg1Error(error.message, error.hint if path.suffix == ".json" else PATH_HINT) from None
     recorded = values.get("parameters")
-    return recorded if isinstance(recorded, dict) and "origins" in values else values
+    if not isinstance(recorded, dict) or "origins" not in values:
+        return values
+    # Another run must not replace what this one has put out.
+    return {name: value for name, value in recorded.items() if name != "output"}
 
 
 def _parse_yaml(path: Path, data: bytes) -> dict[str, Any]:

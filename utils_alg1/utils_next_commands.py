@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import CANNOT_TRAIN, Alg1Error
-from parameters import Parameters, specs
+from parameters import Parameters
+from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_processes import Processes, launch_command
 from utils_alg1.utils_run_manager import Run
 from utils_alg1.utils_training import learning_rate
@@ -20,17 +21,15 @@ if TYPE_CHECKING:
 
 def longer_command(run: Run, params: Parameters, progress: Progress, processes: Processes) -> str:
     """What to type to train longer than a run that is done."""
-    steps, longer = (
-        params.train.max_iters,
-        dataclasses.replace(params.train, max_iters=2 * params.train.max_iters),
-    )
+    steps = params.train.max_iters
+    longer = dataclasses.replace(params.train, max_iters=2 * steps)
     if progress.step < steps:  # it had lost its patience
         return f"{resume_command(run, processes)} --patience 0"
     moved = params.train.lr_schedule != "constant"
     if moved and any(learning_rate(params.train, s) != learning_rate(longer, s) for s in range(steps)):
         # The schedule is at its end, and a longer one would have begun otherwise: another run as this one.
         files = {"--config": run.record_path, "--init-from": run.export_path}
-        named = " ".join(f"{flag} {shlex.quote(str(path))}" for flag, path in files.items())
+        named = " ".join(f"{flag} {as_word(path)}" for flag, path in files.items())
         return f"{launch_command(processes)} {named}"
     return f"{resume_command(run, processes)} --max-iters {longer.max_iters}"
 
@@ -60,6 +59,14 @@ def resume_command(run: Run, processes: Processes) -> str:
 
 
 def name_of(run: Run) -> str:
-    """A run as a command line names it."""
-    in_default_folder = run.path.parent == Path(specs()["runs_dir"].default)
-    return run.run_id if in_default_folder else shlex.quote(str(run.path))
+    """A run as a command line names it: by its id alone where that will be found."""
+    try:
+        where_runs_are = Path(ConfigLoader.runs_dir(None))
+    except Alg1Error:  # a file of settings that was spoilt meanwhile
+        return as_word(run.path)
+    return run.run_id if run.path.parent == where_runs_are else as_word(run.path)
+
+
+def as_word(path: Path) -> str:
+    """A path as a shell and our own flags take it."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))

@@ -129,8 +129,7 @@ class TorchrunProcesses(Processes):
 
         Python's own handlers would not be called before the wait is over.
         """
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+        previous = catch_signals(signal.SIG_DFL)
         try:
             yield
         finally:
@@ -225,7 +224,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def catch_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+def catch_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> dict[int, Any]:
     """Let `handler` have STOP_SIGNALS; returns the handlers before. Under nohup SIGHUP stays ignored."""
     hangup = getattr(signal, "SIGHUP", None)
     caught = [n for n in STOP_SIGNALS if n != hangup or signal.getsignal(n) != signal.SIG_IGN]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import Alg1Error, disk_error
-from files import read_tensors, write_atomically, write_json
-from model import BigramLanguageModel
+from files import read_metadata, write_atomically, write_json
+from model import FORMAT, BigramLanguageModel
 from parameters import Parameters
 from utils_alg1.utils_observations import draw_texts
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import MetadataCapture, Run, copy_files
+from utils_alg1.utils_run_manager import MetadataCapture, Run, RunFolder, copy_files
 from utils_alg1.utils_text import bits_per_character, perplexity
 
 if TYPE_CHECKING:
@@ -116,17 +116,24 @@ def check_output(output: str | None) -> None:
         raise Alg1Error(f"--output {output}: there is no folder {Path(output).parent}", "create it")
     if Path(output).is_dir():
         raise Alg1Error(f"--output {output}: this is a folder", "name a file in it")
-    if Path(output).exists():
-        try:
-            read_tensors(output)
-        except Alg1Error:
-            hint = "name another file: an export would take its place"
-            raise Alg1Error(f"--output {output}: this file is not an export", hint) from None
+    hint = "name another file: an export would take its place"
+    if any(RunFolder(folder).record_path.is_file() for folder in Path(output).resolve().parents):
+        raise Alg1Error(f"--output {output}: this is in the directory of a run", hint)
+    if Path(output).exists() and not is_export(Path(output)):
+        raise Alg1Error(f"--output {output}: this file is not an export", hint)
     try:
         with tempfile.TemporaryFile(dir=Path(output).absolute().parent):
             pass
     except OSError as error:
         raise disk_error(f"write --output {output}", error) from error
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file holds weights that this program has exported, whole or not."""
+    try:
+        return read_metadata(path).get("format") == FORMAT
+    except Alg1Error:
+        return False
 
 
 def export_weights(

@@ -314,7 +314,7 @@ class StopSignals:
         """
         self.received: int | None = None
         self._processes = processes
-        self._notice = f"\n{notice}; once more to leave at once\n".encode()
+        self.notice = notice
         self._announce = announce
         self._before_leaving = before_leaving
         self._previous: dict[int, Any] = {}
@@ -335,7 +335,7 @@ class StopSignals:
             os._exit(128 + number)
         self.received = number
         with contextlib.suppress(OSError):  # nobody is left to tell
-            self._announce(self._notice)
+            self._announce(f"\n{self.notice}; once more to leave at once\n".encode())
 
     def heard(self) -> bool:
         """Whether a signal has come, to any process: all of them get the same answer for the same call."""
