@@ -1005,23 +1005,30 @@ def test_a_tracker_that_raises_and_then_hangs_is_still_one_warning(
     assert export_and_metrics(the_run().absolute()) == export_and_metrics(plain)
 
 
-@pytest.mark.parametrize("hangs", [True, False])
-def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workdir, hangs):
-    package = workdir / "fake" / "aim"
+def fake_aim_package(folder: Path, code: str) -> dict[str, str]:
+    """A package `aim` of that code, and the environment in which a process of train.py imports it."""
+    package = folder / "fake" / "aim"
     (package / "sdk").mkdir(parents=True)
     (package / "sdk" / "errors.py").write_text("MissingRunError = LookupError\n")
-    (package / "__init__.py").write_text(
+    repository = "class Repo:\n    from_path = staticmethod(lambda *_, **__: None)\n"
+    (package / "__init__.py").write_text(repository + code)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(PROJECT)])}
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workdir, hangs):
+    environment = fake_aim_package(
+        workdir,
         "import atexit, threading\n"
         "never = threading.Event()\n"
         "atexit.register(never.wait)\n"
         "threading.Thread(target=never.wait).start()\n"
-        "class Repo:\n    from_path = staticmethod(lambda *_, **__: None)\n"
         "class Run:\n"
         "    hash = 'f' * 24\n"
         f"    def __init__(self, *_, **__): {'never.wait()' if hangs else 'pass'}\n"
         "    def track(self, *_, **__): pass\n"
         "    def __setitem__(self, key, value): pass\n"
-        "    def close(self): pass\n"
+        "    def close(self): pass\n",
     )
     code = (
         "import train\n"
@@ -1029,7 +1036,6 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
         f"utils_background.PATIENCE = {0.5 if hangs else 50}\n"
         f"utils_script.run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard', *NO_LOOKS]!r}))\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(PROJECT)])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -1041,13 +1047,8 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_file, workdir):
-    package = workdir / "fake" / "aim"
-    (package / "sdk").mkdir(parents=True)
-    (package / "sdk" / "errors.py").write_text("MissingRunError = LookupError\n")
-    (package / "__init__.py").write_text(
-        "import threading\n"
-        "class Repo:\n    from_path = staticmethod(lambda *_, **__: None)\n"
-        "class Run:\n    def __init__(self, *_, **__): threading.Event().wait()\n"
+    environment = fake_aim_package(
+        workdir, "import threading\nclass Run:\n    def __init__(self, *_, **__): threading.Event().wait()\n"
     )
     flags = [word for word in (*RUN_TINY, "--no-tensorboard", *NO_LOOKS) if word != "--quiet"]
     code = (
@@ -1056,7 +1057,6 @@ def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_f
         "utils_background.SILENCE = 0.1\n"
         f"utils_script.run_script(lambda: train.main({flags!r}))\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(PROJECT)])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
         while not (line := process.stdout.readline()).startswith("waiting for Aim"):

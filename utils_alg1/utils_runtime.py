@@ -296,6 +296,10 @@ class StopSignals:
 
     The first signal asks; a second one ends the process at once, and what is on disk stays valid, since
     every file is written atomically. Outside the `with` block the handlers are what they were.
+
+    Attributes:
+        received: the first signal, if one has come.
+        notice: said when it comes; what is being done then may change meanwhile.
     """
 
     def __init__(
@@ -309,7 +313,7 @@ class StopSignals:
         Args:
             before_leaving: what must be done even when a second signal ends the process at once.
             processes: a signal to one of them is a signal to all.
-            notice: said at the first signal.
+            notice: see the attributes.
             announce: says it. Not a print: a handler may interrupt one, which cannot be entered twice.
         """
         self.received: int | None = None
