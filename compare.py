@@ -15,13 +15,13 @@ import argparse
 import shutil
 import sys
 
-from errors import DONE, Alg1Error
-from parameters import A_WORD, Limits
-from problems import raise_problems
-from utils_alg1.utils_command_line import Flag, Parser, add_runs_dir_flag
+from utils_alg1.base.errors import DONE, Alg1Error
+from utils_alg1.base.problems import raise_problems
+from utils_alg1.base.settings import A_WORD, Limits
+from utils_alg1.console.command_line import Flag, Parser, add_runs_dir_flag
+from utils_alg1.console.messages import shown_on
+from utils_alg1.console.script import run_script
 from utils_alg1.utils_config_loader import ConfigLoader
-from utils_alg1.utils_output import shown_on
-from utils_alg1.utils_script import run_script
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         Alg1Error: unknown flags, or a column that there is not.
         SystemExit: after --help.
     """
-    from utils_alg1.utils_compare import find_column
+    from utils_alg1.report.compare import find_column
 
     parser = Parser(
         prog="python compare.py",
@@ -56,14 +56,14 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
 
-    from utils_alg1 import utils_compare
-    from utils_alg1.utils_run_manager import NO_RUN_HINT, list_runs, no_folder
+    from utils_alg1.report import compare as compare_module
+    from utils_alg1.run_directory import NO_RUN_HINT, list_runs, no_folder
 
     runs_dir = ConfigLoader.runs_dir(arguments.runs_dir)
     paths = list_runs(runs_dir)
     if not paths:
         raise Alg1Error(f"there is no run in {runs_dir}{no_folder(runs_dir)}", NO_RUN_HINT)
-    rows = [utils_compare.read_run(path) for path in paths]
+    rows = [compare_module.read_run(path) for path in paths]
     if arguments.tag is not None:
         rows = [row for row in rows if arguments.tag.casefold() in row["tag"].casefold()]
         if not rows:
@@ -71,17 +71,17 @@ def main(argv: list[str] | None = None) -> int:
                 f"none of the {len(paths)} runs in {runs_dir} has {arguments.tag!r} in its tag",
                 "python compare.py without --tag lists them all",
             )
-    utils_compare.mark_best(rows)
-    rows = utils_compare.sort_rows(
-        utils_compare.sort_rows(rows, "run", False), arguments.sort, arguments.reverse
+    compare_module.mark_best(rows)
+    rows = compare_module.sort_rows(
+        compare_module.sort_rows(rows, "run", False), arguments.sort, arguments.reverse
     )
     if arguments.json:
-        text = utils_compare.to_json(rows)
+        text = compare_module.to_json(rows)
     elif arguments.csv:
-        text = utils_compare.to_csv(rows)
+        text = compare_module.to_csv(rows)
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        text = "\n".join(utils_compare.format_table(rows, width))
+        text = "\n".join(compare_module.format_table(rows, width))
     print(shown_on(sys.stdout, text))
     return DONE
 

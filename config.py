@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from files import read_json_object
 from parameters import Parameters, coerce_all
+from utils_alg1.base.files import read_json_object
 
 
 def load_config(path: str | Path = "config.json") -> dict[str, Any]:

@@ -16,15 +16,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import DONE, Alg1Error
-from parameters import A_FOLDER, A_PATH, A_WORD, Limits, specs
-from problems import Problem, raise_problems
+from parameters import specs
 from utils import show_characters
-from utils_alg1.utils_command_line import Flag, Parser, add_runs_dir_flag
+from utils_alg1.base.errors import DONE, Alg1Error
+from utils_alg1.base.problems import Problem, raise_problems
+from utils_alg1.base.settings import A_FOLDER, A_PATH, A_WORD, Limits
+from utils_alg1.console.command_line import Flag, Parser, add_runs_dir_flag
+from utils_alg1.console.dialogue import SETTINGS, interact
+from utils_alg1.console.messages import Typewriter, print_warning, shown_on
+from utils_alg1.console.script import importing, run_script
 from utils_alg1.utils_config_loader import ConfigLoader
-from utils_alg1.utils_dialogue import SETTINGS, interact
-from utils_alg1.utils_output import Typewriter, print_warning, shown_on
-from utils_alg1.utils_script import importing, run_script
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         from utils import Tokenizer
-        from utils_alg1.utils_runtime import find_device
-        from utils_alg1.utils_start import find_weights, load_model_file
+        from utils_alg1.training.resume import find_weights, load_model_file
+        from utils_alg1.training.runtime import find_device
 
     device = find_device(arguments.device)
     if arguments.model is not None:
@@ -132,7 +133,8 @@ def vocabulary_of(text_path: str | None, model: BigramLanguageModel, path: Path)
     Raises:
         Alg1Error: no text was named, or it has another number of characters.
     """
-    from data import find_corpus, open_corpus
+    from utils_alg1.data.corpus import open_corpus
+    from utils_alg1.data.sources import find_corpus
 
     hint = "name the text that it was trained on: --vocabulary PATH"
     if text_path is None:

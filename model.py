@@ -11,7 +11,6 @@ and `save_safetensors` translate.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from errors import Alg1Error
-from files import read_tensors, write_tensors
-from parameters import MODEL_OPTIONS, ModelConfig, field_names
-from sampling import Decoder, KeyValueCache, check_sampling, next_token
+from parameters import MODEL_OPTIONS, ModelConfig
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.settings import field_names
+from utils_alg1.network.decoder import Decoder, KeyValueCache, check_sampling, next_token
+from utils_alg1.network.rotary import rotate, rotations
+from utils_alg1.network.tensor_file import read_tensors, write_tensors
+from utils_alg1.network.weights import (
+    FORMAT,
+    FORMAT_VERSION,
+    OTHER_WEIGHTS,
+    config_from_shapes,
+    join_heads,
+    split_heads,
+)
 
-FORMAT = "alg1-model"
-FORMAT_VERSION = 1
-OTHER_WEIGHTS = "use an export of ALG1, or weights with the names that README-ARCH.md lists"
 INIT_STD = 0.02  # of the normal distribution that weights start from
 
 # What `BigramLanguageModel()` without a config is built from; see ModelConfig.apply_to_model_module.
@@ -40,26 +46,6 @@ vocab_size = ModelConfig.vocab_size
 positions = ModelConfig.positions
 qk_norm = ModelConfig.qk_norm
 zero_init = ModelConfig.zero_init
-
-
-def rotations(config: ModelConfig, start: int, end: int, device: torch.device) -> Tensor | None:
-    """By how much `rotate` turns the characters from start to end: cosines and sines (2, T, S / 2).
-
-    Pair i turns by block_size ** (-2 i / S) radians a character: the first by one radian, the last by about
-    one in the whole context. None with learned positions. (Su et al. 2021, RoFormer.)
-    """
-    if config.positions != "rotary":
-        return None
-    share = torch.arange(0, config.head_size, 2, device=device) / config.head_size  # (S / 2)
-    angles = torch.arange(start, end, device=device)[:, None] * config.block_size**-share  # (T, S / 2)
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + S / 2]) of (..., T, S), so that products depend on distance alone."""
-    cos, sin = turns
-    a, b = x.chunk(2, dim=-1)  # (..., T, S / 2)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class Head:
@@ -401,7 +387,9 @@ class BigramLanguageModel(nn.Module):
             raise Alg1Error(
                 f"{path}: the vocabulary is not a sorted set of characters, token by token", OTHER_WEIGHTS
             )
-        state = join_heads(tensors, config, path)
+        with torch.device("meta"):
+            expected = BigramLanguageModel(config).state_dict()
+        state = join_heads(tensors, expected, config, path)
         self._build(config)
         self.load_state_dict(state)
         self.train(self.training)  # the new modules are in training mode, whatever the old ones were
@@ -415,105 +403,3 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, mean=0.0, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-# --- layout on disk -----------------------------------------------------------------------------------
-
-PROJECTIONS = ("query", "key", "value")  # the order of their rows in the fused matrix
-
-
-def split_heads(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The model's tensors -> the layout on disk, with three (S, C) matrices for each head."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if not name.endswith(".sa.qkv.weight"):
-            tensors[name] = tensor
-            continue
-        prefix = name.removesuffix("qkv.weight")
-        heads = tensor.view(len(PROJECTIONS), config.n_head, -1, config.n_embd)  # (3, H, S, C)
-        for h in range(config.n_head):
-            for p, part in enumerate(PROJECTIONS):
-                tensors[f"{prefix}heads.{h}.{part}.weight"] = heads[p, h]
-    return tensors
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor on disk."""
-    with torch.device("meta"):
-        model = BigramLanguageModel(config)
-    return {n: tuple(t.shape) for n, t in split_heads(model.state_dict(), config).items()}
-
-
-def config_from_shapes(
-    tensors: Mapping[str, Tensor], path: str | Path, stored: Mapping[str, Any] | None = None
-) -> ModelConfig:
-    """The sizes that the tensors of a file in the lecture's layout have.
-
-    What shapes do not show is taken from `stored`, the file's own word: dropout, the options, and with
-    rotary positions block_size.
-
-    Raises:
-        Alg1Error: these are not the weights of such a model.
-    """
-
-    def count(pattern: str) -> int:
-        found = (re.fullmatch(pattern, name) for name in tensors)
-        return len({match[1] for match in found if match})
-
-    def table(kind: str) -> Tensor:
-        found = tensors.get(f"{kind}_embedding_table.weight")
-        if found is None or found.dim() != 2 or not found.numel():
-            raise Alg1Error(
-                f"{path}: there is no model of this kind in it (no embedding tables)",
-                OTHER_WEIGHTS,
-            )
-        return found
-
-    stored = stored or {}
-    token_table = table("token")
-    if stored.get("positions") == "rotary":
-        block_size: Any = stored.get("block_size")
-    else:
-        block_size = table("position").shape[0]
-    config = ModelConfig(
-        n_embd=token_table.shape[1],
-        n_head=count(r"blocks\.0\.sa\.heads\.(\d+)\.key\.weight"),
-        n_layer=count(r"blocks\.(\d+)\.ln1\.weight"),
-        block_size=block_size,
-        vocab_size=token_table.shape[0],
-        **{name: stored[name] for name in ("dropout", *MODEL_OPTIONS) if name in stored},
-    )
-    problems = config.problems(need_vocab_size=True)
-    if problems:
-        raise Alg1Error(f"{path}: its tensors make no model: {problems[0].text}", OTHER_WEIGHTS)
-    return config
-
-
-def join_heads(tensors: Mapping[str, Tensor], config: ModelConfig, path: str | Path) -> dict[str, Tensor]:
-    """The layout on disk -> the model's tensors. Buffers of old files (`...tril`) are left out.
-
-    Raises:
-        Alg1Error: a tensor is missing, left over, of the wrong shape or not of a floating type.
-    """
-    tensors = {name: t for name, t in tensors.items() if not name.endswith(".tril")}
-    expected = expected_shapes(config)
-    missing = [name for name in expected if name not in tensors]
-    unknown = [name for name in tensors if name not in expected]
-    if missing or unknown:
-        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown"
-        raise Alg1Error(f"{path}: not the weights of this model: {what}", OTHER_WEIGHTS)
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            actual = tuple(tensors[name].shape)
-            raise Alg1Error(f"{path}: {name} has the shape {actual}, not {shape}", OTHER_WEIGHTS)
-        if not tensors[name].is_floating_point():
-            what = f"{name} holds {tensors[name].dtype}, not floating numbers"
-            raise Alg1Error(f"{path}: {what}", OTHER_WEIGHTS)
-    state = {name: tensor for name, tensor in tensors.items() if ".sa.heads." not in name}
-    for layer in range(config.n_layer):
-        prefix = f"blocks.{layer}.sa."
-        rows = [
-            tensors[f"{prefix}heads.{h}.{part}.weight"] for part in PROJECTIONS for h in range(config.n_head)
-        ]
-        state[f"{prefix}qkv.weight"] = torch.cat(rows)
-    return state

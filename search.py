@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import DONE, Alg1Error
-from parameters import A_PATH, Limits
-from problems import Problem, raise_problems
-from utils_alg1.utils_command_line import (
+from utils_alg1.base.errors import DONE, Alg1Error
+from utils_alg1.base.problems import Problem, raise_problems
+from utils_alg1.base.settings import A_PATH, Limits
+from utils_alg1.console.command_line import (
     Flag,
     Options,
     Parser,
@@ -39,11 +39,11 @@ from utils_alg1.utils_command_line import (
     add_parameter_flags,
     split_parameters,
 )
+from utils_alg1.console.script import run_script
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_script import leave_if_told, run_script
 
 if TYPE_CHECKING:
-    from utils_alg1.utils_search_space import Plan
+    from utils_alg1.search.space import Plan
 
 SEARCHES_DIR = Path("searches")
 LONGEST_NAME = 40  # characters of a study's name: it begins the tags of the runs
@@ -117,7 +117,7 @@ def parse_command_line(argv: list[str] | None = None) -> SearchOptions:
 
 def name_problems(options: SearchOptions) -> list[Problem]:
     """What is wrong with the study's name."""
-    from utils_alg1.utils_run_manager import sanitise_tag
+    from utils_alg1.run_directory import sanitise_tag
 
     good = sanitise_tag(options.name) == options.name and 0 < len(options.name) <= LONGEST_NAME
     if good:
@@ -130,15 +130,18 @@ def main(argv: list[str] | None = None) -> int:
     # 1. Command line and space, checked before anything is created.
     options = parse_command_line(argv)
     require_optuna()
-    from utils_alg1 import utils_search, utils_search_report, utils_search_space, utils_search_trials
-    from utils_alg1.utils_runtime import StopSignals
+    from utils_alg1.console.signals import StopSignals
+    from utils_alg1.search import report as report_module
+    from utils_alg1.search import space as space_module
+    from utils_alg1.search import study as study_module
+    from utils_alg1.search import trials as trials_module
 
-    space = utils_search_space.read_space(options.space, options.sampler == "grid")
-    plan = utils_search_space.make_plan(space, options.training)
-    utils_search_space.check_surroundings(plan)
+    space = space_module.read_space(options.space, options.sampler == "grid")
+    plan = space_module.make_plan(space, options.training)
+    space_module.check_surroundings(plan)
 
     # 2. The study: a new one, or one that goes on.
-    settings = utils_search.Settings(
+    settings = study_module.Settings(
         options.name,
         SEARCHES_DIR / options.name,
         options.storage,
@@ -147,28 +150,27 @@ def main(argv: list[str] | None = None) -> int:
         options.sampler_seed,
         options.prune,
     )
-    study = utils_search.Study(plan, settings)
+    study = study_module.Study(plan, settings)
     with contextlib.closing(Console()) as console:
         console.log_to(study.folder / "search.log")
-        console.block(utils_search_report.describe_start(study, options.space, options.workers))
+        console.block(report_module.describe_start(study, options.space, options.workers))
         if plan.no_defaults and options.sampler != "grid":
             console.say(f"the defaults are not tried, they are outside the space: {plan.no_defaults}")
 
         # 3. Trials, until all have ended or a signal comes.
-        search = utils_search_trials.Search(study, console, threads_of_a_trial(plan, options.workers))
-        with StopSignals(notice="stopping: the trials save and leave") as signals:
-            leave_if_told()
-            utils_search_trials.run_workers(search, options.workers, lambda: signals.received is not None)
+        search = trials_module.Search(study, console, threads_of_a_trial(plan, options.workers))
+        with StopSignals(lambda: "stopping: the trials save and leave") as signals:
+            trials_module.run_workers(search, options.workers, lambda: signals.received is not None)
         n_finished = len(study.finished())
         if signals.received and n_finished < study.wanted:
             again = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])
             console.say(f"stopped after {n_finished} of {study.wanted} trials; go on with: {again}")
-            return signals.exit_code
+            return 128 + signals.received
 
         # 4. Tables, pictures and the best parameters.
-        utils_search_report.write_results(study, console)
-        utils_search_report.show_table(study, console)
-        console.block(utils_search_report.describe_end(study))
+        report_module.write_results(study, console)
+        report_module.show_table(study, console)
+        console.block(report_module.describe_end(study))
         return DONE
 
 

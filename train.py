@@ -17,23 +17,25 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from errors import DONE, Alg1Error
 from parameters import due
-from utils_alg1.utils_command_line import Options, parse_command_line
+from utils_alg1.base.errors import DONE, Alg1Error
+from utils_alg1.console.command_line import Options, parse_command_line
+from utils_alg1.console.script import importing, run_script
+from utils_alg1.console.signals import StopSignals
+from utils_alg1.training.distributed import Processes, start_processes
 from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_processes import Processes, start_processes
-from utils_alg1.utils_script import importing, leave_if_told, run_script
 
 if TYPE_CHECKING:
-    from data import Corpus
     from parameters import Parameters
-    from utils_alg1.utils_checkpoint import CheckpointStore
+    from utils_alg1.data.corpus import Corpus
+    from utils_alg1.tracking.observer import Observer
+    from utils_alg1.training.checkpoint import CheckpointStore
+    from utils_alg1.training.progress import Progress
+    from utils_alg1.training.resume import Job, Start
+    from utils_alg1.training.runtime import Runtime
+    from utils_alg1.training.trainer import Trainer
     from utils_alg1.utils_config_loader import Sources
-    from utils_alg1.utils_observations import Observer
-    from utils_alg1.utils_runtime import Runtime, StopSignals
-    from utils_alg1.utils_start import Job, Start
-    from utils_alg1.utils_training import Progress, Trainer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,25 +78,22 @@ def run_phases(
     `params` are known by now, unless they depend on the weights that the run starts from.
     """
     with importing():
-        import data
-        from utils_alg1 import (
-            utils_blocks,
-            utils_checkpoint,
-            utils_next_commands,
-            utils_observations,
-            utils_pictures,
-            utils_report,
-            utils_report_page,
-            utils_runtime,
-            utils_start,
-        )
-        from utils_alg1.utils_metrics import cut_metrics
+        from utils_alg1.data import corpus as corpus_module
+        from utils_alg1.report import page as page_module
+        from utils_alg1.report import pictures as pictures_module
+        from utils_alg1.report import results as results_module
+        from utils_alg1.report import summary as summary_module
+        from utils_alg1.tracking import observer as observer_module
+        from utils_alg1.tracking.metrics_file import cut_metrics
+        from utils_alg1.tracking.trackers import start_trackers
+        from utils_alg1.training import checkpoint as checkpoint_module
+        from utils_alg1.training import resume as resume_module
+        from utils_alg1.training import runtime as runtime_module
         from utils_alg1.utils_run_manager import create_run
-        from utils_alg1.utils_trackers import start_trackers
         from utils_tensorboard.server import TensorBoardServer
 
     # 2. Configurations, checked as a whole and against the text before anything is created.
-    start = utils_start.find_start(options.resume, options.init_from, sources.runs_dir, console)
+    start = resume_module.find_start(options.resume, options.init_from, sources.runs_dir, console)
     if start.run:
         stack.enter_context(start.run)
     params = params or sources.resolve(start.parameters, start.sizes)
@@ -102,22 +101,22 @@ def run_phases(
         console.configuration(params)
         return DONE
     splits = params.data.train_split, params.data.val_split
-    utils_report.check_output(params.train.output)
-    runtime = utils_runtime.start_runtime(
+    results_module.check_output(params.train.output)
+    runtime = runtime_module.start_runtime(
         params.train, params.flops_per_step(), processes, start.compiled_before
     )
     text_path = start.find_text(params.data.data_path, console.say)
 
     def check_text(n_characters: int, vocab_size: int) -> None:
-        data.check_block_size(text_path, n_characters, params.model.block_size, *splits)
+        corpus_module.check_block_size(text_path, n_characters, params.model.block_size, *splits)
         params.model.check_vocab_size(vocab_size)
-        utils_runtime.check_memory(params, vocab_size, runtime.device)
+        runtime_module.check_memory(params, vocab_size, runtime.device)
 
-    corpus = data.open_corpus(text_path, check_text)
+    corpus = corpus_module.open_corpus(text_path, check_text)
     start.check(params, corpus, processes.world_size)
-    if odd := data.doubt(corpus):
+    if odd := corpus_module.doubt(corpus):
         console.warn(odd)
-    processes.share(utils_start.Job(params, start.without_run(), corpus.path, corpus.sha256))
+    processes.share(resume_module.Job(params, start.without_run(), corpus.path, corpus.sha256))
 
     # 3. Run id, and 4. run directory; a resumed run has both.
     tag = params.train.run_tag
@@ -125,13 +124,13 @@ def run_phases(
     console.log_to(run.log_path)
 
     # 5. Metadata.
-    origin = utils_report.write_records(run, params, sources.files, corpus, runtime)
+    origin = results_module.write_records(run, params, sources.files, corpus, runtime)
 
     # 6. Aim, and 7. TensorBoard: both start in the background, fed by one fan-out.
     state = None
     if start.checkpoint:
         state = start.checkpoint.metadata["trackers"]
-        utils_checkpoint.set_newer_aside(start.checkpoint, console.say)
+        checkpoint_module.set_newer_aside(start.checkpoint, console.say)
         cut_metrics(run.metrics_path, start.checkpoint.progress.step, console.warn)
     hparams = params.flat() | {"vocab_size": corpus.tokenizer.vocab_size}
     trackers = stack.enter_context(start_trackers(run, params, hparams, origin, console.warn, state))
@@ -144,36 +143,41 @@ def run_phases(
     # 8. Tokens, 9. ModelConfig, 10. model.
     trainer, progress = build_trainer(params, start, corpus, runtime, console)
     newest_step = progress.step if start.checkpoint else None
-    store = utils_checkpoint.CheckpointStore(run.checkpoint_dir, params.train.keep_checkpoints, newest_step)
-    console.block(utils_blocks.describe_start(run, params, corpus, trainer, progress.step))
+    store = checkpoint_module.CheckpointStore(run.checkpoint_dir, params.train.keep_checkpoints, newest_step)
+    console.block(summary_module.describe_start(run, params, corpus, trainer, progress.step))
 
     # 11. The loop.
     about = {"run_id": run.run_id, "parameters": params.flat(), "corpus_sha256": corpus.sha256}
-    observer = utils_observations.Observer(trainer, trackers, params.tensorboard, console.warn)
-    before_leaving.append(lambda: console.interrupted(utils_next_commands.last_words(store, run, processes)))
-    stops = utils_runtime.StopSignals(before_leaving, processes, announce=console.interrupted)
+    observer = observer_module.Observer(trainer, trackers, params.tensorboard, console.warn)
+    before_leaving.append(lambda: console.interrupted(summary_module.last_words(store, run, processes)))
+
+    def leave() -> None:
+        for act in before_leaving:
+            act()
+
+    notice = ["stopping after this step"]
+    stops = StopSignals(lambda: notice[0], console.interrupted, leave)
     signals = stack.enter_context(stops)
-    leave_if_told()
     run.begun = True
     try:
-        with utils_runtime.memory_guard(params), processes.lost_connection(), store:
+        with runtime_module.memory_guard(params), processes.lost_connection(), store:
             loop(trainer, progress, observer, store, about, signals, console)
     except Alg1Error as error:
-        raise utils_next_commands.with_the_way_on(error, store, run, processes) from error
+        raise summary_module.with_the_way_on(error, store, run, processes) from error
     if signals.received and progress.step < params.train.max_iters:
-        way_on = utils_next_commands.resume_command(run, processes)
+        way_on = summary_module.resume_command(run, processes)
         console.remind(f"stopped at step {progress.step}; go on with", way_on)
-        return signals.exit_code
+        return 128 + signals.received
 
     # 12. Export.
-    signals.notice = "finishing the results"
-    exported = utils_report.export_weights(trainer, progress, store, run, params, console)
-    samples = utils_report.draw_samples(trainer.model, params.train.seed)
-    utils_report.write_results(run, progress, trainer, exported, samples)
-    utils_pictures.try_loss_curve(run, console)
-    attended = utils_pictures.try_attention_picture(run, trainer, console)
-    utils_report_page.try_page(run, samples, attended, console)
-    utils_report.copy_export(run, params.train.output)
+    notice[0] = "finishing the results"
+    exported = results_module.export_weights(trainer, progress, store, run, params, console)
+    samples = results_module.draw_samples(trainer.model, params.train.seed)
+    results_module.write_results(run, progress, trainer, exported, samples)
+    pictures_module.try_loss_curve(run, console)
+    attended = pictures_module.try_attention_picture(run, trainer, console)
+    page_module.try_page(run, samples, attended, console)
+    results_module.copy_export(run, params.train.output)
 
     # 13. Clean up: trackers, server, lock.
     trackers.flush(progress.step)
@@ -181,17 +185,20 @@ def run_phases(
     stack.close()
 
     # 14. Summary.
-    ending = utils_blocks.describe_end(run, params, progress, exported, shown_in, processes)
+    ending = summary_module.describe_end(run, params, progress, exported, shown_in, processes)
     console.summary(ending, samples[0])
     return DONE
 
 
 def follow(processes: Processes) -> int:
     """What every process but the first does: its share of each step, told by the first, keeping nothing."""
-    from data import find_corpus, open_corpus
-    from utils_alg1 import utils_checkpoint, utils_observations, utils_runtime
-    from utils_alg1.utils_metrics import Tracker
-    from utils_alg1.utils_trackers import Trackers
+    from utils_alg1.data.corpus import open_corpus
+    from utils_alg1.data.sources import find_corpus
+    from utils_alg1.tracking import observer as observer_module
+    from utils_alg1.tracking.metrics_file import Tracker
+    from utils_alg1.tracking.trackers import Trackers
+    from utils_alg1.training import checkpoint as checkpoint_module
+    from utils_alg1.training import runtime as runtime_module
 
     job: Job | None = processes.share(None)
     if job is None:  # the first had nothing to train
@@ -199,7 +206,7 @@ def follow(processes: Processes) -> int:
     params, text_path = job.params, job.text_path
     console = Console(quiet=True)
     try:
-        runtime = utils_runtime.start_runtime(
+        runtime = runtime_module.start_runtime(
             params.train, params.flops_per_step(), processes, job.start.compiled_before
         )
         if not text_path.exists():  # on a machine of its own
@@ -208,17 +215,16 @@ def follow(processes: Processes) -> int:
         if corpus.sha256 != job.sha256:
             raise Alg1Error(f"{text_path}: not the text of the first process", "copy that text here")
         trainer, progress = build_trainer(params, job.start, corpus, runtime, console)
-        store = utils_checkpoint.NoCheckpoints()
+        store = checkpoint_module.NoCheckpoints()
         silent = Trackers(Tracker(), {})
-        observer = utils_observations.Observer(trainer, silent, params.tensorboard, console.warn)
-        signals = utils_runtime.StopSignals(processes=processes)
-        with signals, processes.lost_connection(), utils_runtime.memory_guard(params):
-            leave_if_told()
+        observer = observer_module.Observer(trainer, silent, params.tensorboard, console.warn)
+        signals = StopSignals(lambda: "stopping after this step")
+        with signals, processes.lost_connection(), runtime_module.memory_guard(params):
             loop(trainer, progress, observer, store, {}, signals, console)
     except Alg1Error as error:
         message = f"process {processes.rank} of 0 to {processes.world_size - 1}: {error.message}"
         raise Alg1Error(message, error.hint, error.exit_code) from error
-    return signals.exit_code
+    return DONE if signals.received is None else 128 + signals.received
 
 
 def build_trainer(
@@ -226,23 +232,27 @@ def build_trainer(
 ) -> tuple[Trainer, Progress]:
     """The model with what the run starts from, and everything that a step needs."""
     from model import BigramLanguageModel
-    from utils_alg1 import utils_backward, utils_runtime, utils_training
+    from utils_alg1.training import backward as backward_module
+    from utils_alg1.training import progress as progress_module
+    from utils_alg1.training import runtime as runtime_module
+    from utils_alg1.training import seeds
+    from utils_alg1.training import trainer as trainer_module
 
     # Memory-mapped, so that a text larger than memory serves too.
     tokens = corpus.split(params.data.train_split, params.data.val_split)
     config = dataclasses.replace(params.model, vocab_size=corpus.tokenizer.vocab_size)
-    with utils_runtime.memory_guard(params), runtime.processes.lost_connection():
-        utils_runtime.seed_initial_weights(params.train.seed)
+    with runtime_module.memory_guard(params), runtime.processes.lost_connection():
+        seeds.seed_initial_weights(params.train.seed)
         model = BigramLanguageModel(config)
         if start.initial:
             model.load_state_dict(start.initial.state_dict())
         model.vocabulary = corpus.tokenizer.vocabulary
         model.to(runtime.device)
-        backward = utils_backward.find_backward(model, runtime, console.say)
-        trainer = utils_training.Trainer(model, backward, tokens, params.train, runtime)
+        backward = backward_module.find_backward(model, runtime, console.say)
+        trainer = trainer_module.Trainer(model, backward, tokens, params.train, runtime)
         trainer.settle()
         if start.checkpoint is None:
-            return trainer, utils_training.Progress()
+            return trainer, progress_module.Progress()
         start.checkpoint.load_trainer(trainer)
         return trainer, start.checkpoint.progress
 
@@ -273,7 +283,11 @@ def loop(
             console.evaluation(e, progress, speed)
             trainer.clock.lap(progress)
 
-        done = signals.heard() or last or progress.out_of_patience(config.patience)
+        mine = 15 if trainer.runtime.processes.orphaned else signals.received or 0
+        agreed = trainer.runtime.processes.largest(int(mine))
+        if agreed:
+            signals.received = agreed
+        done = bool(agreed) or last or progress.out_of_patience(config.patience)
         worth_saving = done or progress.best_step == step or due(step, config.checkpoint_interval)
         if done:
             trainer.clock.lap(progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from errors import Alg1Error
+from utils_alg1.base.errors import Alg1Error
 
 if TYPE_CHECKING:
     import numpy

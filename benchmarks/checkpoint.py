@@ -36,8 +36,8 @@ def main() -> None:
 
 
 def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
-    from utils_alg1.utils_checkpoint import CheckpointStore
-    from utils_alg1.utils_training import Progress
+    from utils_alg1.training.checkpoint import CheckpointStore
+    from utils_alg1.training.progress import Progress
 
     count = args.steps
     rounds = args.rounds if SIZES[name]["n_embd"] < 200 else max(2, args.rounds // 8)  # seconds a step

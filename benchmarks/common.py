@@ -108,7 +108,7 @@ def machine() -> str:
 
 def text_or_docs(path: str | None, folder: Path) -> Path:
     """A copy of the named text, or Python's documentation, in `folder`, where its cache is made too."""
-    from data import find_corpus
+    from utils_alg1.data.sources import find_corpus
 
     if path is not None:
         return Path(shutil.copyfile(path, folder / "text.txt")).resolve()
@@ -121,16 +121,17 @@ def text_or_docs(path: str | None, folder: Path) -> Path:
 
 def build_trainer(text: Path, **values: Any) -> Any:
     """The Trainer that `train.py` would make, with flags by their parameter's name."""
-    import data
     import train
-    from utils_alg1 import utils_runtime, utils_start
+    from utils_alg1.data import corpus as corpus_module
+    from utils_alg1.training import resume as resume_module
+    from utils_alg1.training import runtime as runtime_module
     from utils_alg1.utils_output import Console
 
     params = parameters(text, **values)
-    runtime = utils_runtime.start_runtime(params.train, params.flops_per_step())
+    runtime = runtime_module.start_runtime(params.train, params.flops_per_step())
     console = Console(quiet=True)
-    corpus = data.open_corpus(text)
-    return train.build_trainer(params, utils_start.Start(), corpus, runtime, console)[0]
+    corpus = corpus_module.open_corpus(text)
+    return train.build_trainer(params, resume_module.Start(), corpus, runtime, console)[0]
 
 
 def parameters(text: Path, **values: Any) -> Any:

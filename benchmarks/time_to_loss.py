@@ -89,8 +89,8 @@ class Ours:
         """Of the export, over the validation text."""
         import torch
 
-        from data import open_corpus
-        from utils_alg1.utils_start import find_weights, load_model_file
+        from utils_alg1.data.corpus import open_corpus
+        from utils_alg1.training.resume import find_weights, load_model_file
 
         model = load_model_file(find_weights(str(self.folder / "runs")))
         self.own_loss = float(model.provenance["val_loss"])

@@ -21,8 +21,10 @@ from common import child, machine, parser, table
 
 OURS = """
 import data
+from utils_alg1.data import corpus as corpus_module
+from utils_alg1.data import sources
 began = time.perf_counter()
-corpus = data.open_corpus(sys.argv[1])
+corpus = corpus_module.open_corpus(sys.argv[1])
 report(seconds=time.perf_counter() - began, characters=len(corpus.tokens))
 """
 NANOGPT = """

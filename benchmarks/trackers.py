@@ -70,9 +70,9 @@ class Tracked:
     """Steps of a run of train.py, told to its trackers as its loop does it."""
 
     def __init__(self, text: Path, folder: Path, name: str, args: Any, on: bool):
-        from utils_alg1.utils_observations import Observer
+        from utils_alg1.tracking.observer import Observer
+        from utils_alg1.tracking.trackers import start_trackers
         from utils_alg1.utils_run_manager import create_run
-        from utils_alg1.utils_trackers import start_trackers
 
         size = {**SIZES[name], "threads": args.threads}
         params = parameters(text, **size, aim=on, tensorboard=on, gradient_norm_interval=1)

@@ -100,7 +100,7 @@ def contestants(size: dict[str, int], args: Any, folder: Path, threads: int) -> 
     """Who takes steps, by name."""
     import torch
 
-    from data import open_corpus
+    from utils_alg1.data.corpus import open_corpus
 
     torch.set_num_threads(threads)
     text = text_or_docs(args.data, folder)

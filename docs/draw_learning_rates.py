@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
 from parameters import TrainConfig, specs  # noqa: E402
-from utils_alg1.utils_training import learning_rate  # noqa: E402
+from utils_alg1.training.schedule import learning_rate  # noqa: E402
 
 STEPS = 1000
 WARMUP = 200

@@ -159,7 +159,7 @@ def sample(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 def runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """A script's `main` as a function of its arguments, with what it said and its exit code."""
-    from utils_alg1.utils_script import run_script
+    from utils_alg1.console.script import run_script
 
     def run(*arguments: object) -> Result:
         capsys.readouterr()

@@ -64,7 +64,7 @@ def wait(pid: int) -> int:
 def train_here(arguments: Sequence[str]) -> int:
     """Run train.py in this process; its exit code."""
     import train
-    from utils_alg1.utils_script import run_script
+    from utils_alg1.console.script import run_script
 
     try:
         run_script(lambda: train.main(list(arguments)))
@@ -75,12 +75,14 @@ def train_here(arguments: Sequence[str]) -> int:
 
 def leave_out_pictures() -> None:
     """In this process: the end of a run without pictures, page and long samples, most of its time."""
-    from utils_alg1 import utils_pictures, utils_report, utils_report_page
+    from utils_alg1.report import page as page_module
+    from utils_alg1.report import pictures as pictures_module
+    from utils_alg1.report import results as results_module
 
-    utils_pictures.try_loss_curve = lambda run, console: None
-    utils_pictures.try_attention_picture = lambda run, trainer, console: None
-    utils_report_page.try_page = lambda run, samples, attended, console: None
-    utils_report.SAMPLE_LENGTH = 8
+    pictures_module.try_loss_curve = lambda run, console: None
+    pictures_module.try_attention_picture = lambda run, trainer, console: None
+    page_module.try_page = lambda run, samples, attended, console: None
+    results_module.SAMPLE_LENGTH = 8
 
 
 def start_train(arguments: Sequence[str], prepare: Callable[[], object] | None = None) -> int:
@@ -179,7 +181,7 @@ def record_file_calls(path: Path) -> None:
 
 
 def _watch_file_calls(watch: Callable[..., Any]) -> None:
-    from utils_alg1.utils_checkpoint import CheckpointStore
+    from utils_alg1.training.checkpoint import CheckpointStore
 
     count, inside, thread = 0, False, 0
     real_write = CheckpointStore._write
@@ -261,7 +263,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """The verified tensors of a checkpoint or export: type, shape and bytes by name."""
-    from files import read_tensors
+    from utils_alg1.network.tensor_file import read_tensors
 
     return {
         name: (str(t.dtype), tuple(t.shape), t.numpy().tobytes()) for name, t in read_tensors(path)[0].items()

@@ -14,16 +14,16 @@ from conftest import TEXT, TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as script
-from files import read_tensors
-from observations import HISTOGRAM_BINS
 from parameters import specs
 from utils_aim.instructions import instructions
 from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
-from utils_alg1.utils_metrics import read_metrics
-from utils_alg1.utils_run_manager import list_runs
-from utils_alg1.utils_trackers import Trackers
-from utils_alg1.utils_training import Trainer
+from utils_alg1.base.summaries import HISTOGRAM_BINS
+from utils_alg1.network.tensor_file import read_tensors
+from utils_alg1.run_directory import list_runs
+from utils_alg1.tracking.metrics_file import read_metrics
+from utils_alg1.tracking.trackers import Trackers
+from utils_alg1.training.trainer import Trainer
 
 aim = pytest.importorskip("aim", reason="Aim is not installed (it has no wheels for Python 3.13 or Windows)")
 
@@ -258,10 +258,10 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
         patch.setattr(Trainer, "update", stop)
         if known:
             patch.setattr(script, "loop", wait_and_loop)
-            patch.setattr("utils_alg1.utils_background.FLUSH_PATIENCE", 60)
+            patch.setattr("utils_alg1.tracking.background.FLUSH_PATIENCE", 60)
         else:
             never = property(lambda _: False, lambda *_: None)
-            patch.setattr("utils_alg1.utils_background.Background.started", never, raising=False)
+            patch.setattr("utils_alg1.tracking.background.Background.started", never, raising=False)
             patch.setattr(Trackers, "state", lambda _: {"aim": {"run": None, "synced": 0}})
         assert train(*WITH_AIM).code == 130
     first_hash = only_run(workdir).hash

@@ -13,31 +13,35 @@ import threading
 import time
 from pathlib import Path
 
+import files
 import pytest
 import torch
 from conftest import QUIET_TRACKERS, TEXT, TINY, compile_with, lasting_metrics
 from filelock import FileLock
 
-import files
-from errors import Alg1Error, disk_error
-from files import atomic_file, read_tensors, write_atomically, write_tensors
 from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig, TrainConfig
-from utils_alg1 import utils_checkpoint, utils_report, utils_training
-from utils_alg1.utils_backward import find_backward
-from utils_alg1.utils_checkpoint import CheckpointStore, newest_checkpoint, read_checkpoint
-from utils_alg1.utils_run_manager import checkpoint_paths
-from utils_alg1.utils_runtime import Runtime
-from utils_alg1.utils_training import Evaluation, Progress, Trainer
+from utils_alg1.base.errors import Alg1Error, disk_error
+from utils_alg1.base.files import atomic_file, write_atomically
+from utils_alg1.network.tensor_file import read_tensors, write_tensors
+from utils_alg1.report import results as results_module
+from utils_alg1.run_directory import checkpoint_paths
+from utils_alg1.training import checkpoint as checkpoint_module
+from utils_alg1.training import trainer as trainer_module
+from utils_alg1.training.backward import find_backward
+from utils_alg1.training.checkpoint import CheckpointStore, newest_checkpoint, read_checkpoint
+from utils_alg1.training.progress import Evaluation, Progress
+from utils_alg1.training.runtime import Runtime
+from utils_alg1.training.trainer import Trainer
 
 ALL_KEPT = ["--checkpoint-interval", 1, "--keep-checkpoints", 99]
 
 
 @pytest.fixture(autouse=True)
 def no_picture_and_short_samples(monkeypatch):
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", lambda *_: b"")
-    monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_attention", lambda *_: b"")
+    monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
 
 
 @pytest.fixture
@@ -250,7 +254,7 @@ def held_back(monkeypatch):
         assert event.wait(60)
         write_tensors(*arguments)
 
-    monkeypatch.setattr(utils_checkpoint, "write_tensors", write_late)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", write_late)
     yield event
     event.set()
 
@@ -290,7 +294,7 @@ def test_a_failed_checkpoint_is_told_once(notice, tmp_path, monkeypatch):
     def no_space(*_):
         raise disk_error("write it", OSError(errno.ENOSPC, "No space left on device"))
 
-    monkeypatch.setattr(utils_checkpoint, "write_tensors", no_space)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", no_space)
     store.save(trainer, Progress(), ABOUT)
     store._writer.submit(int).result()  # the one before it is done
     with pytest.raises(Alg1Error, match="cannot write it: No space left") as caught:
@@ -319,7 +323,7 @@ def test_a_checkpoint_that_fails_ends_the_run_before_the_next_one(step, start, m
         taken.append(at)
         update(trainer, at)
 
-    monkeypatch.setattr(utils_checkpoint, "write_tensors", no_space)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", no_space)
     monkeypatch.setattr(CheckpointStore, "check", check_later)
     monkeypatch.setattr(Trainer, "update", note)
     result = start("--checkpoint-interval", 3)
@@ -848,7 +852,7 @@ def val_losses(monkeypatch):
 
     def script(losses: dict[int, float]) -> None:
         def evaluate(self, step):
-            return Evaluation(step, 3.0, losses[step], utils_training.learning_rate(self.config, step))
+            return Evaluation(step, 3.0, losses[step], trainer_module.learning_rate(self.config, step))
 
         monkeypatch.setattr(Trainer, "evaluate", evaluate)
 

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import compare as script
-from errors import Alg1Error
 from parameters import ModelConfig, specs
-from utils_alg1 import utils_compare, utils_run_manager
-from utils_alg1.utils_checkpoint import read_checkpoint
-from utils_alg1.utils_compare import FROM_FINAL, HEADINGS, RESULTS, read_run, run_order, sort_rows
-from utils_alg1.utils_run_manager import RunFolder, checkpoint_paths, in_use, lock_run
+from utils_alg1 import utils_run_manager
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.report import compare as compare_module
+from utils_alg1.report.compare import FROM_FINAL, HEADINGS, RESULTS, read_run, run_order, sort_rows
+from utils_alg1.run_directory import RunFolder, checkpoint_paths, in_use, lock_run
+from utils_alg1.training.checkpoint import read_checkpoint
 
 TEXT_A, TEXT_B = "a" * 64, "b" * 64
 
@@ -316,13 +317,13 @@ def put(run: Path, place: tuple[Any, ...], value: Any) -> None:
 def show_in_every_form(row: dict[str, Any]) -> None:
     sound = dict.fromkeys(row) | {"run": "2026-01-31_002", "state": "done", "resumed": False, "best": True}
     rows = [dict(row), sound]
-    utils_compare.mark_best(rows)
+    compare_module.mark_best(rows)
     for key in row:
         sort_rows(rows, key, True)
-    assert max(map(cell_len, utils_compare.format_table(rows))) < 400
-    utils_compare.format_table(rows, 60)
-    assert len(json.loads(utils_compare.to_json(rows))) == 2
-    utils_compare.to_csv(rows)
+    assert max(map(cell_len, compare_module.format_table(rows))) < 400
+    compare_module.format_table(rows, 60)
+    assert len(json.loads(compare_module.to_json(rows))) == 2
+    compare_module.to_csv(rows)
 
 
 @many
@@ -585,11 +586,11 @@ def test_without_a_terminal_nothing_is_left_out(compare, monkeypatch):
 
 
 def test_runs_of_train_py_as_they_are(train, compare, text_file, monkeypatch):
-    from utils_alg1 import utils_report_page
+    from utils_alg1.report import page as page_module
 
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", lambda *_: b"")
-    monkeypatch.setattr(utils_report_page, "build_page", lambda *_: "")
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_attention", lambda *_: b"")
+    monkeypatch.setattr(page_module, "build_page", lambda *_: "")
     assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--run-tag", "one").code == 0
     assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--n-layer", 2).code == 0
     assert train("--resume", "latest", "--max-iters", 8).code == 0
@@ -615,7 +616,7 @@ def test_runs_of_train_py_as_they_are(train, compare, text_file, monkeypatch):
 def test_the_seconds_are_those_of_the_newest_checkpoint_and_of_no_copy(workdir):
     import torch
 
-    from files import write_tensors
+    from utils_alg1.network.tensor_file import write_tensors
 
     run = make_run("2026-01-31_001", {0: 2.0}, done=False)
     folder = RunFolder(run).checkpoint_dir

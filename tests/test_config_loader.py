@@ -20,24 +20,20 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from errors import Alg1Error
-from files import JSON_HINT
-from parameters import DataConfig, ModelConfig, TensorBoardConfig, TrainConfig, field_names, specs
+from parameters import DataConfig, ModelConfig, TensorBoardConfig, TrainConfig, specs
 from utils_alg1 import utils_run_manager
-from utils_alg1.utils_command_line import Options, parse_command_line
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.files import JSON_HINT
+from utils_alg1.base.settings import field_names
+from utils_alg1.console.command_line import Options, parse_command_line
+from utils_alg1.run_directory import LOCK_NAME, NO_RUN_HINT, RUN_ID, find_run, list_runs, lock_run
 from utils_alg1.utils_config_loader import PATH_HINT, ConfigLoader
 from utils_alg1.utils_run_manager import (
-    LOCK_NAME,
-    NO_RUN_HINT,
-    RUN_ID,
     MetadataCapture,
     RunDirectoryCreator,
     RunIDGenerator,
     copy_files,
     create_run,
-    find_run,
-    list_runs,
-    lock_run,
 )
 
 # A value other than the default for every parameter; they go together.
@@ -600,9 +596,9 @@ LIGHT = [
     "config",
     "problems",
     "utils",
-    "utils_alg1.utils_command_line",
+    "utils_alg1.console.command_line",
     "utils_alg1.utils_config_loader",
-    "utils_alg1.utils_dialogue",
+    "utils_alg1.console.dialogue",
     "train",
     "inference",
     "search",
@@ -632,7 +628,7 @@ def run_python(code: str, *arguments: str) -> str:
 def test_importing_prints_nothing_and_loads_nothing_heavy_before_it_is_needed():
     paths = [*PROJECT.glob("*.py"), *PROJECT.glob("utils_*/*.py")]
     names = [".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in paths]
-    names.remove("utils_alg1.utils_terminal")  # imported at a terminal only; it is Rich's
+    names.remove("utils_alg1.console.terminal")  # imported at a terminal only; it is Rich's
     ordered = [*LIGHT, *sorted(set(names) - set(LIGHT))]
     heard, loaded = json.loads(run_python(IMPORT_ALL, *ordered))
     assert heard == ""

@@ -24,16 +24,19 @@ from conftest import PROJECT, QUIET_TRACKERS, TINY, run_process
 from rich.live import Live
 
 import train as script
-from errors import Alg1Error
 from parameters import Parameters
-from utils_alg1 import utils_blocks, utils_next_commands, utils_report, utils_terminal
-from utils_alg1.utils_output import LOGGER, Console, ShellCommand, print_error
-from utils_alg1.utils_processes import ALONE
-from utils_alg1.utils_run_manager import list_runs
-from utils_alg1.utils_runtime import StopSignals
-from utils_alg1.utils_terminal import Bar, Terminal, fold
-from utils_alg1.utils_text import duration
-from utils_alg1.utils_training import Evaluation, Progress
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.text import duration
+from utils_alg1.console import terminal as terminal_module
+from utils_alg1.console.messages import print_error
+from utils_alg1.console.signals import StopSignals
+from utils_alg1.console.terminal import Bar, Terminal, fold
+from utils_alg1.report import results as results_module
+from utils_alg1.report import summary as summary_module
+from utils_alg1.run_directory import list_runs
+from utils_alg1.training.distributed import ALONE
+from utils_alg1.training.progress import Evaluation, Progress
+from utils_alg1.utils_output import LOGGER, Console, ShellCommand
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|4[0-7]|9[0-7]|38|48)[0-9;]*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -47,8 +50,8 @@ def terminal_settings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
-    monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
 
 
 @pytest.fixture
@@ -162,8 +165,8 @@ def test_changed_values_stand_with_where_they_came_from():
     params = Parameters.from_values(values, origins, [])
     assert params.changed() == {"n_embd": 128, "max_iters": 7, "seed": 5}
     shown = "seed=5; n_embd=128 (a/model.json); max_iters=7 (a/train.yaml)"
-    assert utils_blocks.describe_changes(params) == shown
-    assert utils_blocks.describe_changes(Parameters.from_values({}, {}, [])) == ""
+    assert summary_module.describe_changes(params) == shown
+    assert summary_module.describe_changes(Parameters.from_values({}, {}, [])) == ""
 
 
 @pytest.mark.parametrize(
@@ -416,7 +419,7 @@ class Hours(SimpleNamespace):
 @pytest.fixture
 def hours(monkeypatch):
     clock = Hours()
-    monkeypatch.setattr(utils_terminal, "time", clock)
+    monkeypatch.setattr(terminal_module, "time", clock)
     return clock
 
 
@@ -654,7 +657,7 @@ def test_a_signal_without_a_stderr_is_heard_all_the_same(monkeypatch):
 def test_last_words_name_the_newest_checkpoint(step, words):
     run: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
     store: Any = SimpleNamespace(newest_step=step)
-    assert utils_next_commands.last_words(store, run, ALONE) == words
+    assert summary_module.last_words(store, run, ALONE) == words
 
 
 def test_ctrl_c_at_a_terminal_leaves_a_tidy_screen(text_file):

@@ -26,7 +26,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import data
-from errors import Alg1Error
+from utils import Tokenizer
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.data import corpus as corpus_module
+from utils_alg1.data import sources
 
 BOM = b"\xef\xbb\xbf"
 
@@ -60,7 +63,7 @@ def forbid_tokenising(monkeypatch):
         def fail(*_):
             raise AssertionError("tokenised again")
 
-        monkeypatch.setattr(data, "_tokenise", fail)
+        monkeypatch.setattr(corpus_module, "_tokenise", fail)
 
     return forbid
 
@@ -184,14 +187,14 @@ def test_any_text_is_encoded_as_plain_python_does_it(text, bom, chunk):
     plain = content.decode().removeprefix("\ufeff")
     vocabulary = sorted(set(plain))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "CHUNK_BYTES", chunk)
+        patch.setattr(corpus_module, "CHUNK_BYTES", chunk)
         path = Path(folder) / "text.txt"
         path.write_bytes(content)
         if not plain:
             assert message_of(path) == f"{path}: the file is empty"
             return
 
-        corpus = data.open_corpus(path)
+        corpus = corpus_module.open_corpus(path)
 
         assert corpus.tokens.tolist() == [vocabulary.index(character) for character in plain]
         assert corpus.tokenizer.vocabulary == vocabulary
@@ -250,7 +253,7 @@ def test_the_splits_are_the_beginning_and_the_end_of_the_text(workdir, splits, l
 def test_a_text_is_never_in_memory_as_a_whole(workdir, monkeypatch):
     size = 16 << 20
     Path("text.txt").write_bytes(b"0123456789abcdef" * (size // 16))
-    monkeypatch.setattr(data, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 1 << 16)
     peaks = []
     for _ in ("tokenised", "from the cache"):
         tracemalloc.start()
@@ -267,7 +270,7 @@ def test_a_text_is_never_in_memory_as_a_whole(workdir, monkeypatch):
 def test_calls_beside_are_made_in_order_and_awaited():
     made = []
 
-    with data.Beside(behind=2) as beside:
+    with corpus_module.Beside(behind=2) as beside:
         for i in range(20):
             beside(lambda i=i: (time.sleep(0.001), made.append(i)))
 
@@ -278,7 +281,7 @@ def test_no_more_calls_wait_beside_than_allowed():
     go, made = threading.Event(), []
 
     def call_often():
-        with data.Beside(behind=2) as beside:
+        with corpus_module.Beside(behind=2) as beside:
             for i in range(9):
                 beside(go.wait)
                 made.append(i)
@@ -294,7 +297,7 @@ def test_no_more_calls_wait_beside_than_allowed():
 
 @pytest.mark.parametrize("further_calls", [0, 5])
 def test_what_a_call_beside_raises_is_raised(further_calls):
-    with pytest.raises(ZeroDivisionError), data.Beside(behind=2) as beside:
+    with pytest.raises(ZeroDivisionError), corpus_module.Beside(behind=2) as beside:
         beside(lambda: 1 / 0)
         for _ in range(further_calls):
             beside(int)
@@ -303,7 +306,7 @@ def test_what_a_call_beside_raises_is_raised(further_calls):
 def test_an_error_does_not_leave_before_the_calls_beside_do():
     made = []
 
-    with pytest.raises(KeyError), data.Beside(behind=2) as beside:
+    with pytest.raises(KeyError), corpus_module.Beside(behind=2) as beside:
         beside(lambda: (time.sleep(0.05), made.append(1)))
         time.sleep(0.01)
         raise KeyError
@@ -313,13 +316,13 @@ def test_an_error_does_not_leave_before_the_calls_beside_do():
 
 def test_the_disk_is_not_left_behind_while_a_large_text_is_tokenised(workdir, monkeypatch):
     Path("text.txt").write_bytes(b"abcd" * 1000)
-    monkeypatch.setattr(data, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 100)
     fsync, times = os.fsync, []
     monkeypatch.setattr(os, "fsync", lambda descriptor: times.append(1) or fsync(descriptor))
 
     def syncs(sync_bytes):
-        shutil.rmtree(data.CACHE_FOLDER, ignore_errors=True)
-        monkeypatch.setattr(data, "SYNC_BYTES", sync_bytes)
+        shutil.rmtree(corpus_module.CACHE_FOLDER, ignore_errors=True)
+        monkeypatch.setattr(corpus_module, "SYNC_BYTES", sync_bytes)
         times.clear()
         assert decoded(Path("text.txt")) == "abcd" * 1000
         return len(times)
@@ -347,7 +350,7 @@ def test_the_disk_is_not_left_behind_while_a_large_text_is_tokenised(workdir, mo
     ],
 )
 def test_a_byte_that_is_not_utf8_is_named(workdir, monkeypatch, content, offset, chunk):
-    monkeypatch.setattr(data, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", chunk)
     Path("text.txt").write_bytes(content)
 
     assert message_of("text.txt") == f"text.txt: not UTF-8 at byte {offset} (0x{content[offset]:02X})"
@@ -355,7 +358,7 @@ def test_a_byte_that_is_not_utf8_is_named(workdir, monkeypatch, content, offset,
 
 
 def test_the_offset_is_right_beyond_the_first_piece_of_a_large_file(workdir):
-    content = b"\xc3\xa9" * (data.CHUNK_BYTES // 2 + 1) + b"\xff"
+    content = b"\xc3\xa9" * (corpus_module.CHUNK_BYTES // 2 + 1) + b"\xff"
     Path("text.txt").write_bytes(content)
 
     assert message_of("text.txt") == f"text.txt: not UTF-8 at byte {len(content) - 1} (0xFF)"
@@ -386,7 +389,7 @@ def test_train_ends_with_one_error_line_and_creates_nothing(train, workdir):
 def test_the_hint_for_what_is_not_utf8_fits_the_bytes(workdir, content, hint):
     Path("text.txt").write_bytes(content)
     with pytest.raises(Alg1Error, match="not UTF-8 at byte") as caught:
-        data.open_corpus("text.txt")
+        corpus_module.open_corpus("text.txt")
     assert caught.value.hint is not None and hint in caught.value.hint
 
 
@@ -464,17 +467,17 @@ def test_a_folder_that_may_not_be_entered_says_why(open_folder):
 def test_a_text_that_changes_while_it_is_read_is_refused(workdir, monkeypatch):
     path = Path("text.txt")
     path.write_text("abc" * 50)
-    survey = data._survey
+    survey = corpus_module._survey
 
     def change_afterwards(path):
         seen = survey(path)
         path.write_text("abcz" * 50)
         return seen
 
-    monkeypatch.setattr(data, "_survey", change_afterwards)
+    monkeypatch.setattr(corpus_module, "_survey", change_afterwards)
 
     assert message_of(path) == "text.txt: it changed while it was read"
-    monkeypatch.setattr(data, "_survey", survey)
+    monkeypatch.setattr(corpus_module, "_survey", survey)
     assert decoded(path) == "abcz" * 50
 
 
@@ -510,7 +513,7 @@ def test_a_text_too_short_for_any_block_says_so(train, workdir):
 
 @given(length=st.integers(1, 200), train_split=st.floats(0.01, 0.99), block_size=st.integers(1, 60))
 def test_check_block_size_agrees_with_get_batch(length, train_split, block_size):
-    corpus = data.Corpus(Path("x"), "", data.Tokenizer("a"), np.zeros(length, dtype=np.uint8))
+    corpus = corpus_module.Corpus(Path("x"), "", Tokenizer("a"), np.zeros(length, dtype=np.uint8))
     val_split = 1 - train_split
 
     def draws():
@@ -524,7 +527,7 @@ def test_check_block_size_agrees_with_get_batch(length, train_split, block_size)
 
     def passes():
         try:
-            data.check_block_size(Path("x"), length, block_size, train_split, val_split)
+            corpus_module.check_block_size(Path("x"), length, block_size, train_split, val_split)
         except Alg1Error:
             return False
         return True
@@ -536,20 +539,20 @@ def test_check_block_size_agrees_with_get_batch(length, train_split, block_size)
 
 
 def cache_files() -> tuple[Path, Path]:
-    (tokens,) = Path(data.CACHE_FOLDER).glob("*.bin")
-    (about,) = Path(data.CACHE_FOLDER).glob("*.json")
+    (tokens,) = Path(corpus_module.CACHE_FOLDER).glob("*.bin")
+    (about,) = Path(corpus_module.CACHE_FOLDER).glob("*.json")
     return tokens, about
 
 
 def test_the_second_load_reads_the_cache(text_file, forbid_tokenising):
-    first = data.open_corpus(text_file)
+    first = corpus_module.open_corpus(text_file)
     forbid_tokenising()
 
-    second = data.open_corpus(text_file)
+    second = corpus_module.open_corpus(text_file)
 
     assert np.array_equal(first.tokens, second.tokens)
     assert first.tokenizer.vocabulary == second.tokenizer.vocabulary
-    assert sorted(path.suffix for path in Path(data.CACHE_FOLDER).iterdir()) == [".bin", ".json"]
+    assert sorted(path.suffix for path in Path(corpus_module.CACHE_FOLDER).iterdir()) == [".bin", ".json"]
 
 
 def test_the_cache_goes_with_the_content_not_with_the_name(text_file, forbid_tokenising):
@@ -618,8 +621,8 @@ def test_a_damaged_cache_is_rebuilt(workdir, monkeypatch, which, damage):
     path.write_text(text)
     decoded(path)
     damage(cache_files()[which == "about"])
-    tokenise, times = data._tokenise, []
-    monkeypatch.setattr(data, "_tokenise", lambda *args: times.append(1) or tokenise(*args))
+    tokenise, times = corpus_module._tokenise, []
+    monkeypatch.setattr(corpus_module, "_tokenise", lambda *args: times.append(1) or tokenise(*args))
 
     assert decoded(path) == text
     assert decoded(path) == text
@@ -628,10 +631,10 @@ def test_a_damaged_cache_is_rebuilt(workdir, monkeypatch, which, damage):
 
 def test_the_cache_is_read_whatever_the_locale(workdir):
     Path("text.txt").write_text("é日🙂" * 20, encoding="utf-8")
-    data.open_corpus("text.txt")
+    corpus_module.open_corpus("text.txt")
     script = (
-        "import data; data._tokenise = None;"
-        "data.open_corpus('text.txt').tokenizer.vocabulary == sorted('é日🙂') or exit(1)"
+        "import data; corpus_module._tokenise = None;"
+        "corpus_module.open_corpus('text.txt').tokenizer.vocabulary == sorted('é日🙂') or exit(1)"
     )
     environment = os.environ | {
         "LC_ALL": "C",
@@ -679,14 +682,14 @@ def test_a_cache_that_cannot_be_made_costs_nothing_but_time(workdir, monkeypatch
 
     assert isinstance(train_data, np.memmap)
     assert tokenizer.decode([*train_data, *val_data]) == "abcd" * 10
-    assert not list(workdir.glob(f"{data.CACHE_FOLDER}/*"))
+    assert not list(workdir.glob(f"{corpus_module.CACHE_FOLDER}/*"))
 
 
 def test_a_full_disk_while_the_cache_is_written_leaves_no_half_of_it(workdir, monkeypatch):
     path = Path("text.txt")
     path.write_text("abcd" * 10)
-    monkeypatch.setattr(data, "CHUNK_BYTES", 8)
-    write_all, calls = data.write_all, []
+    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 8)
+    write_all, calls = corpus_module.write_all, []
 
     def fill_up(descriptor, tokens):
         calls.append(tokens)
@@ -697,7 +700,7 @@ def test_a_full_disk_while_the_cache_is_written_leaves_no_half_of_it(workdir, mo
     monkeypatch.setattr(data, "write_all", fill_up)
 
     assert decoded(path) == "abcd" * 10
-    assert os.listdir(data.CACHE_FOLDER) == []
+    assert os.listdir(corpus_module.CACHE_FOLDER) == []
 
 
 def test_without_a_place_for_the_tokens_the_error_is_the_disks(workdir, monkeypatch):
@@ -739,8 +742,8 @@ def home(monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
         server.body, server.promised, server.status, server.asked = PLAY, len(PLAY), 200, 0
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(data, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
-        monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
+        monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+        monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -757,7 +760,7 @@ def python_docs() -> str:
 def test_without_a_network_the_python_documentation_serves_and_one_line_says_so(workdir):
     lines: list[str] = []
 
-    path = data.find_corpus(say=lines.append)
+    path = sources.find_corpus(say=lines.append)
 
     assert path == Path("data/python-docs.txt")
     assert path.read_text(encoding="utf-8") == python_docs()
@@ -782,7 +785,7 @@ def test_the_default_file_is_used_where_it_is(workdir, home):
     Path("data/input.txt").write_text("my own text, not to be replaced")
     lines: list[str] = []
 
-    assert data.find_corpus(say=lines.append) == Path("data/input.txt")
+    assert sources.find_corpus(say=lines.append) == Path("data/input.txt")
     assert decoded(Path("data/input.txt")) == "my own text, not to be replaced"
     assert lines == [] and home.asked == 0
 
@@ -794,7 +797,7 @@ def test_the_download_is_kept_and_not_repeated(workdir, home, name, file):
     lines: list[str] = []
 
     for _ in range(2):
-        assert data.find_corpus(name, lines.append) == Path("data", file)
+        assert sources.find_corpus(name, lines.append) == Path("data", file)
 
     assert Path("data", file).read_bytes() == PLAY
     assert os.listdir("data") == [file]
@@ -809,7 +812,7 @@ def test_a_download_that_cannot_be_kept_leaves_nothing(workdir, home, monkeypatc
     monkeypatch.setattr(os, "rename", fill_up)
 
     with pytest.raises(Alg1Error) as raised:
-        data.find_corpus("shakespeare")
+        sources.find_corpus("shakespeare")
 
     assert raised.value.message == (f"cannot write data/shakespeare.txt: {os.strerror(errno.ENOSPC)}")
     assert raised.value.exit_code == 4
@@ -820,7 +823,7 @@ def test_a_file_in_the_way_of_the_data_folder_is_an_error(workdir, home):
     Path("data").touch()
 
     with pytest.raises(Alg1Error) as raised:
-        data.find_corpus("shakespeare")
+        sources.find_corpus("shakespeare")
 
     assert raised.value.message == f"cannot create data: {os.strerror(errno.EEXIST)}"
 
@@ -837,7 +840,7 @@ def test_a_download_with_another_digest_is_refused_and_not_kept(workdir, home, s
     vars(home).update(spoil)
 
     with pytest.raises(Alg1Error) as raised:
-        data.find_corpus("shakespeare")
+        sources.find_corpus("shakespeare")
 
     assert raised.value.message == "the download is not tiny Shakespeare (its SHA-256 differs)"
     assert raised.value.hint == "put the text at data/shakespeare.txt, or use --data python-docs"
@@ -849,7 +852,7 @@ def test_a_download_that_fails_falls_back(workdir, home, spoil):
     vars(home).update(spoil)
     lines: list[str] = []
 
-    assert data.find_corpus(say=lines.append) == Path("data/python-docs.txt")
+    assert sources.find_corpus(say=lines.append) == Path("data/python-docs.txt")
     assert os.listdir("data") == ["python-docs.txt"]
     assert lines[1].endswith("; training on the Python documentation (python-docs) instead")
 
@@ -857,7 +860,7 @@ def test_a_download_that_fails_falls_back(workdir, home, spoil):
 def test_an_answer_that_is_not_http_falls_back(workdir, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(data, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.getsockname()[1]}/")
+        monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.getsockname()[1]}/")
 
         def answer():
             with server.accept()[0] as connection:
@@ -866,23 +869,23 @@ def test_an_answer_that_is_not_http_falls_back(workdir, monkeypatch):
 
         thread = threading.Thread(target=answer)
         thread.start()
-        path = data.find_corpus(say=lambda _: None)
+        path = sources.find_corpus(say=lambda _: None)
         thread.join()
 
     assert path == Path("data/python-docs.txt")
 
 
 def test_python_docs_by_name_needs_no_network_and_mends_its_file(workdir, home):
-    path = data.find_corpus("python-docs", lambda line: pytest.fail(line))
+    path = sources.find_corpus("python-docs", lambda line: pytest.fail(line))
     path.write_text("something else")
 
-    assert data.find_corpus("python-docs") == path == Path("data/python-docs.txt")
+    assert sources.find_corpus("python-docs") == path == Path("data/python-docs.txt")
     assert path.read_text(encoding="utf-8") == python_docs()
     assert home.asked == 0
 
 
 def test_shakespeare_by_name_does_not_fall_back(workdir):
     with pytest.raises(Alg1Error, match=r"^tiny Shakespeare cannot be downloaded \("):
-        data.find_corpus("shakespeare", lambda _: None)
+        sources.find_corpus("shakespeare", lambda _: None)
 
     assert os.listdir() == []

@@ -19,26 +19,21 @@ import safetensors.numpy
 import torch
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process, runner
 
-from errors import Alg1Error, Guard, disk_error
-from files import JSON_EXAMPLE, JSON_HINT, WHERE_WEIGHTS_ARE
 from parameters import TrainConfig
-from utils_alg1.utils_compare import RESULTS
+from utils_alg1.base.errors import Alg1Error, Guard, disk_error
+from utils_alg1.base.files import JSON_EXAMPLE, JSON_HINT
+from utils_alg1.base.text import loss_in_words
+from utils_alg1.console.script import run_script
+from utils_alg1.network.tensor_file import WHERE_WEIGHTS_ARE
+from utils_alg1.report.compare import RESULTS
+from utils_alg1.run_directory import LOCK_NAME, NO_RUN_HINT, lock_run
+from utils_alg1.search.space import PATH_HINT as SPACE_PATH_HINT
+from utils_alg1.search.space import SPACE_HINT
+from utils_alg1.search.study import STORAGE_HINT
+from utils_alg1.training.trainer import steadier_settings
 from utils_alg1.utils_config_loader import PATH_HINT, YAML_HINT
 from utils_alg1.utils_output import LOGGER, Console
-from utils_alg1.utils_run_manager import (
-    LOCK_NAME,
-    NO_RUN_HINT,
-    RunDirectoryCreator,
-    RunIDGenerator,
-    create_run,
-    lock_run,
-)
-from utils_alg1.utils_script import run_script
-from utils_alg1.utils_search import STORAGE_HINT
-from utils_alg1.utils_search_space import PATH_HINT as SPACE_PATH_HINT
-from utils_alg1.utils_search_space import SPACE_HINT
-from utils_alg1.utils_text import loss_in_words
-from utils_alg1.utils_training import steadier_settings
+from utils_alg1.utils_run_manager import RunDirectoryCreator, RunIDGenerator, create_run
 
 SHOWS = "python train.py --help explains every value"
 LISTS_SAMPLING = "python inference.py --help lists every flag"

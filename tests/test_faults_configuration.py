@@ -60,7 +60,7 @@ choices = st.fixed_dictionaries({}, optional=FLAGS)
 
 def test_any_configuration_ends_with_0_or_2_and_stays_in_its_folder(tmp_path, capfd, campaign):
     import train
-    from utils_alg1.utils_script import run_script
+    from utils_alg1.console.script import run_script
 
     count = {0: 0, 2: 0}
     folders = iter(range(10**6))

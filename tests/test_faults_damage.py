@@ -110,8 +110,8 @@ def test_where_every_checkpoint_is_damaged_the_resume_is_refused(reference, tmp_
 
 @pytest.mark.parametrize("kind", ["checkpoint", "export"])
 def test_damaged_weights_are_refused_or_unharmed(kind, reference, tmp_path, campaign):
-    from errors import Alg1Error
-    from utils_alg1.utils_start import load_model_file
+    from utils_alg1.base.errors import Alg1Error
+    from utils_alg1.training.resume import load_model_file
 
     path = faults.checkpoints(reference.folder)[-1]
     if kind == "export":

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import gradient
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gradient
-from gradient import OPTIONS, loss_and_gradients
 from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig
-from utils_alg1 import utils_backward
-from utils_alg1.utils_backward import Backward, WrittenOut, find_backward
-from utils_alg1.utils_processes import Processes
-from utils_alg1.utils_runtime import Runtime
+from utils_alg1.network.gradient import OPTIONS, loss_and_gradients
+from utils_alg1.training import backward as backward_module
+from utils_alg1.training.backward import Backward, WrittenOut, find_backward
+from utils_alg1.training.distributed import Processes
+from utils_alg1.training.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 1)
 SMALL = ModelConfig(vocab_size=7, n_embd=8, n_head=2, n_layer=2, block_size=6)
@@ -137,7 +137,7 @@ def test_what_it_does_not_serve_is_autograd_s(change, dropout):
 
 def test_an_option_that_it_does_not_know_is_autograd_s(monkeypatch):
     assert set(MODEL_OPTIONS) == OPTIONS
-    monkeypatch.setattr(utils_backward, "OPTIONS", OPTIONS - {"qk_norm"})
+    monkeypatch.setattr(backward_module, "OPTIONS", OPTIONS - {"qk_norm"})
     assert isinstance(find_backward(make_model(), CPU, pytest.fail), WrittenOut)
     model = make_model(dataclasses.replace(SMALL, qk_norm=True))
     assert type(find_backward(model, CPU, pytest.fail)) is Backward

@@ -24,7 +24,7 @@ import inference
 import model as model_module
 from model import BigramLanguageModel
 from parameters import ModelConfig
-from utils_alg1 import utils_dialogue
+from utils_alg1.console import dialogue as dialogue_module
 
 VOCABULARY = sorted("\n abcdefgé🙂")
 RUN = "runs/2026-01-31_001_first"
@@ -308,7 +308,7 @@ def test_prompts_are_continued_until_ctrl_d(sample, model, type_in):
 
     assert result.code == 0
     assert result.out == f"{greedy(model, 'ab', 12)}\n{greedy(model, '🙂', 12)}\n\n"
-    assert result.err.splitlines()[1:] == [utils_dialogue.INTRODUCTION]
+    assert result.err.splitlines()[1:] == [dialogue_module.INTRODUCTION]
 
 
 def test_an_empty_line_is_a_text_from_the_default_prompt(sample, model, type_in):
@@ -718,7 +718,7 @@ def test_help_names_the_settings_with_their_defaults(capsys, monkeypatch):
         inference.parse_command_line(["--help"])
     shown = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()]
     settings = inference.parse_command_line([])
-    for name, setting in utils_dialogue.SETTINGS.items():
+    for name, setting in dialogue_module.SETTINGS.items():
         assert getattr(settings, name) == setting.default
         assert setting.limits.help + (f" ({setting.default})" if setting.default else "") in shown
     assert (settings.max_new_tokens, settings.temperature, settings.num_samples) == (500, 1.0, 1)

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import model as model_module
-from errors import Alg1Error
-from files import read_tensors, write_tensors
-from model import BigramLanguageModel, check_sampling, next_token
-from parameters import MODEL_OPTIONS, ModelConfig, field_names
-from sampling import Decoder
+from model import BigramLanguageModel
+from parameters import MODEL_OPTIONS, ModelConfig
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.settings import field_names
+from utils_alg1.network.decoder import Decoder, check_sampling, next_token
+from utils_alg1.network.tensor_file import read_tensors, write_tensors
 
 SIZES = [
     {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8, "vocab_size": 11},

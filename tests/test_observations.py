@@ -13,16 +13,18 @@ import torch
 from conftest import TEXT, TINY, Notes, lasting_metrics
 
 import train as script
-from files import read_tensors
 from model import BigramLanguageModel
-from observations import HISTOGRAM_BINS, Embedding, Image
-from parameters import ModelConfig, TensorBoardConfig, TrainConfig, due, field_names
+from parameters import ModelConfig, TensorBoardConfig, TrainConfig, due
 from utils_aim.pictures import draw_embedding, in_font, principal_components
-from utils_alg1 import utils_observations
-from utils_alg1.utils_background import Background
-from utils_alg1.utils_backward import find_backward
-from utils_alg1.utils_metrics import MetricsFile, Tracker
-from utils_alg1.utils_observations import (
+from utils_alg1.base.settings import field_names
+from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Image
+from utils_alg1.network.tensor_file import read_tensors
+from utils_alg1.report.results import draw_samples
+from utils_alg1.run_directory import list_runs
+from utils_alg1.tracking import observer as observer_module
+from utils_alg1.tracking.background import Background
+from utils_alg1.tracking.metrics_file import MetricsFile, Tracker
+from utils_alg1.tracking.observer import (
     SAMPLE_LENGTH,
     Observer,
     activation_histograms,
@@ -32,11 +34,11 @@ from utils_alg1.utils_observations import (
     sample_text,
     token_embedding,
 )
-from utils_alg1.utils_report import draw_samples
-from utils_alg1.utils_run_manager import list_runs
-from utils_alg1.utils_runtime import Runtime
-from utils_alg1.utils_trackers import Trackers
-from utils_alg1.utils_training import Clock, Progress, Trainer
+from utils_alg1.tracking.trackers import Trackers
+from utils_alg1.training.backward import find_backward
+from utils_alg1.training.progress import Clock, Progress
+from utils_alg1.training.runtime import Runtime
+from utils_alg1.training.trainer import Trainer
 
 VOCABULARY = sorted("\n\t \\abcé日")
 LAYERS, HEADS, WIDTH, T = 2, 4, 16, 8
@@ -404,10 +406,10 @@ def test_what_is_looked_at_is_the_first_batch_of_every_evaluation(model, monkeyp
 
 
 def test_of_a_large_batch_the_first_sequences_are_enough(observe, monkeypatch):
-    monkeypatch.setattr(utils_observations, "OBSERVED_TOKENS", 1)
+    monkeypatch.setattr(observer_module, "OBSERVED_TOKENS", 1)
     shapes = []
     monkeypatch.setattr(
-        utils_observations, "activation_histograms", lambda _, idx: shapes.append(idx.shape) or []
+        observer_module, "activation_histograms", lambda _, idx: shapes.append(idx.shape) or []
     )
     observe(all_intervals(1), 0)
     assert shapes == [(1, T)]
@@ -425,7 +427,7 @@ def test_an_interval_of_0_is_never_due(step, interval, expected):
 
 def test_speed_leaves_out_evaluations_and_looks(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("utils_alg1.utils_training.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("utils_alg1.training.trainer.time.perf_counter", lambda: now[0])
     clock = Clock(Runtime(torch.device("cpu"), torch.float32, 1), tokens_per_step=10)
     progress = Progress(step=3)
 

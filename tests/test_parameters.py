@@ -12,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import load_config, validate_config
-from errors import Alg1Error
-from files import read_json_object
 from parameters import (
     PARTS,
     DataConfig,
@@ -21,11 +19,13 @@ from parameters import (
     Parameters,
     TensorBoardConfig,
     TrainConfig,
-    coerce,
     coerce_all,
     specs,
 )
-from problems import Problem, nearest, raise_problems, shown
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.files import read_json_object
+from utils_alg1.base.problems import Problem, nearest, raise_problems, shown
+from utils_alg1.base.settings import coerce
 
 DOCUMENTED_DEFAULTS = {
     "batch_size": 4,

@@ -9,7 +9,7 @@ import pytest
 from conftest import PROJECT, QUIET_TRACKERS
 
 from parameters import specs
-from utils_alg1.utils_command_line import Options
+from utils_alg1.console.command_line import Options
 from utils_alg1.utils_config_loader import ConfigLoader
 
 PRESETS = sorted(path.name for path in (PROJECT / "configs").iterdir() if path.is_dir())

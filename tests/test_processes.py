@@ -21,16 +21,17 @@ import pytest
 import torch
 from conftest import PROJECT
 
-from errors import Alg1Error
-from files import read_tensors
-from utils_alg1.utils_processes import (
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.console.signals import StopSignals
+from utils_alg1.network.tensor_file import read_tensors
+from utils_alg1.training.distributed import (
     ALONE,
     TorchrunProcesses,
     is_lost_connection,
     launch_command,
     start_processes,
 )
-from utils_alg1.utils_runtime import StopSignals, own_device
+from utils_alg1.training.runtime import own_device
 
 RUN = (
     "--data text.txt --n-embd 16 --n-head 2 --n-layer 2 --block-size 8 --batch-size 2 --dropout 0.1"
@@ -125,16 +126,16 @@ def test_each_process_draws_micro_batches_of_its_own(folder, monkeypatch):
     """Two processes on the same data would still agree with each other, and learn from half of it."""
 
     def note(rank: int) -> None:
-        from utils_alg1 import utils_training
+        from utils_alg1.training import trainer as trainer_module
 
-        real = utils_training.Trainer._backward
+        real = trainer_module.Trainer._backward
 
         def backward(self, step, micro_batch):
             with Path(f"drawn-{rank}").open("a") as file:
                 file.write(f"{step}/{micro_batch}\n")
             return real(self, step, micro_batch)
 
-        utils_training.Trainer._backward = backward
+        trainer_module.Trainer._backward = backward
 
     arguments = [*RUN, "--grad-accum-steps", "2", "--max-iters", "2"]
     assert [faults.wait(pid) for pid in start(2, arguments, note)] == [0, 0], output()
@@ -244,7 +245,7 @@ def test_a_process_with_another_text_says_so(folder):
 
 def at_step(step: int, action: Callable[[], object]) -> None:
     """In this process: do something when a training step begins."""
-    from utils_alg1.utils_training import Trainer
+    from utils_alg1.training.trainer import Trainer
 
     real = Trainer.compute_gradients
 
@@ -474,7 +475,7 @@ def test_a_process_that_waits_for_another_can_be_ended(folder, rank):
 
     def wait_for_ever() -> int:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
-        from utils_alg1.utils_script import run_script
+        from utils_alg1.console.script import run_script
 
         def share() -> int:
             with TorchrunProcesses(rank, rank, 2) as processes:

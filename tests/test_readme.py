@@ -89,7 +89,7 @@ def run_ids(monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
 
 
 def stop_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    from utils_alg1.utils_training import Trainer
+    from utils_alg1.training.trainer import Trainer
 
     update = Trainer.update
 
@@ -152,12 +152,13 @@ def search(capsys, place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     from test_search import FAKE_TRAIN
 
     import search as script
-    from utils_alg1 import utils_search_report, utils_search_trials
+    from utils_alg1.search import report as report_module
+    from utils_alg1.search import trials as trials_module
 
     (place / "fake_train.py").write_text(FAKE_TRAIN)
-    monkeypatch.setattr(utils_search_trials, "TRAIN_SCRIPT", place / "fake_train.py")
-    monkeypatch.setattr(utils_search_trials, "POLL", 0.02)
-    monkeypatch.setattr(utils_search_report, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(trials_module, "TRAIN_SCRIPT", place / "fake_train.py")
+    monkeypatch.setattr(trials_module, "POLL", 0.02)
+    monkeypatch.setattr(report_module, "draw_pictures", lambda *_: None)
     return runner(script.main, capsys)
 
 
@@ -371,7 +372,7 @@ def skipped(*programs: str) -> list[str]:
 
 @pytest.mark.parametrize("command", skipped("torchrun "))
 def test_torchrun_and_train_read_their_flags(command):
-    from utils_alg1.utils_command_line import parse_command_line
+    from utils_alg1.console.command_line import parse_command_line
 
     assert parse_command_line(of_torchrun(command)).problems == []
 

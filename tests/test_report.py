@@ -23,17 +23,19 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from files import try_to_write
 from model import BigramLanguageModel
-from observations import Image
 from parameters import specs
 from utils import Tokenizer
-from utils_alg1 import utils_pictures, utils_report_page, utils_text
-from utils_alg1.utils_charts import Line, chart, thinned, tick_labels, ticks
-from utils_alg1.utils_metrics import read_curves
-from utils_alg1.utils_observations import attention_weights
-from utils_alg1.utils_report_page import build_page, escaped
-from utils_alg1.utils_run_manager import list_runs
+from utils_alg1.base import text as text_module
+from utils_alg1.base.files import try_to_write
+from utils_alg1.base.summaries import Image
+from utils_alg1.report import page as page_module
+from utils_alg1.report import pictures as pictures_module
+from utils_alg1.report.charts import Line, chart, thinned, tick_labels, ticks
+from utils_alg1.report.page import build_page, escaped
+from utils_alg1.run_directory import list_runs
+from utils_alg1.tracking.metrics_file import read_curves
+from utils_alg1.tracking.observer import attention_weights
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)></pre></main><style>*{display:none}</style>\n"
@@ -45,7 +47,7 @@ VOID = {"meta", "link", "img"}
 @pytest.fixture
 def start(train, text_file, monkeypatch):
     """A tiny run without loss.png, which is not what is tested here."""
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
     return lambda *flags: train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
 
 
@@ -141,12 +143,12 @@ def test_final_figures_follow_from_the_metrics_and_the_weights(start):
 
 
 def test_bits_per_character_are_the_loss_to_the_base_of_two():
-    assert utils_text.bits_per_character(math.log(8)) == pytest.approx(3, rel=1e-15)
-    assert utils_text.loss_in_words(math.log(8)) == "2.0794 (perplexity 8.00, 3.000 bits per character)"
+    assert text_module.bits_per_character(math.log(8)) == pytest.approx(3, rel=1e-15)
+    assert text_module.loss_in_words(math.log(8)) == "2.0794 (perplexity 8.00, 3.000 bits per character)"
 
 
 def test_a_perplexity_past_every_number_is_none():
-    assert utils_text.perplexity(1e4) is None
+    assert text_module.perplexity(1e4) is None
 
 
 # --- the loss picture ---------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def draw_loss(tmp_path, monkeypatch):
 
     def draw(rows, title="2026-01-31_001"):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        utils_pictures.draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title)
+        pictures_module.draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title)
         assert decoded((tmp_path / "loss.png").read_bytes()).shape == (540, 960, 3)
         return figures[-1].axes[0]
 
@@ -225,7 +227,7 @@ def test_no_loss_picture_of_before_a_resume_stays(train, text_file):
     class Ears:
         warn = staticmethod(warnings.append)
 
-    utils_pictures.try_loss_curve(Done, Ears)
+    pictures_module.try_loss_curve(Done, Ears)
     assert warnings == [f"no loss curve was drawn: {run / 'gone.jsonl'}: no evaluation in it"]
     assert not (run / "eval/loss.png").exists()
 
@@ -266,7 +268,7 @@ def test_the_attention_picture_holds_every_weight_at_its_place():
         for layer in range(2)
         for head in range(3)
     ]
-    picture = decoded(utils_pictures.draw_attention(pictures, "2026-01-31_001 中 $x$"))
+    picture = decoded(pictures_module.draw_attention(pictures, "2026-01-31_001 中 $x$"))
     side = 160  # 5 weights of 32 pixels; 16 between two squares, 40 to the left of them, 80 above them
     assert picture.shape == (80 + 2 * (side + 16), 40 + 3 * (side + 16), 3)
     for layer in range(2):
@@ -278,16 +280,16 @@ def test_the_attention_picture_holds_every_weight_at_its_place():
 
 
 def test_of_many_layers_some_are_shown_with_the_first_and_the_last():
-    assert utils_pictures.evenly_spaced(1) == [0]
-    assert utils_pictures.evenly_spaced(12) == list(range(12))
-    assert utils_pictures.evenly_spaced(23) == list(range(0, 23, 2))
+    assert pictures_module.evenly_spaced(1) == [0]
+    assert pictures_module.evenly_spaced(12) == list(range(12))
+    assert pictures_module.evenly_spaced(23) == list(range(0, 23, 2))
     pictures = [Image("attention", {"layer": str(i), "head": "0"}, np.eye(4)) for i in range(30)]
-    assert decoded(utils_pictures.draw_attention(pictures, "")).shape == (80 + 12 * 176, 40 + 176, 3)
+    assert decoded(pictures_module.draw_attention(pictures, "")).shape == (80 + 12 * 176, 40 + 176, 3)
 
 
 def test_a_title_wider_than_the_attention_picture_is_cut_short():
     pictures = [Image("attention", {"layer": "0", "head": "0"}, np.eye(4))]
-    picture = decoded(utils_pictures.draw_attention(pictures, "2026-01-31_001_" + 60 * "e"))
+    picture = decoded(pictures_module.draw_attention(pictures, "2026-01-31_001_" + 60 * "e"))
     assert picture.shape == (80 + 176, 40 + 176, 3)
     beside = (picture[:40] == (0x11, 0x13, 0x18)).all(axis=(0, 2))
     assert beside[-8:].all() and not beside[-40:].all()  # all that there is ends near the right edge
@@ -343,7 +345,7 @@ def test_the_page_holds_every_parameter_and_first_those_that_differ(run):
 def test_a_run_of_defaults_says_so():
     values = {name: spec.default for name, spec in specs().items()}
     record = {"parameters": values, "origins": dict.fromkeys(values, "default")}
-    page = Page(utils_report_page.parameter_tables(record))
+    page = Page(page_module.parameter_tables(record))
     assert page.texts["p"] == ["Every value is the default."] and len(page.tables) == 1
 
 
@@ -356,7 +358,7 @@ def test_the_page_holds_results_samples_and_provenance(run):
     assert figures[2] == f"{final['best_bits_per_character']:.3f}"
     assert figures[3] == f"{final['val_loss']:.4f}"
     assert figures[4] == f"{final['tokens_per_second_overall']:,.0f}"
-    assert figures[5] == utils_text.duration(final["seconds_in_loop"])
+    assert figures[5] == text_module.duration(final["seconds_in_loop"])
     notes = page.texts["small"]
     assert notes[0] == f"nats per character, step\u00a0{final['best_step']}"
     assert notes[3] == f"train loss {final['train_loss']:.4f}" and notes[5] == "96 characters read"
@@ -402,11 +404,11 @@ def test_a_number_has_at_most_eight_digits():
         "1e+06",
         "-1234.5679",
     ]
-    assert [utils_text.number(value) for value in values] == expected
+    assert [text_module.number(value) for value in values] == expected
 
 
 def figures_of(final: dict) -> dict[str, str]:
-    page = Page(utils_report_page.cards(final))
+    page = Page(page_module.cards(final))
     return dict(zip(page.texts["dt"], page.texts["b"], strict=True))
 
 
@@ -492,7 +494,7 @@ def test_a_page_that_cannot_be_made_costs_one_line_and_no_stale_page_stays(run, 
     def fail(*_):
         raise KeyError("n_parameters")
 
-    monkeypatch.setattr(utils_report_page, "build_page", fail)
+    monkeypatch.setattr(page_module, "build_page", fail)
     result = train("--resume", "latest", "--max-iters", 8)
     assert (result.code, result.err) == (0, "warning: no report was written: 'n_parameters'\n")
     assert not (run / "eval/report.html").exists() and "report.html" not in result.out
@@ -524,7 +526,7 @@ def test_an_attention_picture_that_cannot_be_drawn_costs_one_line(run, train, mo
     def fail(*_):
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", fail)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_attention", fail)
     result = train("--resume", "latest", "--max-iters", 8)
     assert (result.code, result.err) == (0, "warning: no attention picture was drawn: no matplotlib\n")
     assert not (run / "eval/attention.png").exists()
@@ -706,7 +708,7 @@ def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path):
     assert (said, asked) == ([], [])
 
     # The same page with what it must not have: the browser would have told.
-    bad = page.read_text(encoding="utf-8").replace(utils_report_page.POLICY, "img-src *")
+    bad = page.read_text(encoding="utf-8").replace(page_module.POLICY, "img-src *")
     page.write_text(bad.replace("</main>", "<img src='https://a.test/x.png'><script>no()</script></main>"))
     _, said, asked = browse(page, tmp_path)
     assert len(said) >= 1 and asked == ["https://a.test/x.png"]
@@ -716,7 +718,7 @@ def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path):
 def test_a_curve_of_one_point_is_a_dot(tmp_path):
     source = chart("T", "", [Line("a", "train", [(50, 3.0)])], 100)
     page, picture = tmp_path / "dot.html", tmp_path / "dot.png"
-    page.write_text(f"<style>{utils_report_page.STYLE} figure {{ width: 600px }}</style>{source}")
+    page.write_text(f"<style>{page_module.STYLE} figure {{ width: 600px }}</style>{source}")
     browse(page, tmp_path, f"--screenshot={picture}", "--window-size=800,400")
     blue = (np.abs(decoded(picture.read_bytes()).astype(int) - (0x25, 0x63, 0xEB)).max(axis=2) < 8).nonzero()
     height, width = (np.ptp(axis) + 1 for axis in blue)

@@ -13,21 +13,19 @@ from conftest import PROJECT, Result, run_process
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errors import CANNOT_TRAIN, DONE, Alg1Error
 from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
-from utils_alg1 import utils_runtime
-from utils_alg1.utils_runtime import (
+from utils_alg1.base.errors import CANNOT_TRAIN, DONE, Alg1Error
+from utils_alg1.console.signals import StopSignals
+from utils_alg1.training import runtime as runtime_module
+from utils_alg1.training.runtime import (
     Compiled,
     Runtime,
-    StopSignals,
-    derive_seed,
     find_device,
-    generator,
     memory_guard,
-    seed_initial_weights,
     smaller_settings,
     start_runtime,
 )
+from utils_alg1.training.seeds import derive_seed, generator, seed_initial_weights
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -294,11 +292,11 @@ def test_a_closed_terminal_is_no_signal_under_nohup(monkeypatch):
 def test_a_model_that_cannot_fit_is_refused(more, fits, monkeypatch):
     params = Parameters.from_values({"n_embd": 8, "n_head": 2, "n_layer": 1, "block_size": 4}, {}, [])
     n_parameters = 5 * 8 + 4 * 8 + (12 * 64 + 10 * 8) + 2 * 8 + 5 * 8 + 5
-    monkeypatch.setattr(utils_runtime, "memory_of", lambda _: 12 * n_parameters - more)
+    monkeypatch.setattr(runtime_module, "memory_of", lambda _: 12 * n_parameters - more)
     if fits:
-        return utils_runtime.check_memory(params, 5, torch.device("cpu"))
+        return runtime_module.check_memory(params, 5, torch.device("cpu"))
     with pytest.raises(Alg1Error) as caught:
-        utils_runtime.check_memory(params, 5, torch.device("cpu"))
+        runtime_module.check_memory(params, 5, torch.device("cpu"))
     assert caught.value.message.startswith(
         f"a model of {n_parameters} parameters takes 0 GiB or more to train"
     )
@@ -306,7 +304,7 @@ def test_a_model_that_cannot_fit_is_refused(more, fits, monkeypatch):
 
 
 def test_this_machine_has_some_memory():
-    assert utils_runtime.memory_of(torch.device("cpu")) > 2**27
+    assert runtime_module.memory_of(torch.device("cpu")) > 2**27
 
 
 @pytest.mark.parametrize("number, code", STOPPING)

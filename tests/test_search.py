@@ -21,17 +21,21 @@ pytest.importorskip("optuna", reason="searching is optional: pip install -e '.[s
 
 import optuna
 
-from errors import Alg1Error
-from utils_alg1 import utils_search, utils_search_report, utils_search_space, utils_search_trials
-from utils_alg1.utils_command_line import Options
-from utils_alg1.utils_metrics import new_metrics, read_metrics
-from utils_alg1.utils_run_manager import create_run, list_runs
-from utils_alg1.utils_search import Settings
-from utils_alg1.utils_search_space import Choices, Range, read_space
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.console.command_line import Options
+from utils_alg1.run_directory import list_runs
+from utils_alg1.search import report as report_module
+from utils_alg1.search import space as space_module
+from utils_alg1.search import study as study_module
+from utils_alg1.search import trials as trials_module
+from utils_alg1.search.space import Choices, Range, read_space
+from utils_alg1.search.study import Settings
+from utils_alg1.tracking.metrics_file import new_metrics, read_metrics
+from utils_alg1.utils_run_manager import create_run
 
 LISTS = "hint: python search.py --help lists every flag\n"
-SPACE = f"hint: {utils_search_space.SPACE_HINT}\n"
-SPACE_PATH = f"hint: {utils_search_space.PATH_HINT}\n"
+SPACE = f"hint: {space_module.SPACE_HINT}\n"
+SPACE_PATH = f"hint: {space_module.PATH_HINT}\n"
 
 # Stands in for train.py where a test is about the search: its loss is |learning_rate - 0.01|.
 FAKE_TRAIN = f"""
@@ -69,7 +73,7 @@ sys.path.insert(0, {str(PROJECT)!r})
 import search
 from utils_alg1 import utils_search_trials
 from utils_alg1.utils_script import run_script
-utils_search_trials.TRAIN_SCRIPT = Path("fake_train.py").absolute()
+trials_module.TRAIN_SCRIPT = Path("fake_train.py").absolute()
 run_script(search.main)
 """
 
@@ -88,9 +92,9 @@ def fake_train(workdir, monkeypatch) -> Path:
     path = workdir / "fake_train.py"
     path.write_text(FAKE_TRAIN)
     (workdir / "run_search.py").write_text(RUN_SEARCH)
-    monkeypatch.setattr(utils_search_trials, "TRAIN_SCRIPT", path)
-    monkeypatch.setattr(utils_search_trials, "POLL", 0.02)
-    monkeypatch.setattr(utils_search_report, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(trials_module, "TRAIN_SCRIPT", path)
+    monkeypatch.setattr(trials_module, "POLL", 0.02)
+    monkeypatch.setattr(report_module, "draw_pictures", lambda *_: None)
     return path
 
 
@@ -112,7 +116,7 @@ def results(name: str = "space") -> list[dict[str, str]]:
 
 
 def study_of(name: str = "space", folder: Path = Path()) -> optuna.Study:
-    storage = utils_search.open_storage(str(folder / "searches" / name / "journal.log"))
+    storage = study_module.open_storage(str(folder / "searches" / name / "journal.log"))
     return optuna.load_study(study_name=name, storage=storage)
 
 
@@ -174,7 +178,7 @@ def test_a_mistake_in_the_space_is_named(search, workdir, text, complaint):
     Path("my.yaml").write_text(text)
     result = search("--space", "my.yaml")
     assert result.code == 2
-    assert result.err == f"error: my.yaml: {complaint}\nhint: {utils_search_space.SPACE_HINT}\n"
+    assert result.err == f"error: my.yaml: {complaint}\nhint: {space_module.SPACE_HINT}\n"
     assert os.listdir() == ["my.yaml"]
 
 
@@ -225,7 +229,7 @@ def test_the_steps_of_a_range():
 
 def test_the_shipped_space_holds_the_defaults():
     space = read_space(PROJECT / "configs/search.yaml", for_grid=False)
-    plan = utils_search_space.make_plan(space, Options())
+    plan = space_module.make_plan(space, Options())
     assert plan.defaults is not None and plan.defaults.keys() == space.keys()
 
 
@@ -267,7 +271,7 @@ SEARCH_MISTAKES = [
         "space.yaml: learning_rate: a grid needs a list of choices, or a range with a step",
         None,
     ),
-    ("--storage text.txt", "--storage text.txt: not the journal", f"hint: {utils_search.STORAGE_HINT}\n"),
+    ("--storage text.txt", "--storage text.txt: not the journal", f"hint: {study_module.STORAGE_HINT}\n"),
 ]
 
 
@@ -297,7 +301,7 @@ def test_without_optuna_there_is_one_line(search, workdir, monkeypatch):
     [("aim", False, "--no-aim"), ("aim", True, "--aim"), ("data_path", "-a b", "--data=-a b")],
 )
 def test_a_parameter_as_a_word(name, value, word):
-    assert utils_search_trials.flag_word(name, value) == word
+    assert trials_module.flag_word(name, value) == word
 
 
 # --- pieces -------------------------------------------------------------------------------------------
@@ -317,14 +321,14 @@ def test_new_metrics_come_in_whole_rows(tmp_path):
 
 def test_a_half_line_of_a_killed_process_is_dropped(tmp_path):
     path = tmp_path / "journal.log"
-    optuna.create_study(study_name="s", storage=utils_search.open_storage(str(path)))
+    optuna.create_study(study_name="s", storage=study_module.open_storage(str(path)))
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"op_code":4,"wor')
-    study = optuna.load_study(study_name="s", storage=utils_search.open_storage(str(path)))
+    study = optuna.load_study(study_name="s", storage=study_module.open_storage(str(path)))
     study.ask()
     assert path.read_bytes().startswith(whole + b'{"')
     assert all(json.loads(line) for line in path.read_text().splitlines())
-    assert len(optuna.load_study(study_name="s", storage=utils_search.open_storage(str(path))).trials) == 1
+    assert len(optuna.load_study(study_name="s", storage=study_module.open_storage(str(path))).trials) == 1
 
 
 # --- searches of stand-ins ----------------------------------------------------------------------------
@@ -351,12 +355,12 @@ def test_a_sampler_finds_something_better_than_the_defaults(search, fake_train, 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_same_seed_draws_the_same_values(workdir, sampler):
     space = write_space(learning_rate={"low": 1e-4, "high": 1e-1})
-    plan = utils_search_space.make_plan(read_space(space, for_grid=False), Options())
+    plan = space_module.make_plan(read_space(space, for_grid=False), Options())
 
     def draw(name: str, seed: int) -> list[float]:
         drawn = []
         for _ in range(4):  # each time as another process would
-            study = utils_search.Study(plan, settings(name, sampler=sampler, seed=seed))
+            study = study_module.Study(plan, settings(name, sampler=sampler, seed=seed))
             taken = study.take_trial()
             drawn.append(taken.drawn["learning_rate"])
             study.optuna.tell(taken.trial, 1.0)
@@ -426,9 +430,9 @@ def test_a_search_stops_when_all_fail_for_one_reason(search, fake_train):
 
 
 def test_a_hopeless_trial_is_pruned(search, fake_train, monkeypatch):
-    monkeypatch.setattr(utils_search, "STARTUP_TRIALS", 1)
+    monkeypatch.setattr(study_module, "STARTUP_TRIALS", 1)
     space = write_space(learning_rate=[0.02, 0.9])
-    seed = 0 if utils_search_space.grid_points(read_space(space, True), 0)[0]["learning_rate"] == 0.02 else 1
+    seed = 0 if space_module.grid_points(read_space(space, True), 0)[0]["learning_rate"] == 0.02 else 1
     flags = ["--sampler", "grid", "--max-iters", 400, "--eval-interval", 10, "--weight-decay", 0.02]
     result = search("--space", space, *flags, "--sampler-seed", seed)
     assert result.code == 0
@@ -456,10 +460,10 @@ def test_a_database_serves_as_storage_and_belongs_to_one_folder(
     )
 
 
-def study_with(name: str = "space", **domains: Any) -> utils_search.Study:
+def study_with(name: str = "space", **domains: Any) -> study_module.Study:
     """The study that search.py would open, with two trials to come."""
-    plan = utils_search_space.make_plan(read_space(write_space(**domains), for_grid=False), Options())
-    return utils_search.Study(plan, settings(name, trials=2))
+    plan = space_module.make_plan(read_space(write_space(**domains), for_grid=False), Options())
+    return study_module.Study(plan, settings(name, trials=2))
 
 
 @pytest.mark.parametrize(
@@ -477,7 +481,7 @@ def test_a_dead_trial_is_replaced_where_it_stopped(search, fake_train, left, los
     old.lock.release()
     study = study_with(n_layer=[4])
     taken = study.take_trial()
-    trial_run = utils_search_trials.TrialRun(study, taken, None, threading.Event())
+    trial_run = trials_module.TrialRun(study, taken, None, threading.Event())
     assert trial_run._command()[-1] == "--run-tag=space-0"
     run = create_run("runs", "space-0")
     if left:
@@ -506,11 +510,11 @@ def test_a_dead_trial_is_replaced_where_it_stopped(search, fake_train, left, los
 def test_a_dead_trial_is_resumed_from_nothing_but_a_checkpoint(workdir, name, resumed):
     study = study_with(n_layer=[4])
     taken = study.take_trial()
-    utils_search_trials.TrialRun(study, taken, None, threading.Event())._command()
+    trials_module.TrialRun(study, taken, None, threading.Event())._command()
     run = create_run("runs", "space-0")
     (run.checkpoint_dir / name).touch()
     run.lock.release()
-    command = utils_search_trials.TrialRun(study, taken, None, threading.Event())._command()
+    command = trials_module.TrialRun(study, taken, None, threading.Event())._command()
     assert (command[:2] == ["--resume", str(run.path)]) is resumed
     assert ("--run-tag=space-0" in command) is not resumed
     os.close(taken.lock)
@@ -518,14 +522,14 @@ def test_a_dead_trial_is_resumed_from_nothing_but_a_checkpoint(workdir, name, re
 
 def test_the_table_on_the_console_lines_up_in_any_script(monkeypatch):
     rows = [["trial", "data_path", "run"], ["0", "日本語.txt", "one"], ["10", "text.txt", "zwei"]]
-    monkeypatch.setattr(utils_search_report, "table", lambda *_: rows)
-    monkeypatch.setattr(utils_search_report, "ranked", lambda _: [])
+    monkeypatch.setattr(report_module, "table", lambda *_: rows)
+    monkeypatch.setattr(report_module, "ranked", lambda _: [])
     said: list[str] = []
 
     class Ears:
         say = staticmethod(said.append)
 
-    utils_search_report.show_table(None, Ears)
+    report_module.show_table(None, Ears)
     assert said == [
         "",
         "trial  data_path   run",
@@ -576,10 +580,10 @@ def test_two_searches_at_once_share_the_trials(fake_train, campaign):
 
 
 def test_no_two_workers_take_the_last_trial(workdir):
-    taken: list[utils_search.Taken] = []
+    taken: list[study_module.Taken] = []
     studies = [study_with(n_layer=[2, 4]) for _ in range(8)]
 
-    def take(study: utils_search.Study) -> None:
+    def take(study: study_module.Study) -> None:
         while found := study.take_trial():
             taken.append(found)
 
@@ -619,13 +623,13 @@ def test_ctrl_c_leaves_the_trials_for_the_next_start(fake_train):
     process = start_search(*flags, "--weight-decay", 0.2, "--trials", 2)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    counted = utils_search.not_replaced(study_of().trials)
+    counted = study_module.not_replaced(study_of().trials)
     assert [(trial.user_attrs.get("replaces"), trial.value) for trial in counted] == [(0, 0.125), (1, 0.125)]
     assert len(list_runs("runs")) == 2
 
 
 def lock_is_free(path: Path) -> bool:
-    lock = utils_search.take_lock(path)
+    lock = study_module.take_lock(path)
     if lock is not None:
         os.close(lock)
     return lock is not None
@@ -644,9 +648,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 def test_a_pruned_run_has_really_ended_early(search, text_file, monkeypatch, campaign):
     if not campaign.whole:
         pytest.skip("takes ten seconds: pytest --campaign")
-    monkeypatch.setattr(utils_search, "STARTUP_TRIALS", 1)
+    monkeypatch.setattr(study_module, "STARTUP_TRIALS", 1)
     space = write_space(learning_rate=[1e-2, 1e-9])
-    seed = 0 if utils_search_space.grid_points(read_space(space, True), 0)[0]["learning_rate"] == 1e-2 else 1
+    seed = 0 if space_module.grid_points(read_space(space, True), 0)[0]["learning_rate"] == 1e-2 else 1
     flags = [*TINY, *QUIET_TRACKERS, "--max-iters", 800, "--eval-interval", 20]
     result = search(
         *("--space", space, "--data", text_file, "--sampler", "grid", "--sampler-seed", seed, *flags)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from utils_alg1.utils_table import Column, cut, format_columns, padded, to_csv
+from utils_alg1.console.table import Column, cut, format_columns, padded, to_csv
 
 
 def columns() -> list[Column]:

@@ -32,14 +32,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
 import train as script
-from errors import BAD_INPUT, Alg1Error
-from files import read_tensors
-from observations import HISTOGRAM_BINS, model_histograms
 from parameters import TensorBoardConfig
-from utils_alg1.utils_metrics import read_metrics
-from utils_alg1.utils_run_manager import list_runs
-from utils_alg1.utils_trackers import Trackers
-from utils_alg1.utils_training import Trainer
+from utils_alg1.base.errors import BAD_INPUT, Alg1Error
+from utils_alg1.base.summaries import HISTOGRAM_BINS, model_histograms
+from utils_alg1.network.tensor_file import read_tensors
+from utils_alg1.run_directory import list_runs
+from utils_alg1.tracking.metrics_file import read_metrics
+from utils_alg1.tracking.trackers import Trackers
+from utils_alg1.training.trainer import Trainer
 from utils_tensorboard import server as server_module
 from utils_tensorboard.config import load_tensorboard_config
 from utils_tensorboard.instructions import instructions, launch_command

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from errors import Alg1Error
 from utils import N_CODE_POINTS, Tokenizer, create_tokenizer, show_characters
+from utils_alg1.base.errors import Alg1Error
 
 ANY_CHARACTER = st.characters(exclude_categories=())  # lone surrogates too
 ANY_TEXT = st.text(ANY_CHARACTER)

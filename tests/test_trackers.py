@@ -25,13 +25,15 @@ from tensorboard.plugins import projector
 from tensorboard.plugins.hparams import summary_v2
 
 import train as script
-from errors import DISK_FAILED, Alg1Error, Guard
-from files import read_tensors
-from utils_alg1 import utils_background, utils_trackers
-from utils_alg1.utils_background import Background
-from utils_alg1.utils_metrics import MetricsFile, Tracker, cut_metrics, read_metrics, read_outline
-from utils_alg1.utils_run_manager import create_run, list_runs, lock_run
-from utils_alg1.utils_trackers import StartAim, Trackers, start_trackers
+from utils_alg1.base.errors import DISK_FAILED, Alg1Error, Guard
+from utils_alg1.network.tensor_file import read_tensors
+from utils_alg1.run_directory import list_runs, lock_run
+from utils_alg1.tracking import background as background_module
+from utils_alg1.tracking import trackers as trackers_module
+from utils_alg1.tracking.background import Background
+from utils_alg1.tracking.metrics_file import MetricsFile, Tracker, cut_metrics, read_metrics, read_outline
+from utils_alg1.tracking.trackers import StartAim, Trackers, start_trackers
+from utils_alg1.utils_run_manager import create_run
 
 LOOKS = ("histogram", "activation", "attention", "embedding", "sample")
 NO_LOOKS = [f"--{look}-interval=0" for look in LOOKS]
@@ -123,15 +125,15 @@ def boom(error: BaseException):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Nothing here looks at the picture of the loss curve, which takes a while to draw."""
-    monkeypatch.setattr("utils_alg1.utils_pictures.try_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.report.pictures.try_loss_curve", lambda *_: None)
 
 
 @pytest.fixture
 def short_patience(monkeypatch):
     """Trackers are given up after a moment."""
-    monkeypatch.setattr(utils_background, "PATIENCE", 0.2)
-    monkeypatch.setattr(utils_background, "FLUSH_PATIENCE", 0.05)
-    monkeypatch.setattr(utils_background, "NICENESS", 0)  # on a busy machine they may take a moment longer
+    monkeypatch.setattr(background_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(background_module, "FLUSH_PATIENCE", 0.05)
+    monkeypatch.setattr(background_module, "NICENESS", 0)  # on a busy machine they may take a moment longer
 
 
 @pytest.fixture(autouse=True)
@@ -292,8 +294,8 @@ def test_a_file_system_that_refuses_is_exit_code_4(tmp_path, work):
 
 
 def test_a_copy_hears_everything_once_and_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils_background, "QUEUE_SIZE", 2)
-    monkeypatch.setattr(utils_background, "PARCEL", 2)
+    monkeypatch.setattr(background_module, "QUEUE_SIZE", 2)
+    monkeypatch.setattr(background_module, "PARCEL", 2)
     recorder = Recorder(tmp_path)
     with Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": background(of(recorder))}) as trackers:
         for step in range(50):
@@ -314,7 +316,7 @@ def test_a_copy_hears_everything_once_and_in_order(tmp_path, monkeypatch):
 
 
 def test_without_copies_no_histogram_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils_trackers, "model_histograms", lambda _: pytest.fail("counted"))
+    monkeypatch.setattr(trackers_module, "model_histograms", lambda _: pytest.fail("counted"))
     with Trackers(MetricsFile(tmp_path / "m.jsonl"), {}) as trackers:
         trackers.log_model_histograms(torch.nn.Linear(2, 1), 0)
 
@@ -335,7 +337,7 @@ def test_synced_moves_only_when_a_flush_was_delivered(tmp_path, short_patience):
 
 
 def test_a_flush_does_not_wait_for_a_copy_that_is_still_opening(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils_background, "FLUSH_PATIENCE", 0)
+    monkeypatch.setattr(background_module, "FLUSH_PATIENCE", 0)
     opened = Gate(tmp_path / "opened")
     recorder = Recorder(tmp_path)
     copy = background(lambda _: opened.wait() and recorder)
@@ -389,7 +391,7 @@ def test_a_copy_that_cannot_be_opened_keeps_its_identity_for_the_next_session():
 
 
 def test_a_full_queue_gives_a_tracker_up_once_and_blocks_never_again(tmp_path, monkeypatch, short_patience):
-    monkeypatch.setattr(utils_background, "QUEUE_SIZE", 3)
+    monkeypatch.setattr(background_module, "QUEUE_SIZE", 3)
     warnings: list[str] = []
     recorder = Recorder(tmp_path, "scalars")
     copy = background(of(recorder), warnings.append)
@@ -642,8 +644,8 @@ def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_
 
 
 def test_a_process_begun_anew_serves_as_well_as_a_forked_one(train, text_file, monkeypatch):
-    monkeypatch.setattr(utils_background, "START_METHOD", "spawn")
-    monkeypatch.setattr(utils_background, "PATIENCE", 100)
+    monkeypatch.setattr(background_module, "START_METHOD", "spawn")
+    monkeypatch.setattr(background_module, "PATIENCE", 100)
     result = train(*RUN_TINY, "--no-aim")
     assert (result.code, result.err) == (0, "")
     path = the_run()
@@ -696,8 +698,8 @@ def started(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(utils_trackers, "AimTracker", FakeAim)
-    monkeypatch.setattr(utils_trackers, "TensorBoardWriter", FakeWriter)
+    monkeypatch.setattr(trackers_module, "AimTracker", FakeAim)
+    monkeypatch.setattr(trackers_module, "TensorBoardWriter", FakeWriter)
     exists: set[str] = set()
     run = create_run(tmp_path / "runs")
     write_rows(run.metrics_path, 10)
@@ -890,7 +892,7 @@ def seen(monkeypatch) -> list[Trackers]:
     def wait_and_loop(trainer, progress, observer, *rest):
         runs.append(observer.trackers)
         for copy in observer.trackers.copies.values():
-            copy.start_flush().wait(utils_background.PATIENCE)
+            copy.start_flush().wait(background_module.PATIENCE)
             assert copy._process is not None
         loop(trainer, progress, observer, *rest)
 
@@ -1032,7 +1034,7 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
     )
     code = (
         "import train\n"
-        "from utils_alg1 import utils_background, utils_script\n"
+        "from utils_alg1 import background_module, utils_script\n"
         f"utils_background.PATIENCE = {0.5 if hangs else 50}\n"
         f"utils_script.run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard', *NO_LOOKS]!r}))\n"
     )
@@ -1053,7 +1055,7 @@ def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_f
     flags = [word for word in (*RUN_TINY, "--no-tensorboard", *NO_LOOKS) if word != "--quiet"]
     code = (
         "import train\n"
-        "from utils_alg1 import utils_background, utils_script\n"
+        "from utils_alg1 import background_module, utils_script\n"
         "utils_background.SILENCE = 0.1\n"
         f"utils_script.run_script(lambda: train.main({flags!r}))\n"
     )
@@ -1078,9 +1080,9 @@ def test_a_signal_while_a_tracker_is_started_is_no_failure_of_it(monkeypatch):
 
 
 def test_who_watches_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils_background, "SILENCE", 0.01)
+    monkeypatch.setattr(background_module, "SILENCE", 0.01)
     told: list[str] = []
-    monkeypatch.setattr(utils_background.LOGGER, "info", lambda text, *words: told.append(text % words))
+    monkeypatch.setattr(background_module.LOGGER, "info", lambda text, *words: told.append(text % words))
     go_on = Gate(tmp_path / "go_on")
 
     class Slow(Tracker):
@@ -1090,19 +1092,19 @@ def test_who_watches_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
     copies = [Background("Aim", of(Slow()), pytest.fail).attend(), background(of(Tracker()))]
     assert copies[1].start_close().wait(60)
     threading.Timer(0.5, go_on.set).start()
-    utils_background.close_all(copies)
+    background_module.close_all(copies)
     assert told == ["waiting for Aim to take the rest, 20 seconds at most; Ctrl-C goes without"]
 
 
 def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
     waits: list[int] = []
-    wait_for_all = utils_background._wait_for_all
+    wait_for_all = background_module._wait_for_all
 
     def counted(events, seconds):
         waits.append(len(events))
         return wait_for_all(events, 0.05)
 
-    monkeypatch.setattr(utils_background, "_wait_for_all", counted)
+    monkeypatch.setattr(background_module, "_wait_for_all", counted)
     go_on = Gate(tmp_path / "go_on")
 
     class Slow(Tracker):
@@ -1120,7 +1122,7 @@ def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
     assert copy.synced == 0
     go_on.set()
     assert copy._flush.wait(10)
-    monkeypatch.setattr(utils_background, "_wait_for_all", wait_for_all)
+    monkeypatch.setattr(background_module, "_wait_for_all", wait_for_all)
     trackers.flush(4)
     assert copy.synced == 4
     trackers.close()

@@ -24,15 +24,17 @@ from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, run_p
 from safetensors.torch import save_file
 
 import train as train_script
-from errors import Alg1Error
-from files import read_tensors
 from model import BigramLanguageModel
 from parameters import ModelConfig, specs
-from utils_alg1 import utils_report, utils_run_manager
-from utils_alg1.utils_checkpoint import CheckpointStore
-from utils_alg1.utils_report import draw_samples
-from utils_alg1.utils_run_manager import MetadataCapture, checkpoint_paths, list_runs
-from utils_alg1.utils_training import Trainer
+from utils_alg1 import utils_run_manager
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.network.tensor_file import read_tensors
+from utils_alg1.report import results as results_module
+from utils_alg1.report.results import draw_samples
+from utils_alg1.run_directory import checkpoint_paths, list_runs
+from utils_alg1.training.checkpoint import CheckpointStore
+from utils_alg1.training.trainer import Trainer
+from utils_alg1.utils_run_manager import MetadataCapture
 
 EVALUATION = re.compile(
     r"step +(\d+)  train loss (\d\.\d{4})  val loss (\d\.\d{4})  lr (\d\.\de[+-]\d\d)"
@@ -43,9 +45,9 @@ EVALUATION = re.compile(
 @pytest.fixture
 def fast_end(monkeypatch):
     """No picture and short samples, where a test is not about them."""
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", lambda *_: b"")
-    monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_attention", lambda *_: b"")
+    monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
 
 
 @pytest.fixture
@@ -218,7 +220,7 @@ def test_a_picture_that_cannot_be_drawn_costs_one_line(start, monkeypatch):
     def fail(*_):
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", fail)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", fail)
     result = start()
     assert (result.code, result.err) == (0, "warning: no loss curve was drawn: no matplotlib\n")
     assert (only_run() / "eval/final.json").exists()
@@ -310,7 +312,7 @@ def fail_in(target, name, error, monkeypatch):
 
 PHASES = [
     (MetadataCapture, "capture_git_info"),
-    (utils_report, "write_json"),
+    (results_module, "write_json"),
     (utils_run_manager, "lock_run"),
     (BigramLanguageModel, "__init__"),
     (Trainer, "__init__"),
@@ -443,7 +445,7 @@ class ClosedPipe(io.StringIO):
 
 
 def test_a_reader_that_goes_away_does_not_stop_the_training(text_file, fast_end, monkeypatch):
-    from utils_alg1.utils_script import run_script
+    from utils_alg1.console.script import run_script
 
     monkeypatch.setattr(sys, "stdout", ClosedPipe())
     arguments = ["--data", str(text_file), *TINY, *QUIET_TRACKERS]
@@ -465,14 +467,14 @@ def test_a_program_started_without_streams_trains(text_file):
 def test_a_signal_that_python_loses_before_the_loop_still_ends_the_run(
     number, code, train, text_file, monkeypatch
 ):
-    write_records = utils_report.write_records
+    write_records = results_module.write_records
 
     def interrupted(*arguments):
         with contextlib.suppress(BaseException):  # as a callback of the import system does
             os.kill(os.getpid(), number)
         return write_records(*arguments)
 
-    monkeypatch.setattr(utils_report, "write_records", interrupted)
+    monkeypatch.setattr(results_module, "write_records", interrupted)
     assert train("--data", text_file, *TINY, *QUIET_TRACKERS).code == code
     assert list_runs("runs") == []
 
@@ -498,14 +500,14 @@ def test_a_place_that_takes_no_file_is_found_before_training(flags, train, text_
 
 
 def test_an_output_that_fails_after_training_costs_only_itself(train, text_file, fast_end, monkeypatch):
-    write = utils_report.write_atomically
+    write = results_module.write_atomically
 
     def refusing(path, data):
         if path == "m.safetensors":
             raise Alg1Error("cannot write m.safetensors: no", "choose another folder", 4)
         write(path, data)
 
-    monkeypatch.setattr(utils_report, "write_atomically", refusing)
+    monkeypatch.setattr(results_module, "write_atomically", refusing)
     result = train("--data", text_file, *TINY, *QUIET_TRACKERS, "--output", "m.safetensors")
     export = only_run() / "artifacts/export/model.safetensors"
     assert result.code == 4

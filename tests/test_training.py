@@ -16,23 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import get_batch
-from errors import CANNOT_TRAIN, Alg1Error
 from model import BigramLanguageModel
 from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
-from utils_alg1 import utils_report, utils_training
-from utils_alg1.utils_backward import Backward, find_backward
-from utils_alg1.utils_checkpoint import newest_checkpoint
-from utils_alg1.utils_optimizers import SGD, create_optimizer, orthogonalise
-from utils_alg1.utils_run_manager import checkpoint_paths
-from utils_alg1.utils_runtime import (
-    Compiled,
-    Runtime,
-    compiling_pays,
-    generator,
-    seed_initial_weights,
-    start_runtime,
-)
-from utils_alg1.utils_training import Progress, Trainer, learning_rate
+from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
+from utils_alg1.report import results as results_module
+from utils_alg1.run_directory import checkpoint_paths
+from utils_alg1.training import trainer as trainer_module
+from utils_alg1.training.backward import Backward, find_backward
+from utils_alg1.training.checkpoint import newest_checkpoint
+from utils_alg1.training.optimizers import SGD, create_optimizer, orthogonalise
+from utils_alg1.training.progress import Progress
+from utils_alg1.training.runtime import Compiled, Runtime, compiling_pays, start_runtime
+from utils_alg1.training.schedule import learning_rate
+from utils_alg1.training.seeds import generator, seed_initial_weights
+from utils_alg1.training.trainer import Trainer
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
 BLOCK_SIZE, VOCAB_SIZE = 8, 11
@@ -44,9 +41,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(autouse=True)
 def no_picture_and_short_samples(monkeypatch):
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_loss_curve", lambda *_: None)
-    monkeypatch.setattr("utils_alg1.utils_pictures.draw_attention", lambda *_: b"")
-    monkeypatch.setattr(utils_report, "SAMPLE_LENGTH", 4)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_attention", lambda *_: b"")
+    monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
 
 
 def make_trainer(dropout: float = 0.0, **settings) -> Trainer:
@@ -381,7 +378,7 @@ def test_an_evaluation_draws_the_same_batches_every_time():
 @pytest.mark.parametrize("tokens", [1, 2 * 2 * BLOCK_SIZE, 1 << 20])
 def test_an_evaluation_does_not_depend_on_how_many_batches_share_a_pass(tokens, monkeypatch):
     expected = make_trainer().evaluate(0)
-    monkeypatch.setattr(utils_training, "EVALUATION_TOKENS", tokens)
+    monkeypatch.setattr(trainer_module, "EVALUATION_TOKENS", tokens)
     evaluation = make_trainer().evaluate(0)
     assert evaluation.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
     assert evaluation.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
@@ -474,7 +471,7 @@ def test_progress_keeps_the_best_and_counts_what_is_not_better():
     progress = Progress()
     trail = []
     for step, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0]):
-        progress.add(utils_training.Evaluation(step, loss, loss, 0.1))
+        progress.add(trainer_module.Evaluation(step, loss, loss, 0.1))
         trail.append((progress.best_step, progress.best_val, progress.evaluations_since_best))
     assert trail == [(0, 3.0, 0), (1, 2.0, 0), (1, 2.0, 1), (1, 2.0, 2), (4, 1.0, 0)]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from observations import Embedding, Histogram, Image
 from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
+from utils_alg1.base.summaries import Embedding, Histogram, Image
 
 # The name and the context that Aim's pages group by.
 NAMES: dict[str, tuple[str, dict[str, str] | None]] = {

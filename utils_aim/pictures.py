@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from observations import Embedding
+from utils_alg1.base.summaries import Embedding
 
 SIZE, DPI = 6.0, 100  # inches, pixels in one
 FONT_SIZE = 18.0  # points, at most: Aim lists its pictures at about a third of this size

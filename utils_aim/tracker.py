@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from errors import Guard
+from utils_alg1.base.errors import Guard
 
 LOCK_PATIENCE = 10.0  # seconds
 LOCK_POLL = 0.2  # seconds

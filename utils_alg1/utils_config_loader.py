@@ -11,11 +11,12 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import Alg1Error
-from files import decode, parse_json_object, read_bytes, refuse_repeats
 from parameters import Parameters, build_parts, coerce_all, part_problems, specs
-from problems import Problem, raise_problems
-from utils_alg1.utils_command_line import FLAGS_ONLY, Options
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.files import decode, parse_json_object, read_bytes, refuse_repeats
+from utils_alg1.base.problems import Problem, raise_problems
+from utils_alg1.console.command_line import FLAGS_ONLY, Options
+from utils_alg1.run_directory import RunFolder
 
 LOGGER = logging.getLogger("alg1")
 CONFIG_DIR = "configs"
@@ -242,8 +243,6 @@ def _named_files(config: str) -> list[Path]:
     if path.is_dir():
         paths = _files_in(path)
         if not paths:
-            from utils_alg1.utils_run_manager import RunFolder  # which needs this module
-
             record = RunFolder(path).record_path
             raise Alg1Error(
                 f"--config {path}: none of {', '.join(CONFIG_FILES)} is in this folder",

@@ -18,71 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
-from errors import Alg1Error
 from parameters import PARTS, Parameters, specs
-from utils_alg1.utils_text import for_terminal, number
+from utils_alg1.base.text import for_terminal, number
+from utils_alg1.console.messages import shown_on, terminal_of
 
 if TYPE_CHECKING:
-    from utils_alg1.utils_terminal import Bar, Part, Terminal
-    from utils_alg1.utils_training import Evaluation, Progress
+    from utils_alg1.console.terminal import Bar, Part, Terminal
+    from utils_alg1.training.progress import Evaluation, Progress
 
 LOGGER = logging.getLogger("alg1")
 EARLY_LINES = 1000  # that are kept until there is a log
 LOG_ONLY = 5  # the level of what no console shows
 ALWAYS = logging.WARNING + 5  # that of what --quiet does not leave out, and is no warning
-
-
-def print_error(error: Alg1Error) -> None:
-    _print_labelled(("error:", "bold red", error.message), ("hint:", "bold cyan", error.hint))
-
-
-def print_warning(text: str) -> None:
-    """A warning of a script that has no Console."""
-    _print_labelled(("warning:", "bold yellow", text))
-
-
-def _print_labelled(*lines: tuple[str, str, str | None]) -> None:
-    """Lines for the standard error: a label, its style and a text."""
-    with contextlib.suppress(OSError):  # a full disk may be where stderr goes, too
-        terminal = terminal_of(sys.stderr)
-        for label, style, text in lines:
-            if text and terminal:
-                terminal.print([(label, style), f" {text}"])
-            elif text:
-                print(label, shown_on(sys.stderr, text), file=sys.stderr)
-
-
-def shown_on(stream: TextIO, text: str) -> str:
-    """Text that comes from outside as a stream is given it: no terminal obeys it; a file gets it as it is."""
-    return for_terminal(text) if stream.isatty() else text
-
-
-class Typewriter:
-    """Writes text piece by piece, as `shown_on` shows the whole.
-
-    A CRLF may come in two pieces, so on a terminal a CR waits for what follows it. One at the very end is
-    not written.
-    """
-
-    def __init__(self, stream: TextIO):
-        self._stream, self._terminal = stream, stream.isatty()
-        self._held = ""  # the CR that waits
-
-    def write(self, text: str) -> None:
-        if self._terminal:
-            text = self._held + text
-            self._held = "\r" if text.endswith("\r") else ""
-            text = for_terminal(text.removesuffix("\r"))
-        self._stream.write(text)
-
-
-def terminal_of(stream: TextIO) -> Terminal | None:
-    """The terminal behind a stream; None for a file or a pipe, and for a terminal that knows lines only."""
-    if not stream.isatty() or os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
-        return None
-    from utils_alg1.utils_terminal import Terminal
-
-    return Terminal(stream)
 
 
 @dataclass(frozen=True)
@@ -250,7 +197,7 @@ class Console:
         """Show a progress bar on a terminal; elsewhere the lines of the evaluations serve."""
         if self._terminal is None or self.quiet:
             return
-        from utils_alg1.utils_terminal import Bar
+        from utils_alg1.console.terminal import Bar
 
         self._bar = Bar(self._terminal, step, total, tokens_per_step)
 
@@ -309,7 +256,7 @@ class _LogFile(logging.FileHandler):
 
 
 def _fitting(width: int, *looks: Sequence[Part]) -> Sequence[Part]:
-    from utils_alg1.utils_terminal import fitting
+    from utils_alg1.console.terminal import fitting
 
     return fitting(width, *looks)
 
@@ -318,7 +265,7 @@ def _look_of_entry(name: str, value: str | ShellCommand) -> Look:
     """How a line of a block looks on a terminal."""
 
     def look(width: int) -> list[Part]:
-        from utils_alg1.utils_terminal import cell_len, fold
+        from utils_alg1.console.terminal import cell_len, fold
 
         typed = isinstance(value, ShellCommand)
         separator = value.SEPARATOR if isinstance(value, ShellCommand) else " "

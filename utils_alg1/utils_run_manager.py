@@ -1,43 +1,25 @@
-"""Run directories: their names, what lies where in them, their lock, and what is recorded about their origin.
-
-runs/YYYY-MM-DD_NNN_tag/
-    meta/        full_config.json  git.txt  env.txt  notes.md  configs/ (copies)
-    logs/        metrics.jsonl  train.log  tensorboard/
-    artifacts/   checkpoints/  export/model.safetensors  export/config.json
-    eval/        final.json  samples.txt  loss.png  attention.png  report.html
-"""
+"""New runs: their ids and directories, and what is recorded about their origin."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
-import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-import time
-import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from errors import Alg1Error, disk_error
-from files import write_atomically
-from parameters import specs
+from utils_alg1.base.errors import Alg1Error, disk_error
+from utils_alg1.base.files import make_folder, write_atomically
+from utils_alg1.run_directory import LOCK_NAME, RUN_ID, Run, list_runs, lock_run, sanitise_tag
 from utils_alg1.utils_config_loader import CONFIG_DIR, CONFIG_FILES
 
-RUN_ID = re.compile(r"(\d{4}-\d{2}-\d{2})_(\d{3,})(?:_(.*))?")
-TAG_LENGTH = 60  # characters
-TAG_BYTES = 200  # a file name has at most 255 bytes
-CHECKPOINT_NAME = re.compile(r"step_(\d{9,})\.safetensors")
-LOCK_NAME = ".lock"
 SUBDIRECTORIES = (
     "meta",
     "logs/tensorboard",
@@ -45,155 +27,7 @@ SUBDIRECTORIES = (
     "artifacts/export",
     "eval",
 )
-LOCK_PATIENCE = 1.0  # seconds; whoever looks whether a run is in use has its lock for an instant
 UNKNOWN = "unknown"  # where there is no git, or no repository
-
-
-@dataclass
-class RunFolder:
-    """Any run directory: what lies where in it."""
-
-    path: Path
-
-    @property
-    def run_id(self) -> str:
-        return self.path.name
-
-    @property
-    def meta_dir(self) -> Path:
-        return self.path / "meta"
-
-    @property
-    def record_path(self) -> Path:
-        return self.meta_dir / "full_config.json"
-
-    @property
-    def log_path(self) -> Path:
-        return self.path / "logs" / "train.log"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "logs" / "metrics.jsonl"
-
-    @property
-    def tensorboard_dir(self) -> Path:
-        return self.path / "logs" / "tensorboard"
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        return self.path / "artifacts" / "checkpoints"
-
-    @property
-    def export_path(self) -> Path:
-        return self.path / "artifacts" / "export" / "model.safetensors"
-
-    @property
-    def eval_dir(self) -> Path:
-        return self.path / "eval"
-
-    @property
-    def final_path(self) -> Path:
-        return self.eval_dir / "final.json"
-
-    @property
-    def report_path(self) -> Path:
-        return self.eval_dir / "report.html"
-
-
-@dataclass
-class Run(RunFolder):
-    """A run directory that this process holds until the `with` block ends.
-
-    Attributes:
-        begun: whether there is anything in it worth keeping; if not, it is removed at the end.
-        opened: when this process took it, on the clock time.monotonic.
-    """
-
-    lock: FileLock
-    begun: bool = True
-    opened: float = field(default_factory=time.monotonic)
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.begun:
-            shutil.rmtree(self.path, ignore_errors=True)
-        self.lock.release()
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:09d}.safetensors"
-
-
-def checkpoint_paths(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; a copy under another name is none."""
-    return sorted(
-        (path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=checkpoint_step
-    )
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.stem.removeprefix("step_"))
-
-
-# --- names --------------------------------------------------------------------------------------------
-
-
-def sanitise_tag(tag: str) -> str:
-    """A tag as part of a directory's name: letters, digits, `-`, `_` and `.`, and never a way out."""
-    text = unicodedata.normalize("NFC", tag)
-    text = re.sub(r"[^\w.-]+", "-", text).strip(".-_")[:TAG_LENGTH]
-    while len(text.encode("utf-8", "replace")) > TAG_BYTES:
-        text = text[:-1]
-    return text.strip(".-_")
-
-
-def list_runs(runs_dir: str | Path) -> list[Path]:
-    """The run directories, oldest first."""
-    try:
-        paths = list(Path(runs_dir).iterdir())
-    except (OSError, ValueError):  # ValueError: not even a name of a folder
-        return []
-    runs = [(match, path) for path in paths if (match := RUN_ID.fullmatch(path.name))]
-    runs = [(match, path) for match, path in runs if path.is_dir()]
-    return [path for match, path in sorted(runs, key=lambda r: (r[0][1], int(r[0][2]), r[1].name))]
-
-
-NO_RUN_HINT = "start one: python train.py, or name another --runs-dir"
-
-
-def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
-    """The directory of a run: `latest`, a run id, or a path.
-
-    Raises:
-        Alg1Error: there is none.
-    """
-    runs = list_runs(runs_dir)
-    if name == "latest":
-        if not runs:
-            raise Alg1Error(f"there is no run in {runs_dir}{no_folder(runs_dir)}", NO_RUN_HINT)
-        return runs[-1]
-    for run in runs:
-        if run.name == name or (run.name.startswith(f"{name}_") and RUN_ID.fullmatch(name)):
-            return run  # a number is enough: no two runs of a day have the same
-    path = Path(name)
-    if path.is_dir() and (path / "artifacts").is_dir():
-        return path
-    if path.is_file():
-        hint = "weights are named with inference.py --model, or train.py --init-from"
-        raise Alg1Error(f"{name}: this is a file, not a run", hint)
-    hint = f"the latest is {runs[-1].name}" if runs else NO_RUN_HINT
-    raise Alg1Error(f"{name}: no such run in {runs_dir}, and no run directory", hint)
-
-
-def no_folder(runs_dir: str | Path) -> str:
-    """The end of a message about missing runs: that their folder is none; "" where it is one, or is the
-    default, which the first run makes."""
-    if os.path.isdir(runs_dir) or str(runs_dir) == specs()["runs_dir"].default:
-        return ""
-    return ": it is a file" if os.path.exists(runs_dir) else ": no such folder"
 
 
 class RunIDGenerator:
@@ -264,20 +98,6 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
         raise
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents.
-
-    Raises:
-        Alg1Error: a file is in the way (exit code 2), or the file system refused (exit code 4).
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTDIR):
-            raise Alg1Error(f"{path}: a file is in the way of this folder", "name another") from None
-        raise disk_error(f"create {path}", error) from error
-
-
 def create_run(runs_dir: str | Path, tag: str = "") -> Run:
     """Name and make the directory of a new run and take its lock.
 
@@ -303,36 +123,6 @@ def create_run(runs_dir: str | Path, tag: str = "") -> Run:
         ) from None
     except OSError as error:
         raise disk_error(f"create a run in {runs_dir}", error) from error
-
-
-def lock_run(path: Path) -> Run:
-    """Take a run directory for this process, LOCK_PATIENCE later where it is not free at once.
-
-    Raises:
-        Alg1Error: another process has it (exit code 2), or the file system refused (exit code 4).
-    """
-    lock = FileLock(path / LOCK_NAME, timeout=LOCK_PATIENCE)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise Alg1Error(f"{path} is in use by another process", "wait for it, or start a new run") from None
-    except OSError as error:
-        raise disk_error(f"lock {path}", error) from error
-    return Run(path, lock)
-
-
-def in_use(path: Path) -> bool:
-    """Whether a process holds the run. The lock is taken for an instant where it is free (see `lock_run`)."""
-    lock = path / LOCK_NAME
-    try:
-        if lock.exists():
-            with FileLock(lock, timeout=0):
-                return False
-    except Timeout:
-        return True
-    except OSError:  # a folder of somebody else's, or read-only: nobody here can tell
-        pass
-    return False
 
 
 # --- where it came from -------------------------------------------------------------------------------

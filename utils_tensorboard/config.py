@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from files import read_json_object
-from parameters import TensorBoardConfig, coerce_all, field_names
-from problems import raise_problems
+from parameters import TensorBoardConfig, coerce_all
+from utils_alg1.base.files import read_json_object
+from utils_alg1.base.problems import raise_problems
+from utils_alg1.base.settings import field_names
 
 CONFIG_FILE = "configs/tensorboard.json"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from observations import Embedding, Histogram, Image, model_histograms
+from utils_alg1.base.summaries import Embedding, Histogram, Image, model_histograms
 from utils_tensorboard.writer import TensorBoardWriter
 
 if TYPE_CHECKING:

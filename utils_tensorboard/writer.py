@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from errors import Guard
-from files import write_atomically
+from utils_alg1.base.errors import Guard
+from utils_alg1.base.files import write_atomically
 
 PROJECTOR_FOLDER = "projector"  # beside the event files
 

@@ -1,0 +1,193 @@
+"""Atomic writes, and the reading of JSON and text files that people write."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from utils_alg1.base.errors import Alg1Error, disk_error, first_line, unreadable
+
+T = TypeVar("T")
+LOGGER = logging.getLogger("alg1")
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: a rename is safe only once its folder is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[int]:
+    """A file descriptor to write to; `path` appears, whole and durable, only when the block ends well.
+
+    The bytes go to an exclusive temporary file in the same folder, are fsynced, renamed, and the folder
+    is fsynced. When anything fails the temporary file is removed and `path` stays as it was.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        temporary.unlink(missing_ok=True)  # left by a killed process that had our number
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+        LOGGER.debug("wrote %s", path)
+    except OSError as error:
+        raise disk_error(f"write {path}", error) from error
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte: the system may take fewer than it is offered."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def write_atomically(path: Path | str, data: bytes) -> None:
+    """Write `data` to `path` so that a crash leaves the old content or the new, never a mixture."""
+    with atomic_file(Path(path)) as descriptor:
+        write_all(descriptor, data)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, text.encode("utf-8", "surrogatepass"))
+
+
+def try_to_write(
+    path: Path, write: Callable[[Path], T], failure: str, warn: Callable[[str], None]
+) -> T | None:
+    """Let `write` make a file that a finished run can do without; returns what it returns.
+
+    A failure costs one line, `failure` with the reason, and gives None. No older file stays then: it would
+    tell of another result.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        return write(path)
+    except Exception as error:  # what draws and describes fails in many ways, and the results lie elsewhere
+        warn(f"{failure}: {first_line(error)}")
+        return None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        Alg1Error: a file is in the way (exit code 2), or the file system refused (exit code 4).
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise Alg1Error(f"{path}: a file is in the way of this folder", "name another") from None
+        raise disk_error(f"create {path}", error) from error
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`. The caller holds the folder's lock."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+# --- files that people write ----------------------------------------------------------------------------
+
+JSON_EXAMPLE = '{"batch_size": 8, "n_embd": 128}'
+JSON_HINT = f"as in {JSON_EXAMPLE}: double quotes, no comment, no comma behind the last value"
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        Alg1Error: it is not there, not UTF-8, not JSON, not an object, or names a key twice.
+    """
+    return parse_json_object(read_bytes(path), path)
+
+
+def parse_json_object(data: bytes, path: str | Path) -> dict[str, Any]:
+    """The object that the bytes of a JSON file hold; raises as `read_json_object` does."""
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        refuse_repeats(path, [name for name, _ in pairs])
+        return dict(pairs)
+
+    text = decode(data, path)
+    try:
+        value = json.loads(text, object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise Alg1Error(f"{path}: {where}: not JSON: {error.msg}", JSON_HINT) from None
+    except RecursionError:
+        raise Alg1Error(f"{path}: nested too deeply", "leave out the inner brackets") from None
+    except ValueError:
+        raise Alg1Error(f"{path}: a number in it has too many digits", "shorten it") from None
+    if not isinstance(value, dict):
+        raise Alg1Error(f"{path}: must hold one JSON object of names and values", f"such as {JSON_EXAMPLE}")
+    return value
+
+
+def refuse_repeats(path: str | Path, names: Iterable[str]) -> None:
+    """Raise Alg1Error when a file says a name twice: one of the two values would be lost in silence."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise Alg1Error(f"{path}: {name!r} stands there twice", "keep one of them")
+        seen.add(name)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a small UTF-8 file (a BOM is dropped).
+
+    Raises:
+        Alg1Error: it is not there, cannot be read or is not UTF-8.
+    """
+    return decode(read_bytes(path), path)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a small file that a user has named.
+
+    Raises:
+        Alg1Error: it is not there, or cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise Alg1Error(f"{path}: no such file", "check its path") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:  # a null character in the name
+        raise Alg1Error(f"{path!r}: not a file name: {error}", "check its path") from None
+
+
+def decode(data: bytes, path: str | Path) -> str:
+    """The text of a UTF-8 file's bytes (a BOM is dropped). Raises Alg1Error naming the first bad byte."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Alg1Error(f"{path}: not UTF-8 at byte {error.start}", "save it as UTF-8") from None

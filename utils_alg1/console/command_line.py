@@ -1,0 +1,304 @@
+"""The command line: which flags there are, and every mistake in them in one message."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from parameters import PARTS, specs
+from utils_alg1.base.problems import Problem, nearest, shown
+from utils_alg1.base.settings import A_FOLDER, A_PATH, A_WORD, Limits, Spec, as_number
+
+SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off", "0", "1")
+METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+
+
+@dataclass
+class Options:
+    """The command line of train.py: parameter flags, unchecked, and what else it can ask for."""
+
+    values: dict[str, str | bool] = field(default_factory=dict)  # by parameter name
+    problems: list[Problem] = field(default_factory=list)
+    config: str | None = None
+    resume: str | None = None
+    init_from: str | None = None
+    print_config: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    serve_tensorboard: bool = False
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether parameters come from a run or a model that must be read first."""
+        return self.resume is not None or self.init_from is not None
+
+
+# The names of flags that are no parameters, which a file cannot hold.
+FLAGS_ONLY = {option.name for option in fields(Options)} - {"values", "problems"}
+
+
+class Flag(argparse.Action):
+    """A flag with a value, of a type and within limits, which explain it too.
+
+    For `add_argument(name, action=Flag, limits=Limits(help, ...))`; argparse passes everything on.
+    """
+
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        limits: Limits,
+        type: Any = str,
+        default: Any = None,
+        metavar: str | None = None,
+    ):
+        metavar = metavar or "|".join(limits.choices) or METAVARS[type]
+        text = explained(limits, default)
+        super().__init__(option_strings, dest, type=type, default=default, metavar=metavar, help=text)
+        self.limits = limits
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, flag: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, value)
+
+    def read(self, flag: str, text: str) -> Any:
+        """The value that the text behind the flag stands for. Raises ValueError with what is wrong."""
+        try:
+            return read_value(self.type, self.limits, text)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+
+
+class ParameterFlag(Flag):
+    """The flag of a parameter. Its value stays text, to be checked together with those of the files."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, spec: Spec, default: Any):
+        super().__init__(option_strings, dest, spec.limits, spec.type, spec.default)
+        self.default = default
+
+    def read(self, flag: str, text: str) -> str:
+        return text
+
+
+def read_value(kind: Any, limits: Limits, text: str) -> Any:
+    """The value of a type that text stands for.
+
+    Raises:
+        ValueError: it does not, or not within the limits: the value as a message shows it, and what is wrong.
+    """
+    if not text and not limits.may_be_empty:
+        raise ValueError("'': must not be empty")
+    try:
+        value = as_number(kind, text) if kind in (int, float) else text
+    except ValueError as error:
+        raise ValueError(f"{shown(text)}: {error}") from None
+    if wrong := limits.broken_by(value):
+        raise ValueError(f"{shown(value)}: {wrong}")
+    return value
+
+
+def explained(limits: Limits, default: Any) -> str:
+    """The help on a flag: what it is, and its default where there is one to show."""
+    shown_default = "" if default in (None, "", argparse.SUPPRESS) else f" ({default})"
+    return (limits.help + shown_default).replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """Describes a script's flags: each a Flag, or a switch of argparse's. The command line is read here:
+    argparse stops at the first mistake, and says it in words of its own.
+    """
+
+    @property
+    def flags(self) -> Mapping[str, argparse.Action]:
+        """What there is, by each of its names."""
+        return self._option_string_actions
+
+    def parse_with_suggestions(
+        self, argv: list[str] | None = None
+    ) -> tuple[argparse.Namespace, list[Problem]]:
+        """The flags' values, and a problem for each mistake; the flag of a mistake keeps its default.
+
+        Raises:
+            SystemExit: after --help.
+        """
+        namespace = self.parse_args([])  # the defaults
+        problems: list[Problem] = []
+        given: dict[argparse.Action, str] = {}  # the flags, as they were typed
+        words = list(sys.argv[1:] if argv is None else argv)
+        before = ""  # the known flag before a word
+        lost = False  # a word behind an unknown flag may be its value, and one behind a stray word its next
+        while words:
+            word = words.pop(0)
+            flag, assigned, value = word.partition("=")
+            if flag in self.flags:
+                given[self.flags[flag]] = before = flag
+                problems += self._obey(flag, value if assigned else None, words, namespace)
+                lost = False
+            elif self._is_flag(word):
+                problems.append(Problem(f"unknown flag {flag}{nearest(flag, self.flags)}", ()))
+                lost = True
+            elif word != "--" and not lost:  # behind `--` there are no flags, for programs that read words
+                problems.append(self._stray(word, before))
+                lost = True
+        return namespace, [*problems, *self._exclusions(given)]
+
+    def _is_flag(self, word: str) -> bool:
+        """Whether a word is a flag, known or not, and no text, number or lone dash that a flag may have."""
+        flag = word.split("=")[0]
+        if not flag.startswith("-") or flag.strip("-") == "" or len(flag.split()) > 1:
+            return False
+        try:
+            float(flag)
+        except ValueError:
+            return True
+        return False
+
+    def _obey(
+        self, flag: str, value: str | None, words: list[str], namespace: argparse.Namespace
+    ) -> list[Problem]:
+        """Do what a known flag says, with a value that was given by `=`, or that stands first in `words`."""
+        action = self.flags[flag]
+        try:
+            if isinstance(action, Flag):
+                text = self._value_behind(flag, words) if value is None else value
+                action(self, namespace, action.read(flag, text), flag)
+            else:
+                _refuse_value(action, flag, value, words)
+                action(self, namespace, None, flag)
+        except ValueError as error:
+            return [Problem(str(error), (action.dest,))]
+        return []
+
+    def _value_behind(self, flag: str, words: list[str]) -> str:
+        """Take the value of a flag from the words behind it.
+
+        Raises:
+            ValueError: there is none, or it looks like a flag.
+        """
+        if words and not self._is_flag(words[0]):
+            return words.pop(0)
+        next_flag = words[0].split("=")[0] if words else ""
+        meant = next_flag.startswith("--") and nearest(next_flag, self.flags)
+        if not words or next_flag in self.flags or meant:
+            raise ValueError(f"{flag}: needs a value")
+        with_it = f"{flag}={shlex.quote(words.pop(0))}"
+        raise ValueError(f"{flag}: needs a value; one that begins with a dash is written {with_it}")
+
+    def _stray(self, word: str, before: str) -> Problem:
+        """The problem with a word that belongs to no flag, behind the flag `before`."""
+        suggestion = ""
+        if meant := self._meant(word):
+            suggestion = f"; did you mean {meant} {shlex.quote(word)}?"
+        if before and self.flags[before].nargs == 0 and not os.path.exists(word):
+            suggestion = f"; {before} takes no value"
+        return Problem(f"{shown(word)} belongs to no flag{suggestion}", ())
+
+    def _meant(self, word: str) -> str:
+        """The first flag that says to stand for such a word; "" if there is none to name."""
+        kinds = [A_FOLDER if os.path.isdir(word) else Path(word).suffix, A_WORD]
+        if os.path.exists(word):
+            kinds.insert(1, A_PATH)
+        for kind in kinds:
+            for flag, action in self.flags.items():
+                if isinstance(action, Flag) and kind in action.limits.stands_for:
+                    return flag
+        return ""
+
+    def _exclusions(self, given: Mapping[argparse.Action, str]) -> list[Problem]:
+        """A problem for each group of flags of which only one may be given, and more were."""
+        problems = []
+        for group in self._mutually_exclusive_groups:
+            flags = [flag for action, flag in given.items() if action in group._group_actions]
+            if len(flags) > 1:
+                problems.append(Problem(f"{' and '.join(flags)} exclude each other: leave one out", ()))
+        return problems
+
+
+def _refuse_value(switch: argparse.Action, flag: str, value: str | None, words: list[str]) -> None:
+    """Raise ValueError if a switch was given a value, which is taken from `words` where it stands there."""
+    if value is None and words and words[0].lower() in SWITCH_VALUES:
+        value = words.pop(0)
+    if value is not None:
+        on_and_off = [name for name in switch.option_strings if name.startswith("--")]
+        say = ": {} is on, {} is off".format(*on_and_off) if len(on_and_off) == 2 else ""
+        raise ValueError(f"{flag} {shown(value)}: a switch takes no value{say}")
+
+
+def parse_command_line(argv: list[str] | None = None) -> Options:
+    """Read train.py's command line. Values stay text: all problems are reported together, later.
+
+    Raises:
+        SystemExit: after --help.
+    """
+    parser = Parser(
+        prog="python train.py",
+        usage="python train.py [--flag VALUE ...]",
+        description="Train a character-level GPT. With no flags: the reference model on data/input.txt.",
+        epilog="Every flag is also a name in configs/*: --batch-size 8 is batch_size: 8.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    run = parser.add_argument_group("run")
+    add_config_flag(run)
+    start = run.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume",
+        action=Flag,
+        metavar="RUN",
+        limits=Limits("continue a run: latest, a run id or a run directory"),
+    )
+    weights = Limits("start from the weights of an exported model", stands_for=(".safetensors",))
+    start.add_argument("--init-from", action=Flag, metavar="PATH", limits=weights)
+    run.add_argument("--print-config", action="store_true", help="show every value and its origin, then stop")
+    volume = run.add_mutually_exclusive_group()
+    volume.add_argument("--quiet", action="store_true", help="print only warnings and errors")
+    volume.add_argument("--verbose", action="store_true", help="print what happens inside too")
+    run.add_argument("--serve-tensorboard", action="store_true", help="serve TensorBoard while training")
+    add_parameter_flags(parser)
+    namespace, problems = parser.parse_with_suggestions(argv)
+    values, given = split_parameters(namespace)
+    return Options(values=values, problems=problems, **given)
+
+
+def add_config_flag(group: Any) -> None:
+    """The flag that names further settings."""
+    stands_for = (A_FOLDER, ".json", ".yaml")
+    limits = Limits("a JSON or YAML file, or a folder like configs/ (a preset)", stands_for=stands_for)
+    group.add_argument("--config", action=Flag, metavar="PATH", limits=limits)
+
+
+def add_runs_dir_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of a script that reads runs; see ConfigLoader.runs_dir."""
+    limits = Limits("where runs are looked for (default: as in training)", stands_for=(A_PATH,))
+    parser.add_argument("--runs-dir", action=Flag, metavar="PATH", limits=limits)
+
+
+def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each parameter, in the groups of PARTS; the parser's default must be SUPPRESS."""
+    for part, config_class in PARTS.items():
+        group = parser.add_argument_group(part, config_class.__doc__)
+        for spec in specs().values():
+            if spec.part == part:
+                _add_flag(group, spec)
+
+
+def split_parameters(namespace: argparse.Namespace) -> tuple[dict[str, str | bool], dict[str, Any]]:
+    """What was given on the command line: parameters by name, and the rest."""
+    given = vars(namespace)
+    values = {name: given.pop(name) for name in list(given) if name in specs()}
+    return values, given
+
+
+def _add_flag(group: Any, spec: Spec) -> None:
+    if spec.type is bool:
+        text = explained(spec.limits, spec.default)
+        group.add_argument(spec.flag, dest=spec.name, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        group.add_argument(spec.flag, dest=spec.name, action=ParameterFlag, spec=spec)

@@ -1,0 +1,1 @@
+"""Which text, and its tokens."""

@@ -1,0 +1,118 @@
+"""Which text file --data means: a path, or a corpus by name that is downloaded or made."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from parameters import DataConfig
+from utils_alg1.base.errors import Alg1Error, disk_error, unreadable
+from utils_alg1.base.files import write_atomically
+from utils_alg1.base.problems import nearest
+
+DEFAULT_PATH = DataConfig.data_path
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+DOWNLOAD_TIMEOUT = 5  # seconds
+
+
+Say = Callable[[str], None]
+
+
+def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
+    """The text file behind --data, fetched or made where that is possible.
+
+    `shakespeare` and `python-docs` name corpora; any other word is a path. The default path, where it is
+    missing, is filled with tiny Shakespeare, or without a network replaced by python-docs.
+
+    Raises:
+        Alg1Error: the file is not there, or shakespeare cannot be downloaded.
+    """
+    folder = Path(DEFAULT_PATH).parent
+    if data_path == "python-docs":
+        return _python_docs(folder / "python-docs.txt")
+    if data_path == "shakespeare":
+        return _shakespeare(folder / "shakespeare.txt", say)
+    if "://" in data_path:
+        hint = f"download it first: curl -o input.txt {shlex.quote(data_path)}; then --data input.txt"
+        raise Alg1Error(f"--data {data_path}: must be a file on this machine", hint)
+    path = Path(data_path)
+    kind = _file_kind(path)
+    if kind == stat.S_IFDIR:
+        raise Alg1Error(f"{path} is a folder", "name a text file in it: --data PATH")
+    if kind == stat.S_IFREG:
+        return path
+    if kind is not None:
+        raise Alg1Error(f"{path} is not a file that can be read twice", "save the text to a file")
+    if path != Path(DEFAULT_PATH):
+        raise Alg1Error(
+            f"{path}: no such text file{nearest(data_path, ('shakespeare', 'python-docs'))}",
+            "check the path of --data; --data python-docs is there without a file or a network",
+        )
+    try:
+        return _shakespeare(path, say)
+    except Alg1Error as error:
+        say(f"{error.message}; training on the Python documentation (python-docs) instead")
+        return _python_docs(folder / "python-docs.txt")
+
+
+def _file_kind(path: Path) -> int | None:
+    """What a path names, as one of stat's S_IF constants; None if nothing is there."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def _shakespeare(path: Path, say: Say) -> Path:
+    if path.exists():
+        return path
+    import http.client
+    import urllib.request
+
+    say(f"downloading tiny Shakespeare to {path}")
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT) as response:
+            text = response.read(1 << 24)
+    # URLError is an OSError; ValueError: a bad proxy setting; HTTPException: the answer is not HTTP.
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise Alg1Error(
+            f"tiny Shakespeare cannot be downloaded ({reason})",
+            f"put the text at {path}, or use --data python-docs",
+        ) from None
+    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+        raise Alg1Error(
+            "the download is not tiny Shakespeare (its SHA-256 differs)",
+            f"put the text at {path}, or use --data python-docs",
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(f"create {path.parent}", error) from None
+    write_atomically(path, text)
+    return path
+
+
+def _python_docs(path: Path) -> Path:
+    """The language reference that every Python ships, as a text file."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    try:
+        if path.exists() and path.read_bytes() == text:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Alg1Error(f"{path}: {error.strerror or error}", "use another working folder") from None
+    write_atomically(path, text)  # another Python's documentation differs a little
+    return path

@@ -1,0 +1,128 @@
+"""Tensor files that prove their own bytes.
+
+A tensor file is a safetensors file with one metadata string: JSON that says what the file holds, and a
+SHA-256 over that and over every tensor. safetensors itself has no checksum: without ours, a flipped bit
+would load in silence. (One string, because safetensors writes several in an order that changes.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils_alg1.base.errors import Alg1Error, first_line, unreadable
+from utils_alg1.base.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+
+METADATA_KEY = "alg1"
+WHERE_WEIGHTS_ARE = (
+    "the weights of a run are runs/RUN/artifacts/export/model.safetensors; inference.py --run RUN finds them"
+)
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)  # a 0-dimensional tensor has no byte view
+    return flat.view(torch.uint8).numpy().data
+
+
+def _compact_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over the metadata and over each tensor's name, type, shape and bytes, by name."""
+    sha = hashlib.sha256(_compact_json(metadata).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(_tensor_bytes(tensor))
+    return sha.hexdigest()
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    """Write a tensor file atomically. The same tensors and metadata always give the same bytes.
+
+    The tensors are of types that numpy has too, whose arrays safetensors takes sooner.
+    """
+    from safetensors.numpy import save
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = {"metadata": metadata, "sha256": digest(ready, metadata)}
+    arrays = {name: tensor.numpy() for name, tensor in ready.items()}
+    write_atomically(path, save(arrays, {METADATA_KEY: _compact_json(about)}))
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """The metadata of a tensor file of ours, without its tensors and so unverified.
+
+    Raises:
+        Alg1Error: it cannot be read, or is no tensor file of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = json.loads(file.metadata()[METADATA_KEY])["metadata"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Alg1Error(f"{path}: no metadata of ours: {first_line(error)}", WHERE_WEIGHTS_ARE) from None
+    if not isinstance(metadata, dict):
+        raise Alg1Error(f"{path}: its metadata are no names and values", WHERE_WEIGHTS_ARE)
+    return metadata
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Read and verify a tensor file: its tensors, and our metadata or None for a file of another program.
+
+    Raises:
+        Alg1Error: not there, not a safetensors file, truncated, or altered since it was written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(2)
+    except FileNotFoundError:
+        if path.parts[0] in ("http:", "https:"):
+            url = str(path).replace(":/", "://", 1)  # a path has lost the second one
+            raise Alg1Error(f"{url}: must be a file on this machine", "download it first") from None
+        raise Alg1Error(f"{path}: no such file", WHERE_WEIGHTS_ARE) from None
+    except IsADirectoryError:
+        raise Alg1Error(f"{path}: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE) from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if magic in (b"PK", b"\x80\x02"):
+        raise Alg1Error(
+            f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read",
+            "convert it to safetensors with the program that wrote it",
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            strings = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # The texts of these change between releases; only that the file cannot be used is certain.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Alg1Error(
+            f"{path}: not a whole safetensors file ({reason})",
+            "it may be truncated or of another format; use another file",
+        ) from None
+    if METADATA_KEY not in strings:
+        return tensors, None
+    try:
+        about = json.loads(strings[METADATA_KEY])
+        metadata = about["metadata"]
+        genuine = isinstance(metadata, dict) and about["sha256"] == digest(tensors, metadata)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        genuine = False
+    if not genuine:
+        raise Alg1Error(f"{path}: damaged: its bytes do not match its SHA-256", "use another copy of it")
+    return tensors, metadata

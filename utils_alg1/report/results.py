@@ -1,0 +1,185 @@
+"""What a run leaves for people: the records in meta/ and the results in eval/."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model import BigramLanguageModel
+from parameters import Parameters
+from utils_alg1.base.errors import Alg1Error, disk_error
+from utils_alg1.base.files import write_atomically, write_json
+from utils_alg1.base.text import bits_per_character, perplexity
+from utils_alg1.network.tensor_file import read_metadata
+from utils_alg1.network.weights import FORMAT
+from utils_alg1.run_directory import Run, RunFolder
+from utils_alg1.tracking.observer import draw_texts
+from utils_alg1.utils_output import Console
+from utils_alg1.utils_run_manager import MetadataCapture, copy_files
+
+if TYPE_CHECKING:
+    from utils_alg1.data.corpus import Corpus
+    from utils_alg1.training.checkpoint import CheckpointStore
+    from utils_alg1.training.progress import Progress
+    from utils_alg1.training.runtime import Runtime
+    from utils_alg1.training.trainer import Trainer
+
+SAMPLES = 3
+SAMPLE_LENGTH = 400  # characters
+NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
+
+
+def write_records(
+    run: Run, params: Parameters, config_files: dict[Path, bytes], corpus: Corpus, runtime: Runtime
+) -> dict[str, Any]:
+    """Fill meta/, and return the origin of the run for the trackers.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt")
+    environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt")
+    copy_files(config_files, run.meta_dir / "configs")
+    notes = run.meta_dir / "notes.md"
+    if not notes.exists():
+        write_atomically(notes, NOTES.format(run_id=run.run_id).encode())
+    text = {
+        "path": str(corpus.path),
+        "sha256": corpus.sha256,
+        "characters": len(corpus.tokens),
+        "vocab_size": corpus.tokenizer.vocab_size,
+    }
+    machine = {
+        "device": str(runtime.device),
+        "dtype": runtime.dtype_name,
+        "threads": runtime.threads,
+    }
+    write_json(
+        run.record_path,
+        {
+            "parameters": params.flat(),
+            "origins": params.origins,
+            "corpus": text,
+            "runtime": machine,
+        },
+    )
+    return {"git": git, "environment": environment, "corpus": text, "runtime": machine}
+
+
+def write_results(
+    run: Run, progress: Progress, trainer: Trainer, exported: dict[str, Any], samples: list[str]
+) -> None:
+    """Write eval/final.json and eval/samples.txt. Losses are in nats per character.
+
+    `seconds_in_loop` counts every part of a resumed run, `wall_seconds` the whole process but its imports,
+    and only the last one.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    evaluation = progress.evaluation
+    assert evaluation is not None and progress.best_val is not None  # the loop ends with one
+    tokens = trainer.tokens_per_step * progress.step
+    final = {
+        "run_id": run.run_id,
+        "finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "n_parameters": trainer.model.config.n_parameters,
+        "steps": progress.step,
+        "train_loss": evaluation.train_loss,
+        "val_loss": evaluation.val_loss,
+        "perplexity": perplexity(evaluation.val_loss),
+        "bits_per_character": bits_per_character(evaluation.val_loss),
+        "best_val_loss": progress.best_val,
+        "best_step": progress.best_step,
+        "best_perplexity": perplexity(progress.best_val),
+        "best_bits_per_character": bits_per_character(progress.best_val),
+        "tokens": tokens,
+        "seconds_in_loop": round(progress.seconds, 3),
+        "wall_seconds": round(time.monotonic() - run.opened, 3),
+        "tokens_per_second_overall": round(tokens / progress.seconds, 1) if progress.seconds else None,
+        "export": exported,
+    }
+    write_json(run.final_path, final)
+    text = "\n\n".join(f"--- sample {i + 1}\n{sample}" for i, sample in enumerate(samples)) + "\n"
+    write_atomically(run.eval_dir / "samples.txt", text.encode("utf-8", "surrogatepass"))
+
+
+def check_output(output: str | None) -> None:
+    """Check before training that --output can name a file, and that nothing else is lost by writing it.
+
+    Raises:
+        Alg1Error: its folder is not there or takes no file (exit code 4), it is a folder itself, or a file
+            that is not an export.
+    """
+    if output is None:
+        return
+    if not Path(output).absolute().parent.is_dir():
+        raise Alg1Error(f"--output {output}: there is no folder {Path(output).parent}", "create it")
+    if Path(output).is_dir():
+        raise Alg1Error(f"--output {output}: this is a folder", "name a file in it")
+    hint = "name another file: an export would take its place"
+    if any(RunFolder(folder).record_path.is_file() for folder in Path(output).resolve().parents):
+        raise Alg1Error(f"--output {output}: this is in the directory of a run", hint)
+    if Path(output).exists() and not is_export(Path(output)):
+        raise Alg1Error(f"--output {output}: this file is not an export", hint)
+    try:
+        with tempfile.TemporaryFile(dir=Path(output).absolute().parent):
+            pass
+    except OSError as error:
+        raise disk_error(f"write --output {output}", error) from error
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file holds weights that this program has exported, whole or not."""
+    try:
+        return read_metadata(path).get("format") == FORMAT
+    except Alg1Error:
+        return False
+
+
+def export_weights(
+    trainer: Trainer,
+    progress: Progress,
+    store: CheckpointStore,
+    run: Run,
+    params: Parameters,
+    console: Console,
+) -> dict[str, Any]:
+    """Write the best or the last weights where inference.py finds them; returns what they are."""
+    model, evaluation = trainer.model, progress.evaluation
+    assert evaluation is not None  # the loop ends with one
+    exported: dict[str, Any] = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
+    if params.train.export == "best":
+        try:
+            if progress.best_step != progress.step:
+                store.load_best(progress).load_model(model)
+            best = {"weights": "best", "step": progress.best_step, "val_loss": progress.best_val}
+            exported = best
+        except Alg1Error as error:
+            console.warn(f"{error.message}; exporting the last weights instead of the best")
+    model.provenance = {"run_id": run.run_id, **exported}
+    model.save_safetensors(run.export_path)
+    write_json(run.export_path.with_name("config.json"), model.config.stored())
+    return exported
+
+
+def copy_export(run: Run, output: str | None) -> None:
+    """Write the export to --output, too.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4); the run is complete without it.
+    """
+    if output is None:
+        return
+    try:
+        write_atomically(output, run.export_path.read_bytes())
+    except Alg1Error as error:
+        raise Alg1Error(error.message, f"the same file is {run.export_path}", error.exit_code) from error
+
+
+def draw_samples(model: BigramLanguageModel, seed: int) -> list[str]:
+    """A few continuations of the vocabulary's default prompt."""
+    return draw_texts(model, seed, SAMPLES, SAMPLE_LENGTH)
