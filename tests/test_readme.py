@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, runner
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, printed_config, runner
 
 TEXTS = ("README.md", "README-TENSORBOARD.md", "README-AIM.md", "README-ARCH.md", "CONTRIBUTING.md")
 SCRIPTS = ("train.py", "inference.py", "search.py", "compare.py")
@@ -180,7 +180,7 @@ def test_a_command_that_trains(command, place, train, request):
     result = train(*words[2:], *short_training(words))
     assert (result.code, result.err) == (0, "")
     if "--print-config" in words:
-        assert re.search(r"^max_iters +6 +--max-iters$", result.out, re.M)
+        assert printed_config(result.out)["max_iters"] == (6, "--max-iters")
         assert set(os.listdir("runs")) == before
         return
     last = 8 if words[-2:-1] == ["--max-iters"] and "--resume" in words else 6

@@ -165,13 +165,12 @@ def write_preset(study: Study) -> None:
     if best is None:
         return
     values = study.plan.fixed | parameters_of(best) | threads_of(best)
-    preset = {name: value for name, value in values.items() if name not in WHERE}
     folder = study.folder / "best"
     make_folder(folder)
     about = f"Best of the search {study.settings.name}: trial {best.number}, val loss {best.value:.4f}"
     for part, file_name in CONFIG_FILES.items():
-        own = {name: value for name, value in preset.items() if specs()[name].part == part}
-        text = format_settings(file_name, about, own)
+        names = [name for name, spec in specs().items() if spec.part == part and name not in WHERE]
+        text = format_settings(file_name, about, {name: values[name] for name in names})
         write_atomically(folder / file_name, text.encode("utf-8", "surrogatepass"))
 
 
