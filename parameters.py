@@ -33,6 +33,7 @@ from utils_alg1.base.settings import (
     TYPE_NAMES,
     Spec,
     coerce,
+    column_width,
     field_names,
     setting,
     yaml_lines,
@@ -405,7 +406,7 @@ class Parameters:
     def to_yaml(self, ascii_only: bool = False) -> str:
         """Formats every value, with its origin and its help as a comment, as YAML that --config takes."""
         origins = {name: yaml_value(origin, ascii_only) for name, origin in self.origins.items()}
-        width = max(map(len, origins.values()))
+        width = column_width(origins.values())
         helps = {name: spec.limits.explanation for name, spec in specs().items()}
         comments = {name: f"{origins[name]:{width}}  {text}" for name, text in helps.items()}
         lines = yaml_lines(self.flat(), comments, ascii_only)
@@ -439,7 +440,7 @@ def part_problems(parts: Mapping[str, Any], origins: Mapping[str, str]) -> list[
 
 @functools.cache
 def specs() -> dict[str, Spec]:
-    """Returns what is known of every parameter, by name, in the order of the dataclasses."""
+    """Returns the specification of every parameter, by name, in the order of the dataclasses."""
     found: dict[str, Spec] = {}
     for part, config_class in PARTS.items():
         hints = typing.get_type_hints(config_class)

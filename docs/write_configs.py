@@ -1,5 +1,6 @@
-"""Write the files of configs/: every parameter at its default, with its help. Run it after a change to
-parameters.py; what was edited in these files is lost.
+"""Write the files of configs/: every parameter at its default, with its help.
+
+Run it after a change to parameters.py. Edits of these files are lost.
 
 python docs/write_configs.py
 """
@@ -16,14 +17,13 @@ from parameters import CONFIG_DIR, CONFIG_FILES, PARTS, format_settings, specs  
 
 
 def config_files() -> dict[Path, str]:
-    """The text of each file, by its path in the project."""
+    """Returns the text of each file, by its path in the project."""
     files = {}
     for part, name in CONFIG_FILES.items():
         own = [spec for spec in specs().values() if spec.part == part]
         about = f"{PARTS[part].__doc__}\nEdit these defaults; flags such as {own[0].flag} override them."
-        files[Path(CONFIG_DIR, name)] = format_settings(
-            name, about, {spec.name: spec.default for spec in own}
-        )
+        defaults = {spec.name: spec.default for spec in own}
+        files[Path(CONFIG_DIR, name)] = format_settings(name, about, defaults)
     return files
 
 

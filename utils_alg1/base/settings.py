@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ A_FOLDER = "a folder"
 A_PATH = "a file or a folder"
 A_WORD = "a word"
 LARGEST = 2**31 - 1  # the maximum of an integer without a limit of its own: no tensor can be larger
-WIDEST_ENTRY = 40  # characters; the comments of a YAML file are aligned behind entries up to this width
+WIDEST_COLUMN = 40  # characters of a column in a listing; longer entries push their line to the right
 
 
 @dataclass(frozen=True)
@@ -174,5 +174,10 @@ def yaml_value(value: Any, ascii_only: bool = False) -> str:
 def yaml_lines(values: Mapping[str, Any], comments: Mapping[str, str], ascii_only: bool = False) -> list[str]:
     """Formats settings as YAML, a line `name: value  # comment` for each; the comments are aligned."""
     entries = {name: f"{name}: {yaml_value(value, ascii_only)}" for name, value in values.items()}
-    width = max((len(entry) for entry in entries.values() if len(entry) <= WIDEST_ENTRY), default=0)
+    width = column_width(entries.values())
     return [f"{entry:{width}}  # {comments[name]}" for name, entry in entries.items()]
+
+
+def column_width(entries: Iterable[str]) -> int:
+    """Returns the width of a column of a listing, which very long entries do not widen."""
+    return max((len(entry) for entry in entries if len(entry) <= WIDEST_COLUMN), default=0)
