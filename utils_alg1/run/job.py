@@ -98,7 +98,7 @@ def _check(
 ) -> Job:
     """Check parameters against --output, the device, the text and what the run starts from."""
     with importing():
-        from utils_alg1.data.corpus import check_block_size, open_corpus, text_warning
+        from utils_alg1.data.corpus import check_block_size, scan_corpus, text_warning
         from utils_alg1.report.results import check_output
         from utils_alg1.training import resume
         from utils_alg1.training.runtime import check_memory
@@ -107,20 +107,19 @@ def _check(
     runtime = _start_runtime(params, start, dist)
     path = resume.find_text(params.data.data_path, start.checkpoint is not None, console.say)
 
-    def check_text(n_characters: int, vocab_size: int) -> None:
-        split = params.data.train_split, params.data.val_split
-        check_block_size(path, n_characters, params.model.block_size, *split)
-        params.model.check_vocab_size(vocab_size)
-        check_memory(params, vocab_size, runtime.device)
-
-    corpus = open_corpus(path, check_text)
+    text = scan_corpus(path)
+    split = params.data.train_split, params.data.val_split
+    check_block_size(path, text.n_characters, params.model.block_size, *split)
+    params.model.check_vocab_size(text.tokenizer.vocab_size)
+    check_memory(params, text.tokenizer.vocab_size, runtime.device)
     if start.checkpoint is not None:
-        resume.check_resumable(start.checkpoint, params, corpus.sha256, dist.world_size)
+        resume.check_resumable(start.checkpoint, params, text.sha256, dist.world_size)
     if start.initial is not None:
         resume.check_initial(
-            start.initial, start.initial_path, params.model, start.sizes or {}, corpus.tokenizer
+            start.initial, start.initial_path, params.model, start.sizes or {}, text.tokenizer
         )
-    if warning := text_warning(corpus):
+    corpus = text.tokenize()
+    if warning := text_warning(path, text.tokenizer):
         console.warn(warning)
     return Job(params, start, config_files, serve_tensorboard, path, corpus.sha256, corpus, runtime)
 

@@ -185,9 +185,9 @@ class MainRun(Run):
         self.console.interrupted(summary.last_words(self.store, self.directory, self.dist))
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
-        e, progress = evaluation, self.trainer.progress
+        e = evaluation
         self.trackers.log_evaluation_metrics(e.train_loss, e.val_loss, e.learning_rate, e.step)
-        self.console.evaluation(e, progress, self.trainer.speed)
+        self.console.evaluation(e, self.trainer.progress, self.trainer.speed)
 
     def save_checkpoint(self) -> None:
         if self.store.newest_step == self.trainer.step:

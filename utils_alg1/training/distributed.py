@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=2 train.py ...
 
-All run the same program. Each draws its own micro-batches, and DistributedDataParallel averages the gradients.
+All run the same program. Each draws its own micro-batches, and DistributedDataParallel averages gradients.
 The main process (rank 0) reads the command line, keeps the run and prints; the others receive from it what
 to train, and write nothing. torchrun ends all of them when one is gone.
 """

@@ -159,7 +159,7 @@ class Trainer:
 
     @torch.no_grad()
     def _mean_losses(self) -> tuple[float, float]:
-        """The mean train and val loss over eval_iters batches, always the same ones, shared by the processes."""
+        """The mean train and val loss over eval_iters batches, the same every time, split over processes."""
         config, dist = self.config, self.runtime.dist
         per_pass = max(1, EVALUATION_TOKENS // (config.batch_size * self.block_size))
         numbers = range(dist.rank, config.eval_iters, dist.world_size)
