@@ -358,8 +358,8 @@ def test_a_disk_that_refuses_the_run_directory_leaves_nothing(folder, start, mon
 @pytest.mark.parametrize("where", ["forward", "optimizer", "building"])
 def test_out_of_memory_ends_with_3_and_settings_that_fit(where, start, monkeypatch):
     target, name = {
-        "forward": (Trainer, "compute_gradients"),
-        "optimizer": (Trainer, "update"),
+        "forward": (Trainer, "forward_backward"),
+        "optimizer": (Trainer, "optimizer_step"),
         "building": (BigramLanguageModel, "__init__"),
     }[where]
     fail_in(target, name, torch.OutOfMemoryError("Tried to allocate 20 GiB"), monkeypatch)
@@ -374,7 +374,7 @@ def test_out_of_memory_ends_with_3_and_settings_that_fit(where, start, monkeypat
 
 
 def test_a_bug_is_not_hidden(start, monkeypatch):
-    fail_in(Trainer, "update", AttributeError("a bug"), monkeypatch)
+    fail_in(Trainer, "optimizer_step", AttributeError("a bug"), monkeypatch)
     with pytest.raises(AttributeError, match="a bug"):
         start()
     log = (only_run() / "logs/train.log").read_text(encoding="utf-8")

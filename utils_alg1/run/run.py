@@ -193,6 +193,7 @@ class MainRun(Run):
         if self.store.newest_step == self.trainer.step:
             return
         self.trackers.flush(self.trainer.step)
+        self.trainer.clock.measure(self.trainer.progress)
         about: CheckpointMetadata = {
             "run_id": self.directory.run_id,
             "parameters": self.job.params.flat(),

@@ -182,7 +182,6 @@ class CheckpointStore:
         """
         self.wait()
         model, progress = trainer.model, trainer.progress
-        trainer.clock.measure(progress)
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for name, parameter in model.named_parameters():
             for key, value in trainer.optimizer.state.get(parameter, {}).items():
