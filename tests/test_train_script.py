@@ -31,6 +31,7 @@ from utils_alg1.base.errors import Alg1Error
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.report import results as results_module
 from utils_alg1.report.results import draw_samples
+from utils_alg1.run import run as run_module
 from utils_alg1.run_directory import checkpoint_paths, list_runs
 from utils_alg1.training.checkpoint import CheckpointStore
 from utils_alg1.training.trainer import Trainer
@@ -312,7 +313,7 @@ def fail_in(target, name, error, monkeypatch):
 
 PHASES = [
     (MetadataCapture, "capture_git_info"),
-    (results_module, "write_json"),
+    (utils_run_manager, "write_json"),
     (utils_run_manager, "lock_run"),
     (BigramLanguageModel, "__init__"),
     (Trainer, "__init__"),
@@ -467,14 +468,14 @@ def test_a_program_started_without_streams_trains(text_file):
 def test_a_signal_that_python_loses_before_the_loop_still_ends_the_run(
     number, code, train, text_file, monkeypatch
 ):
-    write_records = results_module.write_records
+    write_records = run_module.write_records
 
     def interrupted(*arguments):
         with contextlib.suppress(BaseException):  # as a callback of the import system does
             os.kill(os.getpid(), number)
         return write_records(*arguments)
 
-    monkeypatch.setattr(results_module, "write_records", interrupted)
+    monkeypatch.setattr(run_module, "write_records", interrupted)
     assert train("--data", text_file, *TINY, *QUIET_TRACKERS).code == code
     assert list_runs("runs") == []
 
@@ -620,7 +621,7 @@ def test_the_garbage_collector_rests_while_the_heavy_packages_come(tmp_path):
     """In a process of its own: here they were imported long ago."""
     program = """
 import gc, sys
-from utils_alg1.utils_script import importing
+from utils_alg1.console.script import importing
 with importing():
     print(gc.isenabled())
     import numpy

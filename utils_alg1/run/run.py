@@ -164,10 +164,10 @@ class MainRun(Run):
             self.directory.checkpoint_dir, params.train.keep_checkpoints, newest_step
         )
         self.observer = Observer(trainer, self.trackers, params.tensorboard, self.console.warn)
-        self.directory.keep()
-        self.console.begin_progress(progress.step, params.train.max_iters, trainer.tokens_per_step)
         try:
             with super().training(trainer), self.store:
+                self.directory.keep()
+                self.console.begin_progress(progress.step, params.train.max_iters, trainer.tokens_per_step)
                 yield
                 self.store.wait()
         except Alg1Error as error:
