@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import gradient
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig
+from utils_alg1.network import gradient
 from utils_alg1.network.gradient import OPTIONS, loss_and_gradients
 from utils_alg1.training import backward as backward_module
 from utils_alg1.training.backward import Backward, ManualBackward, create_backward
@@ -68,20 +68,20 @@ def test_the_gradient_is_that_of_autograd(
         n_embd, n_head, n_layer, block_size, 0.0, vocab_size, positions=positions, qk_norm=qk_norm
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient, "is_plain", lambda T: plain)
+        patch.setattr(gradient, "use_math_attention", lambda T: plain)
         assert_gradient_is_autograd_s(config, B, block_size - short)
 
 
-@pytest.mark.parametrize("plain_up_to", [0, 64])
+@pytest.mark.parametrize("math_up_to", [0, 64])
 @pytest.mark.parametrize("options", [{}, {"positions": "rotary", "qk_norm": True}])
-def test_the_compiler_sees_one_graph_with_the_same_gradient(options, plain_up_to, monkeypatch):
+def test_the_compiler_sees_one_graph_with_the_same_gradient(options, math_up_to, monkeypatch):
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(str(graph.code))
         return graph.forward
 
-    monkeypatch.setattr(gradient, "PLAIN_ATTENTION", plain_up_to)
+    monkeypatch.setattr(gradient, "MATH_ATTENTION_MAX_T", math_up_to)
     torch.compiler.reset()
     function = torch.compile(loss_and_gradients, backend=backend, fullgraph=True)
     config = dataclasses.replace(SMALL, **options)
@@ -94,7 +94,7 @@ def test_the_compiler_sees_one_graph_with_the_same_gradient(options, plain_up_to
         for _ in range(2):
             loss, gradients = function(weights, config, x, y)
     assert len(graphs) == 1
-    assert ("softmax" in graphs[0].replace("log_softmax", "")) == (plain_up_to > 0)
+    assert ("softmax" in graphs[0].replace("log_softmax", "")) == (math_up_to > 0)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     for parameter, found in zip(weights.values(), gradients, strict=True):
         torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-4)

@@ -1,8 +1,8 @@
 """Tokenize a text file, and cache the tokens next to it.
 
-A corpus is one UTF-8 text file. It is read in chunks, twice: `scan_corpus` validates it and computes its digest
-and vocabulary; `CorpusScan.tokenize` then writes its tokens to a cache file, which training memory-maps. So a
-text larger than memory trains in constant memory, and the same text is tokenized only once.
+A corpus is one UTF-8 text file. It is read in chunks, twice: `scan_corpus` validates it and computes its
+SHA-256 and vocabulary; `CorpusScan.tokenize` then writes its tokens to a cache file, which is memory-mapped.
+So a text larger than memory trains in constant memory, and the same text is tokenized only once.
 
 For speed, a chunk fits in the processor's cache, pure ASCII is never decoded, and hashing, checksums and disk
 writes run in background threads (`BackgroundWorker`).
@@ -154,8 +154,8 @@ def text_warning(path: Path, tokenizer: Tokenizer) -> str | None:
 class BackgroundWorker:
     """Runs calls in order in one background thread while the caller goes on.
 
-    This pays for calls that release the GIL: hashing, checksums, disk writes. Leaving the `with` block waits for
-    all calls. An exception of a call is raised by a later call, or at the end of the block.
+    This helps with calls that release the GIL: hashing, checksums, disk writes. Leaving the `with` block
+    waits for all calls. What a call raises is raised again by a later `submit`, or at the end of the block.
 
     Args:
         max_pending: how many calls may be pending before a further one blocks the caller.
@@ -256,7 +256,7 @@ def _hash_file(path: Path) -> str:
 
 
 def _read_cache(path: Path) -> CorpusScan | None:
-    """A scan with the tokens that an earlier run cached for this content; None if they are missing or damaged."""
+    """The scan of a text whose tokens are in the cache; None if they are missing or damaged."""
     sha256 = _hash_file(path)
     folder = path.parent / CACHE_FOLDER
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -281,7 +281,7 @@ def _vocabulary_crc32(tokenizer: Tokenizer) -> int:
 
 
 def _write_cache(scan: CorpusScan) -> np.ndarray:
-    """Tokenize into the cache, or into an unnamed temporary file if that cannot be written; map the tokens."""
+    """Tokenize into the cache, or if that fails into a temporary file without a name; map the tokens."""
     folder = scan.path.parent / CACHE_FOLDER
     dtype = scan.tokenizer.token_type()
     try:
