@@ -280,7 +280,9 @@ def loop(
             e = progress.evaluation
             assert e is not None
             trackers.log_evaluation_metrics(e.train_loss, e.val_loss, e.learning_rate, step)
-            console.evaluation(e, progress, speed)
+            console.evaluation(
+                step, e.train_loss, e.val_loss, e.learning_rate, progress.best_step == step, speed
+            )
             trainer.clock.lap(progress)
 
         mine = 15 if trainer.runtime.processes.orphaned else signals.received or 0
