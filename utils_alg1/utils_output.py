@@ -236,7 +236,7 @@ class Console:
                 self._stop_printing()
 
     def interrupted(self, notice: bytes) -> None:
-        """Print a notice in place of the progress bar. Called in a signal handler, so print() cannot be used."""
+        """Print a notice in place of the progress bar, without print(): safe to call in a signal handler."""
         if self._bar is not None:
             self._bar.erase()
             notice = notice.lstrip(b"\n")
@@ -289,7 +289,7 @@ def _first_that_fits(width: int, *variants: Sequence[Part]) -> Sequence[Part]:
 
 
 def _render_entry(label: str, value: str | ShellCommand) -> Render:
-    """Return how a labelled line is displayed on a terminal: folded next to its label, or below if too wide."""
+    """Return how a labelled line looks on a terminal: folded beside its label, or below it if too wide."""
 
     def render(width: int) -> list[Part]:
         from utils_alg1.console.terminal import cell_len, fold

@@ -116,7 +116,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder`. The caller holds the folder's lock."""
+    """Remove temporary files that killed processes left in `folder`. The caller holds the folder's lock."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -199,7 +199,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def decode(data: bytes, path: str | Path) -> str:
-    """Decode UTF-8 and drop a byte order mark. Raises Alg1Error that names the file and the first bad byte."""
+    """Decode UTF-8 and drop a byte order mark; raises Alg1Error naming the file and the first bad byte."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -72,4 +72,6 @@ def bits_per_character(loss: float) -> float:
 def format_loss(loss: float) -> str:
     """Format a loss together with its perplexity and its bits per character."""
     bits = format_number(bits_per_character(loss), 3)
-    return f"{format_number(loss)} (perplexity {format_number(perplexity(loss), 2)}, {bits} bits per character)"
+    return (
+        f"{format_number(loss)} (perplexity {format_number(perplexity(loss), 2)}, {bits} bits per character)"
+    )

@@ -25,7 +25,7 @@ def print_warning(text: str) -> None:
 
 
 def _print_labelled(*lines: tuple[str, str, str | None]) -> None:
-    """Print lines of (label, style of the label, text) to the standard error; those without a text are skipped."""
+    """Print lines of (label, style of the label, text) to the standard error, except those without a text."""
     with contextlib.suppress(OSError):  # stderr may be redirected to a full disk
         terminal = open_terminal(sys.stderr)
         for label, style, text in lines:

@@ -50,7 +50,7 @@ class Terminal:
         return self.rich.width
 
     def print(self, parts: Sequence[Part]) -> None:
-        """Print a line. The terminal itself wraps it where it is too wide, so that it can be copied as one line."""
+        """Print a line. The terminal itself wraps it, so that a long one can be copied as one line."""
         safe: list[Part] = [
             terminal_safe(part) if isinstance(part, str) else (terminal_safe(part[0]), part[1])
             for part in parts
@@ -67,7 +67,7 @@ def first_that_fits(width: int, *variants: Sequence[Part]) -> Sequence[Part]:
 
 
 def fold(words: Sequence[str], width: int, indent: int, separator: str = " ") -> str:
-    """Wrap words into lines of `width` columns without breaking a word; all lines but the first are indented."""
+    """Wrap words into lines of `width` columns without breaking any; indent all lines but the first."""
     lines = [""]
     for word in words:
         longer = lines[-1] + separator + word if lines[-1] else word
@@ -129,11 +129,11 @@ class Bar:
         self._live.refresh()
 
     def evaluated(self, step: int, val_loss: float, rate: float | None) -> None:
-        """Record an evaluation; `rate` is the speed of the steps since the last one, None if there were none."""
+        """Record an evaluation; `rate` is the speed since the last one, None if there was no step."""
         self.step, self.val_loss, self.rate = step, val_loss, rate or self.rate
 
     def before_line(self) -> None:
-        """Prepare for a line printed above the bar; the time since the last step does not count for the speed."""
+        """Prepare for a line printed above the bar; the speed ignores the time since the last step."""
         self._recent.clear()
         self._clear_wrapped()
 
@@ -166,7 +166,7 @@ class Bar:
         yield text
 
     def line(self, width: int, ascii_only: bool = False, colour: bool = True) -> list[Part]:
-        """Return the content of the bar for `width` columns; the least important fields are left out first."""
+        """Return the content of the bar for `width` columns, without the fields that do not fit."""
         left = self.seconds_left()
         n = len(str(self.total))
         fields = {
