@@ -117,7 +117,7 @@ GUARDS = [
     Guard(
         "lock of a trial, in its process",
         "utils_alg1/search/trials.py",
-        "                    pass_fds=[self._taken.lock],\n",
+        "                    pass_fds=[self._claimed.lock],\n",
         "",
         "tests/test_search.py -k holds_its_lock",
     ),

@@ -26,7 +26,7 @@ from rich.live import Live
 import train as script
 from parameters import Parameters
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.text import duration
+from utils_alg1.base.text import format_duration
 from utils_alg1.console import terminal as terminal_module
 from utils_alg1.console.messages import print_error
 from utils_alg1.console.signals import StopSignals
@@ -534,7 +534,7 @@ def test_a_bar_that_a_narrower_terminal_wrapped_is_cleared(xterm, cleared, new_b
     ],
 )
 def test_a_duration(seconds, words):
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 # --- lines of a terminal ------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ class MainRun(Run):
                 yield
                 self.store.wait()
         except Alg1Error as error:
-            raise summary.with_the_way_on(error, self.store, self.directory, self.dist) from error
+            raise summary.add_resume_hint(error, self.store.newest, self.directory, self.dist) from error
         self._loop_done = True
 
     def _stop_notice(self) -> str:
@@ -182,12 +182,14 @@ class MainRun(Run):
         self.console.restore_terminal()
         if self._server is not None:
             self._server.kill()
-        self.console.interrupted(summary.last_words(self.store, self.directory, self.dist))
+        notice = summary.resume_notice(self.store.newest_step, self.directory, self.dist)
+        self.console.interrupted(notice)
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
         e = evaluation
         self.trackers.log_evaluation_metrics(e.train_loss, e.val_loss, e.learning_rate, e.step)
-        self.console.evaluation(e, self.trainer.progress, self.trainer.speed)
+        best = self.trainer.progress.best_step == e.step
+        self.console.evaluation(e.step, e.train_loss, e.val_loss, e.learning_rate, best, self.trainer.speed)
 
     def save_checkpoint(self) -> None:
         if self.store.newest_step == self.trainer.step:
