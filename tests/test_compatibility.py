@@ -89,7 +89,7 @@ def assert_alike(now: Any, then: Any, place: str) -> None:
 
 
 def assert_same_tensors(path: Path, then: Path) -> None:
-    """As `assert_alike`, for the tensors and metadata of a file; times and progress of trackers may differ."""
+    """As `assert_alike`, for the tensors and metadata of a file; times and trackers may differ."""
     (tensors, about), (old_tensors, old_about) = read_tensors(path), read_tensors(then)
     for metadata in (about, old_about):
         assert metadata is not None
