@@ -242,22 +242,22 @@ def test_a_run_without_aim_makes_no_repository(train, text_file, workdir):
 
 @pytest.mark.parametrize("known", [True, False], ids=["open-at-the-checkpoint", "opened-after-it"])
 def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, run, monkeypatch, known):
-    update, loop = Trainer.update, script.loop
+    optimizer_step, loop = Trainer.optimizer_step, script.train
 
-    def stop(trainer, step):
-        if step == 2:
+    def stop(trainer):
+        if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        update(trainer, step)
+        optimizer_step(trainer)
 
-    def wait_and_loop(trainer, progress, observer, *rest):
-        observer.trackers.copies["aim"].start_flush().wait(60)
-        assert observer.trackers.copies["aim"].started
-        loop(trainer, progress, observer, *rest)
+    def wait_and_train(trainer, run):
+        run.trackers.copies["aim"].start_flush().wait(60)
+        assert run.trackers.copies["aim"].started
+        loop(trainer, run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", stop)
+        patch.setattr(Trainer, "optimizer_step", stop)
         if known:
-            patch.setattr(script, "loop", wait_and_loop)
+            patch.setattr(script, "train", wait_and_train)
             patch.setattr("utils_alg1.tracking.background.FLUSH_PATIENCE", 60)
         else:
             never = property(lambda _: False, lambda *_: None)

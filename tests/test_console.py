@@ -34,7 +34,7 @@ from utils_alg1.console.terminal import Bar, Terminal, fold
 from utils_alg1.report import results as results_module
 from utils_alg1.report import summary as summary_module
 from utils_alg1.run_directory import list_runs
-from utils_alg1.training.distributed import ALONE
+from utils_alg1.training.distributed import SINGLE_PROCESS
 from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.utils_output import LOGGER, Console, ShellCommand
 
@@ -618,10 +618,14 @@ def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, ca
     console = Console()
     console.begin_progress(0, 10, 1)
     console.progress(1, 2.0)
-    last_acts = [console.restore_terminal, lambda: console.interrupted(b"\nleft at once; go on\n")]
-    with StopSignals(last_acts, announce=console.interrupted) as signals:
+
+    def before_exit():
+        console.restore_terminal()
+        console.interrupted(b"\nleft at once; go on\n")
+
+    with StopSignals(announce=console.interrupted, exit_callback=before_exit) as signals:
         signal.raise_signal(signal.SIGTERM)
-        assert signals.exit_code == 143
+        assert signals.received == signal.SIGTERM
         with pytest.raises(Left) as left:
             signal.raise_signal(signal.SIGTERM)
     assert left.value.args == (143,)
@@ -657,7 +661,7 @@ def test_a_signal_without_a_stderr_is_heard_all_the_same(monkeypatch):
 def test_last_words_name_the_newest_checkpoint(step, words):
     run: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
     store: Any = SimpleNamespace(newest_step=step)
-    assert summary_module.last_words(store, run, ALONE) == words
+    assert summary_module.last_words(store, run, SINGLE_PROCESS) == words
 
 
 def test_ctrl_c_at_a_terminal_leaves_a_tidy_screen(text_file):

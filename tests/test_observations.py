@@ -35,7 +35,7 @@ from utils_alg1.tracking.observer import (
     token_embedding,
 )
 from utils_alg1.tracking.trackers import Trackers
-from utils_alg1.training.backward import find_backward
+from utils_alg1.training.backward import create_backward
 from utils_alg1.training.progress import Clock, Progress
 from utils_alg1.training.runtime import Runtime
 from utils_alg1.training.trainer import Trainer
@@ -281,7 +281,7 @@ def make_trainer(model) -> Trainer:
     data = (np.arange(200) % len(VOCABULARY)).astype(np.uint8)
     config = TrainConfig(batch_size=2, eval_iters=2, grad_clip=1e-3)
     runtime = Runtime(torch.device("cpu"), torch.float32, 1)
-    return Trainer(model, find_backward(model, runtime, pytest.fail), (data, data), config, runtime)
+    return Trainer(model, create_backward(model, runtime, pytest.fail), (data, data), config, runtime)
 
 
 def all_intervals(interval: int) -> TensorBoardConfig:

@@ -887,16 +887,16 @@ def fail_at_import(monkeypatch, package: str, fail) -> None:
 def seen(monkeypatch) -> list[Trackers]:
     """The trackers of each run, which the loop now begins only when they are open."""
     runs: list[Trackers] = []
-    loop = script.loop
+    loop = script.train
 
-    def wait_and_loop(trainer, progress, observer, *rest):
-        runs.append(observer.trackers)
-        for copy in observer.trackers.copies.values():
+    def wait_and_train(trainer, run):
+        runs.append(run.trackers)
+        for copy in run.trackers.copies.values():
             copy.start_flush().wait(background_module.PATIENCE)
             assert copy._process is not None
-        loop(trainer, progress, observer, *rest)
+        loop(trainer, run)
 
-    monkeypatch.setattr(script, "loop", wait_and_loop)
+    monkeypatch.setattr(script, "train", wait_and_train)
     return runs
 
 

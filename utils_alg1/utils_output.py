@@ -76,6 +76,14 @@ class Console:
         LOGGER.setLevel(LOG_ONLY)
         LOGGER.propagate = False
 
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception):
+            self.log_failure(error)
+        self.close()
+
     # --- lines ---
 
     def say(self, text: str = "", look: Look | None = None) -> None:

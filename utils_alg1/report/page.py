@@ -18,14 +18,14 @@ from parameters import specs
 from utils_alg1.base.files import read_json_object, read_text, try_to_write, write_atomically
 from utils_alg1.base.text import counted, duration, number, visible
 from utils_alg1.report.charts import Line, chart
-from utils_alg1.run_directory import Run, RunFolder
+from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.metrics_file import Curves, read_curves
 from utils_alg1.utils_output import Console
 
 MOST_ROWS = 200  # of the table of evaluations
 
 
-def try_page(run: Run, samples: list[str], attended: str | None, console: Console) -> None:
+def try_page(run: RunDirectory, samples: list[str], attended: str | None, console: Console) -> None:
     """Write eval/report.html; a page that cannot be written costs one line.
 
     `attended` is the text that eval/attention.png is about, None where there is no such picture.

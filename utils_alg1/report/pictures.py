@@ -13,7 +13,7 @@ from utils import Tokenizer
 from utils_alg1.base.files import try_to_write, write_atomically
 from utils_alg1.base.summaries import Image
 from utils_alg1.report.charts import drawable
-from utils_alg1.run_directory import Run
+from utils_alg1.run_directory import RunDirectory
 from utils_alg1.tracking.metrics_file import Point, read_curves
 from utils_alg1.tracking.observer import attention_pictures
 from utils_alg1.utils_output import Console
@@ -65,7 +65,7 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
     write_atomically(picture, as_png(figure))
 
 
-def try_loss_curve(run: Run, console: Console) -> None:
+def try_loss_curve(run: RunDirectory, console: Console) -> None:
     """Draw eval/loss.png; a picture that cannot be drawn costs one line."""
 
     def draw(picture: Path) -> None:
@@ -134,7 +134,7 @@ def evenly_spaced(n: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, n - 1, min(n, MOST_SHOWN))})
 
 
-def try_attention_picture(run: Run, trainer: Trainer, console: Console) -> str | None:
+def try_attention_picture(run: RunDirectory, trainer: Trainer, console: Console) -> str | None:
     """Draw eval/attention.png of the exported weights; returns the text that the model has read for it.
 
     A picture that cannot be drawn costs one line and gives None.

@@ -15,63 +15,19 @@ from utils_alg1.base.files import write_atomically, write_json
 from utils_alg1.base.text import bits_per_character, perplexity
 from utils_alg1.network.tensor_file import read_metadata
 from utils_alg1.network.weights import FORMAT
-from utils_alg1.run_directory import Run, RunFolder
+from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.observer import draw_texts
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import MetadataCapture, copy_files
 
 if TYPE_CHECKING:
-    from utils_alg1.data.corpus import Corpus
     from utils_alg1.training.checkpoint import CheckpointStore
-    from utils_alg1.training.progress import Progress
-    from utils_alg1.training.runtime import Runtime
     from utils_alg1.training.trainer import Trainer
 
 SAMPLES = 3
 SAMPLE_LENGTH = 400  # characters
-NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
 
 
-def write_records(
-    run: Run, params: Parameters, config_files: dict[Path, bytes], corpus: Corpus, runtime: Runtime
-) -> dict[str, Any]:
-    """Fill meta/, and return the origin of the run for the trackers.
-
-    Raises:
-        Alg1Error: the file system refused (exit code 4).
-    """
-    git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt")
-    environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt")
-    copy_files(config_files, run.meta_dir / "configs")
-    notes = run.meta_dir / "notes.md"
-    if not notes.exists():
-        write_atomically(notes, NOTES.format(run_id=run.run_id).encode())
-    text = {
-        "path": str(corpus.path),
-        "sha256": corpus.sha256,
-        "characters": len(corpus.tokens),
-        "vocab_size": corpus.tokenizer.vocab_size,
-    }
-    machine = {
-        "device": str(runtime.device),
-        "dtype": runtime.dtype_name,
-        "threads": runtime.threads,
-    }
-    write_json(
-        run.record_path,
-        {
-            "parameters": params.flat(),
-            "origins": params.origins,
-            "corpus": text,
-            "runtime": machine,
-        },
-    )
-    return {"git": git, "environment": environment, "corpus": text, "runtime": machine}
-
-
-def write_results(
-    run: Run, progress: Progress, trainer: Trainer, exported: dict[str, Any], samples: list[str]
-) -> None:
+def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any], samples: list[str]) -> None:
     """Write eval/final.json and eval/samples.txt. Losses are in nats per character.
 
     `seconds_in_loop` counts every part of a resumed run, `wall_seconds` the whole process but its imports,
@@ -80,7 +36,7 @@ def write_results(
     Raises:
         Alg1Error: the file system refused (exit code 4).
     """
-    evaluation = progress.evaluation
+    progress, evaluation = trainer.progress, trainer.progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # the loop ends with one
     tokens = trainer.tokens_per_step * progress.step
     final = {
@@ -142,14 +98,13 @@ def is_export(path: Path) -> bool:
 
 def export_weights(
     trainer: Trainer,
-    progress: Progress,
     store: CheckpointStore,
-    run: Run,
+    run: RunDirectory,
     params: Parameters,
     console: Console,
 ) -> dict[str, Any]:
     """Write the best or the last weights where inference.py finds them; returns what they are."""
-    model, evaluation = trainer.model, progress.evaluation
+    model, progress, evaluation = trainer.model, trainer.progress, trainer.progress.evaluation
     assert evaluation is not None  # the loop ends with one
     exported: dict[str, Any] = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
     if params.train.export == "best":
@@ -166,7 +121,7 @@ def export_weights(
     return exported
 
 
-def copy_export(run: Run, output: str | None) -> None:
+def copy_export(run: RunDirectory, output: str | None) -> None:
     """Write the export to --output, too.
 
     Raises:

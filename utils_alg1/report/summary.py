@@ -13,8 +13,8 @@ from utils_aim.instructions import FOLDER as AIM_FOLDER
 from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.text import counted, duration, loss_in_words, number
-from utils_alg1.run_directory import Run
-from utils_alg1.training.distributed import Processes, launch_command
+from utils_alg1.run_directory import RunDirectory
+from utils_alg1.training.distributed import SingleProcess, launch_command
 from utils_alg1.training.schedule import learning_rate
 from utils_alg1.utils_config_loader import RESUMED, ConfigLoader
 from utils_alg1.utils_output import Block, ShellCommand
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from utils_alg1.training.trainer import Trainer
 
 
-def describe_start(run: Run, params: Parameters, corpus: Corpus, trainer: Trainer, step: int) -> Block:
+def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, trainer: Trainer) -> Block:
     """The block of lines that a run begins with."""
-    model, train, runtime = params.model, params.train, trainer.runtime
+    model, train, runtime, step = params.model, params.train, trainer.runtime, trainer.step
     n_parameters = trainer.model.config.n_parameters
     sequences = trainer.tokens_per_step // model.block_size
     steps = f"{step} to {train.max_iters}," if step else f"{train.max_iters}"
@@ -45,8 +45,8 @@ def describe_start(run: Run, params: Parameters, corpus: Corpus, trainer: Traine
     }
     if runtime.compile:
         lines["device"] += ", compiled"
-    if runtime.processes.world_size > 1:
-        lines["device"] += f", in each of {runtime.processes.world_size} processes"
+    if runtime.dist.world_size > 1:
+        lines["device"] += f", in each of {runtime.dist.world_size} processes"
     if train.output:
         lines["folder"] += f"; the export also to {train.output}"
     if train.aim:
@@ -69,12 +69,12 @@ def describe_changes(params: Parameters) -> str:
 
 
 def describe_end(
-    run: Run,
+    run: RunDirectory,
     params: Parameters,
     progress: Progress,
     exported: dict[str, Any],
     shown_in: Collection[str],
-    processes: Processes,
+    dist: SingleProcess,
 ) -> Block:
     """The block of lines that a run ends with: what was reached, where it lies, what to type next.
 
@@ -97,50 +97,52 @@ def describe_end(
         lines["curves"] = ShellCommand(*tensorboard_instructions(runs_dir, params.tensorboard.port))
     if "aim" in shown_in:
         lines["compare"] = ShellCommand(*aim_instructions())
-    lines["continue"] = ShellCommand(longer_command(run, params, progress, processes))
+    lines["continue"] = ShellCommand(longer_command(run, params, progress, dist))
     return lines
 
 
-def longer_command(run: Run, params: Parameters, progress: Progress, processes: Processes) -> str:
+def longer_command(run: RunDirectory, params: Parameters, progress: Progress, dist: SingleProcess) -> str:
     """What to type to train longer than a run that is done."""
     steps = params.train.max_iters
     longer = dataclasses.replace(params.train, max_iters=2 * steps)
     if progress.step < steps:  # it had lost its patience
-        return f"{resume_command(run, processes)} --patience 0"
+        return f"{resume_command(run, dist)} --patience 0"
     moved = params.train.lr_schedule != "constant"
     if moved and any(learning_rate(params.train, s) != learning_rate(longer, s) for s in range(steps)):
         # The schedule is at its end, and a longer one would have begun otherwise: another run as this one.
         files = {"--config": run.record_path, "--init-from": run.export_path}
         named = " ".join(f"{flag} {as_word(path)}" for flag, path in files.items())
-        return f"{launch_command(processes)} {named}"
-    return f"{resume_command(run, processes)} --max-iters {longer.max_iters}"
+        return f"{launch_command(dist)} {named}"
+    return f"{resume_command(run, dist)} --max-iters {longer.max_iters}"
 
 
-def last_words(store: CheckpointStore, run: Run, processes: Processes) -> bytes:
+def last_words(store: CheckpointStore, run: RunDirectory, dist: SingleProcess) -> bytes:
     """What a process says that leaves at once, without saving."""
     if store.newest_step is None:
         return b"\nleft at once: nothing had been saved\n"
-    way_on = f"go on from step {store.newest_step} with: {resume_command(run, processes)}"
+    way_on = f"go on from step {store.newest_step} with: {resume_command(run, dist)}"
     return f"\nleft at once; {way_on}\n".encode(errors="replace")
 
 
-def with_the_way_on(error: Alg1Error, store: CheckpointStore, run: Run, processes: Processes) -> Alg1Error:
+def with_the_way_on(
+    error: Alg1Error, store: CheckpointStore, run: RunDirectory, dist: SingleProcess
+) -> Alg1Error:
     """The error, with what to do with the checkpoints that the run has."""
     if store.newest_step is None:
         return error
-    way_on = f"then go on: {resume_command(run, processes)}"
+    way_on = f"then go on: {resume_command(run, dist)}"
     if error.exit_code == CANNOT_TRAIN:  # what helps there, a resumed run may not change
         way_on = f"its newest weights, for --init-from: {store.path(store.newest_step)}"
     hint = f"{error.hint}; {way_on}" if error.hint else way_on
     return Alg1Error(error.message, hint, error.exit_code)
 
 
-def resume_command(run: Run, processes: Processes) -> str:
+def resume_command(run: RunDirectory, dist: SingleProcess) -> str:
     """What to type to continue a run."""
-    return f"{launch_command(processes)} --resume {name_of(run)}"
+    return f"{launch_command(dist)} --resume {name_of(run)}"
 
 
-def name_of(run: Run) -> str:
+def name_of(run: RunDirectory) -> str:
     """A run as a command line names it: by its id alone where that will be found."""
     try:
         where_runs_are = Path(ConfigLoader.runs_dir(None))

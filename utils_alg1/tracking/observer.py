@@ -165,13 +165,13 @@ class Observer:
             self._attempt(self._show_parameters, step)
 
     def _log_speed(self, step: int) -> None:
-        speed = self._trainer.clock.speed(step)
+        speed = self._trainer.clock.training_speed(step)
         if speed is not None:
             self.trackers.log_scalars({"tokens_per_second": speed}, step)
 
     def _attempt(self, look: Callable[[int], None], step: int) -> None:
         if self.trackers.working:
-            with self._trainer.clock.aside():
+            with self._trainer.clock.pause():
                 self._guard.attempt(look, step)
 
     def _tokens(self) -> Tensor:

@@ -23,7 +23,7 @@ from utils_aim.tracker import AimTracker
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import write_atomically
 from utils_alg1.base.summaries import Embedding, Histogram, Image, model_histograms
-from utils_alg1.run_directory import Run, RunFolder
+from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.background import Background, close_all, flush_all
 from utils_alg1.tracking.metrics_file import MetricsFile, Tracker, read_metrics
 from utils_tensorboard.logger import MetricLogger
@@ -106,7 +106,7 @@ class Trackers:
 
 
 def start_trackers(
-    run: Run,
+    run: RunDirectory,
     params: Parameters,
     hparams: dict[str, Any],
     metadata: dict[str, Any],
