@@ -325,9 +325,8 @@ class Study:
                 continue
             try:
                 if trial.number not in replaced:
-                    attributes = {
-                        n: trial.user_attrs[n] for n in ("defaults", "tag") if n in trial.user_attrs
-                    }
+                    known = trial.user_attrs
+                    attributes: dict[str, Any] = {n: known[n] for n in ("defaults", "tag") if n in known}
                     self._enqueue(parameters_of(trial), {**attributes, "replaces": trial.number})
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             finally:
