@@ -325,10 +325,11 @@ class Study:
                 continue
             try:
                 if trial.number not in replaced:
-                    attributes = {
-                        n: trial.user_attrs[n] for n in ("defaults", "tag") if n in trial.user_attrs
+                    known = trial.user_attrs
+                    kept: dict[str, Any] = {
+                        name: known[name] for name in ("defaults", "tag") if name in known
                     }
-                    self._enqueue(parameters_of(trial), {**attributes, "replaces": trial.number})
+                    self._enqueue(parameters_of(trial), {**kept, "replaces": trial.number})
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             finally:
                 os.close(lock)
