@@ -35,7 +35,6 @@ from utils_alg1.report import results as results_module
 from utils_alg1.report import summary as summary_module
 from utils_alg1.run_directory import list_runs
 from utils_alg1.training.distributed import SINGLE_PROCESS
-from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.utils_output import LOGGER, Console, ShellCommand
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|4[0-7]|9[0-7]|38|48)[0-9;]*m")
@@ -235,6 +234,30 @@ def test_quiet_leaves_the_warnings_and_what_to_do_next(workdir, capsys):
     console.remind("stopped; go on with", "python train.py")
     console.close()
     assert capsys.readouterr() == ("", "warning: careful\nstopped; go on with: python train.py\n")
+
+
+@pytest.mark.parametrize(
+    "error, logged",
+    [
+        (ValueError("no such thing"), "ValueError: no such thing"),
+        (Alg1Error("a is wrong"), "Alg1Error: a is wrong"),
+        (SystemExit(3), None),
+        (KeyboardInterrupt(), None),
+    ],
+    ids=repr,
+)
+def test_an_exception_that_leaves_the_console_is_in_the_log_and_nowhere_else(error, logged, workdir, capsys):
+    with pytest.raises(type(error)), Console(verbose=True) as console:
+        console.log_to(Path("train.log"))
+        console.say("said")
+        raise error
+    assert capsys.readouterr() == ("said\n", "") and LOGGER.handlers == []
+    first, *traceback = Path("train.log").read_text().splitlines()
+    assert first[20:] == "said"
+    if logged is None:
+        assert traceback == []
+    else:
+        assert traceback[0][20:] == "Traceback (most recent call last):" and traceback[-1].endswith(logged)
 
 
 def test_a_full_disk_costs_only_the_line_of_the_log(workdir, capsys):
@@ -595,8 +618,7 @@ def test_the_line_of_an_evaluation_fits(columns, line, open_screen, monkeypatch)
     screen = open_screen()
     monkeypatch.setenv("COLUMNS", str(columns))
     console = Console()
-    evaluation = Evaluation(300, 2.5, 2.6, 1e-3)
-    console.evaluation(evaluation, Progress(300, best_step=300), 1234.0)
+    console.evaluation(300, 2.5, 2.6, 1e-3, True, 1234.0)
     console.close()
     assert ESCAPE.sub("", screen.text()) == line + "\n"
 
@@ -619,11 +641,11 @@ def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, ca
     console.begin_progress(0, 10, 1)
     console.progress(1, 2.0)
 
-    def before_exit():
+    def before_exit() -> None:
         console.restore_terminal()
         console.interrupted(b"\nleft at once; go on\n")
 
-    with StopSignals(announce=console.interrupted, exit_callback=before_exit) as signals:
+    with StopSignals(lambda: "stopping after this step", console.interrupted, before_exit) as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
         with pytest.raises(Left) as left:
@@ -646,25 +668,41 @@ def test_a_signal_without_a_stderr_is_heard_all_the_same(monkeypatch):
     def refuse(_):
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    with StopSignals(announce=refuse) as signals:
+    with StopSignals(lambda: "stopping", announce=refuse) as signals:
         signal.raise_signal(signal.SIGINT)
     assert signals.received == signal.SIGINT
 
 
+RUN: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
+
+
 @pytest.mark.parametrize(
-    "step, words",
+    "step, notice",
     [
         (None, b"\nleft at once: nothing had been saved\n"),
         (4, b"\nleft at once; go on from step 4 with: python train.py --resume x\n"),
     ],
 )
-def test_last_words_name_the_newest_checkpoint(step, words):
-    run: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
-    store: Any = SimpleNamespace(newest_step=step)
-    assert summary_module.last_words(store, run, SINGLE_PROCESS) == words
+def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice):
+    assert summary_module.resume_notice(step, RUN, SINGLE_PROCESS) == notice
 
 
-def test_ctrl_c_at_a_terminal_leaves_a_tidy_screen(text_file):
+@pytest.mark.parametrize(
+    "hint, exit_code, checkpoint, expected",
+    [
+        ("free some space", 4, None, "free some space"),
+        ("free some space", 4, "c", "free some space; then go on: python train.py --resume x"),
+        (None, 4, "c", "then go on: python train.py --resume x"),
+        ("lower it", 3, "c", "lower it; its newest weights, for --init-from: c"),
+    ],
+)
+def test_an_error_tells_what_to_do_with_the_newest_checkpoint(hint, exit_code, checkpoint, expected):
+    error = Alg1Error("full", hint, exit_code)
+    found = summary_module.add_resume_hint(error, checkpoint and Path(checkpoint), RUN, SINGLE_PROCESS)
+    assert (found.message, found.hint, found.exit_code) == ("full", expected, exit_code)
+
+
+def test_ctrl_c_at_a_terminal_leaves_nothing_of_the_bar(text_file):
     """A real process in a pseudo-terminal of its own, 80 columns wide."""
     flags = [
         "--data",

@@ -1091,15 +1091,15 @@ def test_a_log_is_continued(workdir):
 
 
 @pytest.mark.parametrize(
-    ("loss", "words"),
+    ("loss", "text"),
     [
         (0.0, "0.0000 (perplexity 1.00, 0.000 bits per character)"),
         (1.5, "1.5000 (perplexity 4.48, 2.164 bits per character)"),
         (1000.0, "1000.0000 (perplexity -, 1442.695 bits per character)"),
     ],
 )
-def test_a_loss_is_formatted_with_what_follows_from_it(loss, words):
-    assert format_loss(loss) == words
+def test_a_loss_is_formatted_with_perplexity_and_bits(loss, text):
+    assert format_loss(loss) == text
 
 
 def test_quiet_training_says_nothing(place, train):

@@ -120,7 +120,7 @@ def study_of(name: str = "space", folder: Path = Path()) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=storage)
 
 
-# --- what every trial would trip over -----------------------------------------------------------------
+# --- checks before the first trial --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -364,14 +364,14 @@ def test_the_same_seed_draws_the_same_values(workdir, sampler):
     plan = space_module.make_plan(read_space(space, for_grid=False), Options())
 
     def draw(name: str, seed: int) -> list[float]:
-        drawn = []
+        sampled = []
         for _ in range(4):  # each time as another process would
             study = study_module.Study(plan, settings(name, sampler=sampler, seed=seed))
             claimed = study.claim_trial()
-            drawn.append(claimed.parameters["learning_rate"])
+            sampled.append(claimed.parameters["learning_rate"])
             study.optuna.tell(claimed.trial, 1.0)
             os.close(claimed.lock)
-        return drawn
+        return sampled
 
     assert draw("a", 5) == draw("b", 5) != draw("c", 6)
     assert len(set(draw("d", 7))) == 4
@@ -585,15 +585,15 @@ def test_two_searches_at_once_share_the_trials(fake_train, campaign):
     assert len(study_of().trials) == 9 == len(list_runs("runs"))
 
 
-def test_no_two_workers_take_the_last_trial(workdir):
+def test_no_two_workers_claim_the_last_trial(workdir):
     claimed: list[study_module.ClaimedTrial] = []
     studies = [study_with(n_layer=[2, 4]) for _ in range(8)]
 
-    def take(study: study_module.Study) -> None:
+    def claim(study: study_module.Study) -> None:
         while found := study.claim_trial():
             claimed.append(found)
 
-    threads = [threading.Thread(target=take, args=(study,)) for study in studies]
+    threads = [threading.Thread(target=claim, args=(study,)) for study in studies]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -326,8 +326,10 @@ class Study:
             try:
                 if trial.number not in replaced:
                     known = trial.user_attrs
-                    attributes: dict[str, Any] = {n: known[n] for n in ("defaults", "tag") if n in known}
-                    self._enqueue(parameters_of(trial), {**attributes, "replaces": trial.number})
+                    kept: dict[str, Any] = {
+                        name: known[name] for name in ("defaults", "tag") if name in known
+                    }
+                    self._enqueue(parameters_of(trial), {**kept, "replaces": trial.number})
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             finally:
                 os.close(lock)
