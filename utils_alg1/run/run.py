@@ -187,7 +187,8 @@ class MainRun(Run):
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
         e = evaluation
-        self.trackers.log_evaluation_metrics(e.train_loss, e.val_loss, e.learning_rate, e.step)
+        losses = {"loss/train": e.train_loss, "loss/val": e.val_loss, "learning_rate": e.learning_rate}
+        self.trackers.log("scalars", losses, e.step)
         best = self.trainer.progress.best_step == e.step
         self.console.evaluation(e.step, e.train_loss, e.val_loss, e.learning_rate, best, self.trainer.speed)
 
@@ -205,7 +206,7 @@ class MainRun(Run):
         self.store.save(self.trainer, about)
 
     def log_model(self) -> None:
-        self.observer.observe(self.trainer.step)
+        self.observer.log_model(self.trainer.step)
 
     def log_step(self, loss: float) -> None:
         """See Run.log_step.
@@ -214,7 +215,7 @@ class MainRun(Run):
             Alg1Error: an earlier checkpoint could not be written (exit code 4).
         """
         self.store.raise_if_failed()
-        self.observer.log_training_step(loss, self.trainer.step)
+        self.observer.log_step(loss, self.trainer.step)
         self.console.progress(self.trainer.step + 1, loss)
 
     def print_resume_command(self) -> None:
