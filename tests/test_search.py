@@ -423,7 +423,7 @@ def test_a_search_stops_when_all_fail_for_one_reason(search, fake_train):
     assert result.code == 3  # what the trials ended with
     assert result.err == (
         "error: the first 3 trials have all failed: out of memory\n"
-        "hint: their output is in searches/space/trials; mend that and start again\n"
+        "hint: their output is in searches/space/trials; fix that and start again\n"
     )
     other_reasons = search(
         *("--space", write_space(batch_size=[4, 5, 6]), "--study", "b", "--dropout", 0.5, "--sampler", "grid")
