@@ -147,7 +147,7 @@ def add_resume_hint(
     if newest_checkpoint is None:
         return error
     hint = f"then go on: {resume_command(run, processes)}"
-    if error.exit_code == CANNOT_TRAIN:  # the fix is another parameter value, which a resumed run would refuse
+    if error.exit_code == CANNOT_TRAIN:  # its fix is a parameter value that a resumed run would refuse
         hint = f"its newest weights, for --init-from: {newest_checkpoint}"
     if error.hint:
         hint = f"{error.hint}; {hint}"
