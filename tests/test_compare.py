@@ -40,7 +40,7 @@ def compare(capsys, workdir):
 def make_run(
     name: str, losses: dict[int, float], done: bool = True, text: str = TEXT_A, **values: Any
 ) -> Path:
-    """A run directory with the evaluations `losses` (step -> val loss) and what train.py writes about it."""
+    """Create a run directory as train.py does, with the evaluations `losses` (step -> val loss)."""
     run = Path("runs", name)
     for folder in ("meta", "logs", "eval"):
         (run / folder).mkdir(parents=True)
@@ -88,7 +88,7 @@ def write(path: Path, value: Any) -> None:
 
 
 def lines_of(result) -> list[list[str]]:
-    """The cells of each line of the table."""
+    """Return the cells of each line of the table."""
     assert (result.code, result.err) == (0, "")
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in result.out.splitlines()]
 
@@ -298,7 +298,7 @@ many = settings(max_examples=300, suppress_health_check=[HealthCheck.function_sc
 
 
 def put(run: Path, place: tuple[Any, ...], value: Any) -> None:
-    """Let `value` stand in that place of a sound run of one evaluation: a file, and keys in it."""
+    """Create a valid run with one evaluation and replace a value; `place` is a file and the keys in it."""
     if run.exists():
         shutil.rmtree(run)
     make_run(run.name, {0: 2.0})

@@ -1,4 +1,4 @@
-"""What a person reads: the lines of a run without a terminal and at one, the bar, signals, --verbose."""
+"""Console output: the lines of a run with and without a terminal, the progress bar, signals, --verbose."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RUN_ID = re.compile(r"\d{4}-\d\d-\d\d_\d{3}")
 
 @pytest.fixture(autouse=True)
 def terminal_settings(monkeypatch):
-    """Those of an ordinary terminal, whatever the tests themselves run in."""
+    """Set the environment of an ordinary terminal, whatever the tests themselves run in."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "XTERM_VERSION", "LINES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -59,7 +59,7 @@ def start(train, text_file):
 
 
 class Screen:
-    """A pseudo-terminal: `stream` is a program's end of it, `text()` what has been shown so far."""
+    """A pseudo-terminal: the program writes to `stream`, and `text()` returns what was written."""
 
     def __init__(self):
         self._ours, theirs = pty.openpty()
@@ -74,7 +74,7 @@ class Screen:
                 self._seen += data
 
     def text(self) -> str:
-        """All that was written; nothing can be written any more."""
+        """Close the terminal and return everything that was written to it."""
         self.stream.close()
         self._reader.join(timeout=30)
         return self._seen.decode().replace("\r\n", "\n")
@@ -82,7 +82,7 @@ class Screen:
 
 @pytest.fixture
 def open_screen(monkeypatch) -> Callable[[], Screen]:
-    """Puts a screen in the place of stdout; from within the test, since pytest sets its own before it."""
+    """Returns a function that replaces stdout by a screen, for use after pytest has replaced it itself."""
 
     def make() -> Screen:
         shown = Screen()
@@ -93,13 +93,13 @@ def open_screen(monkeypatch) -> Callable[[], Screen]:
 
 
 def lasting(text: str) -> list[str]:
-    """The lines of a screen that are not drawn over."""
+    """Return the lines of a screen that were not overwritten."""
     text = re.sub(r"\n(\r|\x1b\[\?25h)*\x1b\[1A\r?\x1b\[2K", "\x1b[2K", text)  # one row up, and clear that
     return [ESCAPE.sub("", line.split("\x1b[2K")[-1]).rstrip() for line in text.rstrip("\n").split("\n")]
 
 
 def masked(out: str) -> list[str]:
-    """Lines with what no two runs share masked: losses, speeds, times and the day."""
+    """Split into lines and mask what differs between runs: losses, speeds, times and the date."""
     out = RUN_ID.sub("RUN", out)
     out = re.sub(r"\d\.\d{4}", "LOSS", out)
     out = re.sub(r"perplexity [\d.]+, [\d.]+ bits", "perplexity P, B bits", out)
@@ -430,8 +430,8 @@ def test_a_terminal_that_goes_away_does_not_stop_the_training(start, open_screen
 # --- the bar ------------------------------------------------------------------------------------------
 
 
-class Hours(SimpleNamespace):
-    """A clock that stands still until it is set."""
+class FakeClock(SimpleNamespace):
+    """A clock whose time only changes when a test sets it."""
 
     now = 100.0
 
@@ -440,15 +440,15 @@ class Hours(SimpleNamespace):
 
 
 @pytest.fixture
-def hours(monkeypatch):
-    clock = Hours()
+def fake_clock(monkeypatch):
+    clock = FakeClock()
     monkeypatch.setattr(terminal_module, "time", clock)
     return clock
 
 
 @pytest.fixture
-def new_bar(hours, monkeypatch) -> Callable[..., Bar]:
-    """Bars on a terminal that keeps what was written, with the number of redraws in `bar.redraws`."""
+def new_bar(fake_clock, monkeypatch) -> Callable[..., Bar]:
+    """Creates progress bars on a terminal in memory that count their redraws in `bar.redraws`."""
 
     def make(*arguments: int) -> Any:
         bar: Any = Bar(Terminal(io.StringIO()), *arguments)
@@ -468,10 +468,10 @@ def plain(parts: Any) -> str:
     return "".join(part if isinstance(part, str) else part[0] for part in parts)
 
 
-def test_the_bar_is_redrawn_ten_times_a_second_and_at_the_end(new_bar, hours):
+def test_the_bar_is_redrawn_ten_times_a_second_and_at_the_end(new_bar, fake_clock):
     bar = new_bar(0, 1000, 32)
     for step in range(1, 1001):
-        hours.now += 0.001
+        fake_clock.now += 0.001
         if step % 100 == 50:
             bar.before_line()  # an evaluation makes no step dearer
         bar.update(step, 2.0)
@@ -479,16 +479,16 @@ def test_the_bar_is_redrawn_ten_times_a_second_and_at_the_end(new_bar, hours):
     assert (bar.step, bar.total) == (1000, 1000)
 
 
-def test_the_bar_shows_the_speed_of_the_training_and_the_time_that_all_takes(new_bar, hours):
+def test_the_bar_shows_the_speed_of_the_training_and_the_time_that_all_takes(new_bar, fake_clock):
     bar = new_bar(0, 1000, 32)
     for step in range(1, 101):
-        hours.now += 0.01
+        fake_clock.now += 0.01
         bar.update(step, 2.0)
     assert bar.rate == pytest.approx(100 * 32)
     bar.before_line()
-    hours.now += 9.0  # an evaluation, a checkpoint
+    fake_clock.now += 9.0  # an evaluation, a checkpoint
     for step in range(101, 202):
-        hours.now += 0.01
+        fake_clock.now += 0.01
         bar.update(step, 2.0)
     assert bar.rate == pytest.approx(100 * 32)
     passed = 9.0 + 200 * 0.01
@@ -626,15 +626,15 @@ def test_the_line_of_an_evaluation_fits(columns, line, open_screen, monkeypatch)
 # --- signals ------------------------------------------------------------------------------------------
 
 
-class Left(BaseException):
-    """Instead of os._exit."""
+class Exited(BaseException):
+    """Raised in place of os._exit."""
 
 
 def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, capfd):
     screen = open_screen()
 
     def leave(code):
-        raise Left(code)
+        raise Exited(code)
 
     monkeypatch.setattr(os, "_exit", leave)
     console = Console()
@@ -648,9 +648,9 @@ def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, ca
     with StopSignals(lambda: "stopping after this step", console.interrupted, before_exit) as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
-        with pytest.raises(Left) as left:
+        with pytest.raises(Exited) as exited:
             signal.raise_signal(signal.SIGTERM)
-    assert left.value.args == (143,)
+    assert exited.value.args == (143,)
     console.close()
     notices = capfd.readouterr().err
     assert notices == "stopping after this step; once more to leave at once\nleft at once; go on\n"
@@ -703,7 +703,7 @@ def test_an_error_tells_what_to_do_with_the_newest_checkpoint(hint, exit_code, c
 
 
 def test_ctrl_c_at_a_terminal_leaves_nothing_of_the_bar(text_file):
-    """A real process in a pseudo-terminal of its own, 80 columns wide."""
+    """Runs a real process in a pseudo-terminal of 80 columns."""
     flags = [
         "--data",
         "text.txt",

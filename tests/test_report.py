@@ -1,4 +1,4 @@
-"""What a run leaves for people in eval/: the figures, the attention picture and the page."""
+"""The results of a run in eval/: final.json, the loss and attention pictures, and the report page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ VOID = {"meta", "link", "img"}
 
 @pytest.fixture
 def start(train, text_file, monkeypatch):
-    """A tiny run without loss.png, which is not what is tested here."""
+    """Starts a tiny run without loss.png, which these tests do not need."""
     monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
     return lambda *flags: train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
 
@@ -61,9 +61,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 class Page(HTMLParser):
-    """A page taken apart: its elements with their attributes, its text, its tables as rows of cells.
+    """A parsed page: its elements with their attributes, its texts, its tables as rows of cells.
 
-    Fails where an element is not closed, or another one is.
+    Parsing fails if the elements are not properly nested.
     """
 
     def __init__(self, source: str):
@@ -105,7 +105,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def curve(self, kind: str) -> list[tuple[float, float]]:
-        """The points of the first curve of a kind, in its own coordinates."""
+        """Return the points of the first curve of a kind, in SVG coordinates."""
         (points, *_) = [a["points"] for a in self.all("polyline") if kind in a["class"].split()]
         return [tuple(map(float, point.split(","))) for point in points.split()]
 
@@ -156,7 +156,7 @@ def test_a_perplexity_past_every_number_is_none():
 
 @pytest.fixture
 def draw_loss(tmp_path, monkeypatch):
-    """Draw the loss picture of some rows; returns the axes. Whatever matplotlib says is a failure."""
+    """Draws the loss picture of metrics rows and returns the axes."""
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
@@ -224,10 +224,10 @@ def test_no_loss_picture_of_before_a_resume_stays(train, text_file):
 
     warnings: list[str] = []
 
-    class Ears:
+    class FakeConsole:
         warn = staticmethod(warnings.append)
 
-    pictures_module.try_loss_curve(Done, Ears)
+    pictures_module.try_loss_curve(Done, FakeConsole)
     assert warnings == [f"no loss curve was drawn: {run / 'gone.jsonl'}: no evaluation in it"]
     assert not (run / "eval/loss.png").exists()
 
@@ -249,7 +249,7 @@ def test_what_is_not_finite_is_in_no_curve(draw_loss, tmp_path, value):
 
 
 def colours(weights: np.ndarray, side: int) -> np.ndarray:
-    """What a square of weights must look like: (side, side, 3) uint8."""
+    """Return the expected pixels of a square of weights: (side, side, 3) uint8."""
     table = (colormaps["magma"](np.arange(256))[:, :3] * 255 + 0.5).astype(np.uint8)
     rows = [[table[round(255 * math.sqrt(w))] for w in row] for row in weights.tolist()]
     factor = side // len(weights)
@@ -317,7 +317,7 @@ def test_the_attention_picture_is_that_of_the_exported_weights_and_the_text_on_t
 
 @pytest.fixture
 def run(start):
-    """A finished run, and some of its values are not the defaults."""
+    """A finished run with some parameters that are not the defaults."""
     assert start("--run-tag", "my try", "--dropout", 0.25).code == 0
     return only_run()
 
@@ -442,7 +442,7 @@ def test_a_page_of_absurd_losses_is_whole(run):
 
 
 def assert_harmless(page: Page) -> None:
-    """Nothing in the page runs, or is fetched from anywhere."""
+    """Check that the page runs no code and requests nothing."""
     assert not {"script", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
@@ -680,9 +680,9 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on thi
 
 
 def browse(page: Path, folder: Path, *flags: str) -> tuple[str, list[str], list[str]]:
-    """Open a page: the document as it ends up, what the console says, and what the page asked of a network.
+    """Open a page in a browser; return the final document, the console messages and the requested URLs.
 
-    The browser asks for things of its own too, such as its updates: those have no page as their origin.
+    Requests of the browser itself, such as for updates, have no page as their origin and are left out.
     """
     log = folder / "network.json"
     command = [

@@ -88,7 +88,7 @@ def search(capsys) -> Callable[..., Result]:
 
 @pytest.fixture
 def fake_train(workdir, monkeypatch) -> Path:
-    """Trials that take a moment, for tests of the search alone."""
+    """Replaces train.py by a script that takes a moment, for tests of the search alone."""
     path = workdir / "fake_train.py"
     path.write_text(FAKE_TRAIN)
     (workdir / "run_search.py").write_text(RUN_SEARCH)
@@ -99,14 +99,14 @@ def fake_train(workdir, monkeypatch) -> Path:
 
 
 def write_space(**domains: Any) -> Path:
-    """space.yaml (JSON is YAML too)."""
+    """Write space.yaml; JSON is valid YAML."""
     path = Path("space.yaml")
     path.write_text(json.dumps(domains))
     return path
 
 
 def settings(name: str, trials: int = 20, sampler: str = "tpe", seed: int = 0) -> Settings:
-    """How search.py would run a search in the working folder."""
+    """Return the settings with which search.py would run a search in the working folder."""
     return Settings(name, Path("searches", name), None, trials, sampler, seed, prune=True)
 
 
@@ -310,7 +310,7 @@ def test_a_parameter_as_a_word(name, value, word):
     assert trials_module.to_flag(name, value) == word
 
 
-# --- pieces -------------------------------------------------------------------------------------------
+# --- metrics and journal ------------------------------------------------------------------------------
 
 
 def test_new_metrics_come_in_whole_rows(tmp_path):
@@ -337,7 +337,7 @@ def test_a_half_line_of_a_killed_process_is_dropped(tmp_path):
     assert len(optuna.load_study(study_name="s", storage=study_module.open_storage(str(path))).trials) == 1
 
 
-# --- searches of stand-ins ----------------------------------------------------------------------------
+# --- searches with a fake train.py --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sampler", "n"), [("tpe", 12), ("random", 6)])  # TPE begins with ten random ones
@@ -423,7 +423,7 @@ def test_a_search_stops_when_all_fail_for_one_reason(search, fake_train):
     assert result.code == 3  # what the trials ended with
     assert result.err == (
         "error: the first 3 trials have all failed: out of memory\n"
-        "hint: their output is in searches/space/trials; mend that and start again\n"
+        "hint: their output is in searches/space/trials; fix that and start again\n"
     )
     other_reasons = search(
         *("--space", write_space(batch_size=[4, 5, 6]), "--study", "b", "--dropout", 0.5, "--sampler", "grid")
@@ -467,7 +467,7 @@ def test_a_database_serves_as_storage_and_belongs_to_one_folder(
 
 
 def study_with(name: str = "space", **domains: Any) -> study_module.Study:
-    """The study that search.py would open, with two trials to come."""
+    """Open a study of two trials as search.py does."""
     plan = space_module.make_plan(read_space(write_space(**domains), for_grid=False), Options())
     return study_module.Study(plan, settings(name, trials=2))
 
@@ -532,10 +532,10 @@ def test_the_table_on_the_console_lines_up_in_any_script(monkeypatch):
     monkeypatch.setattr(report_module, "ranked", lambda _: [])
     said: list[str] = []
 
-    class Ears:
+    class FakeConsole:
         say = staticmethod(said.append)
 
-    report_module.show_table(None, Ears)
+    report_module.show_table(None, FakeConsole)
     assert said == [
         "",
         "trial  data_path   run",
@@ -674,7 +674,7 @@ KILLED = ["--trials", "5", "--no-prune", "--workers", "2", "--study", "k", *FLAG
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """Return the child processes of a process."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -688,7 +688,7 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def killed_search(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """A search that was killed in the middle, one of its two trials with it, and started again."""
+    """A search that was killed together with one of its two running trials, and then continued."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     space = {"learning_rate": {"low": 1e-3, "high": 1e-1, "log": True}, "weight_decay": [0.01, 0.1]}
@@ -710,7 +710,7 @@ def killed_search(tmp_path_factory) -> Iterator[tuple[Path, str]]:
 
 @pytest.fixture
 def after_the_kill(killed_search, monkeypatch) -> str:
-    """What the second start has printed; its folder is the working folder."""
+    """The output of the continued search, whose folder is the working folder."""
     monkeypatch.chdir(killed_search[0])
     return killed_search[1]
 

@@ -140,14 +140,14 @@ def resume_notice(newest_step: int | None, run: RunDirectory, dist: SingleProces
 def add_resume_hint(
     error: Alg1Error, newest_checkpoint: Path | None, run: RunDirectory, dist: SingleProcess
 ) -> Alg1Error:
-    """Return an error that ended the training with a hint added that says how to use the newest checkpoint.
+    """Return an error that ended the training, with a hint added on how to use the newest checkpoint.
 
     Without a checkpoint the error is returned unchanged.
     """
     if newest_checkpoint is None:
         return error
     hint = f"then go on: {resume_command(run, dist)}"
-    if error.exit_code == CANNOT_TRAIN:  # it takes other parameters, which a resumed run cannot have
+    if error.exit_code == CANNOT_TRAIN:  # its fix is a parameter value that a resumed run would refuse
         hint = f"its newest weights, for --init-from: {newest_checkpoint}"
     if error.hint:
         hint = f"{error.hint}; {hint}"
@@ -169,5 +169,5 @@ def run_argument(run: RunDirectory) -> str:
 
 
 def quote_path(path: Path) -> str:
-    """Quote a path for a shell; a leading dash gets ./ in front so that it is not taken for a flag."""
+    """Quote a path for a shell; a leading dash gets ./ in front so that it is not parsed as a flag."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))

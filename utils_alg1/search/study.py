@@ -178,9 +178,8 @@ class Study:
         if settings.sampler == "grid":
             self._grid = grid_points(plan.space, settings.seed)
             self.n_trials = min(self.n_trials, len(self._grid))
-        storage = (
-            open_storage(settings.storage) if settings.storage else None
-        )  # fails before a folder is created
+        # Opened first, so that no folder is created if it fails.
+        storage = open_storage(settings.storage) if settings.storage else None
         make_folder(self.folder / "trials")
         storage = storage or open_storage(str(self.folder / "journal.log"))
         with self._exclusive():
@@ -325,11 +324,9 @@ class Study:
                 continue
             try:
                 if trial.number not in replaced:
-                    known = trial.user_attrs
-                    kept: dict[str, Any] = {
-                        name: known[name] for name in ("defaults", "tag") if name in known
-                    }
-                    self._enqueue(parameters_of(trial), {**kept, "replaces": trial.number})
+                    kept: dict[str, Any] = {"replaces": trial.number}
+                    kept |= {n: trial.user_attrs[n] for n in ("defaults", "tag") if n in trial.user_attrs}
+                    self._enqueue(parameters_of(trial), kept)
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             finally:
                 os.close(lock)

@@ -81,7 +81,7 @@ class Search:
                     return
         except optuna.exceptions.StorageInternalError as error:
             raise Alg1Error(
-                f"the storage failed: {first_line(error)}", "mend that and start again", DISK_FAILED
+                f"the storage failed: {first_line(error)}", "fix that and start again", DISK_FAILED
             ) from error
 
     def _run_trial(self, claimed: ClaimedTrial) -> None:
@@ -117,7 +117,7 @@ class Search:
         if all_failed and len(finished) >= MAX_INITIAL_FAILURES and len(reasons) == 1:
             raise Alg1Error(
                 f"the first {len(finished)} trials have all failed: {outcome.reason}",
-                f"their output is in {self.study.folder / 'trials'}; mend that and start again",
+                f"their output is in {self.study.folder / 'trials'}; fix that and start again",
                 outcome.exit_code if outcome.exit_code > 0 else CANNOT_TRAIN,
             )
 
