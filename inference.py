@@ -23,7 +23,7 @@ from utils_alg1.base.problems import Problem, raise_problems
 from utils_alg1.base.settings import A_FOLDER, A_PATH, A_WORD, Limits
 from utils_alg1.console.command_line import Flag, Parser, add_runs_dir_flag
 from utils_alg1.console.dialogue import SETTINGS, interact
-from utils_alg1.console.messages import Typewriter, print_warning, shown_on
+from utils_alg1.console.messages import IncrementalWriter, print_warning, text_for_stream
 from utils_alg1.console.script import importing, run_script
 from utils_alg1.utils_config_loader import ConfigLoader
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     device = find_device(arguments.device)
     model, path = load_model(arguments)
     model.to(device).eval()
-    print(shown_on(sys.stderr, str(path)), file=sys.stderr)
+    print(text_for_stream(sys.stderr, str(path)), file=sys.stderr)
     assert model.vocabulary is not None  # load_model has seen to it
     tokenizer = Tokenizer(model.vocabulary)
     check_stop(arguments.stop, tokenizer)
@@ -214,7 +214,7 @@ def write_sample(
         generator,
         stop=tokenizer.encode(arguments.stop or ""),
     )
-    screen = Typewriter(sys.stdout)
+    screen = IncrementalWriter(sys.stdout)
     screen.write(prompt)
     for token in stream:
         screen.write(tokenizer.decode(token.tolist()))

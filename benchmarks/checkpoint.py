@@ -36,8 +36,7 @@ def main() -> None:
 
 
 def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
-    from utils_alg1.training.checkpoint import CheckpointStore
-    from utils_alg1.training.progress import Progress
+    from utils_alg1.training.checkpoint import CheckpointMetadata, CheckpointStore
 
     count = args.steps
     rounds = args.rounds if SIZES[name]["n_embd"] < 200 else max(2, args.rounds // 8)  # seconds a step
@@ -46,12 +45,12 @@ def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
     trainer = build_trainer(text_or_docs(args.data, folder), **SIZES[name], threads=args.threads)
     steps = Steps(trainer, count)
     store = CheckpointStore(checkpoints, keep=2)
-    about = {"run_id": "benchmark", "parameters": {}, "corpus_sha256": "", "trackers": {}}
+    about: CheckpointMetadata = {"run_id": "benchmark", "parameters": {}, "corpus_sha256": "", "trackers": {}}
     calls = []
 
     def save() -> None:
         began = time.perf_counter()
-        store.save(trainer, Progress(steps.step), about)
+        store.save(trainer, about)
         calls.append(time.perf_counter() - began)
 
     def with_checkpoint() -> None:

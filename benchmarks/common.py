@@ -122,16 +122,18 @@ def text_or_docs(path: str | None, folder: Path) -> Path:
 def build_trainer(text: Path, **values: Any) -> Any:
     """The Trainer that `train.py` would make, with flags by their parameter's name."""
     import train
-    from utils_alg1.data import corpus as corpus_module
-    from utils_alg1.training import resume as resume_module
-    from utils_alg1.training import runtime as runtime_module
+    from utils_alg1.data.corpus import open_corpus
+    from utils_alg1.run.job import Job
+    from utils_alg1.run.start import Start
+    from utils_alg1.training.distributed import SINGLE_PROCESS
+    from utils_alg1.training.runtime import start_runtime
     from utils_alg1.utils_output import Console
 
     params = parameters(text, **values)
-    runtime = runtime_module.start_runtime(params.train, params.flops_per_step())
-    console = Console(quiet=True)
-    corpus = corpus_module.open_corpus(text)
-    return train.build_trainer(params, resume_module.Start(), corpus, runtime, console)[0]
+    runtime = start_runtime(params.train, params.flops_per_step())
+    corpus = open_corpus(text)
+    job = Job(params, Start(), {}, False, text, corpus.sha256, corpus, runtime)
+    return train.build_trainer(job, SINGLE_PROCESS, Console(quiet=True))
 
 
 def parameters(text: Path, **values: Any) -> Any:
@@ -147,16 +149,18 @@ class Steps:
     def __init__(self, trainer: Any, count: int):
         self.trainer = trainer
         self.count = count
-        self.step = 0
+
+    @property
+    def step(self) -> int:
+        return self.trainer.step
 
     def __call__(self) -> None:
         for _ in range(self.count):
             self.take()
 
     def take(self) -> float:
-        loss = self.trainer.compute_gradients(self.step)
-        self.trainer.update(self.step)
-        self.step += 1
+        loss = self.trainer.forward_backward()
+        self.trainer.optimizer_step()
         return loss
 
 
@@ -179,7 +183,7 @@ def train_in_turns(text: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[s
     return [
         {
             "steps": run.step,
-            "val loss": f"{run.trainer.evaluate(run.step).val_loss:.3f}",
+            "val loss": f"{run.trainer.evaluate().val_loss:.3f}",
             "seconds": taken,
             "ms/step": 1000 * taken / run.step,
         }

@@ -23,15 +23,15 @@ UNTIL_FIRST_STEP = """
 import os
 import train
 
-def loop(trainer, *rest):
-    update = trainer.update
-    def update_and_leave(step):
-        update(step)
+def loop(trainer, run):
+    step = trainer.optimizer_step
+    def step_and_leave():
+        step()
         os._exit(0)
-    trainer.update = update_and_leave
-    wait(trainer, *rest)
+    trainer.optimizer_step = step_and_leave
+    wait(trainer, run)
 
-wait, train.loop = train.loop, loop
+wait, train.train = train.train, loop
 train.run_script(train.main)
 """
 

@@ -26,7 +26,7 @@ from rich.live import Live
 import train as script
 from parameters import Parameters
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.text import duration
+from utils_alg1.base.text import format_duration
 from utils_alg1.console import terminal as terminal_module
 from utils_alg1.console.messages import print_error
 from utils_alg1.console.signals import StopSignals
@@ -34,8 +34,7 @@ from utils_alg1.console.terminal import Bar, Terminal, fold
 from utils_alg1.report import results as results_module
 from utils_alg1.report import summary as summary_module
 from utils_alg1.run_directory import list_runs
-from utils_alg1.training.distributed import ALONE
-from utils_alg1.training.progress import Evaluation, Progress
+from utils_alg1.training.distributed import SINGLE_PROCESS
 from utils_alg1.utils_output import LOGGER, Console, ShellCommand
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|4[0-7]|9[0-7]|38|48)[0-9;]*m")
@@ -235,6 +234,30 @@ def test_quiet_leaves_the_warnings_and_what_to_do_next(workdir, capsys):
     console.remind("stopped; go on with", "python train.py")
     console.close()
     assert capsys.readouterr() == ("", "warning: careful\nstopped; go on with: python train.py\n")
+
+
+@pytest.mark.parametrize(
+    "error, logged",
+    [
+        (ValueError("no such thing"), "ValueError: no such thing"),
+        (Alg1Error("a is wrong"), "Alg1Error: a is wrong"),
+        (SystemExit(3), None),
+        (KeyboardInterrupt(), None),
+    ],
+    ids=repr,
+)
+def test_an_exception_that_leaves_the_console_is_in_the_log_and_nowhere_else(error, logged, workdir, capsys):
+    with pytest.raises(type(error)), Console(verbose=True) as console:
+        console.log_to(Path("train.log"))
+        console.say("said")
+        raise error
+    assert capsys.readouterr() == ("said\n", "") and LOGGER.handlers == []
+    first, *traceback = Path("train.log").read_text().splitlines()
+    assert first[20:] == "said"
+    if logged is None:
+        assert traceback == []
+    else:
+        assert traceback[0][20:] == "Traceback (most recent call last):" and traceback[-1].endswith(logged)
 
 
 def test_a_full_disk_costs_only_the_line_of_the_log(workdir, capsys):
@@ -534,7 +557,7 @@ def test_a_bar_that_a_narrower_terminal_wrapped_is_cleared(xterm, cleared, new_b
     ],
 )
 def test_a_duration(seconds, words):
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 # --- lines of a terminal ------------------------------------------------------------------------------
@@ -595,8 +618,7 @@ def test_the_line_of_an_evaluation_fits(columns, line, open_screen, monkeypatch)
     screen = open_screen()
     monkeypatch.setenv("COLUMNS", str(columns))
     console = Console()
-    evaluation = Evaluation(300, 2.5, 2.6, 1e-3)
-    console.evaluation(evaluation, Progress(300, best_step=300), 1234.0)
+    console.evaluation(300, 2.5, 2.6, 1e-3, True, 1234.0)
     console.close()
     assert ESCAPE.sub("", screen.text()) == line + "\n"
 
@@ -618,10 +640,14 @@ def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, ca
     console = Console()
     console.begin_progress(0, 10, 1)
     console.progress(1, 2.0)
-    last_acts = [console.restore_terminal, lambda: console.interrupted(b"\nleft at once; go on\n")]
-    with StopSignals(last_acts, announce=console.interrupted) as signals:
+
+    def before_exit() -> None:
+        console.restore_terminal()
+        console.interrupted(b"\nleft at once; go on\n")
+
+    with StopSignals(lambda: "stopping after this step", console.interrupted, before_exit) as signals:
         signal.raise_signal(signal.SIGTERM)
-        assert signals.exit_code == 143
+        assert signals.received == signal.SIGTERM
         with pytest.raises(Left) as left:
             signal.raise_signal(signal.SIGTERM)
     assert left.value.args == (143,)
@@ -642,25 +668,41 @@ def test_a_signal_without_a_stderr_is_heard_all_the_same(monkeypatch):
     def refuse(_):
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    with StopSignals(announce=refuse) as signals:
+    with StopSignals(lambda: "stopping", announce=refuse) as signals:
         signal.raise_signal(signal.SIGINT)
     assert signals.received == signal.SIGINT
 
 
+RUN: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
+
+
 @pytest.mark.parametrize(
-    "step, words",
+    "step, notice",
     [
         (None, b"\nleft at once: nothing had been saved\n"),
         (4, b"\nleft at once; go on from step 4 with: python train.py --resume x\n"),
     ],
 )
-def test_last_words_name_the_newest_checkpoint(step, words):
-    run: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
-    store: Any = SimpleNamespace(newest_step=step)
-    assert summary_module.last_words(store, run, ALONE) == words
+def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice):
+    assert summary_module.resume_notice(step, RUN, SINGLE_PROCESS) == notice
 
 
-def test_ctrl_c_at_a_terminal_leaves_a_tidy_screen(text_file):
+@pytest.mark.parametrize(
+    "hint, exit_code, checkpoint, expected",
+    [
+        ("free some space", 4, None, "free some space"),
+        ("free some space", 4, "c", "free some space; then go on: python train.py --resume x"),
+        (None, 4, "c", "then go on: python train.py --resume x"),
+        ("lower it", 3, "c", "lower it; its newest weights, for --init-from: c"),
+    ],
+)
+def test_an_error_tells_what_to_do_with_the_newest_checkpoint(hint, exit_code, checkpoint, expected):
+    error = Alg1Error("full", hint, exit_code)
+    found = summary_module.add_resume_hint(error, checkpoint and Path(checkpoint), RUN, SINGLE_PROCESS)
+    assert (found.message, found.hint, found.exit_code) == ("full", expected, exit_code)
+
+
+def test_ctrl_c_at_a_terminal_leaves_nothing_of_the_bar(text_file):
     """A real process in a pseudo-terminal of its own, 80 columns wide."""
     flags = [
         "--data",

@@ -22,7 +22,7 @@ from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process, runner
 from parameters import TrainConfig
 from utils_alg1.base.errors import Alg1Error, Guard, disk_error
 from utils_alg1.base.files import JSON_EXAMPLE, JSON_HINT
-from utils_alg1.base.text import loss_in_words
+from utils_alg1.base.text import format_loss
 from utils_alg1.console.script import run_script
 from utils_alg1.network.tensor_file import WHERE_WEIGHTS_ARE
 from utils_alg1.report.compare import RESULTS
@@ -579,7 +579,7 @@ def test_a_mistake_in_searching_is_reported_and_changes_nothing(place, capsys, c
 def test_every_error_in_the_sources_has_a_hint():
     """An Alg1Error without a hint leaves its reader alone: this goes over all that the sources raise."""
     without = []
-    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("utils_*/*.py")]:
+    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("utils_*/**/*.py")]:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Alg1Error":
                 hints = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "hint")]
@@ -1091,15 +1091,15 @@ def test_a_log_is_continued(workdir):
 
 
 @pytest.mark.parametrize(
-    ("loss", "words"),
+    ("loss", "text"),
     [
         (0.0, "0.0000 (perplexity 1.00, 0.000 bits per character)"),
         (1.5, "1.5000 (perplexity 4.48, 2.164 bits per character)"),
         (1000.0, "1000.0000 (perplexity -, 1442.695 bits per character)"),
     ],
 )
-def test_a_loss_in_words(loss, words):
-    assert loss_in_words(loss) == words
+def test_a_loss_is_formatted_with_perplexity_and_bits(loss, text):
+    assert format_loss(loss) == text
 
 
 def test_quiet_training_says_nothing(place, train):

@@ -14,8 +14,8 @@ from parameters import MODEL_OPTIONS, ModelConfig
 from utils_alg1.network import gradient
 from utils_alg1.network.gradient import OPTIONS, loss_and_gradients
 from utils_alg1.training import backward as backward_module
-from utils_alg1.training.backward import Backward, WrittenOut, find_backward
-from utils_alg1.training.distributed import Processes
+from utils_alg1.training.backward import Backward, ManualBackward, create_backward
+from utils_alg1.training.distributed import SingleProcess
 from utils_alg1.training.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 1)
@@ -103,7 +103,7 @@ def test_the_compiler_sees_one_graph_with_the_same_gradient(options, math_up_to,
 def test_micro_batches_add_up_and_the_loss_is_their_share():
     config, parts = SMALL, 4
     ours, theirs = make_model(), make_model()
-    written, autograd = WrittenOut(ours, CPU, pytest.fail), Backward(theirs, CPU)
+    written, autograd = ManualBackward(ours, CPU, pytest.fail), Backward(theirs, CPU)
     x, y = draw_batch(config)
     for _ in range(parts):
         mine, other = written(x, y, parts), autograd(x, y, parts)
@@ -113,7 +113,7 @@ def test_micro_batches_add_up_and_the_loss_is_their_share():
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
-class Two(Processes):
+class Two(SingleProcess):
     """The first of two."""
 
     world_size = 2
@@ -124,23 +124,23 @@ class Two(Processes):
     [
         ({}, 0.1),
         ({"dtype": torch.bfloat16}, 0.0),
-        ({"processes": Two()}, 0.0),
+        ({"dist": Two()}, 0.0),
         ({"device": torch.device("meta")}, 0.0),
     ],
 )
 def test_what_it_does_not_serve_is_autograd_s(change, dropout):
-    assert isinstance(find_backward(make_model(), CPU, pytest.fail), WrittenOut)
+    assert isinstance(create_backward(make_model(), CPU, pytest.fail), ManualBackward)
     model = BigramLanguageModel(dataclasses.replace(SMALL, dropout=dropout))
-    backward = find_backward(model, dataclasses.replace(CPU, **change), pytest.fail)
+    backward = create_backward(model, dataclasses.replace(CPU, **change), pytest.fail)
     assert type(backward) is Backward
 
 
 def test_an_option_that_it_does_not_know_is_autograd_s(monkeypatch):
     assert set(MODEL_OPTIONS) == OPTIONS
     monkeypatch.setattr(backward_module, "OPTIONS", OPTIONS - {"qk_norm"})
-    assert isinstance(find_backward(make_model(), CPU, pytest.fail), WrittenOut)
+    assert isinstance(create_backward(make_model(), CPU, pytest.fail), ManualBackward)
     model = make_model(dataclasses.replace(SMALL, qk_norm=True))
-    assert type(find_backward(model, CPU, pytest.fail)) is Backward
+    assert type(create_backward(model, CPU, pytest.fail)) is Backward
 
 
 def test_the_compiler_is_told_to_leave_python_out(monkeypatch):
@@ -151,6 +151,6 @@ def test_the_compiler_is_told_to_leave_python_out(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    backward = find_backward(make_model(), dataclasses.replace(CPU, compile=True), lambda _: None)
+    backward = create_backward(make_model(), dataclasses.replace(CPU, compile=True), lambda _: None)
     backward(*draw_batch(SMALL), 1)
     assert told == [(loss_and_gradients, {"cpp_wrapper": True})] and backward.compiled

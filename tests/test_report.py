@@ -27,12 +27,12 @@ from model import BigramLanguageModel
 from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base import text as text_module
-from utils_alg1.base.files import try_to_write
+from utils_alg1.base.files import write_or_warn
 from utils_alg1.base.summaries import Image
 from utils_alg1.report import page as page_module
 from utils_alg1.report import pictures as pictures_module
-from utils_alg1.report.charts import Line, chart, thinned, tick_labels, ticks
-from utils_alg1.report.page import build_page, escaped
+from utils_alg1.report.charts import Line, chart, downsample, tick_labels, ticks
+from utils_alg1.report.page import build_page, escape
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_curves
 from utils_alg1.tracking.observer import attention_weights
@@ -144,7 +144,7 @@ def test_final_figures_follow_from_the_metrics_and_the_weights(start):
 
 def test_bits_per_character_are_the_loss_to_the_base_of_two():
     assert text_module.bits_per_character(math.log(8)) == pytest.approx(3, rel=1e-15)
-    assert text_module.loss_in_words(math.log(8)) == "2.0794 (perplexity 8.00, 3.000 bits per character)"
+    assert text_module.format_loss(math.log(8)) == "2.0794 (perplexity 8.00, 3.000 bits per character)"
 
 
 def test_a_perplexity_past_every_number_is_none():
@@ -358,7 +358,7 @@ def test_the_page_holds_results_samples_and_provenance(run):
     assert figures[2] == f"{final['best_bits_per_character']:.3f}"
     assert figures[3] == f"{final['val_loss']:.4f}"
     assert figures[4] == f"{final['tokens_per_second_overall']:,.0f}"
-    assert figures[5] == text_module.duration(final["seconds_in_loop"])
+    assert figures[5] == text_module.format_duration(final["seconds_in_loop"])
     notes = page.texts["small"]
     assert notes[0] == f"nats per character, step\u00a0{final['best_step']}"
     assert notes[3] == f"train loss {final['train_loss']:.4f}" and notes[5] == "96 characters read"
@@ -404,7 +404,7 @@ def test_a_number_has_at_most_eight_digits():
         "1e+06",
         "-1234.5679",
     ]
-    assert [text_module.number(value) for value in values] == expected
+    assert [text_module.format_number(value) for value in values] == expected
 
 
 def figures_of(final: dict) -> dict[str, str]:
@@ -469,7 +469,7 @@ def test_hostile_text_stays_text(run):
 
 
 def test_what_no_page_can_hold_is_shown_by_a_symbol():
-    assert escaped("a\0b\rc\x1bd\x7fe\x85f\ud800g\n\t🙂<&\"'") == (
+    assert escape("a\0b\rc\x1bd\x7fe\x85f\ud800g\n\t🙂<&\"'") == (
         "a\u2400b\u240dc\u241bd\u2421e\ufffdf\ufffdg\n\t🙂&lt;&amp;&quot;&#x27;"
     )
 
@@ -508,12 +508,12 @@ def test_what_a_run_can_do_without_is_new_or_costs_one_line(tmp_path):
         raise ValueError("two lines:\nof which one is told")
 
     path.write_text("old")
-    assert try_to_write(path, fail, "no picture", warnings.append) is None
+    assert write_or_warn(path, fail, "no picture", warnings.append) is None
     assert warnings == ["no picture: two lines:"] and not path.exists()
-    assert try_to_write(path, lambda path: path.write_text("new"), "no picture", warnings.append) == 3
+    assert write_or_warn(path, lambda path: path.write_text("new"), "no picture", warnings.append) == 3
     assert len(warnings) == 1 and path.read_text() == "new"
     (tmp_path / "folder").mkdir()
-    assert try_to_write(tmp_path / "folder", fail, "no folder", warnings.append) is None
+    assert write_or_warn(tmp_path / "folder", fail, "no folder", warnings.append) is None
     assert len(warnings) == 2 and warnings[1].startswith("no folder: [Errno ")
 
 
@@ -537,18 +537,18 @@ def test_an_attention_picture_that_cannot_be_drawn_costs_one_line(run, train, mo
 # --- curves -------------------------------------------------------------------------------------------
 
 
-def test_a_thinned_curve_keeps_its_peaks_and_its_order():
+def test_a_downsampled_curve_keeps_its_peaks_and_its_order():
     points = [(step, math.sin(step)) for step in range(100_000)]
     points[70_001] = (70_001, 50.0)
     points[3] = (3, -50.0)
-    kept = thinned(points)
+    kept = downsample(points)
     assert len(kept) <= 800 and kept == sorted(kept)
     assert (70_001, 50.0) in kept and (3, -50.0) in kept and set(kept) <= set(points)
-    assert thinned(points[:800]) == points[:800]
+    assert downsample(points[:800]) == points[:800]
 
 
 @pytest.mark.parametrize(
-    "low, high, most, expected",
+    "low, high, max_ticks, expected",
     [
         (0, 600, 5, [0, 200, 400, 600]),
         (1.93, 4.2, 6, [2.0, 2.5, 3.0, 3.5, 4.0]),
@@ -559,19 +559,19 @@ def test_a_thinned_curve_keeps_its_peaks_and_its_order():
         (3.0, 3.0000000000000004, 6, [3.0]),
     ],
 )
-def test_ticks_are_round_numbers(low, high, most, expected):
-    assert ticks(low, high, most) == pytest.approx(expected)
+def test_ticks_are_round_numbers(low, high, max_ticks, expected):
+    assert ticks(low, high, max_ticks) == pytest.approx(expected)
 
 
 def test_the_steps_of_a_run_are_whole_numbers():
-    assert ticks(0, 1, 5, smallest=1) == ticks(0, 1, 3, smallest=1) == [0, 1]
-    assert ticks(0, 2, 5, smallest=1) == [0, 1, 2]
-    assert ticks(0, 3, 3, smallest=1) == [0, 1, 2, 3]
+    assert ticks(0, 1, 5, min_spacing=1) == ticks(0, 1, 3, min_spacing=1) == [0, 1]
+    assert ticks(0, 2, 5, min_spacing=1) == [0, 1, 2]
+    assert ticks(0, 3, 3, min_spacing=1) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("low, high, smallest", [(0, 0.5, 1), (0.2, 1.9, 1), (7, 9.5, 3), (-0.5, 0.4, 1)])
-def test_two_numbers_too_close_for_two_ticks_have_one(low, high, smallest):
-    assert ticks(low, high, 3, smallest) == [low]
+@pytest.mark.parametrize("low, high, min_spacing", [(0, 0.5, 1), (0.2, 1.9, 1), (7, 9.5, 3), (-0.5, 0.4, 1)])
+def test_two_numbers_too_close_for_two_ticks_have_one(low, high, min_spacing):
+    assert ticks(low, high, 3, min_spacing) == [low]
 
 
 @pytest.mark.parametrize(

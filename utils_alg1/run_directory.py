@@ -23,15 +23,11 @@ from parameters import specs
 from utils_alg1.base.errors import Alg1Error, disk_error
 
 RUN_ID = re.compile(r"(\d{4}-\d{2}-\d{2})_(\d{3,})(?:_(.*))?")
-
-
-TAG_LENGTH = 60  # characters
-TAG_BYTES = 200  # a file name has at most 255 bytes
 CHECKPOINT_NAME = re.compile(r"step_(\d{9,})\.safetensors")
-
-
+MAX_TAG_LENGTH = 60  # characters
+MAX_TAG_BYTES = 200  # a file name has at most 255 bytes
 LOCK_NAME = ".lock"
-LOCK_PATIENCE = 1.0  # seconds; whoever looks whether a run is in use has its lock for an instant
+LOCK_TIMEOUT = 1.0  # seconds: `in_use` takes the lock of a run for an instant
 
 
 @dataclass
@@ -86,25 +82,30 @@ class RunFolder:
 
 
 @dataclass
-class Run(RunFolder):
-    """A run directory that this process holds until the `with` block ends.
+class RunDirectory(RunFolder):
+    """A run directory that this process holds the lock of until the `with` block ends.
 
     Attributes:
-        begun: whether there is anything in it worth keeping; if not, it is removed at the end.
-        opened: when this process took it, on the clock time.monotonic.
+        lock: the lock.
+        is_new: remove the directory at the end, unless `keep` is called.
+        opened: the time.monotonic() at which this process took it.
     """
 
     lock: FileLock
-    begun: bool = True
+    is_new: bool = False
     opened: float = field(default_factory=time.monotonic)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.begun:
+        if self.is_new:
             shutil.rmtree(self.path, ignore_errors=True)
         self.lock.release()
+
+    def keep(self) -> None:
+        """Keep the directory: from now on it holds something of value."""
+        self.is_new = False
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -126,8 +127,8 @@ def checkpoint_step(path: Path) -> int:
 def sanitise_tag(tag: str) -> str:
     """A tag as part of a directory's name: letters, digits, `-`, `_` and `.`, and never a way out."""
     text = unicodedata.normalize("NFC", tag)
-    text = re.sub(r"[^\w.-]+", "-", text).strip(".-_")[:TAG_LENGTH]
-    while len(text.encode("utf-8", "replace")) > TAG_BYTES:
+    text = re.sub(r"[^\w.-]+", "-", text).strip(".-_")[:MAX_TAG_LENGTH]
+    while len(text.encode("utf-8", "replace")) > MAX_TAG_BYTES:
         text = text[:-1]
     return text.strip(".-_")
 
@@ -178,20 +179,20 @@ def no_folder(runs_dir: str | Path) -> str:
     return ": it is a file" if os.path.exists(runs_dir) else ": no such folder"
 
 
-def lock_run(path: Path) -> Run:
-    """Take a run directory for this process, LOCK_PATIENCE later where it is not free at once.
+def lock_run(path: Path) -> RunDirectory:
+    """Take a run directory for this process, waiting LOCK_TIMEOUT for the lock.
 
     Raises:
         Alg1Error: another process has it (exit code 2), or the file system refused (exit code 4).
     """
-    lock = FileLock(path / LOCK_NAME, timeout=LOCK_PATIENCE)
+    lock = FileLock(path / LOCK_NAME, timeout=LOCK_TIMEOUT)
     try:
         lock.acquire()
     except Timeout:
         raise Alg1Error(f"{path} is in use by another process", "wait for it, or start a new run") from None
     except OSError as error:
         raise disk_error(f"lock {path}", error) from error
-    return Run(path, lock)
+    return RunDirectory(path, lock)
 
 
 def in_use(path: Path) -> bool:

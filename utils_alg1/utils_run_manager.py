@@ -15,9 +15,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from parameters import Parameters
 from utils_alg1.base.errors import Alg1Error, disk_error
-from utils_alg1.base.files import make_folder, write_atomically
-from utils_alg1.run_directory import LOCK_NAME, RUN_ID, Run, list_runs, lock_run, sanitise_tag
+from utils_alg1.base.files import make_folder, write_atomically, write_json
+from utils_alg1.data.corpus import Corpus
+from utils_alg1.run_directory import (
+    LOCK_NAME,
+    RUN_ID,
+    RunDirectory,
+    RunFolder,
+    list_runs,
+    lock_run,
+    sanitise_tag,
+)
 from utils_alg1.utils_config_loader import CONFIG_DIR, CONFIG_FILES
 
 SUBDIRECTORIES = (
@@ -27,7 +37,8 @@ SUBDIRECTORIES = (
     "artifacts/export",
     "eval",
 )
-UNKNOWN = "unknown"  # where there is no git, or no repository
+UNKNOWN = "unknown"  # without git, or without a repository
+NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
 
 
 class RunIDGenerator:
@@ -98,7 +109,7 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
         raise
 
 
-def create_run(runs_dir: str | Path, tag: str = "") -> Run:
+def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
     """Name and make the directory of a new run and take its lock.
 
     A lock on the folder makes two runs that start together take two numbers.
@@ -115,7 +126,7 @@ def create_run(runs_dir: str | Path, tag: str = "") -> Run:
             path = RunDirectoryCreator(runs_dir).create(run_id)
             with _removed_on_failure(path):
                 run = lock_run(path)
-            run.begun = False
+            run.is_new = True
             return run
     except Timeout:
         raise Alg1Error(
@@ -224,3 +235,36 @@ def _write_lines(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
     text = "".join(f"{name}: {value}\n" for name, value in values.items())
     write_atomically(path, text.encode("utf-8", "backslashreplace"))
     return values
+
+
+def write_records(
+    run: RunFolder,
+    params: Parameters,
+    config_files: Mapping[Path, bytes],
+    corpus: Corpus,
+    runtime: dict[str, Any],
+) -> dict[str, Any]:
+    """Fill meta/, and return the origin of the run for the trackers.
+
+    Args:
+        config_files: the configuration files that were read, with their bytes.
+        runtime: device, dtype and threads.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt")
+    environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt")
+    copy_files(config_files, run.meta_dir / "configs")
+    notes = run.meta_dir / "notes.md"
+    if not notes.exists():
+        write_atomically(notes, NOTES.format(run_id=run.run_id).encode())
+    text = {
+        "path": str(corpus.path),
+        "sha256": corpus.sha256,
+        "characters": len(corpus.tokens),
+        "vocab_size": corpus.tokenizer.vocab_size,
+    }
+    record = {"parameters": params.flat(), "origins": params.origins, "corpus": text, "runtime": runtime}
+    write_json(run.record_path, record)
+    return {"git": git, "environment": environment, "corpus": text, "runtime": runtime}

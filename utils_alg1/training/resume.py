@@ -1,27 +1,25 @@
-"""What a run starts from, and what is sampled: an interrupted run, an export, a file of another program."""
+"""Read what a run resumes or starts from, and what is sampled: runs, exports, weights of other programs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from model import BigramLanguageModel
-from parameters import MODEL_OPTIONS, Parameters, TrainConfig, coerce_all, specs
+from parameters import MODEL_OPTIONS, ModelConfig, Parameters, TrainConfig, coerce_all, specs
 from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import remove_temporary_files
 from utils_alg1.base.problems import shown
 from utils_alg1.base.settings import field_names
-from utils_alg1.data.corpus import Corpus
 from utils_alg1.data.sources import find_corpus
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
     NO_RUN_HINT,
-    Run,
+    RunDirectory,
     RunFolder,
     checkpoint_path,
     checkpoint_paths,
@@ -43,102 +41,16 @@ from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import RunDirectoryCreator
 
 
-@dataclass
-class Start:
-    """What a run starts from: a checkpoint of its own, the weights of another, or nothing.
-
-    Attributes:
-        run, checkpoint: of the run that --resume names, locked.
-        initial: the model that --init-from names, and where it was read.
-    """
-
-    run: Run | None = None
-    checkpoint: Checkpoint | None = None
-    initial: BigramLanguageModel | None = None
-    initial_path: str = ""
-
-    @property
-    def parameters(self) -> dict[str, Any] | None:
-        """The parameters of the run that goes on."""
-        return self.checkpoint.parameters if self.checkpoint else None
-
-    @property
-    def sizes(self) -> dict[str, Any] | None:
-        """The sizes of the initial model."""
-        if self.initial is None:
-            return None
-        sizes = dataclasses.asdict(self.initial.config)
-        free = ("dropout", "vocab_size", "zero_init")  # the weights do not depend on them
-        return {name: value for name, value in sizes.items() if name not in free}
-
-    @property
-    def compiled_before(self) -> bool | None:
-        """Whether the steps taken were compiled; None where none were taken."""
-        return self.checkpoint.metadata.get("compiled") if self.checkpoint else None
-
-    def without_run(self) -> Start:
-        """The same for another process: the run belongs to one."""
-        return dataclasses.replace(self, run=None)
-
-    def find_text(self, data_path: str, say: Callable[[str], None]) -> Path:
-        """See `find_corpus`; a run that goes on needs the text that it had."""
-        try:
-            return find_corpus(data_path, say)
-        except Alg1Error as error:
-            hint = "put the text of the run there, or name where it lies now: --data PATH"
-            raise Alg1Error(error.message, hint if self.checkpoint else error.hint) from None
-
-    def check(self, params: Parameters, corpus: Corpus, world_size: int = 1) -> None:
-        """Check that parameters, text and number of processes fit to what the run starts from.
-
-        Raises:
-            Alg1Error: naming what does not.
-        """
-        if self.checkpoint is not None:
-            check_resumable(self.checkpoint, params, corpus.sha256, world_size)
-        for name, value in (self.sizes or {}).items():
-            asked = getattr(params.model, name)
-            if asked != value:
-                raise Alg1Error(
-                    f"{self.initial_path}: its {name} is {value}, not {asked}", f"leave {name} out"
-                )
-        if self.initial is not None:
-            check_vocabulary(self.initial, corpus.tokenizer, self.initial_path)
+def find_text(data_path: str, resumed: bool, say: Callable[[str], None]) -> Path:
+    """`find_corpus`, with the hint that a resumed run needs the text that it had."""
+    try:
+        return find_corpus(data_path, say)
+    except Alg1Error as error:
+        hint = "put the text of the run there, or name where it lies now: --data PATH"
+        raise Alg1Error(error.message, hint if resumed else error.hint) from None
 
 
-@dataclass
-class Job:
-    """What the first of several processes tells the others; `sha256` is that of its text."""
-
-    params: Parameters
-    start: Start
-    text_path: Path
-    sha256: str
-
-
-# What --init-from can be there.
-OF_NANOGPT = {
-    "resume": "to continue a run: --resume latest",
-    "scratch": "leave --init-from out: a run starts from scratch",
-}
-
-
-def find_start(resume: str | None, init_from: str | None, runs_dir: str, console: Console) -> Start:
-    """Read what --resume or --init-from names.
-
-    Raises:
-        Alg1Error: it is not there, in use, damaged, or has no checkpoint.
-    """
-    if resume is not None:
-        return Start(*reopen_run(runs_dir, resume, console))
-    if init_from is not None:
-        if init_from in OF_NANOGPT and not Path(init_from).exists():
-            raise Alg1Error(f"--init-from {init_from}: must be a file of weights", OF_NANOGPT[init_from])
-        return Start(initial=load_model_file(Path(init_from)), initial_path=init_from)
-    return Start()
-
-
-def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpoint]:
+def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory, Checkpoint]:
     """Take the run that --resume names, and its newest good checkpoint.
 
     `name` may also be the path of one checkpoint file: the run then goes on from there.
@@ -181,6 +93,28 @@ def forget_missing_best(checkpoint: Checkpoint) -> None:
     if old.evaluation is not None and old.evaluated():
         progress.add(old.evaluation)
     checkpoint.metadata["progress"] = dataclasses.asdict(progress)
+
+
+def check_initial(
+    initial: BigramLanguageModel,
+    path: str,
+    config: ModelConfig,
+    sizes: Mapping[str, Any],
+    tokenizer: Tokenizer,
+) -> None:
+    """Check that the model of --init-from has the sizes that were asked for, and the text's characters.
+
+    Args:
+        sizes: the parameters that its weights depend on, by name.
+
+    Raises:
+        Alg1Error: naming what differs.
+    """
+    for name, value in sizes.items():
+        asked = getattr(config, name)
+        if asked != value:
+            raise Alg1Error(f"{path}: its {name} is {value}, not {asked}", f"leave {name} out")
+    check_vocabulary(initial, tokenizer, path)
 
 
 def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str) -> None:
