@@ -7,6 +7,7 @@ Every line is a record of the logger `alg1`, so any module can log details that 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import logging
 import logging.handlers
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
-from parameters import PARTS, Parameters, specs
+from parameters import Parameters
 from utils_alg1.base.text import format_number, terminal_safe
 from utils_alg1.console.messages import open_terminal, text_for_stream
 
@@ -163,17 +164,12 @@ class Console:
     # --- a run ---
 
     def configuration(self, params: Parameters) -> None:
-        """Every value and where it came from (--print-config)."""
-        flat = params.flat()
-        width = max(map(len, flat))
-        values = {name: "none" if v is None else str(v) for name, v in flat.items()}
-        value_width = min(30, max(map(len, values.values())))
-        for part in PARTS:
-            print(f"[{part}]")
-            for name, spec in specs().items():
-                if spec.part == part:
-                    line = f"{name:{width}}  {values[name]:{value_width}}  {params.origins[name]}"
-                    print(text_for_stream(sys.stdout, line))
+        """Print every value with its origin, as YAML that --config takes (--print-config).
+
+        --config reads UTF-8, so a standard output with another encoding gets ASCII with escapes.
+        """
+        encoding = codecs.lookup(sys.stdout.encoding or "utf-8").name
+        print(params.to_yaml(ascii_only=encoding != "utf-8"), end="")
 
     def block(self, lines: LabelledLines) -> None:
         """Print lines with aligned labels, followed by an empty line."""

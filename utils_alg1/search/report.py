@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parameters import specs
+from parameters import CONFIG_FILES, format_settings, specs
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
-from utils_alg1.base.files import make_folder, read_json_object, write_atomically, write_json
+from utils_alg1.base.files import make_folder, read_json_object, write_atomically
 from utils_alg1.console.table import Column, format_columns, to_csv
 from utils_alg1.run_directory import RunFolder
 from utils_alg1.search.space import STORAGE_PARAMETERS
@@ -24,7 +24,6 @@ from utils_alg1.search.study import (
     parameters_of,
     state_of,
 )
-from utils_alg1.utils_config_loader import CONFIG_FILES, ConfigLoader
 from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
@@ -168,19 +167,19 @@ def describe_end(study: Study) -> dict[str, str]:
 
 
 def write_preset(study: Study) -> None:
-    """Write best/: a preset with every parameter that was set for the best trial."""
+    """Write best/: a preset with every value of the best trial, except where its run and export are kept."""
     best = best_of(study.finished())
     if best is None:
         return
-    values, _, _ = ConfigLoader.read(study.plan.trial_options(parameters_of(best))).merge()
-    values |= recorded_threads(best)
+    values = study.plan.fixed | parameters_of(best) | recorded_threads(best)
     preset = {name: value for name, value in values.items() if name not in STORAGE_PARAMETERS}
     folder = study.folder / "best"
     make_folder(folder)
     about = f"Best of the search {study.settings.name}: trial {best.number}, val loss {best.value:.4f}"
-    for file_name, part in zip(CONFIG_FILES, ("model", "train", "data", "tensorboard"), strict=True):
+    for part, file_name in CONFIG_FILES.items():
         settings = {name: value for name, value in preset.items() if specs()[name].part == part}
-        write_settings(folder / file_name, about, settings)
+        text = format_settings(file_name, about, settings)
+        write_atomically(folder / file_name, text.encode("utf-8", "surrogatepass"))
 
 
 def recorded_threads(trial: optuna.trial.FrozenTrial) -> dict[str, int]:
@@ -191,17 +190,6 @@ def recorded_threads(trial: optuna.trial.FrozenTrial) -> dict[str, int]:
     except (Alg1Error, KeyError, TypeError):  # the run was removed
         return {}
     return {"threads": threads} if threads else {}
-
-
-def write_settings(path: Path, about: str, values: dict[str, Any]) -> None:
-    """Write a configuration file, YAML or JSON, with a comment about its origin."""
-    if path.suffix == ".json":
-        write_json(path, {"_comment": about, **values})
-        return
-    import yaml
-
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
-    write_atomically(path, f"# {about}\n{text}".encode("utf-8", "surrogatepass"))
 
 
 # --- plots --------------------------------------------------------------------------------------------
