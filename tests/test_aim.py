@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -432,6 +433,40 @@ def test_a_tracker_that_cannot_open_is_one_warning_and_does_nothing(workdir, bro
     assert tracker.run_hash is None
     (warning,) = warnings
     assert warning == ("Aim is switched off, training goes on: PermissionError: [Errno 13] Permission denied")
+
+
+class Broken:
+    """Raises in every method that is used of an aim.Run."""
+
+    def fail(self, *_, **__):
+        raise RuntimeError("boom")
+
+    track = close = __setitem__ = fail
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("track_config", ({"a": 1},)),
+        ("track_metadata", ("git_commit", "abc")),
+        ("track_metric", ("loss", 1.0, 0)),
+        ("track_distribution", ("w", [1.0], 0)),
+        ("track_image", ("i", np.zeros((2, 2), np.uint8), 0)),
+        ("track_text", ("t", "text", 0)),
+        ("close", ()),
+    ],
+)
+def test_no_method_of_the_tracker_raises_and_the_first_failure_is_the_only_warning(
+    monkeypatch, method, arguments
+):
+    monkeypatch.setattr(AimTracker, "_open", lambda *_: MagicMock())
+    warnings: list[str] = []
+    tracker = AimTracker("name", "run", warn=warnings.append)
+    tracker._run = Broken()
+    for _ in range(2):
+        getattr(tracker, method)(*arguments)
+    assert not tracker.enabled
+    assert warnings == ["Aim is switched off, training goes on: RuntimeError: boom"]
 
 
 def test_used_on_its_own_a_failure_is_a_python_warning(workdir, broken):

@@ -145,9 +145,7 @@ def test_without_a_guard_the_suite_fails(guard, tmp_path, campaign):
     if not campaign.whole:
         pytest.skip("seconds for each guard: pytest --campaign")
     copy = tmp_path / "project"
-    shutil.copytree(
-        PROJECT, copy, ignore=shutil.ignore_patterns(".*", "runs", "data", "__pycache__", "*.egg-info")
-    )
+    shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
     (copy / guard.file).write_text(text.replace(guard.code, guard.without))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *guard.tests.split()]
     result = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)

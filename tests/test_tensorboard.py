@@ -592,6 +592,43 @@ def test_used_on_its_own_a_failure_is_a_python_warning(tmp_path):
         TensorBoardWriter(tmp_path / "file" / "logs")
 
 
+class Broken:
+    """Raises in every method that is used of a SummaryWriter."""
+
+    def fail(self, *_, **__):
+        raise RuntimeError("boom")
+
+    file_writer = property(fail)
+    add_scalar = add_histogram_raw = add_image = add_text = flush = close = fail
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("add_scalar", ("a", 1.0, 0)),
+        ("add_histogram", ("h", np.ones(2), np.arange(3.0), 0)),
+        ("add_image", ("i", np.zeros((2, 2), np.uint8), 0)),
+        ("add_text", ("t", "text", 0)),
+        ("add_hparams", ("mine", {"a": 1})),
+        ("add_embedding", ("e", None, ["a"], 0)),
+        ("flush", ()),
+        ("close", ()),
+    ],
+)
+def test_no_method_of_the_writer_raises_and_the_first_failure_is_the_only_warning(
+    tmp_path, method, arguments
+):
+    warnings: list[str] = []
+    writer = TensorBoardWriter(tmp_path, warn=warnings.append)
+    writer._writer.close()
+    writer._writer = Broken()
+    for _ in range(2):
+        getattr(writer, method)(*arguments)
+    assert not writer.enabled
+    (warning,) = warnings
+    assert warning.startswith("TensorBoard is switched off, training goes on: ")
+
+
 # --- configuration and instructions -------------------------------------------------------------------
 
 

@@ -29,7 +29,8 @@ from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.writer import TensorBoardWriter
 
 AIM_HASH_NAME = "aim.txt"  # in meta/
-SHAPING_TOO = ("max_iters", "grad_accum_steps", "data_path")  # though a resumed run may change them
+# Parameters that shape a training although a resumed run may change them.
+ALSO_COMPARED = ("max_iters", "grad_accum_steps", "data_path")
 
 
 class Trackers:
@@ -170,7 +171,7 @@ def comparable_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in hparams.items()
-        if name in SHAPING_TOO or not known[name].limits.may_change
+        if name in ALSO_COMPARED or not known[name].limits.may_change
     }
 
 
