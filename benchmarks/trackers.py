@@ -86,12 +86,11 @@ class Tracked:
     def __call__(self) -> None:
         trainer = self.steps.trainer
         for _ in range(self.count):
-            step = self.steps.step
+            step = trainer.step
             self.observer.observe(step)
-            loss = trainer.compute_gradients(step)
+            loss = trainer.forward_backward()
             self.observer.log_training_step(loss, step)
-            trainer.update(step)
-            self.steps.step += 1
+            trainer.optimizer_step()
         began = time.perf_counter()
         for done in [copy.start_flush() for copy in self.trackers.copies.values()]:
             done.wait()
