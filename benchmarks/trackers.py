@@ -86,7 +86,7 @@ class Tracked:
     def __call__(self) -> None:
         trainer = self.steps.trainer
         for _ in range(self.count):
-            step = self.steps.step
+            step = trainer.step
             self.observer.log_model(step)
             loss = trainer.forward_backward()
             self.observer.log_step(loss, step)
