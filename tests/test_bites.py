@@ -67,9 +67,9 @@ GUARDS = [
     ),
     Guard(
         "cut of the metrics",
-        "train.py",
-        "        cut_metrics(run.metrics_path, start.checkpoint.progress.step, console.warn)\n",
-        "        pass\n",
+        "utils_alg1/run/run.py",
+        "                cut_metrics(run.metrics_path, checkpoint.progress.step, console.warn)\n",
+        "",
         "tests/test_checkpoint.py -k every_row_once",
     ),
     Guard(

@@ -38,6 +38,7 @@ NOT_RUN = {
     "pytest": "it is what runs this; its flags are parsed",
     "ruff": ".ci/run runs it; that it does is looked up",
     "mypy": ".ci/run runs it; that it does is looked up",
+    ".ci/lint-imports": ".ci/run runs it; that it does is looked up",
     ".ci/run": "runs all tests; the shell reads it",
     "torchrun --nnodes": "needs several machines; torchrun and train.py parse their flags",
     "torchrun --standalone --nproc_per_node=2 train.py --resume": "test_processes.py resumes so; as above",
@@ -91,14 +92,14 @@ def run_ids(monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
 def stop_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     from utils_alg1.training.trainer import Trainer
 
-    update = Trainer.update
+    optimizer_step = Trainer.optimizer_step
 
-    def stopping(self, step):
-        if step == 3:
+    def stopping(self):
+        if self.step == 3:
             signal.raise_signal(signal.SIGTERM)
-        update(self, step)
+        optimizer_step(self)
 
-    monkeypatch.setattr(Trainer, "update", stopping)
+    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
 
 
 @pytest.fixture(scope="module")
