@@ -530,12 +530,12 @@ def test_help_lists_every_command_with_its_present_value(sample, model, type_in)
 
     assert (result.code, result.out) == (0, "\n")
     assert result.err.splitlines()[2:] == [
-        ":temperature 0.0  0 takes the likeliest",
-        ":length 12        characters of a text",
-        ":top-k 5          draw from so many likeliest only; off: from all",
-        ":top-p off        draw from the fewest that make up so much; off: from all",
-        ":seed 1337        of the draws, which begin anew",
-        ":unknown error    unknown characters of a prompt: error, skip or replace",
+        ":temperature 0.0  sampling temperature; 0: greedy",
+        ":length 12        number of characters",
+        ":top-k 5          sample from so many of the most likely characters; off: from all",
+        ":top-p off        sample from the most likely characters with this total probability; off: from all",
+        ":seed 1337        random seed; sampling restarts from it",
+        ":unknown error    characters of a prompt that are not in the vocabulary: error, skip or replace",
         ":help             this list",
         "::TEXT            the prompt :TEXT",
         "Ctrl-C            stops a text",
