@@ -53,8 +53,8 @@ def run_script(main: Callable[[], int]) -> None:
 def importing() -> Iterator[None]:
     """Disable the garbage collector during heavy imports, and freeze what they create.
 
-    Otherwise it scans the objects of PyTorch again and again and frees nothing: this takes a fifth of the time
-    of the import, and again some in the first steps, where it also unshares the memory of forked processes.
+    Otherwise it scans the objects of PyTorch again and again and frees nothing: this takes a fifth of the
+    import's time, and more in the first steps, where it also unshares the memory of forked processes.
     """
     if "torch" in sys.modules or not gc.isenabled():  # imported by someone else: there may be garbage
         yield

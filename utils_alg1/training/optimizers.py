@@ -1,7 +1,7 @@
 """The optimizers: AdamW, SGD and Muon.
 
-They compute the same updates as torch.optim, with the same fused operators and the same state names. torch.optim
-itself is not used: creating an optimizer imports PyTorch's compiler, which takes longer than a short run, and
+They compute the updates of torch.optim, with the same fused operators and the same state names. torch.optim is
+not used: creating one of its optimizers imports PyTorch's compiler, which takes longer than a short run, and
 its step looks up the state of every parameter anew.
 """
 
@@ -16,8 +16,8 @@ from parameters import TrainConfig
 
 ADAMW_EPS = 1e-8
 
-# Newton-Schulz iteration x -> a x + b x^3 + c x^5 of Muon: five steps bring singular values that are not tiny to
-# between 0.7 and 1.2, which is close enough to 1 (Jordan et al. 2024).
+# Newton-Schulz iteration x -> a x + b x^3 + c x^5 of Muon: five steps bring singular values that are not tiny
+# to between 0.7 and 1.2, which is close enough to 1 (Jordan et al. 2024).
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ADAMW_RMS = 0.2  # typical RMS of AdamW's update, in units of the learning rate
@@ -104,10 +104,10 @@ class SGD(Optimizer):
 class Muon(AdamW):
     """Muon for groups with "momentum", AdamW for the others, with one learning rate.
 
-    The update of a hidden matrix is its Nesterov momentum, orthogonalized (Jordan et al. 2024, Muon: an optimizer
-    for hidden layers in neural networks) and scaled to the RMS of AdamW's updates (Liu et al. 2025, Muon is
-    scalable for LLM training). Weight decay is decoupled. A matrix of shape (3 C, C) is taken as three: the
-    fused query, key and value matrices.
+    The update of a hidden matrix is its Nesterov momentum, orthogonalized (Jordan et al. 2024, Muon: an
+    optimizer for hidden layers in neural networks) and scaled to the RMS of AdamW's updates (Liu et al. 2025,
+    Muon is scalable for LLM training). Weight decay is decoupled. A matrix of shape (3 C, C) is taken as three:
+    the fused query, key and value matrices.
     """
 
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
