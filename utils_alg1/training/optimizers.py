@@ -1,6 +1,6 @@
 """The optimizers: AdamW, SGD and Muon.
 
-They compute the updates of torch.optim, with the same fused operators and the same state names. torch.optim is
+They compute the updates of torch.optim, with the same fused operators and state names. torch.optim is
 not used: creating one of its optimizers imports PyTorch's compiler, which takes longer than a short run, and
 its step looks up the state of every parameter anew.
 """
@@ -106,8 +106,8 @@ class Muon(AdamW):
 
     The update of a hidden matrix is its Nesterov momentum, orthogonalized (Jordan et al. 2024, Muon: an
     optimizer for hidden layers in neural networks) and scaled to the RMS of AdamW's updates (Liu et al. 2025,
-    Muon is scalable for LLM training). Weight decay is decoupled. A matrix of shape (3 C, C) is taken as three:
-    the fused query, key and value matrices.
+    Muon is scalable for LLM training). Weight decay is decoupled. A matrix of shape (3 C, C) is taken as
+    three: the fused query, key and value matrices.
     """
 
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
