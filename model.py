@@ -1,16 +1,15 @@
 """The network: a decoder-only transformer over characters.
 
-Shapes are written beside the tensors with these letters:
+Shapes are noted beside the tensors, in these letters:
     B batch, T time (characters), C = n_embd, H = n_head, S = C / H (size of a head), V = vocab_size
 
-On disk the weights have the layout of the lecture that this architecture comes from, one key, query and
-value matrix for each head; in memory the heads of a block are one matrix, which is faster. `load_safetensors`
-and `save_safetensors` translate.
+In memory the queries, keys and values of all heads of a block are one matrix, which is faster. On disk each
+head has three matrices of its own, the layout of the lecture that this architecture comes from;
+`save_safetensors` and `load_safetensors` convert.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parameters import MODEL_OPTIONS, ModelConfig
-from utils_alg1.base.errors import Alg1Error
+from parameters import ModelConfig
 from utils_alg1.base.settings import field_names
-from utils_alg1.network.decoder import Decoder, KeyValueCache, check_sampling, next_token
-from utils_alg1.network.rotary import rotate, rotations
+from utils_alg1.network import decoder
+from utils_alg1.network.kv_cache import KeyValueCache
+from utils_alg1.network.rotary import apply_qk_norm_and_rotary, rotary_cos_sin
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
-from utils_alg1.network.weights import (
-    FORMAT,
-    FORMAT_VERSION,
-    OTHER_WEIGHTS,
-    config_from_shapes,
-    join_heads,
-    split_heads,
-)
+from utils_alg1.network.weights import describe_weights, join_heads, split_heads, weights_metadata
 
-INIT_STD = 0.02  # of the normal distribution that weights start from
+INIT_STD = 0.02  # standard deviation of the initial weights
 
 # What `BigramLanguageModel()` without a config is built from; see ModelConfig.apply_to_model_module.
 n_embd = ModelConfig.n_embd
@@ -49,39 +41,40 @@ zero_init = ModelConfig.zero_init
 
 
 class Head:
-    """One head of a `MultiHeadAttention`, in the plain form of the textbook.
+    """One head of a `MultiHeadAttention`, computed as in the textbook.
 
-    It owns nothing: its weights are rows of the block's fused matrix. It gives the attention weights that
-    pictures need, and the result that the fused form must equal.
+    It has no parameters of its own: its weights are rows of the fused matrix. It gives the attention weights
+    that plots need, and the reference result for tests of the fused form.
     """
 
     def __init__(self, attention: MultiHeadAttention, index: int):
         self.attention = attention
         self.index = index
 
-    def _weight(self, which: int) -> Tensor:
-        """Rows of query (0), key (1) or value (2): (S, C)."""
-        size, C = self.attention.head_size, self.attention.n_embd
-        start = which * C + self.index * size
-        return self.attention.qkv.weight[start : start + size]
+    def _rows(self, which: int) -> Tensor:
+        """The query (0), key (1) or value (2) matrix of this head: (S, C)."""
+        S, C = self.attention.head_size, self.attention.n_embd
+        start = which * C + self.index * S
+        return self.attention.qkv.weight[start : start + S]
 
     @property
     def query(self) -> Tensor:
-        return self._weight(0)
+        return self._rows(0)
 
     @property
     def key(self) -> Tensor:
-        return self._weight(1)
+        return self._rows(1)
 
     @property
     def value(self) -> Tensor:
-        return self._weight(2)
+        return self._rows(2)
 
     def weights(self, x: Tensor) -> Tensor:
-        """How much each character attends to each: (B, T, C) -> (B, T, T), rows sum to 1."""
-        T = x.shape[1]
-        turns = rotations(self.attention.config, 0, T, x.device)
-        q, k = (self.attention.compared(F.linear(x, w), turns) for w in (self.query, self.key))  # (B, T, S)
+        """Compute the attention weights (B, T, T) of x (B, T, C); row t weighs the characters 0 to t."""
+        config, T = self.attention.config, x.shape[1]
+        cos_sin = rotary_cos_sin(config, 0, T, x.device)
+        q = apply_qk_norm_and_rotary(F.linear(x, self.query), config.qk_norm, cos_sin)  # (B, T, S)
+        k = apply_qk_norm_and_rotary(F.linear(x, self.key), config.qk_norm, cos_sin)  # (B, T, S)
         scores = q @ k.transpose(-2, -1) * self.attention.head_size**-0.5  # (B, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
@@ -92,7 +85,7 @@ class Head:
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention: all heads as one product, then a projection."""
+    """Causal self-attention: all heads in one product, then a projection."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -106,24 +99,21 @@ class MultiHeadAttention(nn.Module):
     def heads(self) -> list[Head]:
         return [Head(self, index) for index in range(self.n_head)]
 
-    def compared(self, x: Tensor, turns: Tensor | None) -> Tensor:
-        """Queries or keys (..., T, S) as they meet: of one length with qk_norm, turned with rotary positions.
-
-        The length is that of S ones, as in RMSNorm (Henry et al. 2020, Query-Key Normalization).
-        """
-        if self.config.qk_norm:
-            x = F.rms_norm(x, x.shape[-1:])
-        return x if turns is None else rotate(x, turns)
-
     def forward(
-        self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0, turns: Tensor | None = None
+        self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0, cos_sin: Tensor | None = None
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C). With a cache, x follows the characters that it holds."""
+        """(B, T, C) -> (B, T, C). With a cache, x continues the characters in it.
+
+        Args:
+            layer: the index of this block in the cache.
+            cos_sin: see `rotary_cos_sin`, of the positions of x.
+        """
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, S) each
-        q, k = self.compared(q, turns), self.compared(k, turns)
-        # A query of one character sees all of the cache; longer ones start an empty cache.
+        q = apply_qk_norm_and_rotary(q, self.config.qk_norm, cos_sin)
+        k = apply_qk_norm_and_rotary(k, self.config.qk_norm, cos_sin)
+        # A single query attends to the whole cache; several queries come only with an empty cache.
         causal = cache is None or cache.length == 0
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, length + T, S)
@@ -134,7 +124,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedFoward(nn.Module):
-    """Each character for itself: widen four times, ReLU, narrow."""
+    """A two-layer MLP applied to each position: C -> 4 C, ReLU, 4 C -> C."""
 
     def __init__(self, n_embd: int, dropout: float):
         super().__init__()
@@ -151,7 +141,7 @@ class FeedFoward(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: characters communicate, then each computes; pre-norm, with residuals."""
+    """A pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -161,24 +151,24 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
 
     def forward(
-        self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0, turns: Tensor | None = None
+        self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0, cos_sin: Tensor | None = None
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.sa(self.ln1(x), cache, layer, turns)
+        x = x + self.sa(self.ln1(x), cache, layer, cos_sin)
         return x + self.ffwd(self.ln2(x))
 
 
 class BigramLanguageModel(nn.Module):
-    """A character-level GPT (the name is historical: the lecture began with bigrams).
+    """A character-level GPT. (The name is historical: the lecture begins with a bigram model.)
 
     Args:
-        config: its sizes. Without one the globals of this module are read; where their vocab_size is not
-            set either, the model is empty until `load_safetensors` gives it sizes and weights.
+        config: the sizes. Without one, the globals of this module are used; if their vocab_size is None, the
+            model stays empty until `load_safetensors` gives it sizes and weights.
 
     Attributes:
         config: the ModelConfig it was built from.
-        vocabulary: its characters by token, or None where nobody told; travels with the export.
-        provenance: what is known of the weights' origin (JSON values); travels with the export.
+        vocabulary: the characters by token, or None if unknown; stored in the export.
+        provenance: where the weights come from (JSON values); stored in the export.
     """
 
     def __init__(self, config: ModelConfig | None = None):
@@ -194,35 +184,31 @@ class BigramLanguageModel(nn.Module):
 
     def _build(self, config: ModelConfig) -> None:
         config.validate()
-        assert config.vocab_size is not None  # validate() saw to it
+        assert config.vocab_size is not None  # validate() has checked that
         self.config = config
         C = config.n_embd
         self.token_embedding_table = nn.Embedding(config.vocab_size, C)
-        self.position_embedding_table = None  # with rotary positions
+        self.position_embedding_table = None  # none with rotary positions
         if config.positions == "learned":
             self.position_embedding_table = nn.Embedding(config.block_size, C)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(C)
         self.lm_head = nn.Linear(C, config.vocab_size)
         self.apply(_init_weights)
-        if config.zero_init:
+        if config.zero_init:  # every block starts as the identity
             for name, parameter in self.blocks.named_parameters():
                 if name.endswith(("sa.proj.weight", "ffwd.net.2.weight")):
                     nn.init.zeros_(parameter)
 
-    def turns(self, start: int, end: int) -> Tensor | None:
-        """`rotations` of this model, where its weights are."""
-        return rotations(self.config, start, end, self.lm_head.weight.device)
-
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Predict the next character at every place.
+        """Predict the next character at every position.
 
         Args:
             idx: (B, T) int64 tokens, T <= block_size.
-            targets: (B, T) int64 tokens that follow, or None.
-            cache: of the characters before idx; idx is added to it. Then T is 1 or the cache is empty.
+            targets: (B, T) int64, the token that follows each of idx, or None.
+            cache: holds the characters before idx; idx is added to it. T must be 1, or the cache empty.
 
         Returns:
             logits (B, T, V), and the mean cross-entropy in nats (a scalar), or None without targets.
@@ -233,9 +219,9 @@ class BigramLanguageModel(nn.Module):
         x = self.token_embedding_table(idx)  # (B, T, C)
         if self.position_embedding_table is not None:
             x = x + self.position_embedding_table.weight[past : past + T]
-        turns = self.turns(past, past + T)
+        cos_sin = rotary_cos_sin(self.config, past, past + T, self.lm_head.weight.device)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer, turns)
+            x = block(x, cache, layer, cos_sin)
         if cache is not None:
             cache.length += T
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
@@ -253,7 +239,7 @@ class BigramLanguageModel(nn.Module):
         generator: torch.Generator | None = None,
         stop: Sequence[int] | None = None,
     ) -> Tensor:
-        """Continue each row of idx: (B, T) -> (B, T + max_new_tokens), or shorter where `stop` ended it.
+        """Continue each row of idx: (B, T) -> (B, T + max_new_tokens), or fewer if `stop` ends it.
 
         See `generate_stream` for the arguments.
         """
@@ -272,52 +258,24 @@ class BigramLanguageModel(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue each row of idx, yielding (B,) tokens as they are drawn.
 
-        The model sees the whole text while it fits into block_size. After that the positions of all
-        characters would shift with every new one, and nothing could be kept; so when the context is full,
-        the older half is dropped: from then on each character is drawn from between block_size / 2 and
-        block_size characters of context.
+        The model sees the whole text while it fits into block_size. Beyond that, every new character would
+        shift the positions of all others, which would invalidate the cache. So when the context is full, its
+        older half is dropped: from then on the context of a character is between block_size / 2 and
+        block_size characters long.
 
         Args:
             idx: (B, T) int64 tokens, T >= 1.
-            max_new_tokens: how many to draw.
-            temperature: below 1 is more certain, above 1 more varied; 0 takes the likeliest.
-            top_k: draw from the k likeliest only.
-            top_p: draw from the fewest whose probabilities reach p only.
+            max_new_tokens: how many tokens to draw.
+            temperature: the logits are divided by it; 0 always takes the most likely token.
+            top_k: draw from the k most likely tokens only.
+            top_p: draw from the smallest set of most likely tokens whose probabilities sum to at least p.
             generator: on the model's device; the same state draws the same text.
-            stop: tokens that end the generation once every row has drawn them in a row.
+            stop: generation ends once every row has drawn this sequence of tokens.
 
         Raises:
             ValueError: idx is empty, or an argument is out of range.
         """
-        check_sampling(temperature, top_k, top_p)
-        if idx.shape[1] < 1:
-            raise ValueError("idx must hold at least one token")
-        was_training = self.training
-        self.eval()
-        try:
-            B, size = idx.shape[0], self.config.block_size
-            decoder = Decoder(self, B)
-            fresh = idx[:, -size:]  # what the decoder has not seen
-            context = [fresh]  # in pieces (B, T)
-            ending = idx.new_tensor(list(stop or ()))
-            recent = idx.new_full((B, len(ending)), -1)
-            stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
-            for _ in range(max_new_tokens):
-                logits = decoder.logits(fresh)  # (B, V)
-                token = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
-                yield token
-                if stop:
-                    recent = torch.cat([recent[:, 1:], token[:, None]], dim=1)
-                    stopped |= (recent == ending).all(dim=1)
-                    if stopped.all():
-                        return
-                fresh = token[:, None]
-                context.append(fresh)
-                if decoder.cache.length == size:
-                    fresh = torch.cat(context, dim=1)[:, -max(1, size // 2) :]
-                    context, decoder.cache.length = [fresh], 0
-        finally:
-            self.train(was_training)
+        return decoder.generate_stream(self, idx, max_new_tokens, temperature, top_k, top_p, generator, stop)
 
     def save_safetensors(self, path: str | Path) -> None:
         """Write the weights, sizes, vocabulary and provenance to one file, atomically.
@@ -327,29 +285,23 @@ class BigramLanguageModel(nn.Module):
         """
         if self.config.vocab_size is None:
             raise ValueError("this model is empty: give it a config, or load weights first")
-        metadata = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "model": self.config.stored(),
-            "vocabulary": self.vocabulary,
-            "provenance": self.provenance,
-        }
+        metadata = weights_metadata(self.config, self.vocabulary, self.provenance)
         write_tensors(path, split_heads(self.state_dict(), self.config), metadata)
 
     def load_safetensors(
         self, path: str | Path, vocabulary: Sequence[str] | None = None
     ) -> BigramLanguageModel:
-        """Take sizes, weights, vocabulary and provenance from a file, whatever this model's sizes were.
+        """Replace sizes, weights, vocabulary and provenance by those of a file.
 
         Args:
-            path: written by `save_safetensors`, or any safetensors file in the lecture's layout.
+            path: written by `save_safetensors`, or any safetensors file in the layout of the lecture.
             vocabulary: the characters by token, for a file that does not hold them.
 
         Returns:
             the model itself, on the CPU.
 
         Raises:
-            Alg1Error: not a whole safetensors file, damaged, or not these weights; the model is unchanged.
+            Alg1Error: the file is incomplete, damaged, or not of such a model; the model is unchanged.
         """
         return self.load_tensors(*read_tensors(path), path, vocabulary)
 
@@ -360,41 +312,15 @@ class BigramLanguageModel(nn.Module):
         path: str | Path,
         vocabulary: Sequence[str] | None = None,
     ) -> BigramLanguageModel:
-        """`load_safetensors` for a file that `read_tensors` has read; `path` is for messages."""
-        if metadata is not None and metadata.get("format") != FORMAT:
-            raise Alg1Error(
-                f"{path}: this is {metadata.get('format')!r}, not an exported model", OTHER_WEIGHTS
-            )
-        if metadata is not None and metadata.get("format_version") != FORMAT_VERSION:
-            raise Alg1Error(
-                f"{path}: format version {metadata.get('format_version')!r} is not known",
-                "use the release of ALG1 that wrote it",
-            )
-        metadata = metadata or {}
-        stored = metadata.get("model")
-        told = stored if isinstance(stored, dict) else {}
-        config = config_from_shapes(tensors, path, told)
-        if stored is not None and dataclasses.asdict(config) != MODEL_OPTIONS | told:
-            raise Alg1Error(f"{path}: its sizes and its tensors do not agree", OTHER_WEIGHTS)
-        characters = vocabulary if vocabulary is not None else metadata.get("vocabulary")
-        if characters is not None and len(characters) != config.vocab_size:
-            raise Alg1Error(
-                f"{path}: the vocabulary has {len(characters)} characters,"
-                f" the weights are for {config.vocab_size}",
-                "name the vocabulary of the text that it was trained on",
-            )
-        if characters is not None and list(characters) != sorted(set(characters)):
-            raise Alg1Error(
-                f"{path}: the vocabulary is not a sorted set of characters, token by token", OTHER_WEIGHTS
-            )
+        """`load_safetensors` with the result of `read_tensors`; path is for error messages."""
+        about = describe_weights(tensors, metadata, path, vocabulary)
         with torch.device("meta"):
-            expected = BigramLanguageModel(config).state_dict()
-        state = join_heads(tensors, expected, config, path)
-        self._build(config)
+            expected = BigramLanguageModel(about.config).state_dict()
+        state = join_heads(tensors, expected, about.config, path)
+        self._build(about.config)
         self.load_state_dict(state)
-        self.train(self.training)  # the new modules are in training mode, whatever the old ones were
-        self.vocabulary = None if characters is None else list(characters)
-        self.provenance = metadata.get("provenance") or {}
+        self.train(self.training)  # the new modules are in training mode, whatever the old ones were in
+        self.vocabulary, self.provenance = about.vocabulary, about.provenance
         return self
 
 

@@ -1,10 +1,10 @@
-"""What a checkpoint costs the loop, in steps.
+"""The cost of a checkpoint to the training loop, in steps.
 
     python benchmarks/checkpoint.py
 
-Steps with one checkpoint before the first take turns with steps without; the difference is what the loop
-waits for, and what the thread that writes takes from the steps beside it. "The call" is the time of the call
-that saves it.
+Turns of steps with a checkpoint before the first alternate with turns without. The difference is the time for
+which the loop waits, and what the writing thread takes from the steps that run meanwhile. "The call" is the
+time of the call of `save` alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from common import SIZES, Steps, build_trainer, interleave, machine, parser, tab
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--data", help="a text; Python's documentation where left out")
+    options.add_argument("--data", help="a text (default: Python's documentation)")
     options.add_argument("--steps", type=int, default=8, help="in a turn")
     options.add_argument("--rounds", type=int, default=40)
     options.add_argument("--threads", type=int, default=0, help="0: train.py's choice")
@@ -36,8 +36,8 @@ def main() -> None:
 
 
 def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
-    from utils_alg1.training.checkpoint import CheckpointStore
-    from utils_alg1.training.progress import Progress
+    """Return the row of one size."""
+    from utils_alg1.training.checkpoint import CheckpointMetadata, CheckpointStore
 
     count = args.steps
     rounds = args.rounds if SIZES[name]["n_embd"] < 200 else max(2, args.rounds // 8)  # seconds a step
@@ -46,12 +46,12 @@ def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
     trainer = build_trainer(text_or_docs(args.data, folder), **SIZES[name], threads=args.threads)
     steps = Steps(trainer, count)
     store = CheckpointStore(checkpoints, keep=2)
-    about = {"run_id": "benchmark", "parameters": {}, "corpus_sha256": "", "trackers": {}}
+    about: CheckpointMetadata = {"run_id": "benchmark", "parameters": {}, "corpus_sha256": "", "trackers": {}}
     calls = []
 
     def save() -> None:
         began = time.perf_counter()
-        store.save(trainer, Progress(steps.step), about)
+        store.save(trainer, about)
         calls.append(time.perf_counter() - began)
 
     def with_checkpoint() -> None:

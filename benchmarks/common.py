@@ -1,4 +1,4 @@
-"""What the benchmarks share: fair turns, tables, peers from a checkout, children that tell what they took."""
+"""Shared by the benchmarks: interleaved timing, tables, peers from a checkout, measured child processes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ SIZES = {
 
 
 def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Call all in turn, `rounds` times, every second time backwards: the seconds of each call.
+    """Call each function once a round, in reverse order every second round; returns the seconds of each call.
 
-    On a shared machine only what ran side by side can be compared, so that a slow minute hits all alike.
+    Only timings taken side by side are comparable: a slow minute of the machine then hits all alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(rounds):
@@ -46,12 +46,12 @@ def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
-    """The median over the rounds of how many times longer the first took."""
+    """Return how many times longer `slower` took than `faster`: the median over the rounds."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows that name their columns, as Markdown; None is what was not measured."""
+    """Print rows (column name -> value) as a Markdown table; None or a missing value is shown as "-"."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, *([_cell(row.get(name)) for name in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
@@ -70,11 +70,11 @@ def _cell(value: Any) -> str:
 
 
 def load(path: Path | str, name: str) -> ModuleType:
-    """A module of a peer's checkout, by its file."""
+    """Import a module of a peer's checkout by its file."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -83,16 +83,18 @@ def load(path: Path | str, name: str) -> ModuleType:
 
 
 def parser(documentation: str | None) -> argparse.ArgumentParser:
-    """The options of every benchmark; its docstring is its manual."""
+    """Return a parser with the options of every benchmark; the benchmark's docstring is its help."""
     made = argparse.ArgumentParser(
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--quick", action="store_true", help="a few seconds: whether it works, no figures")
+    made.add_argument(
+        "--quick", action="store_true", help="a run of a few seconds that only shows that the benchmark works"
+    )
     return made
 
 
 def machine() -> str:
-    """One line on where and when figures were measured."""
+    """Return one line on when and where the figures are measured: processor, load, versions."""
     import numpy
     import torch
 
@@ -107,7 +109,7 @@ def machine() -> str:
 
 
 def text_or_docs(path: str | None, folder: Path) -> Path:
-    """A copy of the named text, or Python's documentation, in `folder`, where its cache is made too."""
+    """Copy a text, or Python's documentation if None, to `folder`, where its token cache is written."""
     from utils_alg1.data.sources import find_corpus
 
     if path is not None:
@@ -120,70 +122,70 @@ def text_or_docs(path: str | None, folder: Path) -> Path:
 
 
 def build_trainer(text: Path, **values: Any) -> Any:
-    """The Trainer that `train.py` would make, with flags by their parameter's name."""
+    """Return the Trainer that train.py would build for these parameters."""
     import train
-    from utils_alg1.data import corpus as corpus_module
-    from utils_alg1.training import resume as resume_module
-    from utils_alg1.training import runtime as runtime_module
+    from utils_alg1.data.corpus import open_corpus
+    from utils_alg1.run.job import Job
+    from utils_alg1.run.start import Start
+    from utils_alg1.training.distributed import SingleProcess
+    from utils_alg1.training.runtime import start_runtime
     from utils_alg1.utils_output import Console
 
     params = parameters(text, **values)
-    runtime = runtime_module.start_runtime(params.train, params.flops_per_step())
-    console = Console(quiet=True)
-    corpus = corpus_module.open_corpus(text)
-    return train.build_trainer(params, resume_module.Start(), corpus, runtime, console)[0]
+    corpus = open_corpus(text)
+    runtime = start_runtime(params.train, params.flops_per_step())
+    job = Job(params, Start(), {}, False, text, corpus.sha256, corpus, runtime)
+    return train.build_trainer(job, SingleProcess(), Console(quiet=True))
 
 
 def parameters(text: Path, **values: Any) -> Any:
-    """The parameters of a run on a text; the working folder's configuration files are left aside."""
+    """Return the parameters of a run on a text, without the configuration files of the working folder."""
     from parameters import Parameters
 
     return Parameters.from_values({"data_path": str(text), **values}, {}, [])
 
 
 class Steps:
-    """Takes training steps; every call takes as many, and reads the loss of each as the loop does."""
+    """Takes `count` training steps per call, and reads the loss of each as the training loop does."""
 
     def __init__(self, trainer: Any, count: int):
         self.trainer = trainer
         self.count = count
-        self.step = 0
 
     def __call__(self) -> None:
         for _ in range(self.count):
             self.take()
 
     def take(self) -> float:
-        loss = self.trainer.compute_gradients(self.step)
-        self.trainer.update(self.step)
-        self.step += 1
+        loss = self.trainer.forward_backward()
+        self.trainer.optimizer_step()
         return loss
 
 
-TURN = 25  # steps
+TURN = 25  # steps of a run before the next one's turn
 
 
 def train_in_turns(text: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Train runs of these settings to their ends, in turns: what each reached, as the end of a table's row.
+    """Train runs with these settings to their ends, in turns; returns the results of each as table cells.
 
-    Seconds count training only: no evaluations, no trackers.
+    The seconds are those of training alone, without evaluations and trackers.
     """
-    steps = [Steps(build_trainer(text, **settings), 1) for settings in runs]
+    trainers = [build_trainer(text, **settings) for settings in runs]
     seconds = [0.0] * len(runs)
-    while any(run.step < settings["max_iters"] for run, settings in zip(steps, runs, strict=True)):
-        for i, (run, settings) in enumerate(zip(steps, runs, strict=True)):
+    while not all(trainer.finished for trainer in trainers):
+        for i, trainer in enumerate(trainers):
+            count = min(TURN, trainer.config.max_iters - trainer.step)
             began = time.perf_counter()
-            for _ in range(min(TURN, settings["max_iters"] - run.step)):
-                run.take()
+            Steps(trainer, count)()
             seconds[i] += time.perf_counter() - began
     return [
         {
-            "steps": run.step,
-            "val loss": f"{run.trainer.evaluate(run.step).val_loss:.3f}",
+            "steps": trainer.step,
+            "val loss": f"{trainer.evaluate().val_loss:.3f}",
             "seconds": taken,
-            "ms/step": 1000 * taken / run.step,
+            "ms/step": 1000 * taken / trainer.step,
         }
-        for run, taken in zip(steps, seconds, strict=True)
+        for trainer, taken in zip(trainers, seconds, strict=True)
     ]
 
 
@@ -191,10 +193,10 @@ def train_in_turns(text: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[s
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held at once."""
+    """Return this process's peak resident memory in bytes."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):  # not ru_maxrss, in which a child begins with its parent's
+            if line.startswith("VmHWM"):  # not ru_maxrss, which a child inherits from its parent
                 return int(line.split()[1]) * 1024
     import resource
 
@@ -203,11 +205,11 @@ def peak_memory() -> int:
 
 
 def child(code: str, *arguments: object, folder: Path) -> dict[str, Any]:
-    """Run Python code in a process of its own: what it gave to `report`, and its peak memory.
+    """Run Python code in a child process; returns the values it gave to `report`, and "peak", its memory.
 
     Args:
-        arguments: its sys.argv[1:].
-        folder: where it works.
+        arguments: the child's sys.argv[1:].
+        folder: the child's working directory.
     """
     preamble = "import sys, time; from common import report\n"
     done = run([sys.executable, "-c", preamble + code, *map(str, arguments)], folder)
@@ -215,22 +217,22 @@ def child(code: str, *arguments: object, folder: Path) -> dict[str, Any]:
 
 
 def report(**values: Any) -> None:
-    """What a child tells its parent: the last line that it prints."""
+    """Print values for the parent, as the last line of a child's output."""
     print(json.dumps({"peak": peak_memory(), **values}), flush=True)
 
 
 def run(command: Sequence[str], folder: Path) -> str:
-    """Run a program to its end, and to that of all that it has started: what it printed.
+    """Run a program, wait for it and for all processes that it started; returns its standard output.
 
     Raises:
-        SystemExit: it failed, with what it said.
+        SystemExit: it failed; the message holds its output.
     """
     with start(command, folder) as program:
         return finish(program)
 
 
 def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
-    """Start a program that finds the project's modules; `finish` ends it."""
+    """Start a program that can import the project's modules; wait for it with `finish`."""
     paths = os.pathsep.join([str(FOLDER), str(PROJECT)])
     return subprocess.Popen(
         list(command),
@@ -244,7 +246,7 @@ def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
 
 
 def finish(program: subprocess.Popen[str]) -> str:
-    """Wait for a program and all that it has started; as `run`."""
+    """Wait for a started program and all processes that it started; see `run`."""
     out, err = program.communicate()
     if program.returncode:
         raise SystemExit(f"{shlex.join(program.args)[:300]}\n{out[-2000:]}{err[-4000:]}")  # type: ignore[arg-type]
@@ -253,6 +255,6 @@ def finish(program: subprocess.Popen[str]) -> str:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Peers print while they build."""
+    """Suppress standard output: the peers print while they build their models."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield

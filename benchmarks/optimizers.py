@@ -1,9 +1,9 @@
-"""What each optimizer reaches in a run, and in what time: AdamW and Muon on 128/4/4 T64 B12.
+"""Validation loss and training time of AdamW and Muon on 128/4/4 T64 B12.
 
     python benchmarks/optimizers.py --data TEXT         some minutes; TEXT is tiny Shakespeare in the README
 
-The learning rates are the best of those tried, on the same text and seed. The runs take turns of some steps,
-and seconds count training only: no evaluations, no trackers.
+The learning rates are the best of those tried, on the same text and seed. The runs take turns of a few steps;
+the seconds are those of training alone, without evaluations and trackers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What each option of the model buys in equally many steps: configs/fast with some of its options only.
+"""What each model option gains in the same number of steps: configs/fast with only some of its options.
 
     python benchmarks/options.py --data TEXT            some minutes; TEXT is tiny Shakespeare in the README
 
-All runs have the steps, the learning rate and the seed of configs/fast. They take turns of some steps, and
-seconds count training only: no evaluations, no trackers.
+All runs have the steps, the learning rate and the seed of configs/fast. They take turns of a few steps; the
+seconds are those of training alone, without evaluations and trackers.
 """
 
 from __future__ import annotations

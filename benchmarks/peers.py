@@ -1,4 +1,4 @@
-"""Training steps of the peers, from checkouts named on the command line; none of their code is here."""
+"""Training steps of other projects, imported from the checkouts named on the command line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from common import load, silence
 def nanogpt_step(
     checkout: Path, tokens: np.ndarray, vocab_size: int, size: dict[str, int], folder: Path, compile: bool
 ) -> Callable[[], float]:
-    """A step as nanoGPT's train.py takes it on a CPU, with the settings of its character model.
+    """Return a training step as nanoGPT's train.py takes it on a CPU, with its character model's settings.
 
-    Its GPT without biases or dropout, its optimizer, its way to draw batches (the file is mapped anew
-    for every batch) and to fetch the next one before the backward pass, the gradient clipped at 1.0.
+    That is its GPT without biases and dropout, its optimizer, its way of drawing batches (the file is mapped
+    again for every batch, the next batch is drawn before the backward pass), and gradient clipping at 1.0.
     """
     model_py = load(checkout / "model.py", "nanogpt_model")
     path = folder / "train.bin"
@@ -58,10 +58,10 @@ def nanogpt_step(
 def lecture_step(
     checkout: Path, tokens: np.ndarray, vocab_size: int, size: dict[str, int]
 ) -> Callable[[], float]:
-    """A step as the lecture's gpt.py takes it: its classes and its get_batch, without its script.
+    """Return a training step as the lecture's gpt.py takes it, with its classes and its get_batch.
 
-    They read the names of their module, and the script trains where it is imported: so its imports, classes
-    and get_batch are executed alone, with the sizes in place of its own.
+    Importing gpt.py would train, and its classes read module globals: only its imports, classes and get_batch
+    are executed, with these sizes as globals.
     """
     tree = ast.parse((checkout / "gpt.py").read_text(encoding="utf-8"))
     wanted: list[ast.stmt] = [

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py            a table, and the picture benchmarks/scaling.png
 
-One of them changes, the others stay at 128/4/4 T64 B12 and a text of 1 MB. Every point is a process of its
-own, with the number of threads that train.py chooses; its steps are those of train.py's Trainer. The first
-step on a text waits for its tokens. The speed is that of the quickest step, which other work disturbs least.
+One of them changes, the others stay at 128/4/4 T64 B12 and a text of 1 MB. Each point is measured in its own
+process, with the number of threads that train.py chooses and the steps of its Trainer. The first step on a
+text includes writing its token cache. The speed is that of the fastest step, which other load disturbs least.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
 
     options = parser(__doc__)
     options.add_argument("--threads", type=int, default=0)
-    options.add_argument("--seconds", type=float, default=3.0, help="of steps for each point and round")
+    options.add_argument("--seconds", type=float, default=3.0, help="of steps, per point and round")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--picture", type=Path, default=FOLDER / "scaling.png")
     args = options.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
     found: dict[tuple[str, int], list[dict[str, Any]]] = {point: [] for point in points}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for _ in range(args.rounds):  # not point by point: a slow minute would be a dent in the curve
+        for _ in range(args.rounds):  # not point by point: a slow minute would dent the curve
             for axis, value in points:
                 megabytes = value if axis == "corpus, MB" else MEGABYTES
                 text = folder / f"{megabytes}.txt"
@@ -72,7 +72,7 @@ def main() -> None:
                 found[axis, value].append(child(MEASURE, text, values, args.seconds, folder=folder))
     rows = []
     for (axis, value), done in found.items():
-        step = min(one["step"] for one in done)  # other work only makes it longer
+        step = min(one["step"] for one in done)  # other load can only make it longer
         rows.append(
             {
                 "what changes": axis,
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """A pair of curves for each axis, in logarithmic scales."""
+    """Draw speed and memory over each axis, and save the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator

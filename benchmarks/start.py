@@ -1,10 +1,10 @@
-"""How long one waits: for --help, and for the first step of a run, against importing torch alone.
+"""Start-up time: of --help, and until the first step of a run, compared with importing torch alone.
 
     python benchmarks/start.py
 
-Every turn is a new process. The first step is that of a run with the default settings, trackers included, on
-a text whose tokens are in the cache; before it the loop evaluates once and saves a checkpoint. The processes
-of the trackers may come to their end after each turn, outside of the time.
+Every turn starts a new process. The first step is that of a run with the default settings, trackers included,
+on a text whose tokens are cached; before it the loop evaluates once and saves a checkpoint. After each turn
+the tracker processes may finish, which is not timed.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from pathlib import Path
 
 from common import PROJECT, finish, interleave, machine, parser, ratio, start, table, text_or_docs
 
-# Leaves as soon as the first step is taken.
+# Exits as soon as the first step is taken.
 UNTIL_FIRST_STEP = """
 import os
 import train
 
-def loop(trainer, *rest):
-    update = trainer.update
-    def update_and_leave(step):
-        update(step)
+def train_one_step(trainer, run):
+    optimizer_step = trainer.optimizer_step
+    def step_and_exit():
+        optimizer_step()
         os._exit(0)
-    trainer.update = update_and_leave
-    wait(trainer, *rest)
+    trainer.optimizer_step = step_and_exit
+    train_all(trainer, run)
 
-wait, train.loop = train.loop, loop
+train_all, train.train = train.train, train_one_step
 train.run_script(train.main)
 """
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--data", help="a text; Python's documentation where left out")
+    options.add_argument("--data", help="a text (default: Python's documentation)")
     options.add_argument("--rounds", type=int, default=9)
     args = options.parse_args()
     if args.quick:
@@ -67,7 +67,7 @@ def main() -> None:
         turns = {name: Turn(command, folder) for name, command in commands.items()}
         if not args.quick:
             for turn in turns.values():
-                turn()  # files into memory, tokens into the cache
+                turn()  # warm the file cache and the token cache
                 turn.seconds.clear()
         interleave(turns, args.rounds)
         seconds = {name: turn.seconds for name, turn in turns.items()}
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 class Turn:
-    """Runs a program; `seconds` are those until it has ended itself, whatever it has left behind."""
+    """Runs a program; `seconds` are the times until it exits, though processes it started may still run."""
 
     def __init__(self, command: list[str], folder: Path):
         self.command, self.folder = command, folder
@@ -97,7 +97,7 @@ class Turn:
         with start(self.command, self.folder) as program:
             program.wait()
             self.seconds.append(time.perf_counter() - began)
-            finish(program)  # the processes that it has left hold its output open
+            finish(program)  # the processes that it started keep its output open
         shutil.rmtree(self.folder / "runs", ignore_errors=True)
 
 

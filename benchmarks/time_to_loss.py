@@ -1,11 +1,11 @@
-"""Wall time to a validation loss below 1.88 on tiny Shakespeare: the whole program, beside nanoGPT's.
+"""Wall time of the whole program to a validation loss below 1.88 on tiny Shakespeare, beside nanoGPT.
 
     python benchmarks/time_to_loss.py --data input.txt --nanogpt PATH
 
-Ours is `python train.py --config configs/fast`, trackers, evaluations and export included, on a text that it
-has not seen before. nanoGPT's is its train.py with the flags that its README gives for a CPU, in a copy of
-the checkout; making its data is a row of its own, and not in the ratio. The loss on all of the val text is
-measured alike for both: the mean over the last tenth of the text, in sequences of the model's block_size.
+ALG1 runs `python train.py --config configs/fast`, trackers, evaluations and export included, without a token
+cache. nanoGPT runs its train.py with the flags that its README gives for a CPU, in a copy of the checkout;
+preparing its data is a separate row, not part of the ratio. The loss on all of the val text is measured alike
+for both: the mean over the last tenth of the text, in sequences of the model's block_size.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ NANOGPT_FLAGS = (
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    options.add_argument("--data", help="tiny Shakespeare, as a file; else Python's documentation")
-    options.add_argument("--config", default=str(PROJECT / "configs" / "fast"), help="our preset")
+    options.add_argument("--data", help="the file of tiny Shakespeare (default: Python's documentation)")
+    options.add_argument("--config", default=str(PROJECT / "configs" / "fast"), help="the preset of ALG1")
     options.add_argument("--rounds", type=int, default=1)
-    options.add_argument("--threads", type=int, default=0, help="of both; 0 is each one's own choice")
+    options.add_argument("--threads", type=int, default=0, help="of both; 0: each one's own choice")
     args = options.parse_args()
     if args.quick:
         args.threads = args.threads or 1
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 class Ours:
-    """A run of train.py in a folder of its own."""
+    """A run of train.py in its own folder."""
 
     preparing = 0.0
 
@@ -86,7 +86,7 @@ class Ours:
         run(self.command, self.folder)
 
     def loss(self) -> float:
-        """Of the export, over the validation text."""
+        """Return the loss of the export on the validation text."""
         import torch
 
         from utils_alg1.data.corpus import open_corpus
@@ -106,7 +106,7 @@ class NanoGPT:
         shutil.copytree(args.nanogpt, self.folder, ignore=shutil.ignore_patterns(".git"))
         data = self.folder / "data" / "shakespeare_char"
         shutil.copy(text_or_docs(args.data, folder), data / "input.txt")
-        (data / "requests.py").touch()  # imported to download what is here already
+        (data / "requests.py").touch()  # prepare.py imports it to download the text, which is here already
         began = time.perf_counter()
         run([sys.executable, str(data / "prepare.py")], self.folder)
         self.preparing = time.perf_counter() - began
@@ -120,7 +120,7 @@ class NanoGPT:
         run(self.command, self.folder)
 
     def loss(self) -> float:
-        """Of its best checkpoint, over the validation text."""
+        """Return the loss of its best checkpoint on the validation text."""
         import numpy as np
         import torch
 
@@ -136,7 +136,7 @@ class NanoGPT:
 
 
 def mean_loss(model: Any, tokens: Any) -> float:
-    """The mean over all whole sequences of the text, one after the other."""
+    """Return the mean loss over all whole sequences of the text."""
     import torch
 
     T = model.config.block_size

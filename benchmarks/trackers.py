@@ -86,14 +86,13 @@ class Tracked:
     def __call__(self) -> None:
         trainer = self.steps.trainer
         for _ in range(self.count):
-            step = self.steps.step
-            self.observer.observe(step)
-            loss = trainer.compute_gradients(step)
-            self.observer.log_training_step(loss, step)
-            trainer.update(step)
-            self.steps.step += 1
+            step = trainer.step
+            self.observer.log_model(step)
+            loss = trainer.forward_backward()
+            self.observer.log_step(loss, step)
+            trainer.optimizer_step()
         began = time.perf_counter()
-        for done in [copy.start_flush() for copy in self.trackers.copies.values()]:
+        for done in [tracker.start_flush() for tracker in self.trackers.background.values()]:
             done.wait()
         self.late.append(time.perf_counter() - began)
 

@@ -5,9 +5,9 @@
     python benchmarks/training.py --nanogpt PATH --threads best              each with its own best number
     python benchmarks/training.py --nanogpt PATH --compile                   compiled too
 
-Ours is the Trainer of train.py, its loss read at every step, its gradient clipped at 1.0 as nanoGPT's is. The
-share of the peak counts six operations for each weight of a matrix and character, without attention's own
-products, against a large SGEMM in the same rounds and with the same number of threads.
+ALG1 is measured as the Trainer of train.py, with the loss read at every step and the gradient clipped at 1.0
+as nanoGPT does. "of SGEMM peak" counts six operations per matrix weight and token, without the products
+inside attention, against a large SGEMM in the same rounds and with the same number of threads.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     options.add_argument("--lecture", type=Path, help="a checkout of the lecture (ng-video-lecture)")
-    options.add_argument("--data", help="a text; Python's documentation where left out")
+    options.add_argument("--data", help="a text (default: Python's documentation)")
     options.add_argument(
-        "--threads", default="0", help="for all alike; 0: PyTorch's choice; best: each its own"
+        "--threads",
+        default="0",
+        help="of all contestants; 0: PyTorch's choice; best: each one's own best number",
     )
-    options.add_argument("--compile", action="store_true", help="nanoGPT and ours compiled too")
+    options.add_argument("--compile", action="store_true", help="also measure nanoGPT and ALG1 compiled")
     options.add_argument("--size", choices=SIZES, help="only this one")
     options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--seconds", type=float, default=1.0, help="of each turn, about")
+    options.add_argument("--seconds", type=float, default=1.0, help="of each turn, roughly")
     args = options.parse_args()
     if args.quick:
         args.rounds, args.seconds, args.threads = 2, 0.01, "1"
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def measure(name: str, size: dict[str, int], args: Any, folder: Path) -> list[dict[str, Any]]:
-    """The rows of one size."""
+    """Return the rows of one size."""
     import torch
 
     chosen = torch.get_num_threads() if args.threads == "0" else args.threads
@@ -66,7 +68,7 @@ def measure(name: str, size: dict[str, int], args: Any, folder: Path) -> list[di
     seconds = interleave(turns, args.rounds)
 
     per_step = {key: [s / steps[key].count for s in seconds["{} {}".format(*key)]] for key in steps}
-    best: dict[str, tuple[str, int]] = {}  # of each, the number of threads that serves it best
+    best: dict[str, tuple[str, int]] = {}  # who -> the key with its best number of threads
     for key, times in per_step.items():
         who = key[0]
         if who not in best or statistics.median(times) < statistics.median(per_step[best[who]]):
@@ -97,7 +99,7 @@ def measure(name: str, size: dict[str, int], args: Any, folder: Path) -> list[di
 
 
 def contestants(size: dict[str, int], args: Any, folder: Path, threads: int) -> dict[str, Any]:
-    """Who takes steps, by name."""
+    """Return what is measured, by name."""
     import torch
 
     from utils_alg1.data.corpus import open_corpus
@@ -126,7 +128,7 @@ def contestants(size: dict[str, int], args: Any, folder: Path, threads: int) -> 
 
 
 class Peer:
-    """Takes as many steps of a peer at each call as `count` says."""
+    """Takes `count` steps of a peer per call."""
 
     def __init__(self, step: Callable[[], float]):
         self._step = step
@@ -138,7 +140,7 @@ class Peer:
 
 
 class Product(Peer):
-    """A product of two large float32 matrices: what this machine can do."""
+    """Multiplies two large float32 matrices: the peak speed of this machine."""
 
     side = 1536
     flops = 2 * side**3
@@ -151,7 +153,7 @@ class Product(Peer):
 
 
 def turn(function: Any, threads: int, seconds: float) -> Callable[[], None]:
-    """A turn of about so many seconds, after the first steps, which are slower, and compile."""
+    """Warm up `function`, whose first steps are slower; returns a turn of it of about `seconds`."""
     import time
 
     import torch
@@ -171,7 +173,7 @@ def turn(function: Any, threads: int, seconds: float) -> Callable[[], None]:
 
 
 def flops_per_token(size: dict[str, int]) -> float:
-    """Operations of a training step for a character: six for each weight of the blocks' matrices."""
+    """Return the operations of a training step per token: six for each weight of the blocks' matrices."""
     return 6.0 * 12 * size["n_layer"] * size["n_embd"] ** 2
 
 

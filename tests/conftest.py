@@ -19,6 +19,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     import faults
 
+    from utils_alg1.training.trainer import Trainer
+
 CAMPAIGN = pytest.StashKey["Campaign"]()
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -171,6 +173,12 @@ def runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str])
         return Result(int(exit_.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+def at(trainer: Trainer, step: int) -> Trainer:
+    """The trainer, as if so many updates had been done."""
+    trainer.progress.step = step
+    return trainer
 
 
 def printed_config(out: str) -> dict[str, tuple[Any, str]]:

@@ -13,22 +13,21 @@ import threading
 import time
 from pathlib import Path
 
-import files
 import pytest
 import torch
-from conftest import QUIET_TRACKERS, TEXT, TINY, compile_with, lasting_metrics
+from conftest import QUIET_TRACKERS, TEXT, TINY, at, compile_with, lasting_metrics
 from filelock import FileLock
 
 from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig, TrainConfig
+from utils_alg1.base import files
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import atomic_file, write_atomically
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import checkpoint as checkpoint_module
-from utils_alg1.training import trainer as trainer_module
-from utils_alg1.training.backward import find_backward
+from utils_alg1.training.backward import create_backward
 from utils_alg1.training.checkpoint import CheckpointStore, newest_checkpoint, read_checkpoint
 from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.runtime import Runtime
@@ -102,16 +101,16 @@ def assert_same_end(a: str = "whole", b: str = "runs") -> None:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, stop) -> None:
     """Call `stop` in the middle of a step, once."""
-    update = Trainer.update
+    optimizer_step = Trainer.optimizer_step
     pending = [step]
 
-    def stopping(self, at):
-        if pending == [at]:
+    def stopping(self):
+        if pending == [self.step]:
             pending.clear()
             stop()
-        update(self, at)
+        optimizer_step(self)
 
-    monkeypatch.setattr(Trainer, "update", stopping)
+    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
 
 
 def damage(path: Path) -> None:
@@ -140,14 +139,20 @@ def make_trainer(**settings) -> Trainer:
     model.vocabulary = list("abcde")
     tokens = torch.arange(100).numpy() % 5
     runtime = Runtime(torch.device("cpu"), torch.float32, 1)
-    backward = find_backward(model, runtime, pytest.fail)
+    backward = create_backward(model, runtime, pytest.fail)
     return Trainer(model, backward, (tokens, tokens), TrainConfig(**settings), runtime)
 
 
 def take_steps(trainer: Trainer, *numbers: int) -> None:
     for step in numbers:
-        trainer.compute_gradients(step)
-        trainer.update(step)
+        at(trainer, step).forward_backward()
+        trainer.optimizer_step()
+
+
+def having(trainer: Trainer, progress: Progress) -> Trainer:
+    """The trainer with that progress."""
+    trainer.progress = progress
+    return trainer
 
 
 ABOUT = {"parameters": {}, "corpus_sha256": "", "trackers": {}}
@@ -156,7 +161,7 @@ ABOUT = {"parameters": {}, "corpus_sha256": "", "trackers": {}}
 def saved_in(folder: Path, trainer: Trainer, progress: Progress, about: dict) -> Path:
     """A checkpoint on disk."""
     with CheckpointStore(folder, 2) as store:
-        path = store.save(trainer, progress, about)
+        path = store.save(having(trainer, progress), about)
         store.wait()
         return path
 
@@ -265,9 +270,9 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved(held_back, tmp_path
     then = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     moments = [trainer.optimizer.state[parameter]["exp_avg"].clone() for parameter in trainer.parameters]
     progress = Progress(step=1)
-    path = store.save(trainer, progress, ABOUT)
+    path = store.save(having(trainer, progress), ABOUT)
     take_steps(trainer, 1)
-    progress.step = 2
+    assert progress.step == 2
     assert (path.exists(), store.newest_step) == (False, None)
     held_back.set()
     store.wait()
@@ -283,11 +288,11 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved(held_back, tmp_path
 def test_leaving_the_store_waits_for_the_last_checkpoint(held_back, tmp_path):
     threading.Timer(0.05, held_back.set).start()
     with CheckpointStore(tmp_path, 2) as store:
-        path = store.save(make_trainer(), Progress(), ABOUT)
+        path = store.save(make_trainer(), ABOUT)
     assert read_checkpoint(path).progress == Progress()
 
 
-@pytest.mark.parametrize("notice", ["wait", "check", "save"])
+@pytest.mark.parametrize("notice", ["wait", "raise_if_failed", "save"])
 def test_a_failed_checkpoint_is_told_once(notice, tmp_path, monkeypatch):
     trainer, store = make_trainer(), CheckpointStore(tmp_path, 2)
 
@@ -295,12 +300,12 @@ def test_a_failed_checkpoint_is_told_once(notice, tmp_path, monkeypatch):
         raise disk_error("write it", OSError(errno.ENOSPC, "No space left on device"))
 
     monkeypatch.setattr(checkpoint_module, "write_tensors", no_space)
-    store.save(trainer, Progress(), ABOUT)
+    store.save(trainer, ABOUT)
     store._writer.submit(int).result()  # the one before it is done
     with pytest.raises(Alg1Error, match="cannot write it: No space left") as caught:
-        store.save(trainer, Progress(1), ABOUT) if notice == "save" else getattr(store, notice)()
+        store.save(having(trainer, Progress(1)), ABOUT) if notice == "save" else getattr(store, notice)()
     assert (caught.value.exit_code, store.newest_step) == (4, None)
-    store.check()
+    store.raise_if_failed()
     store.wait()
 
 
@@ -308,7 +313,7 @@ def test_a_failed_checkpoint_is_told_once(notice, tmp_path, monkeypatch):
 def test_a_checkpoint_that_fails_ends_the_run_before_the_next_one(step, start, monkeypatch):
     """Also the one after the last step."""
     taken = []
-    update, check = Trainer.update, CheckpointStore.check
+    optimizer_step, check = Trainer.optimizer_step, CheckpointStore.raise_if_failed
 
     def no_space(path, *rest):
         if path.name == f"step_{step:09d}.safetensors":
@@ -319,13 +324,13 @@ def test_a_checkpoint_that_fails_ends_the_run_before_the_next_one(step, start, m
         concurrent.futures.wait([store._writing] if store._writing else [])
         check(store)
 
-    def note(trainer, at):
-        taken.append(at)
-        update(trainer, at)
+    def note(trainer):
+        taken.append(trainer.step)
+        optimizer_step(trainer)
 
     monkeypatch.setattr(checkpoint_module, "write_tensors", no_space)
-    monkeypatch.setattr(CheckpointStore, "check", check_later)
-    monkeypatch.setattr(Trainer, "update", note)
+    monkeypatch.setattr(CheckpointStore, "raise_if_failed", check_later)
+    monkeypatch.setattr(Trainer, "optimizer_step", note)
     result = start("--checkpoint-interval", 3)
     assert result.code == 4
     assert f"error: cannot write {checkpoint(step)}: No space left on device\n" in result.err
@@ -344,7 +349,7 @@ def test_a_checkpoint_that_fails_ends_the_run_before_the_next_one(step, start, m
 def test_the_newest_and_the_best_are_kept(keep, best, kept, tmp_path):
     trainer, store = make_trainer(), CheckpointStore(tmp_path, keep)
     for step in range(6):
-        store.save(trainer, Progress(step, best_step=min(step, best)), ABOUT)
+        store.save(having(trainer, Progress(step, best_step=min(step, best))), ABOUT)
     store.wait()
     assert checkpoint_paths(tmp_path) == [store.path(step) for step in kept]
     assert store.newest_step == 5
@@ -366,7 +371,7 @@ def test_names_sort_by_step_and_other_files_are_let_be(tmp_path):
 
 def test_a_run_keeps_the_last_ones_and_the_best(start, monkeypatch):
     losses = iter([4.0, 1.0, 3.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, step: Evaluation(step, 3.0, next(losses), 1e-3))
+    monkeypatch.setattr(Trainer, "_mean_losses", lambda self: (3.0, next(losses)))
     assert start("--eval-interval", 1, "--checkpoint-interval", 1).code == 0
     assert steps() == [1, 5, 6]
     newest = newest_checkpoint(only_run(), pytest.fail)
@@ -851,10 +856,7 @@ def val_losses(monkeypatch):
     """Let evaluations find these losses, by step."""
 
     def script(losses: dict[int, float]) -> None:
-        def evaluate(self, step):
-            return Evaluation(step, 3.0, losses[step], trainer_module.learning_rate(self.config, step))
-
-        monkeypatch.setattr(Trainer, "evaluate", evaluate)
+        monkeypatch.setattr(Trainer, "_mean_losses", lambda self: (3.0, losses[self.step]))
 
     return script
 

@@ -886,7 +886,7 @@ def test_any_tag_gives_one_path_component(workdir, tag):
 def test_any_tag_makes_a_run_inside_the_runs_folder_only(workdir, tag):
     shutil.rmtree("runs", ignore_errors=True)
     with create_run("runs", tag) as run:
-        run.begun = True
+        run.keep()
     assert os.listdir(workdir) == ["runs"]
     assert sorted(os.listdir("runs")) == [".lock", run.run_id]
     assert list_runs("runs") == [run.path]
@@ -1035,13 +1035,13 @@ def test_a_run_that_never_began_leaves_nothing(workdir):
 
 def test_a_run_that_began_stays(workdir):
     with create_run("runs") as run:
-        run.begun = True
+        run.keep()
     assert folders_in(run.path) == LAYOUT
 
 
 def test_a_run_is_locked_while_it_lives(workdir):
     with create_run("runs") as run:
-        run.begun = True
+        run.keep()
         with pytest.raises(Alg1Error) as caught:
             lock_run(run.path)
         assert caught.value.message == f"{run.path} is in use by another process"

@@ -58,12 +58,12 @@ def open_folder():
 
 
 @pytest.fixture
-def forbid_tokenising(monkeypatch):
+def forbid_tokenizing(monkeypatch):
     def forbid():
         def fail(*_):
-            raise AssertionError("tokenised again")
+            raise AssertionError("tokenized again")
 
-        monkeypatch.setattr(corpus_module, "_tokenise", fail)
+        monkeypatch.setattr(corpus_module, "_write_tokens", fail)
 
     return forbid
 
@@ -255,7 +255,7 @@ def test_a_text_is_never_in_memory_as_a_whole(workdir, monkeypatch):
     Path("text.txt").write_bytes(b"0123456789abcdef" * (size // 16))
     monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 1 << 16)
     peaks = []
-    for _ in ("tokenised", "from the cache"):
+    for _ in ("tokenized", "from the cache"):
         tracemalloc.start()
         train_data, val_data, _ = data.load_data("text.txt")
         data.get_batch("train", train_data, val_data, 8, 4)
@@ -267,23 +267,23 @@ def test_a_text_is_never_in_memory_as_a_whole(workdir, monkeypatch):
     assert max(peaks) < size / 2
 
 
-def test_calls_beside_are_made_in_order_and_awaited():
+def test_a_worker_makes_its_calls_in_order_and_waits_for_all():
     made = []
 
-    with corpus_module.Beside(behind=2) as beside:
+    with corpus_module.BackgroundWorker(max_pending=2) as worker:
         for i in range(20):
-            beside(lambda i=i: (time.sleep(0.001), made.append(i)))
+            worker.submit(lambda i=i: (time.sleep(0.001), made.append(i)))
 
     assert made == list(range(20))
 
 
-def test_no_more_calls_wait_beside_than_allowed():
+def test_no_more_than_max_pending_calls_wait_for_a_worker():
     go, made = threading.Event(), []
 
     def call_often():
-        with corpus_module.Beside(behind=2) as beside:
+        with corpus_module.BackgroundWorker(max_pending=2) as worker:
             for i in range(9):
-                beside(go.wait)
+                worker.submit(go.wait)
                 made.append(i)
 
     caller = threading.Thread(target=call_often)
@@ -296,25 +296,25 @@ def test_no_more_calls_wait_beside_than_allowed():
 
 
 @pytest.mark.parametrize("further_calls", [0, 5])
-def test_what_a_call_beside_raises_is_raised(further_calls):
-    with pytest.raises(ZeroDivisionError), corpus_module.Beside(behind=2) as beside:
-        beside(lambda: 1 / 0)
+def test_what_a_call_of_a_worker_raises_is_raised(further_calls):
+    with pytest.raises(ZeroDivisionError), corpus_module.BackgroundWorker(max_pending=2) as worker:
+        worker.submit(lambda: 1 / 0)
         for _ in range(further_calls):
-            beside(int)
+            worker.submit(int)
 
 
-def test_an_error_does_not_leave_before_the_calls_beside_do():
+def test_an_error_of_the_caller_waits_for_the_call_in_progress():
     made = []
 
-    with pytest.raises(KeyError), corpus_module.Beside(behind=2) as beside:
-        beside(lambda: (time.sleep(0.05), made.append(1)))
+    with pytest.raises(KeyError), corpus_module.BackgroundWorker(max_pending=2) as worker:
+        worker.submit(lambda: (time.sleep(0.05), made.append(1)))
         time.sleep(0.01)
         raise KeyError
 
     assert made == [1]
 
 
-def test_the_disk_is_not_left_behind_while_a_large_text_is_tokenised(workdir, monkeypatch):
+def test_a_large_text_is_synced_while_it_is_tokenized(workdir, monkeypatch):
     Path("text.txt").write_bytes(b"abcd" * 1000)
     monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 100)
     fsync, times = os.fsync, []
@@ -394,10 +394,10 @@ def test_the_hint_for_what_is_not_utf8_fits_the_bytes(workdir, content, hint):
 
 
 @pytest.mark.parametrize(
-    ("content", "odd"),
+    ("content", "warns"),
     [("To be\n", False), ("\ufeffTo be 🙂\r\n", False), ("T\0o\0\n\0", True), ("\0", True)],
 )
-def test_a_text_with_zero_characters_is_trained_on_with_a_warning(train, workdir, content, odd):
+def test_a_text_with_zero_characters_is_trained_on_with_a_warning(train, workdir, content, warns):
     Path("text.txt").write_bytes(content.encode() * 200)
     result = train("--data", "text.txt", *TINY, *QUIET_TRACKERS)
     assert result.code == 0
@@ -407,7 +407,7 @@ def test_a_text_with_zero_characters_is_trained_on_with_a_warning(train, workdir
             "warning: text.txt: it has characters of value 0: this is hardly a text file;"
             " if it is UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW\n"
         )
-        * odd
+        * warns
     )
 
 
@@ -467,17 +467,17 @@ def test_a_folder_that_may_not_be_entered_says_why(open_folder):
 def test_a_text_that_changes_while_it_is_read_is_refused(workdir, monkeypatch):
     path = Path("text.txt")
     path.write_text("abc" * 50)
-    survey = corpus_module._survey
+    scan_text = corpus_module._scan_text
 
     def change_afterwards(path):
-        seen = survey(path)
+        seen = scan_text(path)
         path.write_text("abcz" * 50)
         return seen
 
-    monkeypatch.setattr(corpus_module, "_survey", change_afterwards)
+    monkeypatch.setattr(corpus_module, "_scan_text", change_afterwards)
 
     assert message_of(path) == "text.txt: it changed while it was read"
-    monkeypatch.setattr(corpus_module, "_survey", survey)
+    monkeypatch.setattr(corpus_module, "_scan_text", scan_text)
     assert decoded(path) == "abcz" * 50
 
 
@@ -544,9 +544,9 @@ def cache_files() -> tuple[Path, Path]:
     return tokens, about
 
 
-def test_the_second_load_reads_the_cache(text_file, forbid_tokenising):
+def test_the_second_load_reads_the_cache(text_file, forbid_tokenizing):
     first = corpus_module.open_corpus(text_file)
-    forbid_tokenising()
+    forbid_tokenizing()
 
     second = corpus_module.open_corpus(text_file)
 
@@ -555,14 +555,36 @@ def test_the_second_load_reads_the_cache(text_file, forbid_tokenising):
     assert sorted(path.suffix for path in Path(corpus_module.CACHE_FOLDER).iterdir()) == [".bin", ".json"]
 
 
-def test_the_cache_goes_with_the_content_not_with_the_name(text_file, forbid_tokenising):
+def test_a_scan_writes_nothing(text_file):
+    before = os.listdir()
+
+    scan = corpus_module.scan_corpus(text_file)
+
+    assert os.listdir() == before
+    corpus = scan.tokenize()
+    assert corpus_module.CACHE_FOLDER in os.listdir()
+    assert (scan.sha256, scan.tokenizer) == (corpus.sha256, corpus.tokenizer)
+    assert scan.n_characters == len(corpus.tokens) == len(text_file.read_text())
+
+
+def test_tokens_that_a_scan_found_in_the_cache_need_the_text_no_more(text_file):
+    first = corpus_module.open_corpus(text_file)
+
+    scan = corpus_module.scan_corpus(text_file)
+    text_file.unlink()
+
+    assert scan.n_characters == len(first.tokens)
+    assert np.array_equal(scan.tokenize().tokens, first.tokens)
+
+
+def test_the_cache_goes_with_the_content_not_with_the_name(text_file, forbid_tokenizing):
     text = decoded(text_file)
-    forbid_tokenising()
+    forbid_tokenizing()
 
     assert decoded(text_file.rename("renamed.txt")) == text
 
 
-def test_changed_content_of_the_same_size_and_time_is_tokenised_anew(workdir):
+def test_changed_content_of_the_same_size_and_time_is_tokenized_anew(workdir):
     path = Path("text.txt")
     path.write_text("abcd" * 10)
     before = path.stat()
@@ -621,8 +643,8 @@ def test_a_damaged_cache_is_rebuilt(workdir, monkeypatch, which, damage):
     path.write_text(text)
     decoded(path)
     damage(cache_files()[which == "about"])
-    tokenise, times = corpus_module._tokenise, []
-    monkeypatch.setattr(corpus_module, "_tokenise", lambda *args: times.append(1) or tokenise(*args))
+    write_tokens, times = corpus_module._write_tokens, []
+    monkeypatch.setattr(corpus_module, "_write_tokens", lambda *args: times.append(1) or write_tokens(*args))
 
     assert decoded(path) == text
     assert decoded(path) == text
@@ -633,7 +655,7 @@ def test_the_cache_is_read_whatever_the_locale(workdir):
     Path("text.txt").write_text("é日🙂" * 20, encoding="utf-8")
     corpus_module.open_corpus("text.txt")
     script = (
-        "import data; corpus_module._tokenise = None;"
+        "from utils_alg1.data import corpus as corpus_module; corpus_module._write_tokens = None;"
         "corpus_module.open_corpus('text.txt').tokenizer.vocabulary == sorted('é日🙂') or exit(1)"
     )
     environment = os.environ | {
@@ -653,7 +675,7 @@ def test_the_cache_is_read_whatever_the_locale(workdir):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_text_in_a_read_only_folder_is_tokenised_and_nothing_is_left(open_folder):
+def test_a_text_in_a_read_only_folder_is_tokenized_and_nothing_is_left(open_folder):
     path = open_folder / "text.txt"
     path.write_text("abcd" * 10)
     open_folder.chmod(0o555)
@@ -677,7 +699,7 @@ def test_a_cache_that_cannot_be_made_costs_nothing_but_time(workdir, monkeypatch
         if failing == "mkdir":
             patch.setattr(Path, "mkdir", refuse)
         else:
-            patch.setattr(data, "atomic_file", refuse)
+            patch.setattr(corpus_module, "atomic_file", refuse)
         train_data, val_data, tokenizer = data.load_data("text.txt")
 
     assert isinstance(train_data, np.memmap)
@@ -697,7 +719,7 @@ def test_a_full_disk_while_the_cache_is_written_leaves_no_half_of_it(workdir, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_all(descriptor, tokens)
 
-    monkeypatch.setattr(data, "write_all", fill_up)
+    monkeypatch.setattr(corpus_module, "write_all", fill_up)
 
     assert decoded(path) == "abcd" * 10
     assert os.listdir(corpus_module.CACHE_FOLDER) == []
@@ -709,7 +731,7 @@ def test_without_a_place_for_the_tokens_the_error_is_the_disks(workdir, monkeypa
     def fill_up(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(data, "write_all", fill_up)
+    monkeypatch.setattr(corpus_module, "write_all", fill_up)
 
     with pytest.raises(Alg1Error) as raised:
         data.load_data("text.txt")

@@ -1,10 +1,9 @@
-"""The gradient written out equals autograd's, for any sizes, and serves where it says that it does."""
+"""The manual gradient equals that of autograd, for any sizes, and is used where it applies."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import gradient
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,10 +11,11 @@ from hypothesis import strategies as st
 
 from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig
+from utils_alg1.network import gradient
 from utils_alg1.network.gradient import OPTIONS, loss_and_gradients
 from utils_alg1.training import backward as backward_module
-from utils_alg1.training.backward import Backward, WrittenOut, find_backward
-from utils_alg1.training.distributed import Processes
+from utils_alg1.training.backward import Backward, ManualBackward, create_backward
+from utils_alg1.training.distributed import SingleProcess
 from utils_alg1.training.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 1)
@@ -38,7 +38,7 @@ def draw_batch(config: ModelConfig, B: int = 3, T: int | None = None) -> tuple[t
     return tuple(torch.randint(config.vocab_size, shape, generator=draw) for _ in range(2))
 
 
-def assert_gradient_is_autograd_s(config: ModelConfig, B: int, T: int, tolerance: float = 1e-12) -> None:
+def assert_same_gradient_as_autograd(config: ModelConfig, B: int, T: int, tolerance: float = 1e-12) -> None:
     model = make_model(config).double()
     x, y = draw_batch(config, B, T)
     expected = model(x, y)[1]
@@ -62,26 +62,26 @@ def assert_gradient_is_autograd_s(config: ModelConfig, B: int, T: int, tolerance
 def test_the_gradient_is_that_of_autograd(
     plain, n_head, head_size, n_layer, block_size, short, B, vocab_size, positions, qk_norm
 ):
-    # A norm over one number has no gradient, and what turns comes in pairs.
+    # A norm over one number has no gradient, and rotary positions rotate pairs.
     n_embd = n_head * (2 * head_size if positions == "rotary" else head_size + 1)
     config = ModelConfig(
         n_embd, n_head, n_layer, block_size, 0.0, vocab_size, positions=positions, qk_norm=qk_norm
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient, "is_plain", lambda T: plain)
-        assert_gradient_is_autograd_s(config, B, block_size - short)
+        patch.setattr(gradient, "use_math_attention", lambda T: plain)
+        assert_same_gradient_as_autograd(config, B, block_size - short)
 
 
-@pytest.mark.parametrize("plain_up_to", [0, 64])
+@pytest.mark.parametrize("math_up_to", [0, 64])
 @pytest.mark.parametrize("options", [{}, {"positions": "rotary", "qk_norm": True}])
-def test_the_compiler_sees_one_graph_with_the_same_gradient(options, plain_up_to, monkeypatch):
+def test_the_compiler_sees_one_graph_with_the_same_gradient(options, math_up_to, monkeypatch):
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(str(graph.code))
         return graph.forward
 
-    monkeypatch.setattr(gradient, "PLAIN_ATTENTION", plain_up_to)
+    monkeypatch.setattr(gradient, "MATH_ATTENTION_MAX_T", math_up_to)
     torch.compiler.reset()
     function = torch.compile(loss_and_gradients, backend=backend, fullgraph=True)
     config = dataclasses.replace(SMALL, **options)
@@ -94,7 +94,7 @@ def test_the_compiler_sees_one_graph_with_the_same_gradient(options, plain_up_to
         for _ in range(2):
             loss, gradients = function(weights, config, x, y)
     assert len(graphs) == 1
-    assert ("softmax" in graphs[0].replace("log_softmax", "")) == (plain_up_to > 0)
+    assert ("softmax" in graphs[0].replace("log_softmax", "")) == (math_up_to > 0)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     for parameter, found in zip(weights.values(), gradients, strict=True):
         torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-4)
@@ -103,7 +103,7 @@ def test_the_compiler_sees_one_graph_with_the_same_gradient(options, plain_up_to
 def test_micro_batches_add_up_and_the_loss_is_their_share():
     config, parts = SMALL, 4
     ours, theirs = make_model(), make_model()
-    written, autograd = WrittenOut(ours, CPU, pytest.fail), Backward(theirs, CPU)
+    written, autograd = ManualBackward(ours, CPU, pytest.fail), Backward(theirs, CPU)
     x, y = draw_batch(config)
     for _ in range(parts):
         mine, other = written(x, y, parts), autograd(x, y, parts)
@@ -113,7 +113,7 @@ def test_micro_batches_add_up_and_the_loss_is_their_share():
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
-class Two(Processes):
+class Two(SingleProcess):
     """The first of two."""
 
     world_size = 2
@@ -124,23 +124,23 @@ class Two(Processes):
     [
         ({}, 0.1),
         ({"dtype": torch.bfloat16}, 0.0),
-        ({"processes": Two()}, 0.0),
+        ({"dist": Two()}, 0.0),
         ({"device": torch.device("meta")}, 0.0),
     ],
 )
-def test_what_it_does_not_serve_is_autograd_s(change, dropout):
-    assert isinstance(find_backward(make_model(), CPU, pytest.fail), WrittenOut)
+def test_what_it_does_not_support_is_left_to_autograd(change, dropout):
+    assert isinstance(create_backward(make_model(), CPU, pytest.fail), ManualBackward)
     model = BigramLanguageModel(dataclasses.replace(SMALL, dropout=dropout))
-    backward = find_backward(model, dataclasses.replace(CPU, **change), pytest.fail)
+    backward = create_backward(model, dataclasses.replace(CPU, **change), pytest.fail)
     assert type(backward) is Backward
 
 
-def test_an_option_that_it_does_not_know_is_autograd_s(monkeypatch):
+def test_an_option_that_it_does_not_know_is_left_to_autograd(monkeypatch):
     assert set(MODEL_OPTIONS) == OPTIONS
     monkeypatch.setattr(backward_module, "OPTIONS", OPTIONS - {"qk_norm"})
-    assert isinstance(find_backward(make_model(), CPU, pytest.fail), WrittenOut)
+    assert isinstance(create_backward(make_model(), CPU, pytest.fail), ManualBackward)
     model = make_model(dataclasses.replace(SMALL, qk_norm=True))
-    assert type(find_backward(model, CPU, pytest.fail)) is Backward
+    assert type(create_backward(model, CPU, pytest.fail)) is Backward
 
 
 def test_the_compiler_is_told_to_leave_python_out(monkeypatch):
@@ -151,6 +151,6 @@ def test_the_compiler_is_told_to_leave_python_out(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    backward = find_backward(make_model(), dataclasses.replace(CPU, compile=True), lambda _: None)
+    backward = create_backward(make_model(), dataclasses.replace(CPU, compile=True), lambda _: None)
     backward(*draw_batch(SMALL), 1)
     assert told == [(loss_and_gradients, {"cpp_wrapper": True})] and backward.compiled

@@ -21,10 +21,10 @@ from conftest import PROJECT, QUIET_TRACKERS, TINY
 from safetensors.torch import load_file, save_file
 
 import inference
-import model as model_module
 from model import BigramLanguageModel
 from parameters import ModelConfig
 from utils_alg1.console import dialogue as dialogue_module
+from utils_alg1.network import decoder as decoder_module
 
 VOCABULARY = sorted("\n abcdefgé🙂")
 RUN = "runs/2026-01-31_001_first"
@@ -230,7 +230,7 @@ def test_the_likeliest_text_needs_no_seed(sample, model, flags):
         assert result.out == greedy(model, "ab", 20) + "\n"
 
 
-def test_stop_ends_the_text_behind_it(sample, model):
+def test_stop_ends_the_text_after_it(sample, model):
     whole = sample("--max-new-tokens", 200, "--seed", 3).out
     stop = whole[20:22]
 
@@ -242,7 +242,7 @@ def test_stop_ends_the_text_behind_it(sample, model):
 
 def test_stop_is_not_sought_in_the_prompt(sample, model, monkeypatch):
     drawn = iter([torch.tensor([VOCABULARY.index(character)]) for character in "babcd"])
-    monkeypatch.setattr(model_module, "next_token", lambda *_: next(drawn))
+    monkeypatch.setattr(decoder_module, "next_token", lambda *_: next(drawn))
 
     assert sample("--prompt", "a", "--stop", "ab", "--max-new-tokens", 5).out == "abab\n"
 
@@ -258,13 +258,13 @@ def test_characters_appear_one_by_one_as_they_are_drawn(model, monkeypatch):
         def flush(self):
             events.append("flush")
 
-    next_token, text = model_module.next_token, greedy(model, "ab", 3)[2:]
+    next_token, text = decoder_module.next_token, greedy(model, "ab", 3)[2:]
 
     def draw(*arguments):
         events.append("draw")
         return next_token(*arguments)
 
-    monkeypatch.setattr(model_module, "next_token", draw)
+    monkeypatch.setattr(decoder_module, "next_token", draw)
     monkeypatch.setattr(sys, "stdout", Screen())
 
     inference.main(["--prompt", "ab", "--temperature", "0", "--max-new-tokens", "3"])
@@ -283,7 +283,7 @@ def test_characters_appear_one_by_one_as_they_are_drawn(model, monkeypatch):
 
 @pytest.fixture
 def type_in(monkeypatch):
-    """Answers for input(): texts, or exceptions; behind the last one comes Ctrl-D."""
+    """Answers for input(): texts, or exceptions; after the last one comes Ctrl-D."""
 
     def prepare(*answers):
         remaining = iter([*answers, EOFError])
@@ -329,7 +329,7 @@ def test_one_prompt_twice_gives_two_texts_and_the_seed_decides_both(sample, mode
 
 def test_ctrl_c_ends_a_text_and_asks_again(sample, model, type_in, monkeypatch):
     type_in("ab", "cd")
-    next_token, draws = model_module.next_token, []
+    next_token, draws = decoder_module.next_token, []
 
     def interrupted(*arguments):
         draws.append(arguments)
@@ -337,7 +337,7 @@ def test_ctrl_c_ends_a_text_and_asks_again(sample, model, type_in, monkeypatch):
             raise KeyboardInterrupt
         return next_token(*arguments)
 
-    monkeypatch.setattr(model_module, "next_token", interrupted)
+    monkeypatch.setattr(decoder_module, "next_token", interrupted)
 
     result = sample("--interactive", *GREEDY)
 
@@ -582,7 +582,7 @@ def test_at_a_terminal_ctrl_c_stops_a_text_and_ctrl_d_the_program(model):
 
 CONTROLS = sorted("ab[3m\n\t\r\x07\x1b\x7f\x9b")
 DRAWN = "a\r\nb\rb\x1b[3m\x9b\x7f\t\r\r\n\x07a\r"
-SHOWN = "a\nb␍b␛[3m\ufffd␡\t␍\n␇a\n"  # the last one is the line's end behind every text
+SHOWN = "a\nb␍b␛[3m\ufffd␡\t␍\n␇a\n"  # the last newline ends every text
 
 
 @pytest.fixture
@@ -590,7 +590,7 @@ def drawing(workdir, monkeypatch):
     """A model that has the vocabulary CONTROLS and draws DRAWN."""
     export(RUN, build(vocabulary=CONTROLS))
     drawn = iter([torch.tensor([CONTROLS.index(character)]) for character in DRAWN * 2])
-    monkeypatch.setattr(model_module, "next_token", lambda *_: next(drawn))
+    monkeypatch.setattr(decoder_module, "next_token", lambda *_: next(drawn))
 
 
 @pytest.fixture
@@ -630,7 +630,7 @@ def test_no_terminal_obeys_a_text_or_a_prompt(drawing, terminal, term):
 
 def test_a_crlf_between_prompt_and_text_is_one_line_end(workdir, terminal, monkeypatch):
     export(RUN, build(vocabulary=CONTROLS))
-    monkeypatch.setattr(model_module, "next_token", lambda *_: torch.tensor([CONTROLS.index("\n")]))
+    monkeypatch.setattr(decoder_module, "next_token", lambda *_: torch.tensor([CONTROLS.index("\n")]))
     shown = terminal()
 
     inference.main(["--prompt", "a\r", "--max-new-tokens", "1"])
@@ -685,7 +685,7 @@ def test_ctrl_c_ends_it_without_a_traceback(sample, model, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_module, "next_token", interrupted)
+    monkeypatch.setattr(decoder_module, "next_token", interrupted)
 
     result = sample()
 

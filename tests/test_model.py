@@ -24,7 +24,10 @@ from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.settings import field_names
+from utils_alg1.network import decoder as decoder_module
 from utils_alg1.network.decoder import Decoder, check_sampling, next_token
+from utils_alg1.network.kv_cache import KeyValueCache
+from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
 
 SIZES = [
@@ -100,8 +103,8 @@ def layer_norm(x, tensors, name):
     return (x - mean) / (variance + 1e-5).sqrt() * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
 
 
-def turned(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Rotary positions (B, T, S): complex number i of character t turns by t / block_size ** (2 i / S)."""
+def rotated(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Rotary positions (B, T, S): complex number i of character t rotates by t / block_size ** (2 i / S)."""
     half = x.shape[-1] // 2
     pairs = torch.complex(x[..., :half], x[..., half:])  # (B, T, S / 2)
     for t in range(x.shape[1]):
@@ -131,7 +134,7 @@ def plain_logits(path: Path, idx: torch.Tensor, block_size: int = 0, qk_norm: bo
             if qk_norm:
                 q, k = (y / (y**2).mean(-1, keepdim=True).sqrt() for y in (q, k))
             if block_size:
-                q, k = turned(q, block_size), turned(k, block_size)
+                q, k = rotated(q, block_size), rotated(k, block_size)
             scores = q @ k.transpose(1, 2) / k.shape[-1] ** 0.5
             scores = scores.masked_fill(torch.tril(torch.ones(T, T)) == 0, float("-inf"))
             heads.append(scores.softmax(-1) @ v)
@@ -179,8 +182,8 @@ def test_each_head_equals_its_slice_of_the_fused_result(sizes):
     joined = torch.cat([head(x) for head in attention.heads], dim=-1)
 
     assert len(attention.heads) == sizes["n_head"]
-    turns = model.turns(0, sizes["block_size"])
-    assert torch.allclose(attention.proj(joined), attention(x, turns=turns), atol=1e-5)
+    cos_sin = rotary_cos_sin(model.config, 0, sizes["block_size"], x.device)
+    assert torch.allclose(attention.proj(joined), attention(x, cos_sin=cos_sin), atol=1e-5)
 
 
 def test_the_weights_of_a_head_are_its_tensors_in_the_file(exported):
@@ -243,7 +246,7 @@ def test_dropout_is_active_only_in_training():
 
 
 @pytest.mark.parametrize("dropped", ["sa.dropout", "ffwd.net.3"])
-def test_dropout_stands_behind_attention_and_feed_forward(dropped):
+def test_dropout_follows_attention_and_feed_forward(dropped):
     assert build(dropout=0.5).blocks[0].get_submodule(dropped).p == 0.5
 
 
@@ -331,7 +334,7 @@ def test_the_cache_gives_the_tokens_of_full_recomputation(sizes, B):
 def test_the_cache_gives_the_logits_of_full_recomputation(sizes):
     model = build(spread=0.5, **sizes)
     idx = random_tokens(model, 2, 5)
-    cache = model_module.KeyValueCache(model.config, 2, model.lm_head.weight)
+    cache = KeyValueCache(model.config, 2, model.lm_head.weight)
 
     pieces = [
         model(idx[:, :2], cache=cache)[0],
@@ -447,7 +450,7 @@ def test_a_model_that_changed_between_two_texts_draws_with_its_new_weights(tmp_p
 def test_a_model_that_changes_while_a_text_is_drawn_is_followed():
     model = build(spread=0.2)
     decoder, idx = prefixed(model, 2, 5)
-    cache = model_module.KeyValueCache(model.config, 2, model.lm_head.weight)
+    cache = KeyValueCache(model.config, 2, model.lm_head.weight)
     model(idx[:, :5], cache=cache)
 
     change(model)
@@ -637,7 +640,7 @@ def test_the_generator_alone_decides_the_text():
 
 def script_tokens(monkeypatch, rows):
     tokens = map(torch.tensor, zip(*rows, strict=True))
-    monkeypatch.setattr(model_module, "next_token", lambda *_: next(tokens))
+    monkeypatch.setattr(decoder_module, "next_token", lambda *_: next(tokens))
 
 
 @pytest.mark.parametrize(
@@ -687,7 +690,7 @@ def test_an_abandoned_stream_leaves_the_mode_as_it_was():
 def test_generation_keeps_no_graph_and_leaves_gradients_on(monkeypatch):
     model, graphs = build(), []
     monkeypatch.setattr(
-        model_module, "next_token", lambda logits, *_: graphs.append(logits.grad_fn) or logits.argmax(-1)
+        decoder_module, "next_token", lambda logits, *_: graphs.append(logits.grad_fn) or logits.argmax(-1)
     )
 
     for _ in model.generate_stream(random_tokens(model, 1, 3), 3):
@@ -724,25 +727,23 @@ def test_an_empty_prompt_is_refused():
 # --- options ------------------------------------------------------------------------------------------
 
 
-def test_the_attention_of_turned_characters_depends_on_their_distance_alone():
+def test_rotary_products_depend_on_the_distance_alone():
     """One character everywhere: only its positions can tell the places apart."""
     config = ModelConfig(**SMALL, positions="rotary")
     x = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     q, k = (row.expand(8, 8) for row in x[:, 0])  # (T, S)
-    turns = model_module.rotations(config, 0, 8, torch.device("cpu"))
-    later = model_module.rotations(config, 5, 13, torch.device("cpu"))
+    cos_sin = rotary_cos_sin(config, 0, 8, torch.device("cpu"))
+    later = rotary_cos_sin(config, 5, 13, torch.device("cpu"))
 
-    products = model_module.rotate(q, turns) @ model_module.rotate(k, turns).T
+    products = apply_rotary(q, cos_sin) @ apply_rotary(k, cos_sin).T
 
     for distance in range(-7, 8):
         diagonal = products.diagonal(distance)
         assert torch.allclose(diagonal, diagonal[:1], atol=1e-6)
     assert len({round(float(products[7, t]), 4) for t in range(8)}) == 8
-    assert torch.allclose(
-        products, model_module.rotate(q, later) @ model_module.rotate(k, later).T, atol=1e-6
-    )
-    assert torch.equal(model_module.rotate(x, turns)[:, 0], x[:, 0]), "the first one stays as it is"
-    assert torch.allclose(model_module.rotate(x, turns).norm(dim=-1), x.norm(dim=-1))
+    assert torch.allclose(products, apply_rotary(q, later) @ apply_rotary(k, later).T, atol=1e-6)
+    assert torch.equal(apply_rotary(x, cos_sin)[:, 0], x[:, 0]), "the first one stays as it is"
+    assert torch.allclose(apply_rotary(x, cos_sin).norm(dim=-1), x.norm(dim=-1))
 
 
 def test_without_positions_a_text_of_one_character_is_the_same_everywhere():
@@ -1213,7 +1214,7 @@ def test_a_flipped_bit_in_the_header_is_refused_or_does_no_harm(exported):
     assert harmless < header / 100
 
 
-def test_bytes_behind_the_end_are_refused(exported):
+def test_bytes_after_the_end_are_refused(exported):
     _, path = exported
     path.write_bytes(path.read_bytes() + b"\0")
     assert fails_to_load(path)

@@ -22,16 +22,17 @@ import torch
 from conftest import PROJECT
 
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.console.signals import StopSignals
 from utils_alg1.network.tensor_file import read_tensors
+from utils_alg1.run.run import Run
 from utils_alg1.training.distributed import (
-    ALONE,
-    TorchrunProcesses,
+    SINGLE_PROCESS,
+    SingleProcess,
+    TorchrunProcess,
+    init_distributed,
     is_lost_connection,
     launch_command,
-    start_processes,
 )
-from utils_alg1.training.runtime import own_device
+from utils_alg1.training.runtime import device_of_process
 
 RUN = (
     "--data text.txt --n-embd 16 --n-head 2 --n-layer 2 --block-size 8 --batch-size 2 --dropout 0.1"
@@ -130,10 +131,10 @@ def test_each_process_draws_micro_batches_of_its_own(folder, monkeypatch):
 
         real = trainer_module.Trainer._backward
 
-        def backward(self, step, micro_batch):
+        def backward(self, micro_batch):
             with Path(f"drawn-{rank}").open("a") as file:
-                file.write(f"{step}/{micro_batch}\n")
-            return real(self, step, micro_batch)
+                file.write(f"{self.step}/{micro_batch}\n")
+            return real(self, micro_batch)
 
         trainer_module.Trainer._backward = backward
 
@@ -224,15 +225,15 @@ def test_what_trains_nothing_ends_all_processes(folder, flag):
 def test_a_process_with_another_text_says_so(folder):
     def change_text(rank: int) -> None:
         if rank == 1:
-            import data
+            from utils_alg1.data import corpus as corpus_module
 
-            real = data.open_corpus
+            real = corpus_module.open_corpus
 
-            def other(path, *arguments):
+            def other(path):
                 Path("other.txt").write_text("other " + Path(path).read_text())
-                return real(Path("other.txt"), *arguments)
+                return real(Path("other.txt"))
 
-            data.open_corpus = other
+            corpus_module.open_corpus = other
 
     codes = [faults.wait(pid) for pid in start(2, RUN, change_text)]
     assert codes == [4, 2], output()
@@ -247,14 +248,14 @@ def at_step(step: int, action: Callable[[], object]) -> None:
     """In this process: do something when a training step begins."""
     from utils_alg1.training.trainer import Trainer
 
-    real = Trainer.compute_gradients
+    real = Trainer.forward_backward
 
-    def compute_gradients(self, at):
-        if at == step:
+    def forward_backward(self):
+        if self.step == step:
             action()
-        return real(self, at)
+        return real(self)
 
-    Trainer.compute_gradients = compute_gradients
+    Trainer.forward_backward = forward_backward
 
 
 def wait_for_all(pids: list[int]) -> None:
@@ -389,23 +390,24 @@ def test_a_signal_to_torchrun_saves(folder):
 
 def test_one_process_alone_has_nobody_to_wait_for(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert start_processes() is ALONE
+    assert init_distributed() is SINGLE_PROCESS
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert start_processes() is ALONE
+    assert init_distributed() is SINGLE_PROCESS
     model = torch.nn.Linear(2, 2)
-    assert ALONE.first and ALONE.world_size == 1
-    assert ALONE.wrap(model, torch.device("cpu")) is model
-    assert (ALONE.share("x"), ALONE.sum([1.5]), ALONE.largest(3)) == ("x", [1.5], 3)
-    assert launch_command(ALONE) == "python train.py"
+    assert SINGLE_PROCESS.is_main and SINGLE_PROCESS.world_size == 1
+    assert SINGLE_PROCESS.wrap(model, torch.device("cpu")) is model
+    assert SINGLE_PROCESS.broadcast("x") == "x"
+    assert (SINGLE_PROCESS.all_reduce_sum([1.5]), SINGLE_PROCESS.all_reduce_max(3)) == ([1.5], 3)
+    assert launch_command(SINGLE_PROCESS) == "python train.py"
 
 
 def test_the_place_that_torchrun_gives(monkeypatch):
     for name, value in {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    processes = start_processes()
-    assert (processes.rank, processes.local_rank, processes.world_size) == (3, 1, 4)
-    assert not processes.first
-    assert launch_command(processes) == "torchrun (as before) train.py"
+    dist = init_distributed()
+    assert (dist.rank, dist.local_rank, dist.world_size) == (3, 1, 4)
+    assert not dist.is_main
+    assert launch_command(dist) == "torchrun (as before) train.py"
 
 
 @pytest.mark.parametrize(
@@ -419,11 +421,11 @@ def test_the_place_that_torchrun_gives(monkeypatch):
 def test_devices_that_processes_cannot_share(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(Alg1Error, match=re.escape(message)):
-        own_device(torch.device(device), TorchrunProcesses(1, 1, 2))
+        device_of_process(torch.device(device), TorchrunProcess(1, 1, 2))
 
 
 def test_processes_share_the_cpu():
-    assert own_device(torch.device("cpu"), TorchrunProcesses(1, 1, 2)) == torch.device("cpu")
+    assert device_of_process(torch.device("cpu"), TorchrunProcess(1, 1, 2)) == torch.device("cpu")
 
 
 def test_an_error_of_the_program_is_no_lost_connection():
@@ -432,40 +434,46 @@ def test_an_error_of_the_program_is_no_lost_connection():
     assert is_lost_connection(torch.distributed.DistBackendError("NCCL error"))
 
 
-def test_a_signal_is_heard_by_every_process():
-    class Other(TorchrunProcesses):
-        def largest(self, value: int) -> int:
+def run_of(dist: SingleProcess) -> Run:
+    """The run of a process that keeps nothing."""
+    return Run(None, dist)
+
+
+def test_a_signal_stops_every_process():
+    class Other(TorchrunProcess):
+        def all_reduce_max(self, value: int) -> int:
             return max(value, signal.SIGTERM)
 
-    signals = StopSignals(processes=Other(0, 0, 2))
-    assert signals.received is None
-    assert signals.heard() and signals.exit_code == 143
-    assert not StopSignals().heard()
+    run = run_of(Other(0, 0, 2))
+    assert run.exit_code == 0
+    assert run.stop_requested() and run.exit_code == 143
+    assert not run_of(SINGLE_PROCESS).stop_requested()
 
 
-def test_a_signal_that_comes_while_processes_agree_is_heard_next_time():
-    class Slow(TorchrunProcesses):
-        def largest(self, value: int) -> int:
+def test_a_signal_that_comes_while_processes_agree_stops_them_next_time():
+    class Slow(TorchrunProcess):
+        def all_reduce_max(self, value: int) -> int:
             if not value:
-                os.kill(os.getpid(), signal.SIGTERM)  # the others have heard of none yet
+                os.kill(os.getpid(), signal.SIGTERM)  # the others have not received one yet
             return value
 
-    with StopSignals(processes=Slow(0, 0, 2)) as signals:
-        assert not signals.heard()
-        assert signals.received == signal.SIGTERM
-        assert signals.heard() and signals.exit_code == 143
+    run = run_of(Slow(0, 0, 2))
+    with run._signals:
+        assert not run.stop_requested()
+        assert run.exit_code == 0
+        assert run.stop_requested() and run.exit_code == 143
 
 
 def test_a_job_that_lost_its_torchrun_stops():
-    class Lost(TorchrunProcesses):
-        orphaned = True
+    class Lost(TorchrunProcess):
+        launcher_died = True
 
-        def largest(self, value: int) -> int:
+        def all_reduce_max(self, value: int) -> int:
             return value
 
-    signals = StopSignals(processes=Lost(0, 0, 2))
-    assert signals.heard() and signals.exit_code == 143
-    assert not TorchrunProcesses(0, 0, 2).orphaned
+    run = run_of(Lost(0, 0, 2))
+    assert run.stop_requested() and run.exit_code == 143
+    assert not TorchrunProcess(0, 0, 2).launcher_died
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -478,8 +486,8 @@ def test_a_process_that_waits_for_another_can_be_ended(folder, rank):
         from utils_alg1.console.script import run_script
 
         def share() -> int:
-            with TorchrunProcesses(rank, rank, 2) as processes:
-                processes.share(None)
+            with TorchrunProcess(rank, rank, 2) as dist:
+                dist.broadcast(None)
             return 0
 
         run_script(share)  # its handlers for signals would not be called while the wait lasts

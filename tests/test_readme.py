@@ -39,6 +39,7 @@ NOT_RUN = {
     "pytest": "it is what runs this; its flags are parsed",
     "ruff": ".ci/run runs it; that it does is looked up",
     "mypy": ".ci/run runs it; that it does is looked up",
+    ".ci/lint-imports": ".ci/run runs it; that it does is looked up",
     ".ci/run": "runs all tests; the shell reads it",
     "torchrun --nnodes": "needs several machines; torchrun and train.py parse their flags",
     "torchrun --standalone --nproc_per_node=2 train.py --resume": "test_processes.py resumes so; as above",
@@ -92,14 +93,14 @@ def run_ids(monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
 def stop_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     from utils_alg1.training.trainer import Trainer
 
-    update = Trainer.update
+    optimizer_step = Trainer.optimizer_step
 
-    def stopping(self, step):
-        if step == 3:
+    def stopping(self):
+        if self.step == 3:
             signal.raise_signal(signal.SIGTERM)
-        update(self, step)
+        optimizer_step(self)
 
-    monkeypatch.setattr(Trainer, "update", stopping)
+    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def search(capsys, place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     (place / "fake_train.py").write_text(FAKE_TRAIN)
     monkeypatch.setattr(trials_module, "TRAIN_SCRIPT", place / "fake_train.py")
-    monkeypatch.setattr(trials_module, "POLL", 0.02)
+    monkeypatch.setattr(trials_module, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(report_module, "draw_pictures", lambda *_: None)
     return runner(script.main, capsys)
 
@@ -406,7 +407,7 @@ def test_pytest_knows_its_flags(command):
 
 def test_ci_runs_what_a_change_must_pass():
     script = (PROJECT / ".ci/run").read_text("utf-8")
-    for command in skipped("ruff", "mypy"):
+    for command in skipped("ruff", "mypy", ".ci/lint-imports"):
         wanted = command.replace("ruff format", "ruff format --check").removesuffix(
             " ." * (command == "mypy .")
         )

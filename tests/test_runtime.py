@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
-from utils_alg1.base.errors import CANNOT_TRAIN, DONE, Alg1Error
+from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.console.signals import StopSignals
 from utils_alg1.training import runtime as runtime_module
 from utils_alg1.training.runtime import (
@@ -310,9 +310,9 @@ def test_this_machine_has_some_memory():
 @pytest.mark.parametrize("number, code", STOPPING)
 def test_the_first_signal_asks_to_stop(number, code, capfd):
     with StopSignals() as signals:
-        assert (signals.received, signals.exit_code) == (None, DONE)
+        assert signals.received is None
         signal.raise_signal(number)
-        assert (signals.received, signals.exit_code) == (number, code)
+        assert (signals.received, 128 + signals.received) == (number, code)
     assert capfd.readouterr().err == "\nstopping after this step; once more to leave at once\n"
 
 
@@ -334,10 +334,13 @@ def test_the_second_signal_leaves_at_once(first, _, second, code, monkeypatch):
 
 
 def test_what_a_signal_is_answered_with_can_change(capfd):
-    with StopSignals() as signals:
-        signals.notice = "finishing the results"
-        signal.raise_signal(signal.SIGTERM)
-    assert capfd.readouterr().err == "\nfinishing the results; once more to leave at once\n"
+    notices = iter(["stopping after this step", "finishing the results"])
+    signals = StopSignals(lambda: next(notices))
+    for expected in ("stopping after this step", "finishing the results"):
+        signals.received = None
+        with signals:
+            signal.raise_signal(signal.SIGTERM)
+        assert capfd.readouterr().err == f"\n{expected}; once more to leave at once\n"
 
 
 def test_handlers_are_restored_also_after_an_error():

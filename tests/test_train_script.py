@@ -31,6 +31,7 @@ from utils_alg1.base.errors import Alg1Error
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.report import results as results_module
 from utils_alg1.report.results import draw_samples
+from utils_alg1.run import run as run_module
 from utils_alg1.run_directory import checkpoint_paths, list_runs
 from utils_alg1.training.checkpoint import CheckpointStore
 from utils_alg1.training.trainer import Trainer
@@ -312,7 +313,7 @@ def fail_in(target, name, error, monkeypatch):
 
 PHASES = [
     (MetadataCapture, "capture_git_info"),
-    (results_module, "write_json"),
+    (utils_run_manager, "write_json"),
     (utils_run_manager, "lock_run"),
     (BigramLanguageModel, "__init__"),
     (Trainer, "__init__"),
@@ -358,8 +359,8 @@ def test_a_disk_that_refuses_the_run_directory_leaves_nothing(folder, start, mon
 @pytest.mark.parametrize("where", ["forward", "optimizer", "building"])
 def test_out_of_memory_ends_with_3_and_settings_that_fit(where, start, monkeypatch):
     target, name = {
-        "forward": (Trainer, "compute_gradients"),
-        "optimizer": (Trainer, "update"),
+        "forward": (Trainer, "forward_backward"),
+        "optimizer": (Trainer, "optimizer_step"),
         "building": (BigramLanguageModel, "__init__"),
     }[where]
     fail_in(target, name, torch.OutOfMemoryError("Tried to allocate 20 GiB"), monkeypatch)
@@ -374,7 +375,7 @@ def test_out_of_memory_ends_with_3_and_settings_that_fit(where, start, monkeypat
 
 
 def test_a_bug_is_not_hidden(start, monkeypatch):
-    fail_in(Trainer, "update", AttributeError("a bug"), monkeypatch)
+    fail_in(Trainer, "optimizer_step", AttributeError("a bug"), monkeypatch)
     with pytest.raises(AttributeError, match="a bug"):
         start()
     log = (only_run() / "logs/train.log").read_text(encoding="utf-8")
@@ -467,14 +468,14 @@ def test_a_program_started_without_streams_trains(text_file):
 def test_a_signal_that_python_loses_before_the_loop_still_ends_the_run(
     number, code, train, text_file, monkeypatch
 ):
-    write_records = results_module.write_records
+    write_records = run_module.write_records
 
     def interrupted(*arguments):
         with contextlib.suppress(BaseException):  # as a callback of the import system does
             os.kill(os.getpid(), number)
         return write_records(*arguments)
 
-    monkeypatch.setattr(results_module, "write_records", interrupted)
+    monkeypatch.setattr(run_module, "write_records", interrupted)
     assert train("--data", text_file, *TINY, *QUIET_TRACKERS).code == code
     assert list_runs("runs") == []
 
@@ -620,7 +621,7 @@ def test_the_garbage_collector_rests_while_the_heavy_packages_come(tmp_path):
     """In a process of its own: here they were imported long ago."""
     program = """
 import gc, sys
-from utils_alg1.utils_script import importing
+from utils_alg1.console.script import importing
 with importing():
     print(gc.isenabled())
     import numpy

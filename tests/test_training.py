@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET_TRACKERS, TINY, compile_with
+from conftest import QUIET_TRACKERS, TINY, at, compile_with
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,10 +22,10 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import trainer as trainer_module
-from utils_alg1.training.backward import Backward, find_backward
+from utils_alg1.training.backward import Backward, create_backward
 from utils_alg1.training.checkpoint import newest_checkpoint
-from utils_alg1.training.optimizers import SGD, create_optimizer, orthogonalise
-from utils_alg1.training.progress import Progress
+from utils_alg1.training.optimizers import SGD, create_optimizer, orthogonalize
+from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.runtime import Compiled, Runtime, compiling_pays, start_runtime
 from utils_alg1.training.schedule import learning_rate
 from utils_alg1.training.seeds import generator, seed_initial_weights
@@ -53,7 +53,7 @@ def make_trainer(dropout: float = 0.0, **settings) -> Trainer:
         n_embd=16, n_head=2, n_layer=1, block_size=BLOCK_SIZE, dropout=dropout, vocab_size=VOCAB_SIZE
     )
     model = BigramLanguageModel(sizes)
-    return Trainer(model, find_backward(model, CPU, pytest.fail), (DATA[:300], DATA[300:]), config, CPU)
+    return Trainer(model, create_backward(model, CPU, pytest.fail), (DATA[:300], DATA[300:]), config, CPU)
 
 
 def gradients(trainer: Trainer) -> torch.Tensor:
@@ -172,8 +172,8 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_the_floor(
 def test_an_update_uses_the_learning_rate_of_its_step(optimizer):
     trainer = make_trainer(optimizer=optimizer, learning_rate=0.1, lr_schedule="linear", max_iters=10)
     for step in (0, 5, 9):
-        trainer.compute_gradients(step)
-        trainer.update(step)
+        at(trainer, step).forward_backward()
+        trainer.optimizer_step()
         assert {g["lr"] for g in trainer.optimizer.param_groups} == {learning_rate(trainer.config, step)}
 
 
@@ -218,10 +218,10 @@ def test_the_updates_are_those_of_torch_optim_to_the_byte(name):
     else:
         reference = torch.optim.SGD(groups, lr=0.01, momentum=beta1)
     for step in range(4):
-        ours.compute_gradients(step)
+        at(ours, step).forward_backward()
         for mine, other in zip(ours.parameters, theirs.parameters, strict=True):
             other.grad = mine.grad.clone()
-        ours.update(step)
+        ours.optimizer_step()
         reference.step()
     assert_same_bytes(ours.model.state_dict(), theirs.model.state_dict())
     for mine, other in zip(ours.parameters, theirs.parameters, strict=True):
@@ -241,25 +241,25 @@ def test_accumulated_micro_batches_equal_one_batch_of_the_same_data():
     loss = twin.model(x, y)[1]
     loss.backward()
 
-    assert trainer.compute_gradients(3) == pytest.approx(loss.item(), abs=1e-6)
+    assert at(trainer, 3).forward_backward() == pytest.approx(loss.item(), abs=1e-6)
     torch.testing.assert_close(gradients(trainer), gradients(twin), atol=1e-6, rtol=0)
-    trainer.update(3)
-    twin.update(3)
+    trainer.optimizer_step()
+    at(twin, 3).optimizer_step()
     torch.testing.assert_close(weights(trainer), weights(twin), atol=1e-6, rtol=0)
     assert trainer.tokens_per_step == 4 * 2 * BLOCK_SIZE
 
 
 def test_gradients_of_one_step_do_not_leak_into_the_next():
     trainer, fresh = make_trainer(), make_trainer()
-    trainer.compute_gradients(0)
-    trainer.compute_gradients(1)
-    fresh.compute_gradients(1)
+    at(trainer, 0).forward_backward()
+    at(trainer, 1).forward_backward()
+    at(fresh, 1).forward_backward()
     assert torch.equal(gradients(trainer), gradients(fresh))
 
 
 def test_clipping_bounds_the_norm_and_keeps_the_direction():
     free, clipped, loose = make_trainer(), make_trainer(grad_clip=0.01), make_trainer(grad_clip=1e6)
-    losses = {trainer.compute_gradients(0) for trainer in (free, clipped, loose)}
+    losses = {at(trainer, 0).forward_backward() for trainer in (free, clipped, loose)}
     assert len(losses) == 1
     norm = gradients(free).norm().item()
     assert norm > 0.1
@@ -275,17 +275,17 @@ def test_a_loss_scaler_scales_checks_and_takes_our_step():
     plain.backward = Backward(plain.model, CPU)
     scaled.scaler = scaled.backward.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     for step in range(3):
-        assert scaled.compute_gradients(step) == plain.compute_gradients(step)
+        assert at(scaled, step).forward_backward() == at(plain, step).forward_backward()
         for trainer in (scaled, plain):
-            trainer.update(step)
+            trainer.optimizer_step()
     assert_same_bytes(scaled.model.state_dict(), plain.model.state_dict())
 
     before = weights(scaled).clone()
-    scaled.compute_gradients(3)
+    at(scaled, 3).forward_backward()
     scaled.parameters[0].grad.fill_(math.inf)
     scaled.scaler._per_optimizer_states.clear()  # it has looked for overflows already
     scaled.scaler.unscale_(scaled.optimizer)
-    scaled.update(3)
+    scaled.optimizer_step()
     assert torch.equal(weights(scaled), before)
     assert scaled.scaler.get_scale() == 2.0**7
 
@@ -312,7 +312,7 @@ def test_what_is_not_finite_stops_before_the_update(sabotage, what):
     before = weights(trainer).clone()
     sabotage(trainer)
     with pytest.raises(Alg1Error, match=f"the {what} is not finite at step 7") as caught:
-        trainer.compute_gradients(7)
+        at(trainer, 7).forward_backward()
     assert caught.value.exit_code == CANNOT_TRAIN
     assert "--learning-rate" in caught.value.hint and "--grad-clip" in caught.value.hint
     assert torch.equal(weights(trainer), before)
@@ -321,14 +321,14 @@ def test_what_is_not_finite_stops_before_the_update(sabotage, what):
 
 @pytest.mark.parametrize("sabotage, what", [(break_loss, "loss"), (break_gradient, "gradient")])
 def test_a_run_that_diverges_ends_with_3_and_a_good_checkpoint(sabotage, what, train, text_file, monkeypatch):
-    compute_gradients = Trainer.compute_gradients
+    forward_backward = Trainer.forward_backward
 
-    def diverging(self, step):
-        if step == 3:
+    def diverging(self):
+        if self.step == 3:
             sabotage(self)
-        return compute_gradients(self, step)
+        return forward_backward(self)
 
-    monkeypatch.setattr(Trainer, "compute_gradients", diverging)
+    monkeypatch.setattr(Trainer, "forward_backward", diverging)
     result = train("--data", text_file, *TINY, *QUIET_TRACKERS)
     assert result.code == 3
     assert f"error: the {what} is not finite at step 3; the weights were not updated\n" in result.err
@@ -346,7 +346,7 @@ def test_an_evaluation_that_is_not_finite_ends_with_3():
     trainer = make_trainer()
     trainer.model.lm_head.bias.data[0] = math.nan
     with pytest.raises(Alg1Error, match="the evaluation loss is not finite after step 4") as caught:
-        trainer.evaluate(4)
+        at(trainer, 4).evaluate()
     assert caught.value.exit_code == CANNOT_TRAIN
 
 
@@ -360,7 +360,7 @@ def test_an_evaluation_is_the_mean_over_its_batches():
         draws = [generator(5, f"eval-{split}", i) for i in range(5)]
         batches = [get_batch(split, *trainer.data, BLOCK_SIZE, 2, "cpu", draw) for draw in draws]
         losses[split] = sum(trainer.model(x, y)[1].item() for x, y in batches) / 5
-    evaluation = trainer.evaluate(4)
+    evaluation = at(trainer, 4).evaluate()
     assert evaluation.train_loss == pytest.approx(losses["train"], rel=1e-6)
     assert evaluation.val_loss == pytest.approx(losses["val"], rel=1e-6)
     assert evaluation.train_loss != evaluation.val_loss
@@ -369,25 +369,27 @@ def test_an_evaluation_is_the_mean_over_its_batches():
 
 def test_an_evaluation_draws_the_same_batches_every_time():
     trainer = make_trainer()
-    first = trainer.evaluate(0)
+    first = at(trainer, 0).evaluate()
     torch.rand(10)
-    trainer.compute_gradients(0)
-    assert trainer.evaluate(0) == first
+    trainer.forward_backward()
+    trainer.progress = Progress()
+    again = trainer.evaluate()
+    assert again == first and again is not first
 
 
 @pytest.mark.parametrize("tokens", [1, 2 * 2 * BLOCK_SIZE, 1 << 20])
 def test_an_evaluation_does_not_depend_on_how_many_batches_share_a_pass(tokens, monkeypatch):
-    expected = make_trainer().evaluate(0)
+    expected = at(make_trainer(), 0).evaluate()
     monkeypatch.setattr(trainer_module, "EVALUATION_TOKENS", tokens)
-    evaluation = make_trainer().evaluate(0)
+    evaluation = at(make_trainer(), 0).evaluate()
     assert evaluation.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
     assert evaluation.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
 
 
 def test_an_evaluation_is_without_dropout_and_leaves_the_model_training():
-    assert make_trainer(dropout=0.5).evaluate(0) == make_trainer().evaluate(0)
+    assert at(make_trainer(dropout=0.5), 0).evaluate() == at(make_trainer(), 0).evaluate()
     trainer = make_trainer(dropout=0.5)
-    trainer.evaluate(0)
+    at(trainer, 0).evaluate()
     assert trainer.model.training
     assert all(parameter.grad is None for parameter in trainer.parameters)
 
@@ -427,7 +429,7 @@ def test_the_seed_decides_weights_batches_and_dropout_each():
         seed_initial_weights(weights_seed)
         twin = BigramLanguageModel(trainer.model.config)
         trainer.model.load_state_dict(twin.state_dict())
-        return trainer.compute_gradients(0)
+        return at(trainer, 0).forward_backward()
 
     assert loss(0.0, 1, 1) == loss(0.0, 1, 1)
     assert loss(0.0, 1, 1) != loss(0.0, 2, 1)
@@ -438,7 +440,7 @@ def test_the_seed_decides_weights_batches_and_dropout_each():
 
 def test_every_micro_batch_has_its_own_dropout(monkeypatch):
     trainer = make_trainer(dropout=0.5, grad_accum_steps=3)
-    x, y = trainer._batch("train", 2, "batch", 0, 0)
+    x, y = trainer._batch("train", "batch", 0, 0)
     monkeypatch.setattr(Trainer, "_batch", lambda *_: (x, y))
     losses = []
     model = trainer.model
@@ -448,8 +450,8 @@ def test_every_micro_batch_has_its_own_dropout(monkeypatch):
         return model(x, y)
 
     trainer.backward = Backward(forward, CPU)
-    trainer.compute_gradients(0)
-    trainer.compute_gradients(1)
+    at(trainer, 0).forward_backward()
+    at(trainer, 1).forward_backward()
     assert len(set(losses)) == 6
 
 
@@ -471,7 +473,7 @@ def test_progress_keeps_the_best_and_counts_what_is_not_better():
     progress = Progress()
     trail = []
     for step, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0]):
-        progress.add(trainer_module.Evaluation(step, loss, loss, 0.1))
+        progress.add(Evaluation(step, loss, loss, 0.1))
         trail.append((progress.best_step, progress.best_val, progress.evaluations_since_best))
     assert trail == [(0, 3.0, 0), (1, 2.0, 0), (1, 2.0, 1), (1, 2.0, 2), (4, 1.0, 0)]
 
@@ -489,10 +491,10 @@ def test_patience_is_lost_after_that_many_evaluations(since_best, patience, out)
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
 def test_an_orthogonalised_matrix_is_as_strong_in_every_direction(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(orthogonalise(matrices))
+    values = torch.linalg.svdvals(orthogonalize(matrices))
     assert values.min() > 0.6 and values.max() < 1.3
     # The directions stay: every matrix times its own transpose is symmetric and positive.
-    product = orthogonalise(matrices) @ matrices.mT
+    product = orthogonalize(matrices) @ matrices.mT
     assert torch.allclose(product, product.mT, atol=1e-3)
     assert torch.linalg.eigvalsh(product).min() > -1e-3
 
@@ -504,12 +506,12 @@ def test_muon_steps_hidden_matrices_by_their_orthogonalised_momentum():
     momentum = torch.zeros_like(weight)
     expected = before
     for step in range(2):
-        trainer.compute_gradients(step)
+        at(trainer, step).forward_backward()
         momentum = 0.8 * momentum + 0.2 * weight.grad
         nesterov = 0.2 * weight.grad + 0.8 * momentum
-        rows = orthogonalise(nesterov.view(3, C, C)).reshape(3 * C, C)  # query, key and value by themselves
+        rows = orthogonalize(nesterov.view(3, C, C)).reshape(3 * C, C)  # query, key and value by themselves
         expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * C**0.5 * rows
-        trainer.update(step)
+        trainer.optimizer_step()
     assert torch.allclose(weight, expected, atol=1e-6)
     assert (weight - before).abs().max() > 1e-3
 
@@ -520,11 +522,11 @@ def test_muon_leaves_all_that_is_no_hidden_matrix_to_adamw():
     for optimizer in ("muon", "adamw"):
         trainer = make_trainer(optimizer=optimizer, learning_rate=0.01)
         for step in range(3):
-            trainer.compute_gradients(step)
+            at(trainer, step).forward_backward()
             for name, parameter in trainer.model.named_parameters():
                 if name.startswith("blocks.") and parameter.dim() == 2:
                     parameter.grad = None
-            trainer.update(step)
+            trainer.optimizer_step()
         states.append(trainer.model.state_dict())
     assert_same_bytes(*states)
 

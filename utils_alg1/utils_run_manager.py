@@ -1,4 +1,4 @@
-"""New runs: their ids and directories, and what is recorded about their origin."""
+"""Create runs: run ids, run directories, and the records of their origin in meta/."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from parameters import CONFIG_DIR, CONFIG_FILES
+from parameters import CONFIG_DIR, CONFIG_FILES, Parameters
 from utils_alg1.base.errors import Alg1Error, disk_error
-from utils_alg1.base.files import make_folder, write_atomically
-from utils_alg1.run_directory import LOCK_NAME, RUN_ID, Run, list_runs, lock_run, sanitise_tag
+from utils_alg1.base.files import make_folder, write_atomically, write_json
+from utils_alg1.data.corpus import Corpus
+from utils_alg1.run_directory import (
+    LOCK_NAME,
+    RUN_ID,
+    RunDirectory,
+    RunFolder,
+    list_runs,
+    lock_run,
+    sanitise_tag,
+)
 
 SUBDIRECTORIES = (
     "meta",
@@ -27,7 +36,8 @@ SUBDIRECTORIES = (
     "artifacts/export",
     "eval",
 )
-UNKNOWN = "unknown"  # where there is no git, or no repository
+UNKNOWN = "unknown"  # without git, or without a repository
+NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
 
 
 class RunIDGenerator:
@@ -37,14 +47,14 @@ class RunIDGenerator:
         self.runs_dir = Path(runs_dir)
 
     def generate(self, tag: str = "", date: datetime.date | None = None) -> str:
-        """The next free run id of today, or of `date`."""
+        """Return the next free run id of today, or of `date`."""
         day = (date or datetime.date.today()).isoformat()
         tag = sanitise_tag(tag)
         run_id = f"{day}_{self.get_next_counter(day):03d}"
         return f"{run_id}_{tag}" if tag else run_id
 
     def get_next_counter(self, date: str) -> int:
-        """One more than the highest counter of `date` (YYYY-MM-DD)."""
+        """Return one more than the highest counter of `date` (YYYY-MM-DD)."""
         matches = (RUN_ID.fullmatch(path.name) for path in list_runs(self.runs_dir))
         return 1 + max((int(m[2]) for m in matches if m and m[1] == date), default=0)
 
@@ -53,16 +63,16 @@ class RunIDGenerator:
 
 
 class RunDirectoryCreator:
-    """Makes run directories in `runs_dir`."""
+    """Creates run directories in `runs_dir`."""
 
     def __init__(self, runs_dir: str | Path = "runs"):
         self.runs_dir = Path(runs_dir)
 
     def create(self, run_id: str) -> Path:
-        """Make the directory of a new run, with its sub-directories.
+        """Create the directory of a new run, with its subdirectories.
 
         Raises:
-            FileExistsError: there is one of that name.
+            FileExistsError: it exists already.
             Alg1Error: the file system refused (exit code 4), or `runs_dir` is not a folder.
         """
         run_dir = self.runs_dir / run_id
@@ -80,7 +90,7 @@ class RunDirectoryCreator:
         return run_dir
 
     def create_subdirectories(self, run_dir: str | Path) -> None:
-        """Make meta, logs, artifacts and eval in a run directory.
+        """Create meta, logs, artifacts and eval in a run directory, unless they exist.
 
         Raises:
             Alg1Error: the file system refused (exit code 4).
@@ -98,10 +108,10 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
         raise
 
 
-def create_run(runs_dir: str | Path, tag: str = "") -> Run:
-    """Name and make the directory of a new run and take its lock.
+def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
+    """Create the directory of a new run and lock it.
 
-    A lock on the folder makes two runs that start together take two numbers.
+    A lock on `runs_dir` gives two runs that start together two numbers.
 
     Raises:
         Alg1Error: see RunDirectoryCreator.create.
@@ -109,13 +119,13 @@ def create_run(runs_dir: str | Path, tag: str = "") -> Run:
     runs_dir = Path(runs_dir)
     make_folder(runs_dir)
     try:
-        (runs_dir / LOCK_NAME).touch()  # where it cannot be made, FileLock would go on trying
+        (runs_dir / LOCK_NAME).touch()  # FileLock would retry forever if it cannot be created
         with FileLock(runs_dir / LOCK_NAME, timeout=60):
             run_id = RunIDGenerator(runs_dir).generate(tag)
             path = RunDirectoryCreator(runs_dir).create(run_id)
             with _removed_on_failure(path):
                 run = lock_run(path)
-            run.begun = False
+            run.is_new = True
             return run
     except Timeout:
         raise Alg1Error(
@@ -125,11 +135,11 @@ def create_run(runs_dir: str | Path, tag: str = "") -> Run:
         raise disk_error(f"create a run in {runs_dir}", error) from error
 
 
-# --- where it came from -------------------------------------------------------------------------------
+# --- records ------------------------------------------------------------------------------------------
 
 
 class MetadataCapture:
-    """Records the state of the code and of the machine. Nothing here raises for lack of git."""
+    """Records the state of the code and of the machine. Without git, its values are "unknown"."""
 
     @staticmethod
     def _git(*arguments: str) -> str | None:
@@ -144,17 +154,17 @@ class MetadataCapture:
 
     @classmethod
     def get_git_commit(cls) -> str:
-        """The commit of this program's checkout, or "unknown"."""
+        """Return the commit of this program's checkout, or "unknown"."""
         return cls._git("rev-parse", "HEAD") or UNKNOWN
 
     @classmethod
     def get_git_branch(cls) -> str:
-        """The branch of it, or "unknown"."""
+        """Return its branch, or "unknown"."""
         return cls._git("rev-parse", "--abbrev-ref", "HEAD") or UNKNOWN
 
     @classmethod
     def get_git_dirty(cls) -> str:
-        """Whether there are uncommitted changes: "yes", "no" or "unknown"."""
+        """Return whether there are uncommitted changes: "yes", "no" or "unknown"."""
         status = cls._git("status", "--porcelain")
         return UNKNOWN if status is None else "yes" if status else "no"
 
@@ -203,9 +213,9 @@ class MetadataCapture:
 
 
 def copy_files(files: Mapping[Path, bytes], folder: Path) -> list[Path]:
-    """Write files, given as they were read, to a folder under their own names, and return the copies.
+    """Write files (path -> bytes) to a folder under their own names, and return the copies.
 
-    A copy is never written over: a file of the same name with other bytes gets a number.
+    A copy is never overwritten: a file of the same name with other bytes gets a number.
     """
     copies: list[Path] = []
     for path, data in files.items():
@@ -224,3 +234,36 @@ def _write_lines(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
     text = "".join(f"{name}: {value}\n" for name, value in values.items())
     write_atomically(path, text.encode("utf-8", "backslashreplace"))
     return values
+
+
+def write_records(
+    run: RunFolder,
+    params: Parameters,
+    config_files: Mapping[Path, bytes],
+    corpus: Corpus,
+    runtime: dict[str, Any],
+) -> dict[str, Any]:
+    """Fill meta/, and return the origin of the run for the trackers.
+
+    Args:
+        config_files: the configuration files that were read, with their bytes.
+        runtime: device, dtype and threads.
+
+    Raises:
+        Alg1Error: the file system refused (exit code 4).
+    """
+    git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt")
+    environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt")
+    copy_files(config_files, run.meta_dir / "configs")
+    notes = run.meta_dir / "notes.md"
+    if not notes.exists():
+        write_atomically(notes, NOTES.format(run_id=run.run_id).encode())
+    text = {
+        "path": str(corpus.path),
+        "sha256": corpus.sha256,
+        "characters": len(corpus.tokens),
+        "vocab_size": corpus.tokenizer.vocab_size,
+    }
+    record = {"parameters": params.flat(), "origins": params.origins, "corpus": text, "runtime": runtime}
+    write_json(run.record_path, record)
+    return {"git": git, "environment": environment, "corpus": text, "runtime": runtime}

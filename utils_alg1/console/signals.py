@@ -95,7 +95,7 @@ class StopSignals:
 
     def __init__(
         self,
-        notice: Callable[[], str],
+        notice: Callable[[], str] = lambda: "stopping after this step",
         announce: Callable[[bytes], object] = write_stderr,
         exit_callback: Callable[[], object] | None = None,
     ) -> None:

@@ -1,11 +1,11 @@
-"""Text -> tokens, kept in a cache beside the text.
+"""Tokenize a text file, and cache the tokens next to it.
 
-A corpus is one UTF-8 text file. It is read in pieces, twice: once to check it, digest it and collect its
-characters, once to write its tokens to a cache file that training then maps into memory. So a text larger
-than memory trains in constant memory, and the same text is tokenised once.
+A corpus is one UTF-8 text file. It is read in chunks, twice: `scan_corpus` validates it and computes its
+SHA-256 and vocabulary; `CorpusScan.tokenize` then writes its tokens to a cache file, which is memory-mapped.
+So a text larger than memory trains in constant memory, and the same text is tokenized only once.
 
-What takes long is done in few passes over pieces that stay in the processor's cache: pieces of pure ASCII are
-never decoded, and digest, checksum and disk have a thread beside (`Beside`).
+For speed, a chunk fits in the processor's cache, pure ASCII is never decoded, and hashing, checksums and disk
+writes run in background threads (`BackgroundWorker`).
 """
 
 from __future__ import annotations
@@ -33,27 +33,24 @@ from utils_alg1.base.files import atomic_file, write_all, write_json
 
 LOGGER = logging.getLogger("alg1")
 
-
-CACHE_FOLDER = ".tokens"  # beside the corpus
+CACHE_FOLDER = ".tokens"  # next to the text file
 CACHE_FORMAT = 1
-CHUNK_BYTES = 1 << 19  # of text in a piece: its code points still fit the second-level cache
-SYNC_BYTES = 1 << 26  # of tokens that the disk may be behind
+CHUNK_BYTES = 1 << 19  # of text; a chunk's code points, 4 bytes each, still fit in a typical L2 cache
+SYNC_BYTES = 1 << 26  # of tokens written between two calls of fsync
 BOM = "\ufeff"
 NO_TEXT = "this is hardly a text file"
-
-
 UTF_16 = "if it is UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A checked, tokenised text.
+    """A validated, tokenized text.
 
     Attributes:
         path: the text file.
-        sha256: of the file's bytes.
-        tokenizer: over all characters of the text.
-        tokens: (n,) of the tokenizer's token_type, mapped from a file.
+        sha256: hex digest of the file's bytes.
+        tokenizer: its vocabulary is every character of the text.
+        tokens: (n,) of the tokenizer's token_type, memory-mapped.
     """
 
     path: Path
@@ -67,6 +64,60 @@ class Corpus:
         """The first `train_split` of the tokens, and the last `val_split` (default: all others)."""
         n_train, n_val = split_sizes(len(self.tokens), train_split, val_split)
         return self.tokens[:n_train], self.tokens[len(self.tokens) - n_val :]
+
+
+@dataclass(frozen=True)
+class CorpusScan:
+    """What is known of a text before it is tokenized. Making one writes nothing.
+
+    Attributes:
+        path, sha256, tokenizer: as in `Corpus`.
+        n_characters: the length of the text, which is also its number of tokens.
+        cached_tokens: the tokens that an earlier run left in the cache, or None.
+    """
+
+    path: Path
+    sha256: str
+    tokenizer: Tokenizer
+    n_characters: int
+    cached_tokens: np.ndarray | None = None
+
+    def tokenize(self) -> Corpus:
+        """Return the corpus. Unless its tokens are cached already, tokenize the text into the cache.
+
+        Where the cache cannot be written, the tokens go to an unnamed temporary file instead.
+
+        Raises:
+            Alg1Error: the text has changed since the scan, or there is no space for its tokens.
+        """
+        tokens = self.cached_tokens
+        if tokens is None:
+            tokens = _write_cache(self)
+        return Corpus(self.path, self.sha256, self.tokenizer, tokens)
+
+
+def scan_corpus(path: Path | str) -> CorpusScan:
+    """Validate a text file and find its digest, vocabulary and length; write nothing.
+
+    If the cache holds this text, the text is only hashed, not decoded.
+
+    Raises:
+        Alg1Error: empty, not UTF-8 (naming the first invalid byte), or not readable.
+    """
+    path = Path(path)
+    cached = _read_cache(path) if (path.parent / CACHE_FOLDER).is_dir() else None
+    if cached is not None:
+        LOGGER.debug("%s: using the tokens cached in %s", path, path.parent / CACHE_FOLDER)
+        return cached
+    scan = _scan_text(path)
+    if not scan.n_characters:
+        raise Alg1Error(f"{path}: the file is empty", "give it some text, or name another file")
+    return scan
+
+
+def open_corpus(path: Path | str) -> Corpus:
+    """`scan_corpus` and `CorpusScan.tokenize` in one, for callers with nothing to check in between."""
+    return scan_corpus(path).tokenize()
 
 
 def split_sizes(n: int, train_split: float, val_split: float | None) -> tuple[int, int]:
@@ -93,53 +144,29 @@ def check_block_size(
     raise Alg1Error(f"{text}, and for any other", hint)
 
 
-def doubt(corpus: Corpus) -> str | None:
-    """What is odd about a text that is UTF-8 all the same, in one line; None where nothing is."""
-    if "\0" in corpus.tokenizer.stoi:
-        return f"{corpus.path}: it has characters of value 0: {NO_TEXT}; {UTF_16}"
+def text_warning(path: Path, tokenizer: Tokenizer) -> str | None:
+    """A one-line warning if a file is valid UTF-8 but probably not a text, else None."""
+    if "\0" in tokenizer.stoi:
+        return f"{path}: it has characters of value 0: {NO_TEXT}; {UTF_16}"
     return None
 
 
-def open_corpus(path: Path | str, check: Callable[[int, int], None] = lambda n, vocab_size: None) -> Corpus:
-    """Check and tokenise a text file, or map the tokens of an earlier time.
+class BackgroundWorker:
+    """Runs calls in order in one background thread while the caller goes on.
 
-    The cache lies beside the text, keyed by its content. Where that folder cannot be written, the tokens
-    go to an unnamed temporary file instead.
-
-    Args:
-        check: called with the text's length and vocab_size before anything is written; it may raise.
-
-    Raises:
-        Alg1Error: empty, not UTF-8 (naming the byte), or not readable.
-    """
-    path = Path(path)
-    cached = _cached_tokens(path) if (path.parent / CACHE_FOLDER).is_dir() else None
-    if cached is not None:
-        LOGGER.debug("%s: the tokens that an earlier run has kept in %s", path, path.parent / CACHE_FOLDER)
-        check(len(cached.tokens), cached.tokenizer.vocab_size)
-        return cached
-    sha256, tokenizer, n = _survey(path)
-    if not n:
-        raise Alg1Error(f"{path}: the file is empty", "give it some text, or name another file")
-    check(n, tokenizer.vocab_size)
-    return Corpus(path, sha256, tokenizer, _write_tokens(path, sha256, tokenizer))
-
-
-class Beside:
-    """A thread that makes calls in their order while the caller goes on: for what lets go of Python's lock.
-
-    Leaving the `with` block waits for all. What a call raises is raised by a later call, or at the end.
+    This helps with calls that release the GIL: hashing, checksums, disk writes. Leaving the `with` block
+    waits for all calls. What a call raises is raised again by a later `submit`, or at the end of the block.
 
     Args:
-        behind: how many calls may be waiting; with more, the caller waits.
+        max_pending: how many calls may be pending before a further one blocks the caller.
     """
 
-    def __init__(self, behind: int):
-        self._behind = behind
+    def __init__(self, max_pending: int):
+        self._max_pending = max_pending
         self._executor = ThreadPoolExecutor(1)
-        self._waiting: deque[Future] = deque()
+        self._pending: deque[Future] = deque()
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> BackgroundWorker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -147,17 +174,17 @@ class Beside:
         if kind is None:
             self._wait(0)
 
-    def __call__(self, function: Callable, *arguments: Any) -> None:
-        self._wait(self._behind)
-        self._waiting.append(self._executor.submit(function, *arguments))
+    def submit(self, function: Callable, *arguments: Any) -> None:
+        self._wait(self._max_pending)
+        self._pending.append(self._executor.submit(function, *arguments))
 
-    def _wait(self, behind: int) -> None:
-        while len(self._waiting) > behind:
-            self._waiting.popleft().result()
+    def _wait(self, max_pending: int) -> None:
+        while len(self._pending) > max_pending:
+            self._pending.popleft().result()
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[Any]:
+def _open_text(path: Path) -> Iterator[Any]:
     try:
         with path.open("rb") as file:
             yield file
@@ -165,20 +192,20 @@ def _reading(path: Path) -> Iterator[Any]:
         raise unreadable(path, error) from None
 
 
-def _pieces(path: Path, sha256: Any, beside: Beside) -> Iterator[bytes | np.ndarray]:
-    """The text in pieces, without its BOM: pure ASCII as it is, other text as (n,) uint32 code points.
+def _read_chunks(path: Path, sha256: Any, worker: BackgroundWorker) -> Iterator[bytes | np.ndarray]:
+    """Yield the text in chunks, without its BOM: bytes if pure ASCII, otherwise (n,) uint32 code points.
 
     Args:
-        sha256: a hashlib object to feed with the file's bytes.
+        sha256: a hashlib object that is updated with the file's bytes, by the worker.
 
     Raises:
         Alg1Error: naming the first byte that is not UTF-8.
     """
-    consumed = 0  # bytes of the file that are decoded
-    rest = b""
-    with _reading(path) as file:
+    consumed = 0  # bytes of the file that have been decoded
+    rest = b""  # of a character that goes on in the next chunk
+    with _open_text(path) as file:
         while chunk := file.read(CHUNK_BYTES):
-            beside(sha256.update, chunk)
+            worker.submit(sha256.update, chunk)
             if not rest and chunk.isascii():
                 consumed += len(chunk)
                 yield chunk
@@ -200,89 +227,97 @@ def _decode(path: Path, data: bytes, offset: int, final: bool) -> tuple[str, int
         at = offset + error.start
         encoding = "UTF-16" if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
         hint = f"save the file as UTF-8, for instance: iconv -f {encoding} -t UTF-8 OLD > NEW"
-        if encoding != "UTF-16" and b"\0" in data:  # no 8-bit encoding of a text has it
+        if encoding != "UTF-16" and b"\0" in data:  # text in an 8-bit encoding has no zero bytes
             hint = f"{NO_TEXT}; {UTF_16}"
         raise Alg1Error(f"{path}: not UTF-8 at byte {at} (0x{data[error.start]:02X})", hint) from None
 
 
-def _survey(path: Path) -> tuple[str, Tokenizer, int]:
-    """The SHA-256 of a text, its tokenizer, and its length in characters."""
+def _scan_text(path: Path) -> CorpusScan:
     ascii_seen = b""
     seen = np.zeros(N_CODE_POINTS, dtype=bool)
     n = 0
     sha256 = hashlib.sha256()
-    with Beside(behind=2) as beside:
-        for piece in _pieces(path, sha256, beside):
-            n += len(piece)
-            if isinstance(piece, bytes):
-                ascii_seen += bytes(set(piece.translate(None, ascii_seen)))  # deletes what is known
+    with BackgroundWorker(max_pending=2) as worker:
+        for chunk in _read_chunks(path, sha256, worker):
+            n += len(chunk)
+            if isinstance(chunk, bytes):
+                ascii_seen += bytes(
+                    set(chunk.translate(None, ascii_seen))
+                )  # deletes the characters seen so far
             else:
-                seen[piece.astype(np.intp)] = True  # as intp: any other index type is slow here
+                seen[chunk.astype(np.intp)] = True  # indexing with any other integer type is slow
     seen[list(ascii_seen)] = True
-    return sha256.hexdigest(), Tokenizer(map(chr, np.flatnonzero(seen))), n
+    return CorpusScan(path, sha256.hexdigest(), Tokenizer(map(chr, np.flatnonzero(seen))), n)
 
 
-def _digest(path: Path) -> str:
-    with _reading(path) as file:
+def _hash_file(path: Path) -> str:
+    with _open_text(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _cached_tokens(path: Path) -> Corpus | None:
-    """What an earlier run kept for this content; None if nothing, or nothing whole."""
-    sha256 = _digest(path)
+def _read_cache(path: Path) -> CorpusScan | None:
+    """The scan of a text whose tokens are in the cache; None if they are missing or damaged."""
+    sha256 = _hash_file(path)
     folder = path.parent / CACHE_FOLDER
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         about = json.loads((folder / f"{sha256}.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer(about["vocabulary"])
         tokens = np.memmap(folder / f"{sha256}.bin", mode="r", dtype=tokenizer.token_type())
-        crc = _crc32(tokenizer)
-        with (folder / f"{sha256}.bin").open("rb") as file:  # through the map it would count as our memory
+        crc = _vocabulary_crc32(tokenizer)
+        with (folder / f"{sha256}.bin").open(
+            "rb"
+        ) as file:  # reading the memmap would count as resident memory
             while chunk := file.read(CHUNK_BYTES):
                 crc = zlib.crc32(chunk, crc)
-        whole = len(tokens) == about["n_tokens"] and crc == about["crc32"]
-        if about["format"] == CACHE_FORMAT and whole:
-            return Corpus(path, sha256, tokenizer, tokens)
+        intact = len(tokens) == about["n_tokens"] and crc == about["crc32"]
+        if about["format"] == CACHE_FORMAT and intact:
+            return CorpusScan(path, sha256, tokenizer, len(tokens), tokens)
     return None
 
 
-def _crc32(tokenizer: Tokenizer) -> int:
-    """Of the vocabulary; that of the tokens goes on from there."""
+def _vocabulary_crc32(tokenizer: Tokenizer) -> int:
+    """The start value of the cache's CRC-32, so that it covers the vocabulary and then the tokens."""
     return zlib.crc32("".join(tokenizer.vocabulary).encode("utf-8", "surrogatepass"))
 
 
-def _write_tokens(path: Path, sha256: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokenise the text into its cache, or into a nameless file where that cannot be written."""
-    folder = path.parent / CACHE_FOLDER
+def _write_cache(scan: CorpusScan) -> np.ndarray:
+    """Tokenize into the cache, or if that fails into a temporary file without a name; map the tokens."""
+    folder = scan.path.parent / CACHE_FOLDER
+    dtype = scan.tokenizer.token_type()
     try:
         folder.mkdir(exist_ok=True)
-        with atomic_file(folder / f"{sha256}.bin") as descriptor:
-            crc32 = _tokenise(path, sha256, tokenizer, descriptor)
+        with atomic_file(folder / f"{scan.sha256}.bin") as descriptor:
+            crc32 = _write_tokens(scan, descriptor)
     except (OSError, Alg1Error):
         try:
             with tempfile.TemporaryFile() as file:
-                _tokenise(path, sha256, tokenizer, file.fileno())
-                return np.memmap(file, mode="r", dtype=tokenizer.token_type())
+                _write_tokens(scan, file.fileno())
+                return np.memmap(file, mode="r", dtype=dtype)
         except OSError as error:
-            raise disk_error(f"write the tokens of {path} to a temporary file", error) from error
-    tokens = np.memmap(folder / f"{sha256}.bin", mode="r", dtype=tokenizer.token_type())
+            raise disk_error(f"write the tokens of {scan.path} to a temporary file", error) from error
+    tokens = np.memmap(folder / f"{scan.sha256}.bin", mode="r", dtype=dtype)
     about = {
         "format": CACHE_FORMAT,
-        "text": path.name,
+        "text": scan.path.name,
         "n_tokens": len(tokens),
         "crc32": crc32,
-        "vocabulary": tokenizer.vocabulary,
+        "vocabulary": scan.tokenizer.vocabulary,
     }
-    with contextlib.suppress(Alg1Error):  # without it the tokens are only made again next time
-        write_json(folder / f"{sha256}.json", about)
+    with contextlib.suppress(Alg1Error):  # without this file the text is only tokenized again next time
+        write_json(folder / f"{scan.sha256}.json", about)
     return tokens
 
 
-def _tokenise(path: Path, sha256: str, tokenizer: Tokenizer, descriptor: int) -> int:
-    """Write a text's tokens to a file, durably: their CRC-32."""
-    table = tokenizer.lookup_table()
-    ascii_table = table[:256].tobytes()  # where a token is a byte
-    read = hashlib.sha256()
-    crc = _crc32(tokenizer)
+def _write_tokens(scan: CorpusScan, descriptor: int) -> int:
+    """Write the text's tokens to a file and sync it. Returns the CRC-32 of vocabulary and tokens.
+
+    Raises:
+        Alg1Error: the text has changed since the scan.
+    """
+    table = scan.tokenizer.lookup_table()
+    ascii_table = table[:256].tobytes()  # for bytes.translate, if tokens are single bytes
+    sha256 = hashlib.sha256()
+    crc = _vocabulary_crc32(scan.tokenizer)
 
     def write(tokens: memoryview) -> None:
         nonlocal crc
@@ -290,20 +325,20 @@ def _tokenise(path: Path, sha256: str, tokenizer: Tokenizer, descriptor: int) ->
         crc = zlib.crc32(tokens, crc)
 
     unsynced = 0
-    with Beside(behind=1) as disk, Beside(behind=4) as beside:
-        for piece in _pieces(path, read, beside):
-            if not isinstance(piece, bytes):
-                tokens = table.take(piece).data
+    with BackgroundWorker(max_pending=1) as syncer, BackgroundWorker(max_pending=4) as worker:
+        for chunk in _read_chunks(scan.path, sha256, worker):
+            if not isinstance(chunk, bytes):
+                tokens = table.take(chunk).data
             elif table.itemsize == 1:
-                tokens = memoryview(piece.translate(ascii_table))
+                tokens = memoryview(chunk.translate(ascii_table))
             else:
-                tokens = table.take(np.frombuffer(piece, dtype=np.uint8)).data
-            beside(write, tokens.cast("B"))
+                tokens = table.take(np.frombuffer(chunk, dtype=np.uint8)).data
+            worker.submit(write, tokens.cast("B"))
             unsynced += tokens.nbytes
-            if unsynced >= SYNC_BYTES:  # so that the disk works while we do
-                disk(os.fsync, descriptor)
+            if unsynced >= SYNC_BYTES:  # sync as we go, so that the disk works in parallel
+                syncer.submit(os.fsync, descriptor)
                 unsynced = 0
-    if read.hexdigest() != sha256:  # its new characters would be no tokens of this vocabulary
-        raise Alg1Error(f"{path}: it changed while it was read", "train on a copy of it")
+    if sha256.hexdigest() != scan.sha256:  # new characters would have no token in this vocabulary
+        raise Alg1Error(f"{scan.path}: it changed while it was read", "train on a copy of it")
     os.fsync(descriptor)
     return crc

@@ -1,1 +1,1 @@
-"""The parts of the model besides its modules: weights on disk, decoding, the manual gradient."""
+"""Parts of the model besides its modules: rotary embeddings, decoding, weight files, manual gradient."""

@@ -1,9 +1,14 @@
-"""Weights on disk: the lecture's layout, one key, query and value matrix for each head, and what it holds."""
+"""Weight files: what they say about the model, and their layout.
+
+On disk each attention head has its own query, key and value matrix, as in the lecture that the architecture
+comes from; in memory those of a block are one fused matrix.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +24,91 @@ OTHER_WEIGHTS = "use an export of ALG1, or weights with the names that README-AR
 PROJECTIONS = ("query", "key", "value")  # the order of their rows in the fused matrix
 
 
-def split_heads(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The model's tensors -> the layout on disk, with three (S, C) matrices for each head."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if not name.endswith(".sa.qkv.weight"):
-            tensors[name] = tensor
-            continue
-        prefix = name.removesuffix("qkv.weight")
-        heads = tensor.view(len(PROJECTIONS), config.n_head, -1, config.n_embd)  # (3, H, S, C)
-        for h in range(config.n_head):
-            for p, part in enumerate(PROJECTIONS):
-                tensors[f"{prefix}heads.{h}.{part}.weight"] = heads[p, h]
-    return tensors
+@dataclasses.dataclass(frozen=True)
+class WeightsInfo:
+    """What a weights file holds besides its tensors.
+
+    Attributes:
+        config: the sizes and options of the model.
+        vocabulary: the characters by token, or None if unknown.
+        provenance: where the weights come from (JSON values).
+    """
+
+    config: ModelConfig
+    vocabulary: list[str] | None
+    provenance: dict[str, Any]
+
+
+def weights_metadata(
+    config: ModelConfig, vocabulary: list[str] | None, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """The metadata of an exported model, as JSON values."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": config.stored(),
+        "vocabulary": vocabulary,
+        "provenance": provenance,
+    }
+
+
+def describe_weights(
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, Any] | None,
+    path: str | Path,
+    vocabulary: Sequence[str] | None = None,
+) -> WeightsInfo:
+    """Read sizes, vocabulary and provenance of a weights file, and check that they agree with its tensors.
+
+    Args:
+        tensors, metadata: as `read_tensors` returns them.
+        path: for error messages.
+        vocabulary: the characters by token, for a file that does not hold them.
+
+    Raises:
+        Alg1Error: not an exported model, of an unknown version, or its parts do not agree.
+    """
+    if metadata is not None and metadata.get("format") != FORMAT:
+        raise Alg1Error(f"{path}: this is {metadata.get('format')!r}, not an exported model", OTHER_WEIGHTS)
+    if metadata is not None and metadata.get("format_version") != FORMAT_VERSION:
+        raise Alg1Error(
+            f"{path}: format version {metadata.get('format_version')!r} is not known",
+            "use the release of ALG1 that wrote it",
+        )
+    metadata = metadata or {}
+    model = metadata.get("model")
+    stored = model if isinstance(model, dict) else {}
+    config = config_from_shapes(tensors, path, stored)
+    if model is not None and dataclasses.asdict(config) != MODEL_OPTIONS | stored:
+        raise Alg1Error(f"{path}: its sizes and its tensors do not agree", OTHER_WEIGHTS)
+    characters = vocabulary if vocabulary is not None else metadata.get("vocabulary")
+    if characters is not None:
+        characters = list(characters)
+        _check_vocabulary(characters, config, path)
+    return WeightsInfo(config, characters, metadata.get("provenance") or {})
+
+
+def _check_vocabulary(characters: list[str], config: ModelConfig, path: str | Path) -> None:
+    """Check that a vocabulary is sorted, without duplicates, and as long as the model's vocab_size."""
+    if len(characters) != config.vocab_size:
+        raise Alg1Error(
+            f"{path}: the vocabulary has {len(characters)} characters,"
+            f" the weights are for {config.vocab_size}",
+            "name the vocabulary of the text that it was trained on",
+        )
+    if characters != sorted(set(characters)):
+        raise Alg1Error(
+            f"{path}: the vocabulary is not a sorted set of characters, token by token", OTHER_WEIGHTS
+        )
 
 
 def config_from_shapes(
     tensors: Mapping[str, Tensor], path: str | Path, stored: Mapping[str, Any] | None = None
 ) -> ModelConfig:
-    """The sizes that the tensors of a file in the lecture's layout have.
+    """Read the sizes of a model from the names and shapes of its tensors on disk.
 
-    What shapes do not show is taken from `stored`, the file's own word: dropout, the options, and with
-    rotary positions block_size.
+    What these do not show is taken from `stored`, the config in the file's metadata: dropout, the options,
+    and block_size if the positions are rotary.
 
     Raises:
         Alg1Error: these are not the weights of such a model.
@@ -54,8 +122,7 @@ def config_from_shapes(
         found = tensors.get(f"{kind}_embedding_table.weight")
         if found is None or found.dim() != 2 or not found.numel():
             raise Alg1Error(
-                f"{path}: there is no model of this kind in it (no embedding tables)",
-                OTHER_WEIGHTS,
+                f"{path}: there is no model of this kind in it (no embedding tables)", OTHER_WEIGHTS
             )
         return found
 
@@ -79,16 +146,32 @@ def config_from_shapes(
     return config
 
 
+def split_heads(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Convert the model's tensors to the layout on disk, with three (S, C) matrices per head."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.endswith(".sa.qkv.weight"):
+            tensors[name] = tensor
+            continue
+        prefix = name.removesuffix("qkv.weight")
+        heads = tensor.view(len(PROJECTIONS), config.n_head, -1, config.n_embd)  # (3, H, S, C)
+        for h in range(config.n_head):
+            for p, part in enumerate(PROJECTIONS):
+                tensors[f"{prefix}heads.{h}.{part}.weight"] = heads[p, h]
+    return tensors
+
+
 def join_heads(
     tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], config: ModelConfig, path: str | Path
 ) -> dict[str, Tensor]:
-    """The layout on disk -> the model's tensors. Buffers of old files (`...tril`) are left out.
+    """Convert tensors in the layout on disk to the model's, leaving out the `...tril` buffers of old files.
 
     Args:
         state: the model's own tensors, of which only names and shapes are read.
+        path: for error messages.
 
     Raises:
-        Alg1Error: a tensor is missing, left over, of the wrong shape or not of a floating type.
+        Alg1Error: a tensor is missing, unknown, of the wrong shape, or not of a floating-point type.
     """
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".tril")}
     expected = {name: tuple(tensor.shape) for name, tensor in split_heads(state, config).items()}

@@ -1,4 +1,4 @@
-"""What a run leaves for people: the records in meta/ and the results in eval/."""
+"""The results of a run in eval/, and its exported weights."""
 
 from __future__ import annotations
 
@@ -15,73 +15,29 @@ from utils_alg1.base.files import write_atomically, write_json
 from utils_alg1.base.text import bits_per_character, perplexity
 from utils_alg1.network.tensor_file import read_metadata
 from utils_alg1.network.weights import FORMAT
-from utils_alg1.run_directory import Run, RunFolder
+from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.observer import draw_texts
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import MetadataCapture, copy_files
 
 if TYPE_CHECKING:
-    from utils_alg1.data.corpus import Corpus
     from utils_alg1.training.checkpoint import CheckpointStore
-    from utils_alg1.training.progress import Progress
-    from utils_alg1.training.runtime import Runtime
     from utils_alg1.training.trainer import Trainer
 
-SAMPLES = 3
+N_SAMPLES = 3
 SAMPLE_LENGTH = 400  # characters
-NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
 
 
-def write_records(
-    run: Run, params: Parameters, config_files: dict[Path, bytes], corpus: Corpus, runtime: Runtime
-) -> dict[str, Any]:
-    """Fill meta/, and return the origin of the run for the trackers.
-
-    Raises:
-        Alg1Error: the file system refused (exit code 4).
-    """
-    git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt")
-    environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt")
-    copy_files(config_files, run.meta_dir / "configs")
-    notes = run.meta_dir / "notes.md"
-    if not notes.exists():
-        write_atomically(notes, NOTES.format(run_id=run.run_id).encode())
-    text = {
-        "path": str(corpus.path),
-        "sha256": corpus.sha256,
-        "characters": len(corpus.tokens),
-        "vocab_size": corpus.tokenizer.vocab_size,
-    }
-    machine = {
-        "device": str(runtime.device),
-        "dtype": runtime.dtype_name,
-        "threads": runtime.threads,
-    }
-    write_json(
-        run.record_path,
-        {
-            "parameters": params.flat(),
-            "origins": params.origins,
-            "corpus": text,
-            "runtime": machine,
-        },
-    )
-    return {"git": git, "environment": environment, "corpus": text, "runtime": machine}
-
-
-def write_results(
-    run: Run, progress: Progress, trainer: Trainer, exported: dict[str, Any], samples: list[str]
-) -> None:
+def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any], samples: list[str]) -> None:
     """Write eval/final.json and eval/samples.txt. Losses are in nats per character.
 
-    `seconds_in_loop` counts every part of a resumed run, `wall_seconds` the whole process but its imports,
-    and only the last one.
+    `seconds_in_loop` includes the training before each resume; `wall_seconds` is the lifetime of this process
+    without its imports.
 
     Raises:
-        Alg1Error: the file system refused (exit code 4).
+        Alg1Error: a file could not be written (exit code 4).
     """
-    evaluation = progress.evaluation
-    assert evaluation is not None and progress.best_val is not None  # the loop ends with one
+    progress, evaluation = trainer.progress, trainer.progress.evaluation
+    assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
     tokens = trainer.tokens_per_step * progress.step
     final = {
         "run_id": run.run_id,
@@ -108,11 +64,11 @@ def write_results(
 
 
 def check_output(output: str | None) -> None:
-    """Check before training that --output can name a file, and that nothing else is lost by writing it.
+    """Check before training that --output can be written and that this overwrites nothing but an export.
 
     Raises:
-        Alg1Error: its folder is not there or takes no file (exit code 4), it is a folder itself, or a file
-            that is not an export.
+        Alg1Error: its folder does not exist or is not writable (exit code 4), or the path is a folder, a file
+            that is not an export, or inside a run directory.
     """
     if output is None:
         return
@@ -133,7 +89,7 @@ def check_output(output: str | None) -> None:
 
 
 def is_export(path: Path) -> bool:
-    """Whether a file holds weights that this program has exported, whole or not."""
+    """Return whether a file, even a damaged one, contains weights exported by this program."""
     try:
         return read_metadata(path).get("format") == FORMAT
     except Alg1Error:
@@ -142,15 +98,20 @@ def is_export(path: Path) -> bool:
 
 def export_weights(
     trainer: Trainer,
-    progress: Progress,
     store: CheckpointStore,
-    run: Run,
+    run: RunDirectory,
     params: Parameters,
     console: Console,
 ) -> dict[str, Any]:
-    """Write the best or the last weights where inference.py finds them; returns what they are."""
-    model, evaluation = trainer.model, progress.evaluation
-    assert evaluation is not None  # the loop ends with one
+    """Write the best or the last weights to artifacts/export/, where inference.py finds them.
+
+    Afterwards the model of the trainer holds the exported weights.
+
+    Returns:
+        Which weights were exported: their kind ("best" or "last"), step and validation loss.
+    """
+    model, progress, evaluation = trainer.model, trainer.progress, trainer.progress.evaluation
+    assert evaluation is not None  # training ends with an evaluation
     exported: dict[str, Any] = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
     if params.train.export == "best":
         try:
@@ -166,11 +127,11 @@ def export_weights(
     return exported
 
 
-def copy_export(run: Run, output: str | None) -> None:
-    """Write the export to --output, too.
+def copy_export(run: RunDirectory, output: str | None) -> None:
+    """Copy the exported weights to --output.
 
     Raises:
-        Alg1Error: the file system refused (exit code 4); the run is complete without it.
+        Alg1Error: the copy could not be written (exit code 4). The run itself is complete.
     """
     if output is None:
         return
@@ -181,5 +142,5 @@ def copy_export(run: Run, output: str | None) -> None:
 
 
 def draw_samples(model: BigramLanguageModel, seed: int) -> list[str]:
-    """A few continuations of the vocabulary's default prompt."""
-    return draw_texts(model, seed, SAMPLES, SAMPLE_LENGTH)
+    """Generate N_SAMPLES texts from the default prompt of the vocabulary."""
+    return draw_texts(model, seed, N_SAMPLES, SAMPLE_LENGTH)

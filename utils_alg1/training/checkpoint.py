@@ -1,7 +1,11 @@
-"""Checkpoints: one verified file for each, written atomically, the last few and the best kept.
+"""Checkpoints: one verified file each, written atomically; the last few and the best are kept.
 
-A checkpoint holds the model, the optimizer's state and, as JSON, everything else a run needs to go on with
-the same bytes. There is no random state in it: see `utils_runtime.derive_seed`.
+A checkpoint is a tensor file (network/tensor_file.py), step_NNNNNNNNN.safetensors. Its float32 tensors are
+
+    model.<parameter>               as in BigramLanguageModel.state_dict()
+    optimizer.<state>.<parameter>   as in Optimizer.state_keys(): exp_avg, exp_avg_sq, step, momentum_buffer
+
+and its metadata, as JSON, are `CheckpointMetadata`. There is no random state: see training/seeds.py.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -34,21 +38,33 @@ from utils_alg1.utils_output import LOGGER
 FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1
 OTHER_CHECKPOINT = "use another checkpoint, written by train.py"
-LARGE = 1e300  # no figure of a run comes near
+MAX_FIGURE = 1e300  # no loss or time of a run comes near
+
+
+class CheckpointMetadata(TypedDict, total=False):
+    """What a checkpoint holds beside its tensors. Old files may lack `world_size` and `compiled`."""
+
+    format: str  # FORMAT
+    format_version: int  # FORMAT_VERSION
+    run_id: str
+    parameters: dict[str, Any]  # of the run, by name
+    model: dict[str, Any]  # ModelConfig.stored(): the sizes of the model
+    vocabulary: list[str]  # the characters by token
+    corpus_sha256: str  # of the bytes of the text
+    progress: dict[str, Any]  # Progress: step, best loss, newest evaluation, seconds
+    scaler: dict[str, Any]  # GradScaler.state_dict(): empty unless float16
+    world_size: int  # the number of processes
+    compiled: bool  # whether the training steps were compiled
+    trackers: dict[str, dict[str, Any]]  # by name: "run", the tracker's id of it, and "synced", a step
 
 
 @dataclass
 class Checkpoint:
-    """A verified checkpoint in memory.
-
-    Attributes:
-        tensors: "model.<name>" and "optimizer.<state>.<name>".
-        metadata: see `CheckpointStore.save`.
-    """
+    """A verified checkpoint in memory."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
-    metadata: dict[str, Any]
+    metadata: CheckpointMetadata
 
     @property
     def progress(self) -> Progress:
@@ -61,11 +77,11 @@ class Checkpoint:
 
     @property
     def world_size(self) -> int:
-        """How many processes shared the steps taken."""
+        """The number of processes that took the steps."""
         return self.metadata.get("world_size", 1)
 
     def load_model(self, model: BigramLanguageModel) -> None:
-        """Give the model these weights.
+        """Load these weights into the model.
 
         Raises:
             Alg1Error: they are for another model.
@@ -81,28 +97,29 @@ class Checkpoint:
             ) from None
 
     def load_trainer(self, trainer: Trainer) -> None:
-        """Give model, optimizer and loss scaler the state they had.
+        """Load the state of model, optimizer, loss scaler and progress.
 
         Raises:
-            Alg1Error: they are for another model or optimizer.
+            Alg1Error: it is for another model or optimizer.
         """
         self.load_model(trainer.model)
         for parameter, state in self._optimizer_states(trainer).items():
             trainer.optimizer.state[parameter] = state
         if self.metadata["scaler"]:
             trainer.scaler.load_state_dict(self.metadata["scaler"])
+        trainer.progress = self.progress
 
     def _optimizer_states(self, trainer: Trainer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
-        """What the optimizer kept for each parameter; every tensor has the size that the update will read."""
+        """Return the optimizer's state of each parameter, checked for the shapes that the update reads."""
         keys_of = trainer.optimizer.keys_by_parameter()
-        found = {name for name in self.tensors if name.startswith("optimizer.")}
-        # Nothing was kept before the first update, which a loss scaler may have put off.
-        if not found and (self.progress.step == 0 or trainer.scaler.is_enabled()):
+        unused = {name for name in self.tensors if name.startswith("optimizer.")}
+        # There is no state before the first update, which a loss scaler may have skipped.
+        if not unused and (self.progress.step == 0 or trainer.scaler.is_enabled()):
             return {}
         states: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
         for name, parameter in trainer.model.named_parameters():
             states[parameter] = {}
-            found -= {f"optimizer.{key}.{name}" for key in keys_of[parameter]}
+            unused -= {f"optimizer.{key}.{name}" for key in keys_of[parameter]}
             for key in sorted(keys_of[parameter]):
                 tensor = self.tensors.get(f"optimizer.{key}.{name}")
                 shape = () if key == "step" else parameter.shape
@@ -111,12 +128,12 @@ class Checkpoint:
                         f"{self.path}: the optimizer's {key} of {name} does not fit", OTHER_CHECKPOINT
                     )
                 states[parameter][key] = tensor.to(parameter.device)
-        if found:
-            raise Alg1Error(f"{self.path}: unknown optimizer state {sorted(found)[0]}", OTHER_CHECKPOINT)
+        if unused:
+            raise Alg1Error(f"{self.path}: unknown optimizer state {sorted(unused)[0]}", OTHER_CHECKPOINT)
         return states
 
     def build_model(self) -> BigramLanguageModel:
-        """A model of its own with these weights, to sample from."""
+        """Return a new model with these weights, to sample from."""
         model = BigramLanguageModel(ModelConfig(**self.metadata["model"]))
         self.load_model(model)
         model.vocabulary = self.metadata["vocabulary"]
@@ -124,16 +141,16 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of a run, written in a thread, one at a time, while the training goes on.
+    """The checkpoints of a run, written one at a time by a thread while training continues.
 
-    Leaving its `with` block waits for the last one.
+    The end of its `with` block waits for the last one.
 
     Args:
         folder: of the checkpoints; the caller holds the run's lock.
-        keep: how many of the newest stay, beside the best.
+        keep: how many of the newest are kept, beside the best.
 
     Attributes:
-        newest_step: of the newest checkpoint that is whole on disk; at first that which the run goes on from.
+        newest_step: of the newest checkpoint that is whole on disk; at first the one that a run resumes from.
     """
 
     def __init__(self, folder: Path, keep: int, newest_step: int | None = None):
@@ -147,36 +164,42 @@ class CheckpointStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):  # `wait` has told, or what ended the loop matters more
+        with contextlib.suppress(Exception):  # `wait` has raised it, or another error ended the loop
             self.wait()
         self._writer.shutdown()
 
     def path(self, step: int) -> Path:
         return checkpoint_path(self.folder, step)
 
-    def save(self, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
-        """Copy everything of progress.step, then write and prune in the background: `wait` says how it ended.
+    @property
+    def newest(self) -> Path | None:
+        """The file of the newest checkpoint, or None if there is none."""
+        return None if self.newest_step is None else self.path(self.newest_step)
+
+    def save(self, trainer: Trainer, about: CheckpointMetadata) -> Path:
+        """Copy the state of a trainer, then write and prune in the background: `wait` tells how it ended.
 
         Args:
-            about: further JSON values: parameters, corpus_sha256, trackers, ...
+            about: what the trainer does not know: run_id, parameters, corpus_sha256, trackers.
 
         Raises:
-            Alg1Error: see `wait`, of the checkpoint before.
+            Alg1Error: see `wait`, for the checkpoint before.
         """
         self.wait()
-        model = trainer.model
+        model, progress = trainer.model, trainer.progress
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for name, parameter in model.named_parameters():
             for key, value in trainer.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        metadata = {
+        assert model.vocabulary is not None
+        metadata: CheckpointMetadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "progress": dataclasses.asdict(progress),
             "model": model.config.stored(),
             "vocabulary": model.vocabulary,
             "scaler": trainer.scaler.state_dict(),
-            "world_size": trainer.runtime.processes.world_size,
+            "world_size": trainer.runtime.dist.world_size,
             "compiled": trainer.backward.compiled,
             **about,
         }
@@ -185,10 +208,10 @@ class CheckpointStore:
         return self.path(progress.step)
 
     def _write(
-        self, tensors: dict[str, torch.Tensor], metadata: dict[str, Any], step: int, best_step: int | None
+        self, tensors: dict[str, torch.Tensor], metadata: CheckpointMetadata, step: int, best_step: int | None
     ) -> None:
         """In the thread."""
-        write_tensors(self.path(step), tensors, metadata)
+        write_tensors(self.path(step), tensors, dict(metadata))
         self.newest_step = step
         self.prune(best_step)
 
@@ -196,14 +219,14 @@ class CheckpointStore:
         """Wait until the last checkpoint is on disk.
 
         Raises:
-            Alg1Error: the file system refused (exit code 4); older checkpoints are as they were.
+            Alg1Error: the file system refused (exit code 4); older checkpoints are unchanged.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
-    def check(self) -> None:
-        """Raise what `wait` would if the last checkpoint has failed by now; waits for nothing."""
+    def raise_if_failed(self) -> None:
+        """Raise what `wait` would raise if the last checkpoint has failed by now, without waiting."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
@@ -213,29 +236,18 @@ class CheckpointStore:
         best = self.path(best_step) if best_step is not None else None
         for path in paths[: -self.keep]:
             if path != best:
-                with contextlib.suppress(OSError):  # a file too many does no harm
+                with contextlib.suppress(OSError):  # one file too many does no harm
                     path.unlink()
                     LOGGER.debug("removed %s", path)
 
     def load_best(self, progress: Progress) -> Checkpoint:
-        """The checkpoint with the lowest validation loss.
+        """Read the checkpoint with the lowest validation loss.
 
         Raises:
             Alg1Error: it is missing or damaged.
         """
         assert progress.best_step is not None  # a run ends with an evaluation
         return read_checkpoint(self.path(progress.best_step))
-
-
-class NoCheckpoints(CheckpointStore):
-    """For a process that is not the first: it keeps nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(Path(), 0)
-
-    def save(self, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
-        self.newest_step = progress.step
-        return self.path(progress.step)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -250,10 +262,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def parse_checkpoint(
     tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None, path: Path
 ) -> Checkpoint:
-    """`read_checkpoint` for a file that `read_tensors` has read: also one that a stranger made.
+    """`read_checkpoint` for a file that `read_tensors` has read, which anybody may have made.
 
     Raises:
-        Alg1Error: not a checkpoint, or one with values that no run of ours has written.
+        Alg1Error: not a checkpoint, or one with values that no run has written.
     """
     if metadata is None or metadata.get("format") != FORMAT:
         raise Alg1Error(f"{path}: this is not a checkpoint", OTHER_CHECKPOINT)
@@ -262,18 +274,18 @@ def parse_checkpoint(
             f"{path}: checkpoint format {metadata.get('format_version')!r} is not known",
             "use the release of ALG1 that wrote it",
         )
-    checkpoint = Checkpoint(path, tensors, metadata)
+    checkpoint = Checkpoint(path, tensors, metadata)  # type: ignore[arg-type]
     try:
-        sound = _is_sound(checkpoint)
+        valid = _is_valid(checkpoint)
     except (KeyError, TypeError, ValueError, AttributeError, Alg1Error):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise Alg1Error(f"{path}: this checkpoint makes no sense", OTHER_CHECKPOINT)
     return checkpoint
 
 
-def _is_sound(checkpoint: Checkpoint) -> bool:
-    """Whether every value has its type and the sizes are those of the tensors; or an exception."""
+def _is_valid(checkpoint: Checkpoint) -> bool:
+    """Return whether every value has its type and the sizes are those of the tensors; or raise."""
     metadata = checkpoint.metadata
     config = ModelConfig(**metadata["model"])
     config.validate()
@@ -284,7 +296,7 @@ def _is_sound(checkpoint: Checkpoint) -> bool:
     progress = checkpoint.progress
     evaluation = progress.evaluation or Evaluation(0, 0.0, 0.0, 0.0)
     steps = [progress.step, progress.evaluations_since_best, evaluation.step, progress.best_step or 0]
-    numbers = [*dataclasses.astuple(evaluation), progress.seconds, progress.best_val or 0]
+    figures = [*dataclasses.astuple(evaluation), progress.seconds, progress.best_val or 0]
     named = CHECKPOINT_NAME.fullmatch(checkpoint.path.name)
     vocabulary = metadata["vocabulary"]
     return (
@@ -292,7 +304,7 @@ def _is_sound(checkpoint: Checkpoint) -> bool:
         and positions == ((config.block_size, config.n_embd) if config.positions == "learned" else None)
         and len(layers) == config.n_layer
         and all(type(step) is int and step >= 0 for step in steps)
-        and all(isinstance(number, (int, float)) and abs(number) < LARGE for number in numbers)
+        and all(isinstance(figure, (int, float)) and abs(figure) < MAX_FIGURE for figure in figures)
         and (named is None or int(named[1]) == progress.step)
         and not coerce_all(checkpoint.parameters)[1]
         and all(isinstance(character, str) for character in vocabulary)
@@ -302,14 +314,14 @@ def _is_sound(checkpoint: Checkpoint) -> bool:
         and type(checkpoint.world_size) is int
         and checkpoint.world_size > 0
         and isinstance(metadata.get("compiled"), (bool, type(None)))
-        and all(isinstance(copy["synced"], int) for copy in metadata["trackers"].values())
-        and all(isinstance(copy["run"], (str, type(None))) for copy in metadata["trackers"].values())
+        and all(isinstance(tracker["synced"], int) for tracker in metadata["trackers"].values())
+        and all(isinstance(tracker["run"], (str, type(None))) for tracker in metadata["trackers"].values())
         and isinstance(metadata["scaler"], dict)
     )
 
 
 def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The newest checkpoint of a run that verifies; a damaged one is a warning and the next older one.
+    """Read the newest checkpoint of a run that verifies; each damaged one costs a warning.
 
     Raises:
         Alg1Error: there is none left.
@@ -328,8 +340,8 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
     raise Alg1Error(f"{run_dir}: it has no checkpoint yet", "start anew: python train.py")
 
 
-def set_newer_aside(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
-    """Rename what lies past the checkpoint that a run goes on from: it is damaged, or a past not repeated.
+def quarantine_newer(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
+    """Rename the checkpoints newer than the one that a run continues from: they are damaged or outdated.
 
     Raises:
         Alg1Error: the file system refused (exit code 4).

@@ -1,10 +1,10 @@
-"""The processes of a run: one alone, or as many as torchrun has started.
+"""One process, or several that torchrun has started:
 
     torchrun --standalone --nproc_per_node=2 train.py ...
 
-Every process draws its own micro-batches, and their gradients are averaged (DistributedDataParallel). The
-first (rank 0) reads the command line, keeps the run and speaks; the others hear from it what to train, and
-write nothing. torchrun ends all of them when one is gone.
+All run the same program. Each draws its own micro-batches, and DistributedDataParallel averages gradients.
+The main process (rank 0) reads the command line, keeps the run and prints; the others receive from it what
+to train, and write nothing. torchrun ends all of them when one is gone.
 """
 
 from __future__ import annotations
@@ -24,149 +24,144 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for another, which may be saving
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective operation: another process may be saving
 
 
-class Processes:
-    """One process alone: it is the first, and has nobody to wait for.
+class SingleProcess:
+    """The only process of a run: every collective operation returns at once.
 
     Attributes:
-        rank: 0 to world_size - 1, over all machines; the first process has 0.
-        local_rank: the same within this machine; which GPU is this process's.
-        world_size: how many processes there are.
+        rank: 0 to world_size - 1, over all machines; the main process has 0.
+        local_rank: the same within this machine: the index of this process's GPU.
+        world_size: the number of processes.
     """
 
     rank = local_rank = 0
     world_size = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that keeps the run and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is the process that keeps the run and prints."""
         return self.rank == 0
 
     @property
-    def orphaned(self) -> bool:
-        """Whether what started the processes, and would end them together, is gone."""
+    def launcher_died(self) -> bool:
+        """Whether torchrun, which would end the processes together, is gone."""
         return False
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> SingleProcess:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        """Leave, together with the others where all went well."""
+        """Leave; after success together with the other processes."""
 
-    def share(self, value: Any) -> Any:
-        """What the first process passes here, in every process."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the main process's `value` in every process."""
         return value
 
-    def sum(self, values: list[float]) -> list[float]:
-        """The sums over all processes, of each value."""
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
+        """Return the sum over all processes of each value."""
         return values
 
-    def largest(self, value: int) -> int:
-        """The largest of what the processes pass."""
+    def all_reduce_max(self, value: int) -> int:
+        """Return the maximum over all processes."""
         return value
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model, in a form whose backward pass averages the gradients of all processes."""
+        """Return the model in a form whose backward pass averages the gradients over all processes."""
         return model
 
-    def exchange(self, now: bool) -> contextlib.AbstractContextManager:
-        """The context of a forward and backward pass; only where `now` are gradients averaged at its end."""
+    def no_sync(self, enabled: bool) -> contextlib.AbstractContextManager:
+        """The context of a forward and backward pass; if `enabled`, its gradients are not averaged yet."""
         return contextlib.nullcontext()
 
     def lost_connection(self) -> contextlib.AbstractContextManager:
-        """The context of what fails when another process is gone, as an error that says so."""
+        """A context that reports a collective operation that fails, since another process is gone."""
         return contextlib.nullcontext()
 
 
-class TorchrunProcesses(Processes):
-    """The processes that torchrun started. They speak over gloo, GPUs among themselves over NCCL."""
+class TorchrunProcess(SingleProcess):
+    """One of the processes that torchrun started. They use gloo, and NCCL between GPUs."""
 
     def __init__(self, rank: int, local_rank: int, world_size: int):
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
         self._connected = False
-        self._parent = os.getppid()
-        self._wrapped: Any = None
+        self._launcher = os.getppid()
+        self._ddp: Any = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if kind is None or (isinstance(error, SystemExit) and error.code in (None, DONE)):
             with contextlib.suppress(RuntimeError):
-                if not self._connected:  # --help, say: the others still wait for something to train
-                    self.share(None)
-                self._wait_for_all()
+                if not self._connected:  # after --help, say: the others wait for a job
+                    self.broadcast(None)
+                self._barrier()
         if self._connected:
             import torch
 
-            self._wrapped = None
+            self._ddp = None
             if torch.cuda.is_available():  # NCCL asks for it; gloo's connections end with the process
                 torch.distributed.destroy_process_group()
+        if isinstance(error, Alg1Error) and not self.is_main:
+            message = f"process {self.rank} of 0 to {self.world_size - 1}: {error.message}"
+            raise Alg1Error(message, error.hint, error.exit_code) from error
 
-    def _wait_for_all(self) -> None:
-        """Leave together: to torchrun one who left early would be a failure, and it would end the others."""
-        with self._mortal():
-            self.largest(0)
+    def _barrier(self) -> None:
+        """Leave together: torchrun takes a process that ends early for a failure, and ends the others."""
+        with signal_handler(signal.SIG_DFL):
+            self.all_reduce_max(0)
 
     @property
-    def orphaned(self) -> bool:
-        return os.getppid() != self._parent
+    def launcher_died(self) -> bool:
+        return os.getppid() != self._launcher
 
     def _connect(self) -> None:
         import torch
 
         if not self._connected:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backend, timeout=PATIENCE)
+            torch.distributed.init_process_group(backend, timeout=TIMEOUT)
             self._connected = True
 
-    @contextlib.contextmanager
-    def _mortal(self) -> Iterator[None]:
-        """While a process only waits for others, before or after its work, a signal ends it at once.
-
-        Python's own handlers would not be called before the wait is over.
-        """
-        with signal_handler(signal.SIG_DFL):
-            yield
-
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         import torch
 
-        with self._mortal(), self.lost_connection():
+        # While a process only waits, a signal ends it at once: Python's handlers would run after the wait.
+        with signal_handler(signal.SIG_DFL), self.lost_connection():
             self._connect()
             values = [value]
             torch.distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
-    def _reduce(self, values: list, dtype: torch.dtype, operation: Any) -> list:
+    def _all_reduce(self, values: list, dtype: torch.dtype, operation: Any) -> list:
         import torch
 
         tensor = torch.tensor(values, dtype=dtype)
         torch.distributed.all_reduce(tensor, operation)
         return tensor.tolist()
 
-    def sum(self, values: list[float]) -> list[float]:
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
         import torch
 
-        return self._reduce(values, torch.float64, torch.distributed.ReduceOp.SUM)
+        return self._all_reduce(values, torch.float64, torch.distributed.ReduceOp.SUM)
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         import torch
 
-        return self._reduce([value], torch.int64, torch.distributed.ReduceOp.MAX)[0]
+        return self._all_reduce([value], torch.int64, torch.distributed.ReduceOp.MAX)[0]
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel
 
         device_ids = [device] if device.type == "cuda" else None
-        self._wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-        return self._wrapped
+        self._ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        return self._ddp
 
-    def exchange(self, now: bool) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if now else self._wrapped.no_sync()
+    def no_sync(self, enabled: bool) -> contextlib.AbstractContextManager:
+        return self._ddp.no_sync() if enabled else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def lost_connection(self) -> Iterator[None]:
-        """Turn a broken connection into one line; the others than the first leave it to that one.
+        """Turn a broken connection into one line of the main process; the others end silently.
 
         Raises:
             Alg1Error: another process is gone (exit code 4).
@@ -176,7 +171,7 @@ class TorchrunProcesses(Processes):
         except RuntimeError as error:
             if not is_lost_connection(error):
                 raise
-            if not self.first:
+            if not self.is_main:
                 raise SystemExit(DISK_FAILED) from error
             raise Alg1Error(
                 "another process of this run has ended", "its own last line says why", DISK_FAILED
@@ -184,7 +179,7 @@ class TorchrunProcesses(Processes):
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective operation failed, and not the program: PyTorch has no type for it."""
+    """Return whether a collective operation failed, rather than the program: PyTorch has no type for it."""
     import torch
 
     if isinstance(error, torch.distributed.DistError):
@@ -192,20 +187,20 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Broken pipe"))
 
 
-ALONE = Processes()
+SINGLE_PROCESS = SingleProcess()
 
 
-def start_processes() -> Processes:
-    """This process's place among those that torchrun started; alone without torchrun."""
+def init_distributed() -> SingleProcess:
+    """Return this process's place among those that torchrun started; a single process without torchrun."""
     if world_size() == 1:
-        return ALONE
-    return TorchrunProcesses(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size())
+        return SINGLE_PROCESS
+    return TorchrunProcess(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size())
 
 
-def launch_command(processes: Processes) -> str:
-    """What to type to train with as many processes again."""
-    if processes.world_size == 1:
+def launch_command(dist: SingleProcess) -> str:
+    """Return the command that trains with as many processes again."""
+    if dist.world_size == 1:
         return "python train.py"
-    if int(os.environ["LOCAL_WORLD_SIZE"]) == processes.world_size:
-        return f"torchrun --standalone --nproc_per_node={processes.world_size} train.py"
+    if int(os.environ["LOCAL_WORLD_SIZE"]) == dist.world_size:
+        return f"torchrun --standalone --nproc_per_node={dist.world_size} train.py"
     return "torchrun (as before) train.py"

@@ -1,19 +1,17 @@
-"""How far a run has come, and how fast it is."""
+"""The state of a training run besides its tensors, and its clock."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from utils_alg1.training.runtime import Runtime
 
 
 @dataclass
 class Evaluation:
-    """Mean losses (nats) after `step` updates, and the learning rate of the next one."""
+    """Mean losses (nats per character) after `step` updates, and the learning rate of the next one."""
 
     step: int
     train_loss: float
@@ -23,14 +21,14 @@ class Evaluation:
 
 @dataclass
 class Progress:
-    """How far a run has come. All of it is in every checkpoint.
+    """How far a run is. Every checkpoint holds all of it.
 
     Attributes:
-        step: updates done.
-        best_val: lowest validation loss so far, and best_step, where it was.
-        evaluations_since_best: for --patience.
+        step: the number of updates done.
+        best_val: the lowest validation loss so far, and best_step, its step.
+        evaluations_since_best: compared with --patience.
         evaluation: the newest one.
-        seconds: spent in the loop, before and after each resume.
+        seconds: spent in the training loop, including the parts before each resume.
     """
 
     step: int = 0
@@ -41,6 +39,7 @@ class Progress:
     seconds: float = 0.0
 
     def add(self, evaluation: Evaluation) -> None:
+        """Make `evaluation` the newest, and the best if its validation loss is the lowest."""
         self.evaluation = evaluation
         if self.best_val is None or evaluation.val_loss < self.best_val:
             self.best_val, self.best_step = evaluation.val_loss, evaluation.step
@@ -49,59 +48,76 @@ class Progress:
             self.evaluations_since_best += 1
 
     def out_of_patience(self, patience: int) -> bool:
-        """Whether `patience` evaluations have brought nothing better; 0 waits for ever."""
+        """Return whether `patience` evaluations in a row were no better; never with 0."""
         return 0 < patience <= self.evaluations_since_best
 
     def evaluated(self) -> bool:
-        """Whether the weights as they are now were evaluated."""
+        """Return whether the present weights have been evaluated."""
         return self.evaluation is not None and self.evaluation.step == self.step
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
-        """The reverse of dataclasses.asdict."""
+        """The inverse of dataclasses.asdict."""
         evaluation = values.get("evaluation")
         return cls(**{**values, "evaluation": Evaluation(**evaluation) if evaluation else None})
 
 
-class Clock:
-    """Measures the loop, with the device's queue waited for, so that the figures are true."""
+class _SpeedMeter:
+    """Measures tokens per second between two readings, without the time that was paused."""
 
-    def __init__(self, runtime: Runtime, tokens_per_step: int):
-        self._runtime, self._tokens_per_step = runtime, tokens_per_step
-        self._time, self._step = 0.0, 0  # of the last lap
-        self._speed_time, self._speed_step = 0.0, 0  # of the last `speed`
-        self._aside = 0.0  # seconds since then that were no training
+    def __init__(self, tokens_per_step: int):
+        self._tokens_per_step = tokens_per_step
+        self._time, self._step, self.paused = 0.0, 0, 0.0
+
+    def read(self, now: float, step: int) -> float | None:
+        """Return the tokens per second since the last reading, or None if no step was taken."""
+        seconds, tokens = now - self._time - self.paused, (step - self._step) * self._tokens_per_step
+        self._time, self._step, self.paused = now, step, 0.0
+        return tokens / seconds if tokens else None
+
+
+class Clock:
+    """Measures the training loop: its seconds, and its speed in tokens per second.
+
+    Args:
+        synchronize: waits for the device, so that the time read next is true.
+    """
+
+    def __init__(self, synchronize: Callable[[], None], tokens_per_step: int):
+        self._synchronize = synchronize
+        self._began = 0.0
+        self._training = _SpeedMeter(tokens_per_step)
+        self._overall = _SpeedMeter(tokens_per_step)
 
     def start(self, progress: Progress) -> None:
-        self._time, self._step = self._now(), progress.step
-        self.speed(progress.step)
-
-    def lap(self, progress: Progress) -> float | None:
-        """Add the time since the last lap to progress.seconds; its tokens/s, None without a step."""
-        time_before, step_before = self._time, self._step
-        self._time, self._step = self._now(), progress.step
-        seconds = self._time - time_before
-        progress.seconds += seconds
-        tokens = (progress.step - step_before) * self._tokens_per_step
-        if not tokens:
-            self._aside += seconds  # an evaluation
-        return tokens / seconds if tokens else None
-
-    def speed(self, step: int) -> float | None:
-        """Tokens/s of the training since the last call or the start; None without a step."""
+        """Start at the beginning of the loop; `progress.seconds` were spent before a resume."""
         now = self._now()
-        seconds = now - self._speed_time - self._aside
-        tokens = (step - self._speed_step) * self._tokens_per_step
-        self._speed_time, self._speed_step, self._aside = now, step, 0.0
-        return tokens / seconds if tokens else None
+        self._began = now - progress.seconds
+        self._training.read(now, progress.step)
+        self._overall.read(now, progress.step)
+
+    def measure(self, progress: Progress) -> None:
+        """Set progress.seconds to the time spent in the loop so far."""
+        progress.seconds = self._now() - self._began
+
+    def training_speed(self, step: int) -> float | None:
+        """Return the tokens/s of training alone since the last call, or None if no step was taken."""
+        return self._training.read(self._now(), step)
+
+    def overall_speed(self, step: int) -> float | None:
+        """Return the tokens/s since the last call with all but evaluations, or None if no step was taken."""
+        return self._overall.read(self._now(), step)
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is done in here is no training: `speed` leaves it out."""
+    def pause(self, overall: bool = False) -> Iterator[None]:
+        """Leave the time of this block out of training_speed; if `overall`, out of overall_speed too."""
         began = self._now()
         yield
-        self._aside += self._now() - began
+        seconds = self._now() - began
+        self._training.paused += seconds
+        if overall:
+            self._overall.paused += seconds
 
     def _now(self) -> float:
-        self._runtime.synchronize()
+        self._synchronize()
         return time.perf_counter()

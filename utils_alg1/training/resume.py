@@ -1,27 +1,25 @@
-"""What a run starts from, and what is sampled: an interrupted run, an export, a file of another program."""
+"""Read what a run resumes or starts from, and what is sampled: runs, exports, weights of other programs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from model import BigramLanguageModel
-from parameters import MODEL_OPTIONS, Parameters, TrainConfig, coerce_all, specs
+from parameters import MODEL_OPTIONS, ModelConfig, Parameters, TrainConfig, coerce_all, specs
 from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import remove_temporary_files
 from utils_alg1.base.problems import shown
 from utils_alg1.base.settings import field_names
-from utils_alg1.data.corpus import Corpus
 from utils_alg1.data.sources import find_corpus
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
     NO_RUN_HINT,
-    Run,
+    RunDirectory,
     RunFolder,
     checkpoint_path,
     checkpoint_paths,
@@ -43,105 +41,19 @@ from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import RunDirectoryCreator
 
 
-@dataclass
-class Start:
-    """What a run starts from: a checkpoint of its own, the weights of another, or nothing.
-
-    Attributes:
-        run, checkpoint: of the run that --resume names, locked.
-        initial: the model that --init-from names, and where it was read.
-    """
-
-    run: Run | None = None
-    checkpoint: Checkpoint | None = None
-    initial: BigramLanguageModel | None = None
-    initial_path: str = ""
-
-    @property
-    def parameters(self) -> dict[str, Any] | None:
-        """The parameters of the run that goes on."""
-        return self.checkpoint.parameters if self.checkpoint else None
-
-    @property
-    def sizes(self) -> dict[str, Any] | None:
-        """The sizes of the initial model."""
-        if self.initial is None:
-            return None
-        sizes = dataclasses.asdict(self.initial.config)
-        free = ("dropout", "vocab_size", "zero_init")  # the weights do not depend on them
-        return {name: value for name, value in sizes.items() if name not in free}
-
-    @property
-    def compiled_before(self) -> bool | None:
-        """Whether the steps taken were compiled; None where none were taken."""
-        return self.checkpoint.metadata.get("compiled") if self.checkpoint else None
-
-    def without_run(self) -> Start:
-        """The same for another process: the run belongs to one."""
-        return dataclasses.replace(self, run=None)
-
-    def find_text(self, data_path: str, say: Callable[[str], None]) -> Path:
-        """See `find_corpus`; a run that goes on needs the text that it had."""
-        try:
-            return find_corpus(data_path, say)
-        except Alg1Error as error:
-            hint = "put the text of the run there, or name where it lies now: --data PATH"
-            raise Alg1Error(error.message, hint if self.checkpoint else error.hint) from None
-
-    def check(self, params: Parameters, corpus: Corpus, world_size: int = 1) -> None:
-        """Check that parameters, text and number of processes fit to what the run starts from.
-
-        Raises:
-            Alg1Error: naming what does not.
-        """
-        if self.checkpoint is not None:
-            check_resumable(self.checkpoint, params, corpus.sha256, world_size)
-        for name, value in (self.sizes or {}).items():
-            asked = getattr(params.model, name)
-            if asked != value:
-                raise Alg1Error(
-                    f"{self.initial_path}: its {name} is {value}, not {asked}", f"leave {name} out"
-                )
-        if self.initial is not None:
-            check_vocabulary(self.initial, corpus.tokenizer, self.initial_path)
+def find_text(data_path: str, resumed: bool, say: Callable[[str], None]) -> Path:
+    """`find_corpus`, with the hint that a resumed run needs the text that it had."""
+    try:
+        return find_corpus(data_path, say)
+    except Alg1Error as error:
+        hint = "put the text of the run there, or name where it lies now: --data PATH"
+        raise Alg1Error(error.message, hint if resumed else error.hint) from None
 
 
-@dataclass
-class Job:
-    """What the first of several processes tells the others; `sha256` is that of its text."""
+def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory, Checkpoint]:
+    """Lock the run that --resume names, and read its newest valid checkpoint.
 
-    params: Parameters
-    start: Start
-    text_path: Path
-    sha256: str
-
-
-# What --init-from can be there.
-OF_NANOGPT = {
-    "resume": "to continue a run: --resume latest",
-    "scratch": "leave --init-from out: a run starts from scratch",
-}
-
-
-def find_start(resume: str | None, init_from: str | None, runs_dir: str, console: Console) -> Start:
-    """Read what --resume or --init-from names.
-
-    Raises:
-        Alg1Error: it is not there, in use, damaged, or has no checkpoint.
-    """
-    if resume is not None:
-        return Start(*reopen_run(runs_dir, resume, console))
-    if init_from is not None:
-        if init_from in OF_NANOGPT and not Path(init_from).exists():
-            raise Alg1Error(f"--init-from {init_from}: must be a file of weights", OF_NANOGPT[init_from])
-        return Start(initial=load_model_file(Path(init_from)), initial_path=init_from)
-    return Start()
-
-
-def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpoint]:
-    """Take the run that --resume names, and its newest good checkpoint.
-
-    `name` may also be the path of one checkpoint file: the run then goes on from there.
+    `name` may also be the path of a checkpoint file, from which the run then continues.
 
     Raises:
         Alg1Error: no such run, in use, or no checkpoint that can be read.
@@ -161,7 +73,9 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpo
         path = saved[-1] if saved and name == "latest" else find_run(runs_dir, name)
     run = lock_run(path)
     try:
-        RunDirectoryCreator(run.path.parent).create_subdirectories(run.path)  # what was deleted by hand
+        RunDirectoryCreator(run.path.parent).create_subdirectories(
+            run.path
+        )  # some may have been deleted by hand
         for folder in (run.checkpoint_dir, run.export_path.parent, run.meta_dir, run.eval_dir):
             remove_temporary_files(folder)  # left by a killed process
         checkpoint = read_checkpoint(file) if from_file else newest_checkpoint(run.path, console.warn)
@@ -173,7 +87,7 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[Run, Checkpo
 
 
 def forget_missing_best(checkpoint: Checkpoint) -> None:
-    """A best checkpoint that is no longer there cannot be exported: let the best be sought anew."""
+    """If the best checkpoint is missing, it cannot be exported: search for the best anew."""
     old = checkpoint.progress
     if old.best_step is None or checkpoint_path(checkpoint.path.parent, old.best_step).exists():
         return
@@ -183,14 +97,36 @@ def forget_missing_best(checkpoint: Checkpoint) -> None:
     checkpoint.metadata["progress"] = dataclasses.asdict(progress)
 
 
-def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str) -> None:
-    """Check that a model's characters are the text's.
+def check_initial(
+    initial: BigramLanguageModel,
+    path: str,
+    config: ModelConfig,
+    sizes: Mapping[str, Any],
+    tokenizer: Tokenizer,
+) -> None:
+    """Check that the model of --init-from has the sizes that were asked for, and the text's characters.
+
+    Args:
+        sizes: the parameters that its weights depend on, by name.
 
     Raises:
-        Alg1Error: showing the characters that differ.
+        Alg1Error: naming what differs.
+    """
+    for name, value in sizes.items():
+        asked = getattr(config, name)
+        if asked != value:
+            raise Alg1Error(f"{path}: its {name} is {value}, not {asked}", f"leave {name} out")
+    check_vocabulary(initial, tokenizer, path)
+
+
+def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str) -> None:
+    """Check that a model and a text have the same characters.
+
+    Raises:
+        Alg1Error: listing the characters that differ.
     """
     if model.vocabulary is None and model.config.vocab_size == tokenizer.vocab_size:
-        return  # weights of another program: what the text has is all that is known
+        return  # weights of another program, which do not hold their vocabulary
     if model.vocabulary is None:
         raise Alg1Error(
             f"{path}: it does not hold its vocabulary, and is for {model.config.vocab_size} characters;"
@@ -210,10 +146,10 @@ def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str
 def check_resumable(
     checkpoint: Checkpoint, params: Parameters, corpus_sha256: str, world_size: int = 1
 ) -> None:
-    """Check that a run may go on with these parameters, this text and this number of processes.
+    """Check that a run can continue with these parameters, this text and this number of processes.
 
     Raises:
-        Alg1Error: naming every parameter that shaped the steps already taken and differs, old -> new.
+        Alg1Error: listing every changed parameter (old -> new) that affected the steps already taken.
     """
     now = params.flat()
     old = MODEL_OPTIONS | coerce_all(checkpoint.parameters)[0]
@@ -251,25 +187,25 @@ def check_resumable(
 
 
 def micro_batches_changed(old_steps: int, old_world_size: int, steps: int, world_size: int) -> list[str]:
-    """What differs in the micro-batches of a step, however many processes share them; [] if nothing does."""
-    taken = old_steps * old_world_size
-    if taken == steps * world_size:
+    """Describe a change of the number of micro-batches per step, over all processes; [] without a change."""
+    before = old_steps * old_world_size
+    if before == steps * world_size:
         return []
     if old_world_size == world_size:
         return [f"grad_accum_steps: {old_steps} -> {steps}"]
-    way_on = f" (--grad-accum-steps {taken // world_size} keeps them)" if taken % world_size == 0 else ""
+    fix = f" (--grad-accum-steps {before // world_size} keeps them)" if before % world_size == 0 else ""
     change = f"{old_steps} x {old_world_size} processes -> {steps} x {world_size}"
-    return [f"micro-batches of a step: {change}{way_on}"]
+    return [f"micro-batches of a step: {change}{fix}"]
 
 
 NO_WEIGHTS_HINT = "train one: python train.py, or name a --model"
 
 
 def find_weights(runs_dir: str, name: str | None = None) -> Path:
-    """The file to sample a run from: its export, or while it has none its newest checkpoint.
+    """Return the file to sample a run from: its export, or its newest checkpoint if it has no export yet.
 
     Args:
-        name: a run id or a run directory; None and "latest" are the latest run that has any weights.
+        name: a run id or a run directory; None and "latest" mean the latest run that has weights.
 
     Raises:
         Alg1Error: there is no such run, or nothing to sample from.
@@ -287,17 +223,17 @@ def find_weights(runs_dir: str, name: str | None = None) -> Path:
 
 
 def weights_of(run_dir: Path) -> Path | None:
-    """A run's export, or while it has none its newest checkpoint; None where it has neither."""
+    """Return a run's export, or its newest checkpoint if it has no export, or None if it has neither."""
     run = RunFolder(run_dir)
     candidates = [run.export_path, *checkpoint_paths(run.checkpoint_dir)[::-1]]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def load_model_file(path: Path) -> BigramLanguageModel:
-    """A model from an export, a checkpoint, or any file in the lecture's layout.
+    """Load a model from an export, a checkpoint, or any file in the lecture's layout.
 
     Raises:
-        Alg1Error: it is none of these, or damaged.
+        Alg1Error: the file is none of these, or damaged.
     """
     if path.is_dir() and (weights := weights_of(path)):
         hint = f"name {weights}, or the run with --run (inference.py) or --resume (train.py)"

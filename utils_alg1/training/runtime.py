@@ -1,4 +1,4 @@
-"""What a run stands on: device, threads, arithmetic, compilation, seeds and signals."""
+"""The device of a run and how it computes there: dtype, threads, compilation, memory."""
 
 from __future__ import annotations
 
@@ -14,81 +14,85 @@ import torch
 
 from parameters import Parameters, TrainConfig
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
-from utils_alg1.training.distributed import ALONE, Processes
+from utils_alg1.training.distributed import SINGLE_PROCESS, SingleProcess
 
-BYTES_PER_PARAMETER = 12  # at least: the weight, its gradient and one moment
+BYTES_PER_PARAMETER = 12  # at least: float32 weight, gradient and one optimizer moment
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device and the arithmetic of a run.
+    """The device of a run and how it computes there. The same bytes come out only with the same runtime.
 
     Attributes:
-        device: where the model lies.
-        dtype: of the forward pass; weights and optimizer stay float32.
-        threads: of the CPU. Sums come out bitwise the same only with the same number.
-        processes: those that share the work; the same goes for their number.
-        compile: whether the training step is to be compiled; the same goes for that.
+        device: the device of the model.
+        dtype: of the forward pass; weights and optimizer state stay float32.
+        threads: the number of CPU threads.
+        dist: this process among those of the run.
+        compile: whether to compile the training step.
     """
 
     device: torch.device
     dtype: torch.dtype
     threads: int
-    processes: Processes = ALONE
+    dist: SingleProcess = SINGLE_PROCESS
     compile: bool = False
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    def describe(self) -> dict[str, Any]:
+        """Return what the records of a run keep of it."""
+        return {"device": str(self.device), "dtype": self.dtype_name, "threads": self.threads}
+
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context of a forward pass; nothing at all in float32."""
+        """Return the autocast context of a forward pass; a null context in float32."""
         if self.dtype is torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def loss_scaler(self) -> Any:
-        """A torch.amp.GradScaler, which does something for float16 only: its gradients would underflow."""
+        """Return a torch.amp.GradScaler; it is enabled for float16, whose gradients would underflow."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next is true."""
+        """Wait for the device, so that the time read next is true."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-SMALL_STEP = 1e9  # floating-point operations
-# Operations of a whole run. nanoGPT's README gives its 6-layer character model, 5e15 in all, about 3 minutes
-# on an A100, and compiling takes about one. Where the two are even has not been measured: this is a guess.
-COMPILING_PAYS = 1e15
+SMALL_STEP_FLOPS = 1e9
+# Floating-point operations of a whole run. nanoGPT's README gives its 6-layer character model, 5e15 in all,
+# about 3 minutes on an A100, and compiling takes about one. Where it breaks even was not measured: a guess.
+COMPILE_FLOPS = 1e15
 
 
 def start_runtime(
     config: TrainConfig,
     flops_per_step: float = math.inf,
-    processes: Processes = ALONE,
+    dist: SingleProcess = SINGLE_PROCESS,
     compiled_before: bool | None = None,
 ) -> Runtime:
-    """Choose device, threads and arithmetic, and set them.
+    """Choose the device, the number of threads, the dtype and whether to compile; set the threads.
 
-    A step of fewer than SMALL_STEP operations gets one thread: a second one gains little there, waits for the
-    first at every operator, and is missing to the trackers, which have processes of their own.
+    A step of fewer than SMALL_STEP_FLOPS gets one thread: a second one gains little there, waits for the
+    first at every operator, and takes a core from the processes of the trackers.
 
     Args:
         flops_per_step: see Parameters.flops_per_step.
-        processes: those of the run.
-        compiled_before: whether the steps were compiled that a resumed run has taken; `auto` keeps to it.
+        dist: this process among those of the run.
+        compiled_before: whether a resumed run compiled its steps so far, which `auto` keeps; else None.
 
     Raises:
-        Alg1Error: the device is not there, or cannot compute in that dtype.
+        Alg1Error: there is no such device, or it does not support the dtype.
     """
     device = find_device(config.device)
-    if processes.world_size > 1:
-        device = own_device(device, processes)
+    if dist.world_size > 1:
+        device = device_of_process(device, dist)
     if config.threads:
         torch.set_num_threads(config.threads)
-    elif device.type == "cpu" and flops_per_step < SMALL_STEP:
+    elif device.type == "cpu" and flops_per_step < SMALL_STEP_FLOPS:
         torch.set_num_threads(1)
     dtype_name = config.dtype
     if dtype_name == "auto":
@@ -105,20 +109,21 @@ def start_runtime(
         compile_it = compiled_before
     elif config.compile == "auto":
         compile_it = compiling_pays(device, flops_per_step * config.max_iters)
-    return Runtime(device, DTYPES[dtype_name], torch.get_num_threads(), processes, compile_it)
+    return Runtime(device, DTYPES[dtype_name], torch.get_num_threads(), dist, compile_it)
 
 
 def compiling_pays(device: torch.device, flops: float) -> bool:
-    """Whether a run of so many floating-point operations ends sooner when it is compiled first.
+    """Return whether a run of so many floating-point operations ends sooner if it is compiled.
 
-    On a CPU it would for a run of some ten thousand steps, and needs a C++ compiler that may be missing, so
-    there one asks for it. A decision by figures, not by the clock: the same run decides the same.
+    On a CPU compiling pays after some ten thousand steps, and needs a C++ compiler that may be missing:
+    there it has to be asked for. The decision depends on figures, not on the clock, so that the same run
+    always decides the same.
     """
-    return device.type == "cuda" and flops >= COMPILING_PAYS
+    return device.type == "cuda" and flops >= COMPILE_FLOPS
 
 
-def own_device(device: torch.device, processes: Processes) -> torch.device:
-    """The device of one process of many: the CPU, which they share, or a GPU for each.
+def device_of_process(device: torch.device, dist: SingleProcess) -> torch.device:
+    """Return the device of one of several processes: the CPU, which they share, or a GPU of its own.
 
     Raises:
         Alg1Error: there are more processes than GPUs, or they cannot share that kind of device.
@@ -127,21 +132,21 @@ def own_device(device: torch.device, processes: Processes) -> torch.device:
         return device
     if device.type != "cuda" or device.index is not None:
         raise Alg1Error(
-            f"--device {device} is for one process, and there are {processes.world_size}",
+            f"--device {device} is for one process, and there are {dist.world_size}",
             "use --device cuda, which gives each process a GPU of its own, or --device cpu",
         )
     n_gpus = torch.cuda.device_count()
-    if processes.local_rank >= n_gpus:
+    if dist.local_rank >= n_gpus:
         raise Alg1Error(
-            f"there are {n_gpus} GPUs, too few for process {processes.local_rank + 1} of this machine",
+            f"there are {n_gpus} GPUs, too few for process {dist.local_rank + 1} of this machine",
             "start as many processes as there are GPUs: --nproc_per_node",
         )
-    torch.cuda.set_device(processes.local_rank)
-    return torch.device("cuda", processes.local_rank)
+    torch.cuda.set_device(dist.local_rank)
+    return torch.device("cuda", dist.local_rank)
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` means on this machine.
+    """Return the device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` means on this machine.
 
     Raises:
         Alg1Error: there is no such device.
@@ -168,18 +173,20 @@ def find_device(name: str) -> torch.device:
 
 
 class Compiled:
-    """A function through torch.compile; where that fails, one line and the function itself.
+    """A function that torch.compile compiles at its first call; if that fails, the function as it is.
+
+    Args:
+        options: of torch.compile.
 
     Attributes:
-        failed: whether it did, as far as one knows: before the first call nobody does.
+        failed: whether compiling failed; False before the first call.
     """
 
     def __init__(
         self, function: Callable, say: Callable[[str], None], options: dict[str, Any] | None = None
     ) -> None:
-        """`options` are torch.compile's."""
         self._function, self._say, self._options = function, say, options
-        self._chosen: Callable | None = None  # known after the first call
+        self._chosen: Callable | None = None  # set by the first call
         self.failed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +196,7 @@ class Compiled:
         try:
             fast = torch.compile(self._function, options=self._options)
             result = fast(*args, **kwargs)
-        except Exception as error:  # a compiler fails in many ways, and none of them may cost the run
+        except Exception as error:  # a compiler fails in many ways, none of which may end the run
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._say(f"torch.compile does not work here ({reason[:120]}); going on without it")
             self.failed, self._chosen = True, self._function
@@ -201,11 +208,11 @@ class Compiled:
 # --- seeds --------------------------------------------------------------------------------------------
 
 
-# --- failures and signals -----------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch or Python ran out of memory."""
+    """Return whether PyTorch or Python ran out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -213,7 +220,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_guard(params: Parameters) -> Iterator[None]:
-    """Turn running out of memory into one line (exit code 3) with settings that take less."""
+    """Turn running out of memory into an Alg1Error (exit code 3) that names settings with less."""
     try:
         yield
     except Exception as error:
@@ -223,24 +230,24 @@ def memory_guard(params: Parameters) -> Iterator[None]:
 
 
 def check_memory(params: Parameters, vocab_size: int, device: torch.device) -> None:
-    """Check that a model's weights, gradients and optimizer state alone fit into the machine.
+    """Check that the weights, gradients and optimizer state of a model fit into the device's memory.
 
     Raises:
         Alg1Error: they do not (exit code 3).
     """
     n_parameters = dataclasses.replace(params.model, vocab_size=vocab_size).n_parameters
-    needed, there = n_parameters * BYTES_PER_PARAMETER, memory_of(device)
-    if needed > there:
+    needed, available = n_parameters * BYTES_PER_PARAMETER, memory_of(device)
+    if needed > available:
         raise Alg1Error(
             f"a model of {n_parameters:,} parameters takes {needed / 2**30:,.0f} GiB or more to train,"
-            f" and {device} has {there / 2**30:,.0f}",
+            f" and {device} has {available / 2**30:,.0f}",
             "try a smaller --n-embd or --n-layer",
             CANNOT_TRAIN,
         )
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes of memory that a device has; infinite where nobody says."""
+    """Return the bytes of memory of a device; infinity where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -250,7 +257,7 @@ def memory_of(device: torch.device) -> float:
 
 
 def smaller_settings(params: Parameters) -> str:
-    """A hint: flags that take about half the memory."""
+    """Return a hint that names flags with about half the memory."""
     batch_size, micro_batches = params.train.batch_size, params.train.grad_accum_steps
     if batch_size > 1:
         halved = f"--batch-size {batch_size // 2} --grad-accum-steps {micro_batches * 2}"

@@ -1,4 +1,4 @@
-"""The parts of a training step: learning rate, optimizer, update, evaluation."""
+"""Training steps and evaluations."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ import torch
 
 from data import get_batch
 from model import BigramLanguageModel
-from parameters import TrainConfig
+from parameters import TrainConfig, due
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.training.backward import Backward
 from utils_alg1.training.optimizers import create_optimizer
-from utils_alg1.training.progress import Clock, Evaluation
+from utils_alg1.training.progress import Clock, Evaluation, Progress
 from utils_alg1.training.runtime import Runtime
 from utils_alg1.training.schedule import learning_rate
 from utils_alg1.training.seeds import derive_seed, generator
 
-EVALUATION_TOKENS = 1 << 13  # in one forward pass of an evaluation: few large ones are faster
+EVALUATION_TOKENS = 1 << 13  # per forward pass of an evaluation: few large passes are faster
 
 
 class Trainer:
     """Takes training steps and evaluates.
 
-    Every random choice of step s is seeded by s (see `derive_seed`), and evaluation by itself, so that
+    Every random choice of step s is seeded by s (see `derive_seed`), and evaluation by seeds of its own:
     neither an interruption nor the number of evaluations changes what a step does.
 
+    Args:
+        model: the plain model, which is evaluated, exported and drawn.
+        backward: adds the gradients of a micro-batch.
+        data: the tokens of the train and val splits, (n,) unsigned integers each.
+
     Attributes:
-        model: the plain model, for evaluation, export and figures.
-        backward: finds the gradients of a micro-batch.
+        progress: the state besides the tensors.
         optimizer, scaler: their state belongs to a checkpoint.
-        clock: the loop's.
-        gradient_norm: of the newest gradients, before clipping.
+        gradient_norm: of the newest gradients, before clipping: a scalar.
+        speed: tokens/s before the newest evaluation, or None.
     """
 
     def __init__(
@@ -44,117 +48,154 @@ class Trainer:
         config: TrainConfig,
         runtime: Runtime,
     ):
-        """`data` are the train and val tokens."""
         self.model = model
         self.backward = backward
         self.data = data
         self.config = config
         self.runtime = runtime
+        self.progress = Progress()
         self.block_size = model.config.block_size
         self.optimizer = create_optimizer(model, config)
         self.scaler = backward.scaler
         self.parameters = list(model.parameters())
-        sequences = config.batch_size * config.grad_accum_steps * runtime.processes.world_size
+        sequences = config.batch_size * config.grad_accum_steps * runtime.dist.world_size
         self.tokens_per_step = sequences * self.block_size
-        self.clock = Clock(runtime, self.tokens_per_step)
+        self.clock = Clock(runtime.synchronize, self.tokens_per_step)
         self.gradient_norm = torch.tensor(math.nan)
+        self.speed: float | None = None
 
-    def compute_gradients(self, step: int) -> float:
-        """Forward and backward of all micro-batches of a step; the mean loss.
+    @property
+    def step(self) -> int:
+        """The number of updates done."""
+        return self.progress.step
+
+    @property
+    def eval_due(self) -> bool:
+        """Whether to evaluate now: every eval_interval, at the end, and to repeat one after a resume."""
+        last = self.step >= self.config.max_iters
+        return last or due(self.step, self.config.eval_interval) or self.progress.evaluated()
+
+    @property
+    def save_due(self) -> bool:
+        """Whether to save a checkpoint now: every checkpoint_interval, and at a new best."""
+        return self.progress.best_step == self.step or due(self.step, self.config.checkpoint_interval)
+
+    @property
+    def finished(self) -> bool:
+        """Whether max_iters is reached, or patience is lost."""
+        return self.step >= self.config.max_iters or self.progress.out_of_patience(self.config.patience)
+
+    def forward_backward(self) -> float:
+        """Run forward and backward on all micro-batches of this step, and clip; returns the mean loss (nats).
 
         Raises:
-            Alg1Error: loss or gradient is not finite (exit code 3); the weights are as before.
+            Alg1Error: the loss or the gradient is not finite (exit code 3); the weights are unchanged.
         """
-        config, processes = self.config, self.runtime.processes
-        self._forget_gradients()
+        config, dist = self.config, self.runtime.dist
+        self._zero_grad()
         loss_sum = 0.0
         for i in range(config.grad_accum_steps):
-            with processes.exchange(now=i == config.grad_accum_steps - 1):
-                loss_sum += self._backward(step, processes.rank + processes.world_size * i)
-        mean_loss = processes.sum([loss_sum])[0] / processes.world_size
+            with dist.no_sync(i < config.grad_accum_steps - 1):
+                loss_sum += self._backward(dist.rank + dist.world_size * i)
+        mean_loss = dist.all_reduce_sum([loss_sum])[0] / dist.world_size
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        # With float16, a gradient that overflows is the scaler's business: it skips that update.
+        # With float16 the scaler handles a gradient that overflows: it skips that update.
         if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             what = "gradient" if math.isfinite(mean_loss) else "loss"
-            self._stop(f"the {what} is not finite at step {step}; the weights were not updated")
+            self._stop(f"the {what} is not finite at step {self.step}; the weights were not updated")
         self.gradient_norm = norm
         if config.grad_clip and norm > config.grad_clip:
             torch._foreach_mul_(gradients, config.grad_clip / norm)
         return mean_loss
 
-    def _backward(self, step: int, micro_batch: int) -> float:
+    def _backward(self, micro_batch: int) -> float:
         """Forward and backward of one micro-batch: its part of this process's mean loss."""
-        x, y = self._batch("train", self.config.batch_size, "batch", step, micro_batch)
+        x, y = self._batch("train", "batch", self.step, micro_batch)
         if self.model.config.dropout:
-            torch.manual_seed(derive_seed(self.config.seed, "dropout", step, micro_batch))
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step, micro_batch))
         return self.backward(x, y, self.config.grad_accum_steps).item()
 
-    def _forget_gradients(self) -> None:
+    def _zero_grad(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def settle(self) -> None:
-        """Let DistributedDataParallel order the gradients as it will in every step.
+    def warm_up_ddp(self) -> None:
+        """Take one backward pass and drop it, so that DistributedDataParallel has ordered its gradients.
 
         It does that after the first backward pass, and the order of a sum decides its last digit: without
-        this, the first step of a resumed run would not be to the byte what it was.
+        this pass, the first step of a resumed run would not have the same bytes.
         """
-        if self.runtime.processes.world_size > 1:
-            self._backward(0, self.runtime.processes.rank)
-            self._forget_gradients()
+        if self.runtime.dist.world_size > 1:
+            self._backward(self.runtime.dist.rank)
+            self._zero_grad()
 
-    def update(self, step: int) -> None:
-        """Let the optimizer take the step that the gradients show."""
+    def optimizer_step(self) -> None:
+        """Update the weights from the gradients, and count the step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
+            group["lr"] = learning_rate(self.config, self.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.progress.step += 1
 
-    @torch.no_grad()
-    def evaluate(self, step: int) -> Evaluation:
-        """Mean loss over eval_iters batches of each split, the same ones every time, shared out evenly.
+    def evaluate(self) -> Evaluation:
+        """Evaluate both splits and add the result to the progress; a resumed run repeats the one it had.
 
         Raises:
             Alg1Error: a loss is not finite (exit code 3).
         """
-        config, processes = self.config, self.runtime.processes
+        self.speed = self.clock.overall_speed(self.step)
+        if not self.progress.evaluated():
+            with self.clock.pause(overall=True):
+                train_loss, val_loss = self._mean_losses()
+            if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+                self._stop(f"the evaluation loss is not finite after step {self.step}")
+            rate = learning_rate(self.config, self.step)
+            self.progress.add(Evaluation(self.step, train_loss, val_loss, rate))
+        self.clock.measure(self.progress)
+        assert self.progress.evaluation is not None
+        return self.progress.evaluation
+
+    @torch.no_grad()
+    def _mean_losses(self) -> tuple[float, float]:
+        """The mean train and val loss over eval_iters batches, the same every time, split over processes."""
+        config, dist = self.config, self.runtime.dist
         per_pass = max(1, EVALUATION_TOKENS // (config.batch_size * self.block_size))
-        numbers = range(processes.rank, config.eval_iters, processes.world_size)
+        numbers = range(dist.rank, config.eval_iters, dist.world_size)
         self.model.eval()
         sums = []
         for split in ("train", "val"):
             total = 0.0
             for start in range(0, len(numbers), per_pass):
                 part = numbers[start : start + per_pass]
-                batches = [self._batch(split, config.batch_size, f"eval-{split}", i) for i in part]
+                batches = [self._batch(split, f"eval-{split}", i) for i in part]
                 x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
                 with self.runtime.autocast():
                     total += len(batches) * self.model(x, y)[1].item()
             sums.append(total)
         self.model.train()
-        train_loss, val_loss = (total / config.eval_iters for total in processes.sum(sums))
-        if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
-            self._stop(f"the evaluation loss is not finite after step {step}")
-        return Evaluation(step, train_loss, val_loss, learning_rate(config, step))
+        train_loss, val_loss = (total / config.eval_iters for total in dist.all_reduce_sum(sums))
+        return train_loss, val_loss
 
     def _stop(self, message: str) -> None:
-        """Raise for a loss that is lost; the other processes see it too, and end when the first is gone."""
-        if self.runtime.processes.first:
-            raise Alg1Error(message, steadier_settings(self.config, self.runtime.dtype), CANNOT_TRAIN)
+        """Raise for a loss that is not finite, in the main process: the others end when it is gone."""
+        if self.runtime.dist.is_main:
+            raise Alg1Error(message, stability_hint(self.config, self.runtime.dtype), CANNOT_TRAIN)
 
     def validation_batch(self) -> torch.Tensor:
-        """The first batch of validation text that every evaluation reads: (B, T)."""
-        return self._batch("val", self.config.batch_size, "eval-val", 0)[0]
+        """Return the first validation batch of every evaluation: (B, T) tokens."""
+        return self._batch("val", "eval-val", 0)[0]
 
-    def _batch(self, split: str, size: int, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(self, split: str, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
         draw = generator(self.config.seed, *key)
-        return get_batch(split, *self.data, self.block_size, size, self.runtime.device, draw)
+        return get_batch(
+            split, *self.data, self.block_size, self.config.batch_size, self.runtime.device, draw
+        )
 
 
-def steadier_settings(config: TrainConfig, dtype: torch.dtype) -> str:
-    """A hint: settings with which the loss rather stays finite."""
+def stability_hint(config: TrainConfig, dtype: torch.dtype) -> str:
+    """Return a hint that names settings with which the loss is more likely to stay finite."""
     ways = [f"a --learning-rate below {config.learning_rate:g}"]
     if not 0 < config.grad_clip <= 1:
         ways.append("--grad-clip 1.0")

@@ -1,0 +1,235 @@
+"""Runs, checkpoints and exports of an earlier commit load, and resume to the bytes that it gave.
+
+The fixture, and how it was made: tests/fixtures/README.md. What arithmetic gives depends on the processor and
+on the build of PyTorch. Where these are those that the fixture was made with, everything is compared byte for
+byte ("bytes" in the name of the test); elsewhere floating-point results may differ by TOLERANCE and sampled
+text is not compared, everything else is ("values").
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import lasting_metrics, runner
+
+from model import BigramLanguageModel
+from utils_alg1.network.tensor_file import read_tensors, write_tensors
+from utils_alg1.training.resume import load_model_file
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RUNS = ("adamw", "muon")
+STOPPED, LAST = 6, 12  # steps
+TOLERANCE = 1e-4
+EXPORT = Path("artifacts/export/model.safetensors")
+METRICS = Path("logs/metrics.jsonl")
+
+
+def this_machine() -> dict[str, str]:
+    """What results of floating-point arithmetic depend on, beside the number of threads."""
+    try:
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        cpu = ""
+    names = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": names[0] if names else "unknown",
+    }
+
+
+COMPARISON = "bytes" if this_machine() == json.loads((FIXTURES / "made_with.json").read_text()) else "values"
+
+
+def checkpoint(step: int) -> Path:
+    """Where a run directory has the checkpoint of a step."""
+    return Path(f"artifacts/checkpoints/step_{step:09d}.safetensors")
+
+
+def run_id(name: str) -> str:
+    return f"2026-11-26_001_{name}"
+
+
+@pytest.fixture(params=RUNS)
+def name(request: pytest.FixtureRequest) -> str:
+    """The name of a run."""
+    return request.param
+
+
+@pytest.fixture
+def stopped(name: str, workdir: Path) -> Path:
+    """A copy of the stopped run, in the working folder as its owner has it."""
+    shutil.copy(FIXTURES / "text.txt", workdir)
+    return Path(shutil.copytree(FIXTURES / name / "stopped", workdir / "runs" / run_id(name)))
+
+
+@pytest.fixture
+def finished(name: str, stopped: Path) -> Path:
+    """The same for the run that the earlier commit resumed to its end."""
+    return Path(shutil.copytree(FIXTURES / name / "finished", stopped, dirs_exist_ok=True))
+
+
+def assert_alike(now: Any, then: Any, place: str) -> None:
+    """Equal; or where only values are compared, with floats that differ by TOLERANCE."""
+    if COMPARISON == "values" and isinstance(then, dict) and isinstance(now, dict):
+        assert now.keys() == then.keys(), place
+        for key, value in then.items():
+            assert_alike(now[key], value, f"{place}, {key}")
+    elif COMPARISON == "values" and isinstance(then, float) and not place.endswith("learning_rate"):
+        assert now == pytest.approx(then, rel=TOLERANCE, abs=TOLERANCE), place
+    else:
+        assert now == then, place
+
+
+def assert_same_tensors(path: Path, then: Path) -> None:
+    """As `assert_alike`, for the tensors and metadata of a file; times and trackers may differ."""
+    (tensors, about), (old_tensors, old_about) = read_tensors(path), read_tensors(then)
+    for metadata in (about, old_about):
+        assert metadata is not None
+        if "progress" in metadata:
+            del metadata["progress"]["seconds"]
+            metadata["trackers"] = {key: sorted(copy) for key, copy in metadata["trackers"].items()}
+    assert_alike(about, old_about, path.name)
+    assert list(tensors) == list(old_tensors)
+    for key, tensor in old_tensors.items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=TOLERANCE, atol=TOLERANCE)
+        if COMPARISON == "bytes":
+            assert tensors[key].numpy().tobytes() == tensor.numpy().tobytes(), key
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lasting_metrics(path).splitlines()]
+
+
+def saved_again(path: Path, folder: Path) -> bytes:
+    """The bytes of a tensor file, read and written by the present code."""
+    tensors, metadata = read_tensors(path)
+    assert metadata is not None
+    write_tensors(folder / "again.safetensors", tensors, metadata)
+    return (folder / "again.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("comparison", [COMPARISON])
+def test_a_stopped_run_resumes_to_what_the_earlier_commit_gave(name, comparison, stopped, train):
+    then = FIXTURES / name / "finished"
+    result = train("--resume", "latest")
+    assert result.code == 0, result.err
+    assert "warning" not in result.err
+    assert_same_tensors(stopped / checkpoint(LAST), then / checkpoint(LAST))
+    assert_same_tensors(stopped / EXPORT, then / EXPORT)
+    config = Path("artifacts/export/config.json")
+    assert (stopped / config).read_bytes() == (then / config).read_bytes()
+    rows, old_rows = metrics(stopped / METRICS), metrics(then / METRICS)
+    for row, old_row in zip(rows, old_rows, strict=True):
+        assert_alike(row, old_row, f"step {old_row['step']}")
+    samples = Path("eval/samples.txt")
+    if comparison == "bytes":
+        for file in (EXPORT, samples):
+            assert (stopped / file).read_bytes() == (then / file).read_bytes()
+        assert lasting_metrics(stopped / METRICS) == lasting_metrics(then / METRICS)
+    else:
+        assert len((stopped / samples).read_text()) == len((then / samples).read_text())
+
+
+@pytest.mark.parametrize("name", ["adamw"])
+def test_its_curves_in_tensorboard_go_on(name, stopped, train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train("--resume", "latest").code == 0
+    events = EventAccumulator(str(stopped / "logs" / "tensorboard")).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["Loss/train_step"] == list(range(LAST))
+    assert steps["Loss/train"] == steps["Loss/val"] == steps["Learning_Rate"] == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize("name", ["adamw"])
+def test_the_export_of_a_checkpoint_from_before_the_stop_is_the_same_on_every_machine(name, stopped, train):
+    # The best weights are those of step 4, which the earlier commit saved.
+    assert train("--resume", "latest").code == 0
+    assert (stopped / EXPORT).read_bytes() == (FIXTURES / name / "finished" / EXPORT).read_bytes()
+
+
+def test_an_export_loads_and_is_saved_again_to_the_same_bytes(finished, tmp_path):
+    model = BigramLanguageModel()
+    model.load_safetensors(finished / EXPORT)
+    model.save_safetensors(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (finished / EXPORT).read_bytes()
+    assert saved_again(finished / EXPORT, tmp_path) == (finished / EXPORT).read_bytes()
+
+
+@pytest.mark.parametrize("step", [STOPPED, LAST])
+def test_a_checkpoint_loads_and_is_saved_again_to_the_same_bytes(finished, step, tmp_path):
+    path = finished / checkpoint(step)
+    tensors, metadata = read_tensors(path)
+    model = load_model_file(path)
+    assert metadata is not None and model.vocabulary == metadata["vocabulary"]
+    assert {f"model.{key}" for key in model.state_dict()} == {k for k in tensors if k.startswith("model.")}
+    for key, tensor in model.state_dict().items():
+        assert tensor.equal(tensors[f"model.{key}"]), key
+    assert saved_again(path, tmp_path) == path.read_bytes()
+
+
+def test_an_export_has_the_weights_of_its_checkpoint(finished):
+    model = load_model_file(finished / EXPORT)
+    same = load_model_file(finished / checkpoint(model.provenance["step"])).state_dict()
+    assert all(tensor.equal(same[key]) for key, tensor in model.state_dict().items())
+
+
+def test_an_export_says_what_it_said(name, finished, sample):
+    result = sample("--temperature", 0, "--prompt", "so ", "--max-new-tokens", 60)
+    assert result.code == 0, result.err
+    assert result.out == (FIXTURES / name / "greedy.txt").read_text(encoding="utf-8")
+
+
+def test_compare_lists_a_run_as_it_did(name, finished, capsys):
+    import compare
+
+    result = runner(compare.main, capsys)("--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out) == json.loads((FIXTURES / name / "compare.json").read_text())
+
+
+def test_compare_lists_a_stopped_run(stopped, capsys):
+    import compare
+
+    result = runner(compare.main, capsys)("--json")
+    (row,) = json.loads(result.out)
+    assert (row["run"], row["state"], row["step"]) == (stopped.name, "unfinished", STOPPED)
+
+
+def test_a_new_run_starts_from_an_export(finished, train):
+    shape = ["--max-iters", 1, "--batch-size", 2, "--threads", 1, "--device", "cpu", "--no-tensorboard"]
+    result = train("--data", "text.txt", "--init-from", finished / EXPORT, "--no-aim", *shape)
+    assert result.code == 0, result.err
+    (new,) = (path for path in finished.parent.iterdir() if path.is_dir() and path != finished)
+    start = load_model_file(new / checkpoint(0)).state_dict()
+    weights = load_model_file(finished / EXPORT).state_dict()
+    assert start.keys() == weights.keys()
+    assert all(tensor.equal(weights[key]) for key, tensor in start.items())
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, train):
+    before = {path: (finished / path).read_bytes() for path in (checkpoint(LAST), EXPORT)}
+    rows = metrics(finished / METRICS)
+    result = train("--resume", "latest")
+    assert result.code == 0, result.err
+    assert {path: (finished / path).read_bytes() for path in before} == before
+    assert metrics(finished / METRICS) == rows
+
+
+@pytest.mark.parametrize("name", ["muon"])
+def test_a_finished_run_goes_on(name, finished, train):
+    result = train("--resume", run_id(name), "--max-iters", LAST + 1)
+    assert result.code == 0, result.err
+    tensors, metadata = read_tensors(finished / checkpoint(LAST + 1))
+    assert metadata is not None and metadata["progress"]["step"] == LAST + 1
+    assert tensors.keys() == read_tensors(FIXTURES / name / "finished" / checkpoint(LAST))[0].keys()
+    steps = [row["step"] for row in metrics(finished / METRICS) if "loss/train_step" in row]
+    assert steps == list(range(LAST + 1))

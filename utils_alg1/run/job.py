@@ -1,0 +1,130 @@
+"""What a run is to train: parameters, text and device, checked as a whole before anything is created."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parameters import Parameters
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.console.command_line import Options
+from utils_alg1.console.script import importing
+from utils_alg1.run.start import Start, find_start
+from utils_alg1.utils_config_loader import ConfigLoader
+from utils_alg1.utils_output import Console
+
+if TYPE_CHECKING:
+    from utils_alg1.data.corpus import Corpus
+    from utils_alg1.training.distributed import SingleProcess
+    from utils_alg1.training.runtime import Runtime
+
+
+@dataclass
+class Job:
+    """What to train. The main process prepares it and broadcasts it to the others.
+
+    Attributes:
+        start: what the run starts from.
+        config_files: the configuration files that were read, with their bytes.
+        serve_tensorboard: whether to serve TensorBoard meanwhile.
+        text_path, text_sha256: the text, and the SHA-256 of its bytes.
+        corpus, runtime: the text's tokens and the device; each process opens its own (see `open_local`).
+    """
+
+    params: Parameters
+    start: Start
+    config_files: dict[Path, bytes]
+    serve_tensorboard: bool
+    text_path: Path
+    text_sha256: str
+    corpus: Corpus | None
+    runtime: Runtime | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to another process: the run's lock, the tokens and the device stay."""
+        start = dataclasses.replace(self.start, run=None)
+        return self.__dict__ | {"start": start, "corpus": None, "runtime": None}
+
+    def open_local(self, dist: SingleProcess, console: Console) -> tuple[Corpus, Runtime]:
+        """Return this process's tokens and device, which a process other than the main one opens here.
+
+        Raises:
+            Alg1Error: the text on this machine is not that of the main process.
+        """
+        if self.corpus is None or self.runtime is None:
+            from utils_alg1.data.corpus import open_corpus
+            from utils_alg1.data.sources import find_corpus
+
+            self.runtime = _start_runtime(self.params, self.start, dist)
+            path = self.text_path
+            if not path.exists():  # on another machine
+                path = find_corpus(self.params.data.data_path, console.say)
+            self.corpus = open_corpus(path)
+            if self.corpus.sha256 != self.text_sha256:
+                raise Alg1Error(f"{path}: not the text of the first process", "copy that text here")
+        return self.corpus, self.runtime
+
+
+def prepare(options: Options, dist: SingleProcess, console: Console) -> Job | None:
+    """Read and check all that a run needs, in the main process; None after --print-config.
+
+    Raises:
+        Alg1Error: a parameter, a file, the device or the text is wrong; nothing has been created.
+    """
+    sources = ConfigLoader.read(options)
+    start = find_start(options, sources, console)
+    with contextlib.ExitStack() as after_failure:
+        if start.run is not None:
+            after_failure.enter_context(start.run)
+        params = sources.resolve(start.parameters, start.sizes)
+        if options.print_config:
+            console.configuration(params)
+            return None
+        job = _check(params, start, sources.files, options.serve_tensorboard, dist, console)
+        after_failure.pop_all()
+    return job
+
+
+def _check(
+    params: Parameters,
+    start: Start,
+    config_files: dict[Path, bytes],
+    serve_tensorboard: bool,
+    dist: SingleProcess,
+    console: Console,
+) -> Job:
+    """Check parameters against --output, the device, the text and what the run starts from."""
+    with importing():
+        from utils_alg1.data.corpus import check_block_size, scan_corpus, text_warning
+        from utils_alg1.report.results import check_output
+        from utils_alg1.training import resume
+        from utils_alg1.training.runtime import check_memory
+
+    check_output(params.train.output)
+    runtime = _start_runtime(params, start, dist)
+    path = resume.find_text(params.data.data_path, start.checkpoint is not None, console.say)
+
+    text = scan_corpus(path)
+    split = params.data.train_split, params.data.val_split
+    check_block_size(path, text.n_characters, params.model.block_size, *split)
+    params.model.check_vocab_size(text.tokenizer.vocab_size)
+    check_memory(params, text.tokenizer.vocab_size, runtime.device)
+    if start.checkpoint is not None:
+        resume.check_resumable(start.checkpoint, params, text.sha256, dist.world_size)
+    if start.initial is not None:
+        resume.check_initial(
+            start.initial, start.initial_path, params.model, start.sizes or {}, text.tokenizer
+        )
+    corpus = text.tokenize()
+    if warning := text_warning(path, text.tokenizer):
+        console.warn(warning)
+    return Job(params, start, config_files, serve_tensorboard, path, corpus.sha256, corpus, runtime)
+
+
+def _start_runtime(params: Parameters, start: Start, dist: SingleProcess) -> Runtime:
+    from utils_alg1.training.runtime import start_runtime
+
+    return start_runtime(params.train, params.flops_per_step(), dist, start.compiled_before)

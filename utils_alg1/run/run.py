@@ -1,0 +1,241 @@
+"""The run as the training loop sees it: where metrics and checkpoints go, and when it has been asked to stop.
+
+The main process has a `MainRun`; every other one a `Run`, which keeps nothing and stops together with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+from utils_alg1.base.errors import DONE, Alg1Error
+from utils_alg1.console.signals import StopSignals
+from utils_alg1.report import page, pictures, results, summary
+from utils_alg1.run.job import Job
+from utils_alg1.tracking.metrics_file import cut_metrics
+from utils_alg1.tracking.observer import Observer
+from utils_alg1.tracking.trackers import start_trackers
+from utils_alg1.training.checkpoint import CheckpointMetadata, CheckpointStore, quarantine_newer
+from utils_alg1.training.distributed import SingleProcess
+from utils_alg1.training.progress import Evaluation
+from utils_alg1.training.runtime import memory_guard
+from utils_alg1.training.trainer import Trainer
+from utils_alg1.utils_output import Console
+from utils_alg1.utils_run_manager import create_run, write_records
+from utils_tensorboard.server import TensorBoardServer
+
+
+class Run:
+    """A run on a process that keeps nothing.
+
+    Attributes:
+        trainer: what trains; set by `training`.
+        stop_signal: the signal that the processes have agreed to stop at, or None.
+    """
+
+    trainer: Trainer
+
+    def __init__(self, job: Job, dist: SingleProcess):
+        self.job, self.dist = job, dist
+        self.stop_signal: int | None = None
+        self._signals = StopSignals(self._stop_notice)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release everything. A second call does nothing."""
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def training(self, trainer: Trainer) -> Iterator[None]:
+        """The context of the training loop. From here to `close` a signal is a request to stop.
+
+        Raises:
+            Alg1Error: out of memory (exit code 3), or another process is gone (exit code 4).
+        """
+        self.trainer = trainer
+        self._stack.enter_context(self._signals)
+        trainer.clock.start(trainer.progress)
+        with memory_guard(self.job.params), self.dist.lost_connection():
+            yield
+
+    def _stop_notice(self) -> str:
+        return "stopping after this step"
+
+    def stop_requested(self) -> bool:
+        """Return whether any process was asked to stop: all get the same answer from the same call."""
+        own = signal.SIGTERM if self.dist.launcher_died else self._signals.received
+        agreed = self.dist.all_reduce_max(own or 0)
+        self.stop_signal = agreed or None
+        return self.stop_signal is not None
+
+    def log_evaluation(self, evaluation: Evaluation) -> None:
+        """Print and track an evaluation."""
+
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint of this step, unless there is one."""
+
+    def log_model(self) -> None:
+        """Track what is due of the model: speed, activations, attention, embeddings, a sample."""
+
+    def log_step(self, loss: float) -> None:
+        """Track the loss and what is due of the gradients of a step, before its update."""
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether a signal ended the training before max_iters."""
+        return self.stop_signal is not None and self.trainer.step < self.job.params.train.max_iters
+
+    def print_resume_command(self) -> None:
+        """Print how to continue a run that stopped early."""
+
+    def export(self) -> None:
+        """Write the export and the results."""
+
+    def print_summary(self) -> None:
+        """Print what was reached, and what to type next."""
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a run that stopped early."""
+        return DONE if self.stop_signal is None else 128 + self.stop_signal
+
+
+class MainRun(Run):
+    """The run on the main process: it holds the directory, checkpoints, trackers, signals and console.
+
+    Attributes:
+        directory: the run directory, locked by this process.
+    """
+
+    def __init__(self, job: Job, dist: SingleProcess, console: Console):
+        super().__init__(job, dist)
+        self.console = console
+        self._signals = StopSignals(self._stop_notice, console.interrupted, self._before_exit)
+        self._loop_done = False
+        self._server: TensorBoardServer | None = None
+
+    def __enter__(self) -> MainRun:
+        job, params, console = self.job, self.job.params, self.console
+        with contextlib.ExitStack() as stack:
+            # 3. Run id, and 4. run directory; a resumed run has both.
+            run = job.start.run or create_run(params.train.runs_dir, params.train.run_tag)
+            self.directory = stack.enter_context(run)
+            console.log_to(run.log_path)
+
+            # 5. Metadata.
+            corpus, runtime = job.open_local(self.dist, console)
+            origin = write_records(run, params, job.config_files, corpus, runtime.describe())
+
+            # 6. Aim, and 7. TensorBoard: both start in the background.
+            state = None
+            if checkpoint := job.start.checkpoint:
+                state = checkpoint.metadata["trackers"]
+                quarantine_newer(checkpoint, console.say)
+                cut_metrics(run.metrics_path, checkpoint.progress.step, console.warn)
+            hparams = params.flat() | {"vocab_size": corpus.tokenizer.vocab_size}
+            trackers = start_trackers(run, params, hparams, origin, console.warn, state)
+            self.trackers = stack.enter_context(trackers)
+            if job.serve_tensorboard:
+                port = params.tensorboard.port
+                server = TensorBoardServer(run.path.parent, port, console.say, console.warn)
+                self._server = stack.enter_context(server)
+            self._stack = stack.pop_all()
+        return self
+
+    @contextlib.contextmanager
+    def training(self, trainer: Trainer) -> Iterator[None]:
+        """See Run.training; every error names how to continue the run from its newest checkpoint.
+
+        Raises:
+            Alg1Error: also a checkpoint could not be written (exit code 4).
+        """
+        params, progress = self.job.params, trainer.progress
+        corpus, _ = self.job.open_local(self.dist, self.console)
+        self.console.block(summary.describe_start(self.directory, params, corpus, trainer))
+        newest_step = progress.step if self.job.start.checkpoint else None
+        self.store = CheckpointStore(
+            self.directory.checkpoint_dir, params.train.keep_checkpoints, newest_step
+        )
+        self.observer = Observer(trainer, self.trackers, params.tensorboard, self.console.warn)
+        try:
+            with super().training(trainer), self.store:
+                self.directory.keep()
+                self.console.begin_progress(progress.step, params.train.max_iters, trainer.tokens_per_step)
+                yield
+                self.store.wait()
+        except Alg1Error as error:
+            raise summary.add_resume_hint(error, self.store.newest, self.directory, self.dist) from error
+        self._loop_done = True
+
+    def _stop_notice(self) -> str:
+        return "finishing the results" if self._loop_done else super()._stop_notice()
+
+    def _before_exit(self) -> None:
+        """What a second signal leaves to do: restore the terminal, end the server, say how to continue."""
+        self.console.restore_terminal()
+        if self._server is not None:
+            self._server.kill()
+        notice = summary.resume_notice(self.store.newest_step, self.directory, self.dist)
+        self.console.interrupted(notice)
+
+    def log_evaluation(self, evaluation: Evaluation) -> None:
+        e = evaluation
+        self.observer.log_evaluation(e)
+        best = self.trainer.progress.best_step == e.step
+        self.console.evaluation(e.step, e.train_loss, e.val_loss, e.learning_rate, best, self.trainer.speed)
+
+    def save_checkpoint(self) -> None:
+        if self.store.newest_step == self.trainer.step:
+            return
+        self.trackers.flush(self.trainer.step)
+        self.trainer.clock.measure(self.trainer.progress)
+        about: CheckpointMetadata = {
+            "run_id": self.directory.run_id,
+            "parameters": self.job.params.flat(),
+            "corpus_sha256": self.job.text_sha256,
+            "trackers": self.trackers.state(),
+        }
+        self.store.save(self.trainer, about)
+
+    def log_model(self) -> None:
+        self.observer.log_model(self.trainer.step)
+
+    def log_step(self, loss: float) -> None:
+        """See Run.log_step.
+
+        Raises:
+            Alg1Error: an earlier checkpoint could not be written (exit code 4).
+        """
+        self.store.raise_if_failed()
+        self.observer.log_step(loss, self.trainer.step)
+        self.console.progress(self.trainer.step + 1, loss)
+
+    def print_resume_command(self) -> None:
+        command = summary.resume_command(self.directory, self.dist)
+        self.console.remind(f"stopped at step {self.trainer.step}; go on with", command)
+
+    def export(self) -> None:
+        run, params, console = self.directory, self.job.params, self.console
+        self._exported = results.export_weights(self.trainer, self.store, run, params, console)
+        self._samples = results.draw_samples(self.trainer.model, params.train.seed)
+        results.write_results(run, self.trainer, self._exported, self._samples)
+        pictures.try_loss_curve(run, console)
+        attended = pictures.try_attention_picture(run, self.trainer, console)
+        page.try_page(run, self._samples, attended, console)
+        results.copy_export(run, params.train.output)
+        self.trackers.flush(self.trainer.step)
+        self._shown_in = self.trackers.working
+
+    def print_summary(self) -> None:
+        params, progress = self.job.params, self.trainer.progress
+        ending = summary.describe_end(
+            self.directory, params, progress, self._exported, self._shown_in, self.dist
+        )
+        self.console.summary(ending, self._samples[0])
