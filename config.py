@@ -13,7 +13,7 @@ from utils_alg1.base.files import read_json_object
 
 
 def load_config(path: str | Path = "config.json") -> dict[str, Any]:
-    """Reads a legacy file without checking its values.
+    """Read a legacy file without checking its values.
 
     Raises:
         Alg1Error: the file is missing or not a JSON object.
@@ -22,7 +22,7 @@ def load_config(path: str | Path = "config.json") -> dict[str, Any]:
 
 
 def validate_config(config: dict[str, Any]) -> None:
-    """Checks every value; missing names take their defaults.
+    """Check every value; missing names take their defaults.
 
     Raises:
         Alg1Error: listing every problem: unknown names, wrong types, values out of range.

@@ -67,7 +67,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, path: str | Path, vocab_size: int | None = None) -> ModelConfig:
-        """Reads a JSON file of parameters; see `from_dict`.
+        """Read a JSON file of parameters; see `from_dict`.
 
         Raises:
             Alg1Error: the file is missing or not a JSON object, or a value in it is wrong.
@@ -76,7 +76,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], vocab_size: int | None = None) -> ModelConfig:
-        """Builds and validates a config from a dictionary, which may contain other parameters of a run too.
+        """Build and validate a config from a dictionary, which may contain other parameters of a run too.
 
         `vocab_size`, if given, replaces the dictionary's.
 
@@ -107,7 +107,7 @@ class ModelConfig:
         return tables + self.n_layer * block + 2 * C + head  # 2 C: the final LayerNorm
 
     def stored(self) -> dict[str, Any]:
-        """Returns the values for a file, without the MODEL_OPTIONS that are at their defaults.
+        """Return the values for a file, without the MODEL_OPTIONS that are at their defaults.
 
         So the files of the reference model are the same as before these options existed.
         """
@@ -118,7 +118,7 @@ class ModelConfig:
         }
 
     def problems(self, need_vocab_size: bool = False) -> list[Problem]:
-        """Returns what is wrong with the values, with `need_vocab_size` also if it is missing."""
+        """Return what is wrong with the values, with `need_vocab_size` also if it is missing."""
         found = range_problems(self)
         wrong = names_in(found)
         if not wrong & {"n_embd", "n_head"} and self.n_embd % self.n_head:
@@ -146,7 +146,7 @@ class ModelConfig:
         return found
 
     def validate(self) -> None:
-        """Checks every value.
+        """Check every value.
 
         Raises:
             Alg1Error: listing every problem.
@@ -154,7 +154,7 @@ class ModelConfig:
         raise_problems(self.problems(need_vocab_size=True))
 
     def check_vocab_size(self, vocab_size: int) -> None:
-        """Checks that vocab_size, if set, is that of the text.
+        """Check that vocab_size, if set, is that of the text.
 
         Raises:
             Alg1Error: naming both.
@@ -166,7 +166,7 @@ class ModelConfig:
             )
 
     def apply_to_model_module(self, model: types.ModuleType) -> None:
-        """Sets the globals of `model.py` that `BigramLanguageModel()` reads without a config."""
+        """Set the globals of `model.py` that `BigramLanguageModel()` reads without a config."""
         for name in field_names(type(self)):
             setattr(model, name, getattr(self, name))
 
@@ -259,7 +259,7 @@ class TrainConfig:
     aim: bool = setting(True, "log to Aim", may_change=True)
 
     def problems(self) -> list[Problem]:
-        """Returns what is wrong with the values; an empty list if nothing is."""
+        """Return what is wrong with the values; an empty list if nothing is."""
         found = range_problems(self)
         wrong = names_in(found)
         if not wrong & {"warmup_iters", "max_iters"} and self.warmup_iters > self.max_iters:
@@ -301,7 +301,7 @@ class DataConfig:
     val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)
 
     def problems(self) -> list[Problem]:
-        """Returns what is wrong with the values; an empty list if nothing is."""
+        """Return what is wrong with the values; an empty list if nothing is."""
         found = range_problems(self)
         wrong = names_in(found)
         if wrong & {"train_split", "val_split"}:
@@ -346,12 +346,12 @@ class TensorBoardConfig:
     port: int = setting(6006, "port of --serve-tensorboard", minimum=1, maximum=65535, may_change=True)
 
     def problems(self) -> list[Problem]:
-        """Returns what is wrong with the values; an empty list if nothing is."""
+        """Return what is wrong with the values; an empty list if nothing is."""
         return range_problems(self)
 
 
 def due(step: int, interval: int) -> bool:
-    """Returns whether something that happens every `interval` steps happens at `step`; never if 0."""
+    """Return whether something that happens every `interval` steps happens at `step`; never if 0."""
     return interval > 0 and step % interval == 0
 
 
@@ -369,7 +369,7 @@ class Parameters:
     def from_values(
         cls, values: Mapping[str, Any], origins: Mapping[str, str], problems: list[Problem]
     ) -> Parameters:
-        """Builds and validates all parameters.
+        """Build and validate all parameters.
 
         Args:
             values: of the right types (see `coerce_all`); the others take their defaults.
@@ -384,7 +384,7 @@ class Parameters:
         return cls(**parts, origins={name: origins.get(name, "default") for name in specs()})
 
     def flops_per_step(self) -> float:
-        """Estimates the floating-point operations of a training step of one process.
+        """Estimate the floating-point operations of a training step of one process.
 
         Six per weight of the blocks and character (Kaplan et al. 2020, Scaling Laws for Neural Language
         Models).
@@ -394,17 +394,17 @@ class Parameters:
         return 6.0 * weights * characters
 
     def changed(self) -> dict[str, Any]:
-        """Returns the values that differ from the defaults, by name."""
+        """Return the values that differ from the defaults, by name."""
         return {name: value for name, value in self.flat().items() if value != specs()[name].default}
 
     def flat(self) -> dict[str, Any]:
-        """Returns every parameter by name."""
+        """Return every parameter by name."""
         return {
             name: value for part in PARTS for name, value in dataclasses.asdict(getattr(self, part)).items()
         }
 
     def to_yaml(self, ascii_only: bool = False) -> str:
-        """Formats every value, with its origin and its help as a comment, as YAML that --config takes."""
+        """Format every value, with its origin and its help as a comment, as YAML that --config takes."""
         origins = {name: yaml_value(origin, ascii_only) for name, origin in self.origins.items()}
         width = column_width(origins.values())
         helps = {name: spec.limits.explanation for name, spec in specs().items()}
@@ -425,7 +425,7 @@ PARTS: dict[str, Any] = {
 
 
 def build_parts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Builds the dataclasses of PARTS, by their keys there, without checking the values."""
+    """Build the dataclasses of PARTS, by their keys there, without checking the values."""
     return {
         part: config_class(**{n: values[n] for n in field_names(config_class) if n in values})
         for part, config_class in PARTS.items()
@@ -433,14 +433,14 @@ def build_parts(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def part_problems(parts: Mapping[str, Any], origins: Mapping[str, str]) -> list[Problem]:
-    """Returns what is wrong with the dataclasses of `build_parts`, with the origins of the values."""
+    """Return what is wrong with the dataclasses of `build_parts`, with the origins of the values."""
     found = [problem for config in parts.values() for problem in config.problems()]
     return [named_origin(problem, origins) for problem in found]
 
 
 @functools.cache
 def specs() -> dict[str, Spec]:
-    """Returns the specification of every parameter, by name, in the order of the dataclasses."""
+    """Return the specification of every parameter, by name, in the order of the dataclasses."""
     found: dict[str, Spec] = {}
     for part, config_class in PARTS.items():
         hints = typing.get_type_hints(config_class)
@@ -460,7 +460,7 @@ def specs() -> dict[str, Spec]:
 def coerce_all(
     values: Mapping[str, Any], origin: str | None = None, flags_only: Container[str] = ()
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Converts the values of a dictionary to the types of the parameters.
+    """Convert the values of a dictionary to the types of the parameters.
 
     Args:
         origin: where the values come from, for the messages.
@@ -494,7 +494,7 @@ def coerce_all(
 
 
 def range_problems(config: Any) -> list[Problem]:
-    """Returns a problem for each field of a dataclass with a value of the wrong type or out of range."""
+    """Return a problem for each field of a dataclass with a value of the wrong type or out of range."""
     problems = []
     for name in field_names(type(config)):
         spec, value = specs()[name], getattr(config, name)
@@ -511,7 +511,7 @@ def range_problems(config: Any) -> list[Problem]:
 
 
 def format_settings(file_name: str | Path, about: str, values: Mapping[str, Any]) -> str:
-    """Formats a configuration file with these parameters and their help, as JSON or YAML by its suffix.
+    """Format a configuration file with these parameters and their help, as JSON or YAML by its suffix.
 
     Args:
         about: what the file is, in one or more lines, for a comment at the top.

@@ -17,7 +17,7 @@ from parameters import CONFIG_DIR, CONFIG_FILES, PARTS, format_settings, specs  
 
 
 def config_files() -> dict[Path, str]:
-    """Returns the text of each file, by its path in the project."""
+    """Return the text of each file, by its path in the project."""
     files = {}
     for part, name in CONFIG_FILES.items():
         own = [spec for spec in specs().values() if spec.part == part]

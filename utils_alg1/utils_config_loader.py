@@ -1,4 +1,4 @@
-"""Reads configuration files and merges them with the command line into parameters with their origins.
+"""Configuration files and command line -> parameters, each with its origin.
 
 Priority, highest first: the command line; the file named by --config; the folder named by --config, or else
 configs/; config.json; the defaults in `parameters.py`. If a run is resumed, its own parameters take the place
@@ -96,7 +96,7 @@ class Sources:
         return str(named[-1]) if named else specs()["runs_dir"].default
 
     def check(self) -> None:
-        """Checks each value by itself, before the run or the model that it is for has been read.
+        """Check each value by itself, before the run or the model that it is for has been read.
 
         Raises:
             Alg1Error: every problem of the command line and of the files that are used, in one message.
@@ -108,13 +108,13 @@ class Sources:
     def resolve(
         self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
     ) -> Parameters:
-        """Merges every source into validated parameters; see `ConfigLoader.resolve`."""
+        """Merge every source into validated parameters; see `ConfigLoader.resolve`."""
         return Parameters.from_values(*self.merge(resumed, initial))
 
     def merge(
         self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-        """Returns the arguments of `Parameters.from_values`: values, their origins and the problems so far.
+        """Return the arguments of `Parameters.from_values`: values, their origins and the problems so far.
 
         Raises:
             Alg1Error: a file cannot be read. Whether the other values fit to those in it is unknown, so the
@@ -158,7 +158,7 @@ class ConfigLoader:
 
     @staticmethod
     def load_model_config(path: str | Path) -> dict[str, Any]:
-        """Reads a YAML or JSON file without checking its values. Raises Alg1Error naming file and fault."""
+        """Read a YAML or JSON file without checking its values. Raises Alg1Error with file and fault."""
         return _parse(Path(path), read_bytes(path))
 
     load_train_config = load_model_config
@@ -168,7 +168,7 @@ class ConfigLoader:
 
     @staticmethod
     def load_configs(config_dir: str | Path = CONFIG_DIR) -> dict[str, Any]:
-        """Merges the files of a folder that exist, later ones over earlier ones; see CONFIG_FILES.
+        """Merge the files of a folder that exist, later ones over earlier ones; see CONFIG_FILES.
 
         Raises:
             Alg1Error: the folder does not exist, or a file in it cannot be read.
@@ -183,7 +183,7 @@ class ConfigLoader:
 
     @staticmethod
     def read(options: Options) -> Sources:
-        """Reads every file that the command line uses, once."""
+        """Read every file that the command line uses, once."""
         return Sources(options)
 
     @staticmethod
@@ -192,7 +192,7 @@ class ConfigLoader:
         resumed: dict[str, Any] | None = None,
         initial: dict[str, Any] | None = None,
     ) -> Parameters:
-        """Merges every source into validated parameters.
+        """Merge every source into validated parameters.
 
         Args:
             options: the command line.
@@ -206,7 +206,7 @@ class ConfigLoader:
 
     @staticmethod
     def runs_dir(given: str | None) -> str:
-        """Returns the folder of the runs for a script without train.py's flags.
+        """Return the folder of the runs for a script without train.py's flags.
 
         Args:
             given: the script's own --runs-dir; None for the folder that train.py uses by default.
@@ -218,7 +218,7 @@ class ConfigLoader:
 
 
 def _standing_files(config: str | None) -> list[Path]:
-    """Returns config.json and the files of configs/ that exist, weakest first.
+    """Return config.json and the files of configs/ that exist, weakest first.
 
     A folder named by --config takes the place of configs/.
     """
@@ -232,7 +232,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _named_files(config: str) -> list[Path]:
-    """Returns the files of --config PATH.
+    """Return the files of --config PATH.
 
     Raises:
         Alg1Error: there are none.
@@ -258,7 +258,7 @@ def _named_files(config: str) -> list[Path]:
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
-    """Parses the content of a configuration file, or the parameters of a run's meta/full_config.json.
+    """Parse the content of a configuration file, or the parameters of a run's meta/full_config.json.
 
     Raises:
         Alg1Error: naming file and fault.

@@ -1,4 +1,4 @@
-"""Reads TensorBoard's part of the configuration by itself."""
+"""TensorBoard's part of the configuration, for use on its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIG_FILE = Path(CONFIG_DIR, CONFIG_FILES["tensorboard"])
 
 
 def load_tensorboard_config(path: str | Path = CONFIG_FILE) -> TensorBoardConfig:
-    """Reads and validates a file like configs/tensorboard.json; returns the defaults if it does not exist.
+    """Read and validate a file like configs/tensorboard.json; return the defaults if it does not exist.
 
     Raises:
         Alg1Error: listing every problem in the file.

@@ -21,17 +21,17 @@ class Problem(NamedTuple):
 
 
 def names_in(problems: list[Problem]) -> set[str]:
-    """Returns the names of the parameters with problems."""
+    """Return the names of the parameters with problems."""
     return {name for problem in problems for name in problem.names}
 
 
 def joint_problem(text: str, *names: str) -> list[Problem]:
-    """Returns a list with one problem of several parameters taken together."""
+    """Return a list with one problem of several parameters taken together."""
     return [Problem(text, names)]
 
 
 def shown(value: Any) -> str:
-    """Formats a value for a message: on one line and not too long."""
+    """Format a value for a message: on one line and not too long."""
     try:
         text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
     except (TypeError, ValueError, RecursionError):  # a mapping only YAML can express, or a huge integer
@@ -40,13 +40,13 @@ def shown(value: Any) -> str:
 
 
 def named_origin(problem: Problem, origins: Mapping[str, str]) -> Problem:
-    """Adds to a problem where its values came from, except for defaults."""
+    """Return the problem with the origins of its values, except for defaults."""
     given = [f"{name} from {origins[name]}" for name in problem.names if name in origins]
     return problem._replace(text=f"{problem.text} ({', '.join(given)})") if given else problem
 
 
 def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:
-    """Raises one Alg1Error that lists every problem; does nothing if there is none.
+    """Raise one Alg1Error that lists every problem; do nothing if there is none.
 
     A problem of several parameters is left out if one of them has a problem of its own: it may be the cause.
 
@@ -96,7 +96,7 @@ ALIASES = {
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean X?" with the name in `known` that `word` most likely means, or "".
+    """Return "; did you mean X?" with the name in `known` that `word` most likely means, or "".
 
     In this order: the same name, an alias, the only name that begins with `word`, the most similar name.
     """

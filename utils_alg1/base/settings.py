@@ -41,7 +41,7 @@ class Limits:
         return self.help + (f" ({', '.join(self.choices)})" if self.choices else "")
 
     def broken_by(self, value: Any) -> str | None:
-        """Returns "must be ..." with the limit that a value of the right type violates, or None."""
+        """Return "must be ..." with the limit that a value of the right type violates, or None."""
         if value is None:
             return None
         if self.choices and value not in self.choices:
@@ -61,7 +61,7 @@ class Limits:
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """Returns a dataclass field with its help and limits (see `Limits`)."""
+    """Return a dataclass field with its help and limits (see `Limits`)."""
     return field(default=default, metadata={"limits": Limits(help, **limits)})
 
 
@@ -89,7 +89,7 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 
 
 def coerce(spec: Spec, value: Any) -> Any:
-    """Converts `value`, from a file or the command line, to the field's type.
+    """Convert `value`, from a file or the command line, to the field's type.
 
     PyYAML reads `1e-3` as a string and JSON does not distinguish 1 from 1.0, so strings that spell a number
     and integral floats are accepted (see `as_number`). YAML reads `on` and `off` as booleans.
@@ -123,7 +123,7 @@ def coerce(spec: Spec, value: Any) -> Any:
 
 
 def as_number(kind: type, value: Any) -> int | float:
-    """Converts a number, or a string that spells one, to `kind`: int or float.
+    """Convert a number, or a string that spells one, to `kind`: int or float.
 
     10000, 1e4 and 10_000 are the same integer, in files (as in YAML) and on every command line.
 
@@ -152,7 +152,7 @@ def as_number(kind: type, value: Any) -> int | float:
 
 
 def yaml_value(value: Any, ascii_only: bool = False) -> str:
-    """Formats a number, boolean, string or None as YAML on one line; reading it gives the same value.
+    """Format a number, boolean, string or None as YAML on one line; reading it gives the same value.
 
     A string with control or other unprintable characters is written in double quotes with escapes.
 
@@ -172,12 +172,12 @@ def yaml_value(value: Any, ascii_only: bool = False) -> str:
 
 
 def yaml_lines(values: Mapping[str, Any], comments: Mapping[str, str], ascii_only: bool = False) -> list[str]:
-    """Formats settings as YAML, a line `name: value  # comment` for each; the comments are aligned."""
+    """Format settings as YAML, a line `name: value  # comment` for each; the comments are aligned."""
     entries = {name: f"{name}: {yaml_value(value, ascii_only)}" for name, value in values.items()}
     width = column_width(entries.values())
     return [f"{entry:{width}}  # {comments[name]}" for name, entry in entries.items()]
 
 
 def column_width(entries: Iterable[str]) -> int:
-    """Returns the width of a column of a listing, which very long entries do not widen."""
+    """Return the width of a column of a listing, which very long entries do not widen."""
     return max((len(entry) for entry in entries if len(entry) <= WIDEST_COLUMN), default=0)

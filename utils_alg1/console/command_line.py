@@ -1,4 +1,4 @@
-"""The command line: defines the flags and reports all mistakes in one message."""
+"""The command line: the flags of the scripts, and all mistakes in one message."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Flag(argparse.Action):
         setattr(namespace, self.dest, value)
 
     def read(self, flag: str, text: str) -> Any:
-        """Converts the text after the flag to its value. Raises ValueError with what is wrong."""
+        """Convert the text after the flag to its value. Raises ValueError with what is wrong."""
         try:
             return read_value(self.type, self.limits, text)
         except ValueError as error:
@@ -88,7 +88,7 @@ class ParameterFlag(Flag):
 
 
 def read_value(kind: Any, limits: Limits, text: str) -> Any:
-    """Converts text to a type and checks the limits.
+    """Convert text to a type and check the limits.
 
     Raises:
         ValueError: with the value as a message shows it, and what is wrong.
@@ -105,7 +105,7 @@ def read_value(kind: Any, limits: Limits, text: str) -> Any:
 
 
 def help_text(limits: Limits, default: Any) -> str:
-    """Returns the help on a flag for argparse, with the default unless it is None or empty."""
+    """Return the help on a flag for argparse, with the default unless it is None or empty."""
     shown_default = "" if default in (None, "", argparse.SUPPRESS) else f" ({default})"
     return (limits.help + shown_default).replace("%", "%%")
 
@@ -124,7 +124,7 @@ class Parser(argparse.ArgumentParser):
     def parse_with_suggestions(
         self, argv: list[str] | None = None
     ) -> tuple[argparse.Namespace, list[Problem]]:
-        """Returns the values of the flags and a problem for each mistake; such a flag keeps its default.
+        """Return the values of the flags and a problem for each mistake; such a flag keeps its default.
 
         Raises:
             SystemExit: after --help.
@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, [*problems, *self._exclusions(given)]
 
     def _is_flag(self, word: str) -> bool:
-        """Returns whether a word is a known or unknown flag, not a value such as -1, "- a" or "-"."""
+        """Return whether a word is a known or unknown flag, not a value such as -1, "- a" or "-"."""
         flag = word.split("=")[0]
         if not flag.startswith("-") or flag.strip("-") == "" or len(flag.split()) > 1:
             return False
@@ -164,7 +164,7 @@ class Parser(argparse.ArgumentParser):
     def _obey(
         self, flag: str, value: str | None, words: list[str], namespace: argparse.Namespace
     ) -> list[Problem]:
-        """Applies a known flag with the `value` after its `=`, or else with the first of `words`."""
+        """Apply a known flag with the `value` after its `=`, or else with the first of `words`."""
         action = self.flags[flag]
         try:
             if isinstance(action, Flag):
@@ -178,7 +178,7 @@ class Parser(argparse.ArgumentParser):
         return []
 
     def _value_behind(self, flag: str, words: list[str]) -> str:
-        """Removes the value of a flag from the words that follow it and returns it.
+        """Remove the value of a flag from the words that follow it, and return it.
 
         Raises:
             ValueError: there is none, or it looks like a flag.
@@ -193,7 +193,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{flag}: needs a value; one that begins with a dash is written {assigned}")
 
     def _stray(self, word: str, before: str) -> Problem:
-        """Returns the problem of a word that belongs to no flag; `before` is the last flag before it."""
+        """Return the problem of a word that belongs to no flag; `before` is the last flag before it."""
         suggestion = ""
         if meant := self._meant(word):
             suggestion = f"; did you mean {meant} {shlex.quote(word)}?"
@@ -202,7 +202,7 @@ class Parser(argparse.ArgumentParser):
         return Problem(f"{shown(word)} belongs to no flag{suggestion}", ())
 
     def _meant(self, word: str) -> str:
-        """Returns the first flag that takes such a word (see Limits.stands_for), or ""."""
+        """Return the first flag that takes such a word (see Limits.stands_for), or ""."""
         kinds = [A_FOLDER if os.path.isdir(word) else Path(word).suffix, A_WORD]
         if os.path.exists(word):
             kinds.insert(1, A_PATH)
@@ -213,7 +213,7 @@ class Parser(argparse.ArgumentParser):
         return ""
 
     def _exclusions(self, given: Mapping[argparse.Action, str]) -> list[Problem]:
-        """Returns a problem for each group of mutually exclusive flags of which several were given."""
+        """Return a problem for each group of mutually exclusive flags of which several were given."""
         problems = []
         for group in self._mutually_exclusive_groups:
             flags = [flag for action, flag in given.items() if action in group._group_actions]
@@ -223,7 +223,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _refuse_value(switch: argparse.Action, flag: str, value: str | None, words: list[str]) -> None:
-    """Raises ValueError if a switch was given a value, which is removed from `words` if it is there."""
+    """Raise ValueError if a switch was given a value, which is removed from `words` if it is there."""
     if value is None and words and words[0].lower() in SWITCH_VALUES:
         value = words.pop(0)
     if value is not None:
@@ -233,7 +233,7 @@ def _refuse_value(switch: argparse.Action, flag: str, value: str | None, words: 
 
 
 def parse_command_line(argv: list[str] | None = None) -> Options:
-    """Parses train.py's command line. Parameters stay strings: ConfigLoader reports all problems together.
+    """Parse train.py's command line. Parameters stay strings: ConfigLoader reports all problems together.
 
     Raises:
         SystemExit: after --help.
@@ -273,7 +273,7 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
 
 
 def add_config_flag(group: Any) -> None:
-    """Adds --config."""
+    """Add --config."""
     limits = Limits(
         "JSON or YAML file of parameters, or a folder (a preset) in place of configs/",
         stands_for=(A_FOLDER, ".json", ".yaml"),
@@ -282,13 +282,13 @@ def add_config_flag(group: Any) -> None:
 
 
 def add_runs_dir_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds --runs-dir to a script that reads runs; see ConfigLoader.runs_dir."""
+    """Add --runs-dir to a script that reads runs; see ConfigLoader.runs_dir."""
     limits = Limits("folder of the run directories (default: as in training)", stands_for=(A_PATH,))
     parser.add_argument("--runs-dir", action=Flag, metavar="PATH", limits=limits)
 
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag for each parameter, in the groups of PARTS; the parser's default must be SUPPRESS."""
+    """Add a flag for each parameter, in the groups of PARTS; the parser's default must be SUPPRESS."""
     for part, config_class in PARTS.items():
         group = parser.add_argument_group(part, config_class.__doc__)
         for spec in specs().values():
@@ -297,7 +297,7 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def split_parameters(namespace: argparse.Namespace) -> tuple[dict[str, str | bool], dict[str, Any]]:
-    """Splits what was given on the command line into parameters and other flags, by name."""
+    """Split what was given on the command line into parameters and other flags, by name."""
     given = vars(namespace)
     values = {name: given.pop(name) for name in list(given) if name in specs()}
     return values, given

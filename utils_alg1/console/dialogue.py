@@ -77,7 +77,7 @@ ALL_COMMANDS = (*COMMANDS, ":help", ":quit")
 def interact(
     arguments: argparse.Namespace, answer: Callable[[str], None], seed: Callable[[int], object]
 ) -> int:
-    """Reads prompts and continues them; commands change the settings in between (see COMMANDS).
+    """Read prompts and continue them; commands change the settings in between (see COMMANDS).
 
     Ctrl-C ends a text, Ctrl-D the program.
 
@@ -111,7 +111,7 @@ def interact(
 
 
 def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]) -> None:
-    """Executes a line such as ":temperature 0.7"; a command without a value prints the current one.
+    """Execute a line such as ":temperature 0.7"; a command without a value prints the current one.
 
     Raises:
         Alg1Error: there is no such command, or its value is wrong; nothing has changed.
@@ -141,7 +141,7 @@ def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]
 
 
 def value_of(word: str, text: str, arguments: argparse.Namespace) -> Any:
-    """Converts the value after a command.
+    """Convert the value after a command.
 
     Raises:
         Alg1Error: it has the wrong type or is out of range.
@@ -166,7 +166,7 @@ def shown_value(arguments: argparse.Namespace, name: str) -> str:
 
 
 def help_on_commands(arguments: argparse.Namespace) -> str:
-    """Returns the list of commands with their current values."""
+    """Return the list of commands with their current values."""
     rows = [
         (f"{word} {shown_value(arguments, name)}", SETTINGS[name].meaning) for word, name in COMMANDS.items()
     ]
@@ -181,7 +181,7 @@ def help_on_commands(arguments: argparse.Namespace) -> str:
 
 
 def enable_history() -> None:
-    """Gives input() a history and completes commands, if Python was built with readline."""
+    """Give input() a history and completion of commands, if Python was built with readline."""
     with contextlib.suppress(ImportError):
         import readline
 
