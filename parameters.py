@@ -62,7 +62,7 @@ class ModelConfig:
         None, "number of distinct characters; read from the text by default", above=0
     )
     positions: str = setting("learned", "position embeddings; rotary is RoPE", choices=("learned", "rotary"))
-    qk_norm: bool = setting(False, "RMS-normalize the queries and keys of each head (QK-norm)")
+    qk_norm: bool = setting(False, "QK-norm: RMS-normalize the queries and keys of each head")
     zero_init: bool = setting(False, "zero-initialize the output projections of attention and feed-forward")
 
     @classmethod
