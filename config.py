@@ -1,6 +1,6 @@
-"""The legacy single-file configuration: one flat JSON object, such as `{"batch_size": 8, "n_embd": 128}`.
+"""The legacy configuration in a single file: a flat JSON object, such as `{"batch_size": 8, "n_embd": 128}`.
 
-It still serves, as the lowest source of all, in the working folder's `config.json`, or named by `--config`.
+`config.json` in the working folder is read for what configs/* do not name; `--config` takes such a file too.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from utils_alg1.base.files import read_json_object
 
 
 def load_config(path: str | Path = "config.json") -> dict[str, Any]:
-    """Read a legacy file as it stands, unchecked.
+    """Reads a legacy file without checking its values.
 
     Raises:
-        Alg1Error: it is not there or not one JSON object.
+        Alg1Error: the file is missing or not a JSON object.
     """
     return read_json_object(path)
 
 
 def validate_config(config: dict[str, Any]) -> None:
-    """Check every value; names that are left out take their defaults.
+    """Checks every value; missing names take their defaults.
 
     Raises:
         Alg1Error: listing every problem: unknown names, wrong types, values out of range.

@@ -1,4 +1,4 @@
-"""Corpus -> tokens -> batches: the text of a run, and what a training step draws from it."""
+"""Load a text as tokens, and draw batches from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ def load_data(
     val_split: float | None = None,
     say: Say = print,
 ) -> tuple[np.ndarray, np.ndarray, Tokenizer]:
-    """Read and tokenise a text: `train_data, val_data, tokenizer`; the data are (n,) unsigned integers.
+    """Read and tokenize a text.
+
+    Args:
+        data_path: a text file, or the name of a corpus; see `find_corpus`.
+        train_split: the fraction of the text, from its beginning, that is for training.
+        val_split: the fraction, from its end, that is for validation (default: all that remains).
+        say: shows the user a line, such as that a corpus is being downloaded.
+
+    Returns:
+        train_data, val_data and tokenizer; the data are (n,) unsigned integers, memory-mapped.
 
     Raises:
         Alg1Error: see `find_corpus` and `open_corpus`.
@@ -39,12 +48,18 @@ def get_batch(
     device: str | torch.device = "cpu",
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw random sequences: `x, y`, each (batch_size, block_size) int64, y one character further on.
+    """Draw a batch of random sequences.
 
     Args:
         split: "train" or "val".
         train_data, val_data: (n,) integers, as arrays or tensors.
+        block_size: the length of a sequence, T.
+        batch_size: the number of sequences, B.
+        device: where x and y are put.
         generator: a CPU generator; the same state draws the same batch.
+
+    Returns:
+        x and y, (B, T) int64 each; y is x shifted by one character.
 
     Raises:
         Alg1Error: the split is not longer than block_size.
@@ -61,8 +76,8 @@ def get_batch(
             f"use --block-size {len(data) - 1} at most" if len(data) > 1 else "use a longer text",
         )
     starts = torch.randint(n_starts, (batch_size, 1), generator=generator)  # (B, 1)
-    places = (starts + torch.arange(block_size + 1)).numpy()  # (B, T + 1)
-    sequences = torch.from_numpy(np.asarray(data)[places].astype(np.int64))  # (B, T + 1)
+    indices = (starts + torch.arange(block_size + 1)).numpy()  # (B, T + 1)
+    sequences = torch.from_numpy(np.asarray(data)[indices].astype(np.int64))  # (B, T + 1)
     device = torch.device(device)
     if device.type == "cuda":
         sequences = sequences.pin_memory().to(device, non_blocking=True)

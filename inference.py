@@ -6,7 +6,7 @@
     python inference.py --prompt "ROMEO:" --max-new-tokens 300 --temperature 0.8
     python inference.py --interactive                    prompt after prompt; :help lists its commands
 
-Text appears as it is drawn. The same model, prompt, settings and --seed give the same text.
+Characters appear as they are drawn. The same model, prompt, settings and --seed give the same text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from utils_alg1.base.problems import Problem, raise_problems
 from utils_alg1.base.settings import A_FOLDER, A_PATH, A_WORD, Limits
 from utils_alg1.console.command_line import Flag, Parser, add_runs_dir_flag
 from utils_alg1.console.dialogue import SETTINGS, interact
-from utils_alg1.console.messages import Typewriter, print_warning, shown_on
+from utils_alg1.console.messages import IncrementalWriter, print_warning, text_for_stream
 from utils_alg1.console.script import importing, run_script
 from utils_alg1.utils_config_loader import ConfigLoader
 
@@ -35,42 +35,13 @@ if TYPE_CHECKING:
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read inference.py's command line.
+    """Read the command line of inference.py.
 
     Raises:
         Alg1Error: unknown flags, or values out of range.
         SystemExit: after --help.
     """
-    parser = Parser(
-        prog="python inference.py",
-        description="Sample text from a trained model.",
-        allow_abbrev=False,
-    )
-    source = parser.add_mutually_exclusive_group()
-    run = Limits("a run id or directory (default: the latest)", stands_for=(A_FOLDER,))
-    source.add_argument("--run", action=Flag, metavar="RUN", limits=run)
-    file = Limits("an exported file or a checkpoint", stands_for=(".safetensors", A_PATH))
-    source.add_argument("--model", action=Flag, metavar="PATH", limits=file)
-    prompt = Limits("what the text begins with", may_be_empty=True, stands_for=(A_WORD,))
-    parser.add_argument("--prompt", action=Flag, limits=prompt)
-    for name, setting in SETTINGS.items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(
-            flag, action=Flag, type=setting.type, default=setting.default, limits=setting.limits
-        )
-    parser.add_argument(
-        "--num-samples", action=Flag, type=int, default=1, limits=Limits("how many texts", minimum=1)
-    )
-    stop = Limits("end a text once it has drawn this", may_be_empty=True)
-    parser.add_argument("--stop", action=Flag, limits=stop)
-    device = specs()["device"].default
-    parser.add_argument(
-        "--device", action=Flag, default=device, metavar="NAME", limits=Limits("as in training")
-    )
-    vocabulary = Limits("the text that weights without a vocabulary were trained on")
-    parser.add_argument("--vocabulary", action=Flag, metavar="PATH", limits=vocabulary)
-    parser.add_argument("--interactive", action="store_true", help="ask for prompts")
-    add_runs_dir_flag(parser)
+    parser = build_parser()
     arguments, problems = parser.parse_with_suggestions(argv)
     if arguments.interactive and arguments.prompt is not None:
         problems.append(Problem("--interactive asks for prompts: leave --prompt out", ("prompt",)))
@@ -81,6 +52,37 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="python inference.py",
+        description="Sample text from a trained model.",
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group()
+    run = Limits("a run id or directory (default: the latest)", stands_for=(A_FOLDER,))
+    source.add_argument("--run", action=Flag, metavar="RUN", limits=run)
+    file = Limits("an exported file or a checkpoint", stands_for=(".safetensors", A_PATH))
+    source.add_argument("--model", action=Flag, metavar="PATH", limits=file)
+    prompt = Limits("the text to continue", may_be_empty=True, stands_for=(A_WORD,))
+    parser.add_argument("--prompt", action=Flag, limits=prompt)
+    for name, setting in SETTINGS.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(
+            flag, action=Flag, type=setting.type, default=setting.default, limits=setting.limits
+        )
+    samples = Limits("number of texts to draw", minimum=1)
+    parser.add_argument("--num-samples", action=Flag, type=int, default=1, limits=samples)
+    stop = Limits("end a text after it has drawn this string", may_be_empty=True)
+    parser.add_argument("--stop", action=Flag, limits=stop)
+    device = specs()["device"]
+    parser.add_argument("--device", action=Flag, default=device.default, metavar="NAME", limits=device.limits)
+    vocabulary = Limits("the text that the weights were trained on, if they come without a vocabulary")
+    parser.add_argument("--vocabulary", action=Flag, metavar="PATH", limits=vocabulary)
+    parser.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
+    add_runs_dir_flag(parser)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
 
@@ -88,37 +90,26 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         from utils import Tokenizer
-        from utils_alg1.training.resume import find_weights, load_model_file
         from utils_alg1.training.runtime import find_device
 
     device = find_device(arguments.device)
-    if arguments.model is not None:
-        path = Path(arguments.model)
-    else:
-        runs_dir = ConfigLoader.runs_dir(arguments.runs_dir)
-        path = find_weights(runs_dir, arguments.run)
-    model = load_model_file(path)
-    if model.vocabulary is None:
-        model.vocabulary = vocabulary_of(arguments.vocabulary, model, path)
-    elif arguments.vocabulary is not None:
-        print_warning("--vocabulary is not used: the model holds its own; leave the flag out")
+    model, path = load_model(arguments)
     model.to(device).eval()
-    print(shown_on(sys.stderr, str(path)), file=sys.stderr)
+    print(text_for_stream(sys.stderr, str(path)), file=sys.stderr)
+    assert model.vocabulary is not None  # load_model has seen to it
     tokenizer = Tokenizer(model.vocabulary)
-    if unseen := tokenizer.unseen(arguments.stop or ""):
-        raise Alg1Error(
-            f"--stop: not in the model's vocabulary: {show_characters(unseen)}",
-            "no text would ever stop there: leave --stop out, or name characters that the model knows",
-        )
+    check_stop(arguments.stop, tokenizer)
     generator = torch.Generator(device).manual_seed(arguments.seed)
+
     if arguments.interactive:
 
         def answer(line: str) -> None:
-            prompt = known_characters(line, tokenizer, arguments.unknown, ":unknown")
+            prompt = handle_unknown(line, tokenizer, arguments.unknown, ":unknown")
             write_sample(model, tokenizer, prompt, arguments, generator)
 
         return interact(arguments, answer, generator.manual_seed)
-    prompt = known_characters(arguments.prompt or "", tokenizer, arguments.unknown)
+
+    prompt = handle_unknown(arguments.prompt or "", tokenizer, arguments.unknown)
     for i in range(arguments.num_samples):
         if arguments.num_samples > 1:
             print(f"--- sample {i + 1}")
@@ -127,11 +118,31 @@ def main(argv: list[str] | None = None) -> int:
     return DONE
 
 
-def vocabulary_of(text_path: str | None, model: BigramLanguageModel, path: Path) -> list[str]:
-    """The characters of a text, for weights of another program that do not hold theirs.
+def load_model(arguments: argparse.Namespace) -> tuple[BigramLanguageModel, Path]:
+    """Load the model that the flags name, with its vocabulary, on the CPU; return it and its file.
 
     Raises:
-        Alg1Error: no text was named, or it has another number of characters.
+        Alg1Error: there is no such file or run, it is damaged, or its vocabulary is unknown.
+    """
+    from utils_alg1.training.resume import find_weights, load_model_file
+
+    if arguments.model is not None:
+        path = Path(arguments.model)
+    else:
+        path = find_weights(ConfigLoader.runs_dir(arguments.runs_dir), arguments.run)
+    model = load_model_file(path)
+    if model.vocabulary is None:
+        model.vocabulary = read_vocabulary(arguments.vocabulary, model, path)
+    elif arguments.vocabulary is not None:
+        print_warning("--vocabulary is not used: the model holds its own; leave the flag out")
+    return model, path
+
+
+def read_vocabulary(text_path: str | None, model: BigramLanguageModel, path: Path) -> list[str]:
+    """Collect the characters of a text, for weights of another program that come without a vocabulary.
+
+    Raises:
+        Alg1Error: no text was named, or its number of characters is not the model's vocab_size.
     """
     from utils_alg1.data.corpus import open_corpus
     from utils_alg1.data.sources import find_corpus
@@ -141,7 +152,7 @@ def vocabulary_of(text_path: str | None, model: BigramLanguageModel, path: Path)
         raise Alg1Error(f"{path}: it does not hold its vocabulary", hint)
     try:
         path_of_text = find_corpus(text_path)
-    except Alg1Error as error:  # its own hint speaks of --data
+    except Alg1Error as error:  # its own hint names --data
         raise Alg1Error(error.message, hint) from None
     vocabulary = open_corpus(path_of_text).tokenizer.vocabulary
     if len(vocabulary) != model.config.vocab_size:
@@ -153,11 +164,24 @@ def vocabulary_of(text_path: str | None, model: BigramLanguageModel, path: Path)
     return vocabulary
 
 
-def known_characters(prompt: str, tokenizer: Tokenizer, unknown: str, flag: str = "--unknown") -> str:
-    """The prompt in characters that the model knows; `flag` is what the hint names.
+def check_stop(stop: str | None, tokenizer: Tokenizer) -> None:
+    """Raise Alg1Error if the model can never draw the text of --stop."""
+    if unseen := tokenizer.unseen(stop or ""):
+        raise Alg1Error(
+            f"--stop: not in the model's vocabulary: {show_characters(unseen)}",
+            "no text would ever stop there: leave --stop out, or name characters that the model knows",
+        )
+
+
+def handle_unknown(prompt: str, tokenizer: Tokenizer, unknown: str, flag: str = "--unknown") -> str:
+    """Skip or replace the characters of a prompt that the model does not know.
+
+    Args:
+        unknown: "error", "skip" or "replace".
+        flag: what the hint of the error names.
 
     Raises:
-        Alg1Error: there are others, and `unknown` is "error".
+        Alg1Error: there are such characters, and `unknown` is "error".
     """
     unseen = set(tokenizer.unseen(prompt))
     if unseen and unknown == "error":
@@ -165,8 +189,8 @@ def known_characters(prompt: str, tokenizer: Tokenizer, unknown: str, flag: str 
             f"not in the model's vocabulary: {show_characters(unseen)}",
             f"leave them out with {flag} skip, or {flag} replace",
         )
-    stand_in = "" if unknown == "skip" else tokenizer.stand_in
-    return "".join(stand_in if character in unseen else character for character in prompt)
+    replacement = "" if unknown == "skip" else tokenizer.replacement
+    return "".join(replacement if character in unseen else character for character in prompt)
 
 
 def write_sample(
@@ -176,7 +200,7 @@ def write_sample(
     arguments: argparse.Namespace,
     generator: torch.Generator,
 ) -> None:
-    """Write the prompt and its continuation, character by character; one more line end closes it."""
+    """Write the prompt and its continuation to stdout, character by character, and a final newline."""
     import torch
 
     device = model.lm_head.weight.device
@@ -190,7 +214,7 @@ def write_sample(
         generator,
         stop=tokenizer.encode(arguments.stop or ""),
     )
-    screen = Typewriter(sys.stdout)
+    screen = IncrementalWriter(sys.stdout)
     screen.write(prompt)
     for token in stream:
         screen.write(tokenizer.decode(token.tolist()))

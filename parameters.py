@@ -1,13 +1,15 @@
 """Every parameter of ALG1: typed dataclasses, one field for each flag, file key and line of --print-config.
 
-To add a parameter, add a field here with `setting(default, help, limits)`; the flag, the file key, the
-validation and the listing follow from it. Nothing else in the project writes a default down.
+To add a parameter, add a field here with `setting(default, help, limits)`, then run
+`python docs/write_configs.py`, which writes it to configs/. The flag, the file key, the validation and the
+listing are made from the field. No other code contains a default.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import types
 import typing
 from collections.abc import Container, Mapping
@@ -26,41 +28,56 @@ from utils_alg1.base.problems import (
     raise_problems,
     shown,
 )
-from utils_alg1.base.settings import A_PATH, TYPE_NAMES, Spec, coerce, field_names, setting
+from utils_alg1.base.settings import (
+    A_PATH,
+    TYPE_NAMES,
+    Spec,
+    coerce,
+    field_names,
+    setting,
+    yaml_lines,
+    yaml_value,
+)
+
+CONFIG_DIR = "configs"  # its files are read at every start, unless --config names another folder
+CONFIG_FILES = {  # of each part, in merging order: a name may stand in any of them, and the last one wins
+    "model": "model.json",
+    "train": "train.yaml",
+    "data": "data.yaml",
+    "tensorboard": "tensorboard.json",
+}
 
 
 @dataclass
 class ModelConfig:
-    """The network: a decoder-only transformer, sized by these numbers."""
+    """The network: a decoder-only transformer."""
 
-    n_embd: int = setting(64, "width of the embeddings and of every block", above=0)
-    n_head: int = setting(4, "attention heads in a block; n_embd is divisible by it", above=0)
-    n_layer: int = setting(4, "transformer blocks", above=0)
-    block_size: int = setting(32, "longest context, in characters", above=0)
-    dropout: float = setting(0.0, "share of activations dropped while training", minimum=0, below=1)
-    vocab_size: int | None = setting(None, "distinct characters; read from the corpus when left out", above=0)
-    positions: str = setting(
-        "learned",
-        "how a character's place is told: a learned vector, or rotary: turned queries and keys",
-        choices=("learned", "rotary"),
+    n_embd: int = setting(64, "embedding dimension", above=0)
+    n_head: int = setting(4, "number of attention heads per block; must divide n_embd", above=0)
+    n_layer: int = setting(4, "number of transformer blocks", above=0)
+    block_size: int = setting(32, "context length in characters", above=0)
+    dropout: float = setting(0.0, "dropout probability", minimum=0, below=1)
+    vocab_size: int | None = setting(
+        None, "number of distinct characters; read from the text by default", above=0
     )
-    qk_norm: bool = setting(False, "give the queries and keys of every head one length")
-    zero_init: bool = setting(False, "start every block as one that adds nothing: its last matrices are zero")
+    positions: str = setting("learned", "position embeddings; rotary is RoPE", choices=("learned", "rotary"))
+    qk_norm: bool = setting(False, "RMS-normalize the queries and keys of each head (QK-norm)")
+    zero_init: bool = setting(False, "zero-initialize the output projections of attention and feed-forward")
 
     @classmethod
     def from_json(cls, path: str | Path, vocab_size: int | None = None) -> ModelConfig:
-        """Read a JSON file of parameters; see `from_dict`.
+        """Reads a JSON file of parameters; see `from_dict`.
 
         Raises:
-            Alg1Error: the file is not there or not a JSON object, or a value in it is wrong.
+            Alg1Error: the file is missing or not a JSON object, or a value in it is wrong.
         """
         return cls.from_dict(read_json_object(path), vocab_size)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], vocab_size: int | None = None) -> ModelConfig:
-        """Build and validate from a dictionary, which may hold the other parameters of a run as well.
+        """Builds and validates a config from a dictionary, which may contain other parameters of a run too.
 
-        `vocab_size`, where given, is the corpus's and takes the place of the dictionary's.
+        `vocab_size`, if given, replaces the dictionary's.
 
         Raises:
             Alg1Error: listing every problem: unknown names, wrong types, values out of range or missing.
@@ -80,16 +97,19 @@ class ModelConfig:
 
     @property
     def n_parameters(self) -> int:
-        """How many weights a network of these sizes has; vocab_size is known."""
+        """The number of weights of the network; vocab_size must be known."""
         assert self.vocab_size is not None
         C, V = self.n_embd, self.vocab_size
         tables = V * C + (self.block_size * C if self.positions == "learned" else 0)
         block = 12 * C * C + 10 * C  # matrices; biases and two LayerNorms
         head = V * C + V
-        return tables + self.n_layer * block + 2 * C + head  # 2 C: the last LayerNorm
+        return tables + self.n_layer * block + 2 * C + head  # 2 C: the final LayerNorm
 
     def stored(self) -> dict[str, Any]:
-        """As files hold it: without options at their defaults, so that the reference model's have none."""
+        """Returns the values for a file, without the MODEL_OPTIONS that are at their defaults.
+
+        So the files of the reference model are the same as before these options existed.
+        """
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
@@ -97,7 +117,7 @@ class ModelConfig:
         }
 
     def problems(self, need_vocab_size: bool = False) -> list[Problem]:
-        """What is wrong with these values; an empty list when nothing is."""
+        """Returns what is wrong with the values, with `need_vocab_size` also if it is missing."""
         found = range_problems(self)
         wrong = names_in(found)
         if not wrong & {"n_embd", "n_head"} and self.n_embd % self.n_head:
@@ -125,15 +145,15 @@ class ModelConfig:
         return found
 
     def validate(self) -> None:
-        """Check every value.
+        """Checks every value.
 
         Raises:
-            Alg1Error: listing every problem at once.
+            Alg1Error: listing every problem.
         """
         raise_problems(self.problems(need_vocab_size=True))
 
     def check_vocab_size(self, vocab_size: int) -> None:
-        """Check that a vocab_size that was asked for is the text's.
+        """Checks that vocab_size, if set, is that of the text.
 
         Raises:
             Alg1Error: naming both.
@@ -145,12 +165,12 @@ class ModelConfig:
             )
 
     def apply_to_model_module(self, model: types.ModuleType) -> None:
-        """Set the globals that `model.BigramLanguageModel()` reads when it is given no config."""
+        """Sets the globals of `model.py` that `BigramLanguageModel()` reads without a config."""
         for name in field_names(type(self)):
             setattr(model, name, getattr(self, name))
 
 
-# What departs from the reference model, and its value there: files from before these were known have none.
+# Options beyond the reference model, with its values: files written before they existed do not contain them.
 MODEL_OPTIONS: dict[str, Any] = {
     name: getattr(ModelConfig, name) for name in ("positions", "qk_norm", "zero_init")
 }
@@ -158,76 +178,87 @@ MODEL_OPTIONS: dict[str, Any] = {
 
 @dataclass
 class TrainConfig:
-    """The training of it, and where the run is kept."""
+    """Training, and what a run keeps."""
 
-    batch_size: int = setting(4, "sequences in a micro-batch", above=0)
-    max_iters: int = setting(5000, "training steps", above=0, may_change=True)
+    batch_size: int = setting(4, "sequences per micro-batch", above=0)
+    max_iters: int = setting(5000, "number of training steps", above=0, may_change=True)
     learning_rate: float = setting(1e-3, "peak learning rate", above=0)
     eval_interval: int = setting(
-        100, "steps between evaluations; there is always one at the end", above=0, may_change=True
+        100, "steps between evaluations; the last step is always evaluated", above=0, may_change=True
     )
-    eval_iters: int = setting(20, "batches in an evaluation, of each split", above=0, may_change=True)
-    seed: int = setting(1337, "the same seed gives the same run", minimum=0, maximum=2**63 - 1)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", may_change=True)
+    eval_iters: int = setting(
+        20, "batches per evaluation, from each of the train and val splits", above=0, may_change=True
+    )
+    seed: int = setting(1337, "random seed", minimum=0, maximum=2**63 - 1)
+    device: str = setting("auto", "device: auto, cpu, cuda, cuda:N or mps", may_change=True)
     dtype: str = setting(
         "auto",
-        "arithmetic of the forward pass; auto is bfloat16 or float16 on CUDA, else float32",
+        "data type of the forward pass; auto: bfloat16 or float16 on CUDA, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: str = setting(
         "auto",
-        "torch.compile of the training step; auto is on for a long run on CUDA, where it ends sooner",
+        "torch.compile of the training step; auto: for long runs on CUDA",
         choices=("auto", "on", "off"),
         may_change=True,
     )
     threads: int = setting(
         0,
-        "CPU threads; 0 is one for a small step, else PyTorch's choice",
+        "number of CPU threads; 0: one for a small training step, else PyTorch's default",
         minimum=0,
         maximum=1024,
         may_change=True,
     )
-    optimizer: str = setting("adamw", "how weights are updated", choices=("adamw", "sgd", "muon"))
-    weight_decay: float = setting(0.01, "decay of weight matrices", minimum=0)
-    beta1: float = setting(0.9, "AdamW's first moment, the momentum of SGD and Muon", minimum=0, below=1)
-    beta2: float = setting(0.999, "AdamW's second moment", minimum=0, below=1)
+    optimizer: str = setting(
+        "adamw",
+        "optimizer; muon: Muon for hidden matrices, AdamW for the rest",
+        choices=("adamw", "sgd", "muon"),
+    )
+    weight_decay: float = setting(0.01, "weight decay of matrices; other weights have none", minimum=0)
+    beta1: float = setting(0.9, "AdamW's beta1; momentum of SGD and Muon", minimum=0, below=1)
+    beta2: float = setting(0.999, "AdamW's beta2", minimum=0, below=1)
     lr_schedule: str = setting(
         "constant",
-        "learning rate over the steps; wsd is warm-up, stable, decay",
+        "learning rate schedule; wsd: warm-up, stable, decay",
         choices=("constant", "cosine", "linear", "step", "wsd"),
     )
-    warmup_iters: int = setting(0, "steps over which the learning rate rises from zero", minimum=0)
-    min_lr: float = setting(0.0, "what the schedule decays to", minimum=0)
-    grad_clip: float = setting(0.0, "largest gradient norm; 0 does not clip", minimum=0)
+    warmup_iters: int = setting(0, "steps of linear learning rate warm-up", minimum=0)
+    min_lr: float = setting(0.0, "learning rate at the end of the schedule", minimum=0)
+    grad_clip: float = setting(0.0, "maximum gradient norm; 0: no clipping", minimum=0)
     grad_accum_steps: int = setting(
         1,
-        "micro-batches summed into one step, by each process",
+        "gradient accumulation steps: micro-batches per training step, in each process",
         above=0,
         may_change=True,  # its product with the number of processes may not
     )
     checkpoint_interval: int = setting(
         500,
-        "steps between checkpoints, beside those at a better val loss and at the end; 0 is only those",
+        "steps between checkpoints, besides those at a new best val loss and at the end; 0: only those",
         minimum=0,
         may_change=True,
     )
-    keep_checkpoints: int = setting(2, "newest checkpoints kept, beside the best", above=0, may_change=True)
+    keep_checkpoints: int = setting(
+        2, "number of newest checkpoints to keep, besides the best", above=0, may_change=True
+    )
     patience: int = setting(
         0,
-        "evaluations without a better val loss that end the run; 0 never does",
+        "early stopping: evaluations without a new best val loss before the run ends; 0: off",
         minimum=0,
         may_change=True,
     )
     export: str = setting(
-        "best", "which weights are exported at the end", choices=("best", "last"), may_change=True
+        "best",
+        "weights to export at the end: those of the best val loss, or the last",
+        choices=("best", "last"),
+        may_change=True,
     )
-    output: str | None = setting(None, "also write the export to this file", may_change=True)
+    output: str | None = setting(None, "file to write the export to as well", may_change=True)
     runs_dir: str = setting("runs", "folder of the run directories", may_change=True)
-    run_tag: str = setting("", "words for the end of the run's name", may_be_empty=True, may_change=True)
-    aim: bool = setting(True, "track with Aim", may_change=True)
+    run_tag: str = setting("", "text to append to the run's name", may_be_empty=True, may_change=True)
+    aim: bool = setting(True, "log to Aim", may_change=True)
 
     def problems(self) -> list[Problem]:
-        """What is wrong with these values; an empty list when nothing is."""
+        """Returns what is wrong with the values; an empty list if nothing is."""
         found = range_problems(self)
         wrong = names_in(found)
         if not wrong & {"warmup_iters", "max_iters"} and self.warmup_iters > self.max_iters:
@@ -256,20 +287,20 @@ class TrainConfig:
 
 @dataclass
 class DataConfig:
-    """The text."""
+    """The text, and how it is split."""
 
     data_path: str = setting(
         "data/input.txt",
         "a UTF-8 text file, or one of the names shakespeare and python-docs",
         stands_for=(A_PATH,),
         flag="--data",
-        may_change=True,  # the checkpoint holds the text's digest, which may not
+        may_change=True,  # the digest of the text, which the checkpoint contains, may not
     )
-    train_split: float = setting(0.9, "share of the text to train on", above=0, below=1)
-    val_split: float = setting(0.1, "share of the text to evaluate on", above=0, below=1)
+    train_split: float = setting(0.9, "fraction of the text for training", above=0, below=1)
+    val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)
 
     def problems(self) -> list[Problem]:
-        """What is wrong with these values; an empty list when nothing is."""
+        """Returns what is wrong with the values; an empty list if nothing is."""
         found = range_problems(self)
         wrong = names_in(found)
         if wrong & {"train_split", "val_split"}:
@@ -287,51 +318,45 @@ class DataConfig:
 
 @dataclass
 class TensorBoardConfig:
-    """TensorBoard, and how often a run is looked at, which Aim is shown too."""
+    """TensorBoard, and how often both trackers log what."""
 
-    tensorboard: bool = setting(True, "track with TensorBoard", may_change=True)
+    tensorboard: bool = setting(True, "log to TensorBoard", may_change=True)
     histogram_interval: int = setting(
-        500,
-        "steps between histograms of parameters and gradients; 0 draws none",
-        minimum=0,
-        may_change=True,
+        500, "steps between histograms of parameters and gradients; 0: never", minimum=0, may_change=True
     )
     activation_interval: int = setting(
-        500, "steps between histograms of activations; 0 draws none", minimum=0, may_change=True
+        500, "steps between histograms of activations; 0: never", minimum=0, may_change=True
     )
     attention_interval: int = setting(
-        1000,
-        "steps between pictures of the attention weights; 0 draws none",
-        minimum=0,
-        may_change=True,
+        1000, "steps between images of the attention weights; 0: never", minimum=0, may_change=True
     )
     embedding_interval: int = setting(
-        1000, "steps between views of the token embeddings; 0 keeps none", minimum=0, may_change=True
+        1000, "steps between snapshots of the token embeddings; 0: never", minimum=0, may_change=True
     )
     sample_interval: int = setting(
-        1000, "steps between samples of generated text; 0 draws none", minimum=0, may_change=True
+        1000, "steps between samples of generated text; 0: never", minimum=0, may_change=True
     )
     gradient_norm_interval: int = setting(
-        10, "steps between points of the gradient's norm; 0 has none", minimum=0, may_change=True
+        10, "steps between values of the gradient norm; 0: never", minimum=0, may_change=True
     )
     speed_interval: int = setting(
-        100, "steps between points of tokens per second; 0 has none", minimum=0, may_change=True
+        100, "steps between values of tokens per second; 0: never", minimum=0, may_change=True
     )
     port: int = setting(6006, "port of --serve-tensorboard", minimum=1, maximum=65535, may_change=True)
 
     def problems(self) -> list[Problem]:
-        """What is wrong with these values; an empty list when nothing is."""
+        """Returns what is wrong with the values; an empty list if nothing is."""
         return range_problems(self)
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps happens at this one; 0 is never."""
+    """Returns whether something that happens every `interval` steps happens at `step`; never if 0."""
     return interval > 0 and step % interval == 0
 
 
 @dataclass
 class Parameters:
-    """All parameters of a run, and where each value came from ("default", a file, a flag)."""
+    """All parameters of a run, and the origin of each value: "default", a file or a flag."""
 
     model: ModelConfig
     train: TrainConfig
@@ -343,31 +368,51 @@ class Parameters:
     def from_values(
         cls, values: Mapping[str, Any], origins: Mapping[str, str], problems: list[Problem]
     ) -> Parameters:
-        """Build from values of the right types (see `coerce_all`) and where each came from.
+        """Builds and validates all parameters.
+
+        Args:
+            values: of the right types (see `coerce_all`); the others take their defaults.
+            origins: where each of the values came from.
+            problems: found so far.
 
         Raises:
-            Alg1Error: `problems` found so far and every further one, in one message.
+            Alg1Error: `problems` and all further ones, in one message.
         """
         parts = build_parts(values)
         raise_problems([*problems, *part_problems(parts, origins)])
         return cls(**parts, origins={name: origins.get(name, "default") for name in specs()})
 
     def flops_per_step(self) -> float:
-        """Floating-point operations of a training step, roughly: six for each weight of the blocks and
-        character (Kaplan et al. 2020, Scaling Laws for Neural Language Models)."""
+        """Estimates the floating-point operations of a training step of one process.
+
+        Six per weight of the blocks and character (Kaplan et al. 2020, Scaling Laws for Neural Language
+        Models).
+        """
         weights = 12 * self.model.n_layer * self.model.n_embd**2
         characters = self.train.batch_size * self.train.grad_accum_steps * self.model.block_size
         return 6.0 * weights * characters
 
     def changed(self) -> dict[str, Any]:
-        """The values that are not the defaults, by name."""
+        """Returns the values that differ from the defaults, by name."""
         return {name: value for name, value in self.flat().items() if value != specs()[name].default}
 
     def flat(self) -> dict[str, Any]:
-        """Every parameter by name."""
+        """Returns every parameter by name."""
         return {
             name: value for part in PARTS for name, value in dataclasses.asdict(getattr(self, part)).items()
         }
+
+    def to_yaml(self, ascii_only: bool = False) -> str:
+        """Formats every value, with its origin and its help as a comment, as YAML that --config takes."""
+        origins = {name: yaml_value(origin, ascii_only) for name, origin in self.origins.items()}
+        width = max(map(len, origins.values()))
+        helps = {name: spec.limits.explanation for name, spec in specs().items()}
+        comments = {name: f"{origins[name]:{width}}  {text}" for name, text in helps.items()}
+        lines = yaml_lines(self.flat(), comments, ascii_only)
+        sections = {part: [f"# --- {part}: {config_class.__doc__}"] for part, config_class in PARTS.items()}
+        for spec, line in zip(specs().values(), lines, strict=True):
+            sections[spec.part].append(line)
+        return "\n\n".join("\n".join(section) for section in sections.values()) + "\n"
 
 
 PARTS: dict[str, Any] = {
@@ -379,7 +424,7 @@ PARTS: dict[str, Any] = {
 
 
 def build_parts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The dataclasses of PARTS, by their keys there, unchecked; what `values` leaves out is the default."""
+    """Builds the dataclasses of PARTS, by their keys there, without checking the values."""
     return {
         part: config_class(**{n: values[n] for n in field_names(config_class) if n in values})
         for part, config_class in PARTS.items()
@@ -387,14 +432,14 @@ def build_parts(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def part_problems(parts: Mapping[str, Any], origins: Mapping[str, str]) -> list[Problem]:
-    """What is wrong with the values of `build_parts`, each with where it came from."""
+    """Returns what is wrong with the dataclasses of `build_parts`, with the origins of the values."""
     found = [problem for config in parts.values() for problem in config.problems()]
     return [named_origin(problem, origins) for problem in found]
 
 
 @functools.cache
 def specs() -> dict[str, Spec]:
-    """Every parameter by name, in the order of the dataclasses."""
+    """Returns what is known of every parameter, by name, in the order of the dataclasses."""
     found: dict[str, Spec] = {}
     for part, config_class in PARTS.items():
         hints = typing.get_type_hints(config_class)
@@ -414,18 +459,21 @@ def specs() -> dict[str, Spec]:
 def coerce_all(
     values: Mapping[str, Any], origin: str | None = None, flags_only: Container[str] = ()
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Coerce a flat dictionary of parameters: the good values, and a problem for each of the others.
+    """Converts the values of a dictionary to the types of the parameters.
 
     Args:
-        origin: where the values come from, as a problem names it.
-        flags_only: names that are no parameters but flags of train.py.
+        origin: where the values come from, for the messages.
+        flags_only: names that are not parameters but flags of train.py.
+
+    Returns:
+        The values that could be converted, and a problem for each of the others.
     """
     good: dict[str, Any] = {}
     problems: list[Problem] = []
     where = f"{origin}: " if origin else ""
     known = specs()
     for name, value in values.items():
-        if name == "_comment":  # JSON has no comments of its own
+        if name == "_comment":  # JSON has no comments
             continue
         if name not in known:
             text = f"{where}unknown name {shown(name)}{nearest(str(name), known)}"
@@ -445,17 +493,30 @@ def coerce_all(
 
 
 def range_problems(config: Any) -> list[Problem]:
-    """Every field of a dataclass whose value has the wrong type or is outside its limits."""
+    """Returns a problem for each field of a dataclass with a value of the wrong type or out of range."""
     problems = []
     for name in field_names(type(config)):
         spec, value = specs()[name], getattr(config, name)
         fitting = (int, float) if spec.type is float else spec.type
         try:
             complaint = spec.limits.broken_by(coerce(spec, value))
-            if value is not None and not isinstance(value, fitting):  # text that is a number, say
+            if value is not None and not isinstance(value, fitting):  # such as "64" for 64
                 complaint = f"must be {TYPE_NAMES[spec.type]}"
         except ValueError as error:
             complaint = str(error)
         if complaint:
             problems.append(Problem(f"{name} = {shown(value)} {complaint}", (name,)))
     return problems
+
+
+def format_settings(file_name: str | Path, about: str, values: Mapping[str, Any]) -> str:
+    """Formats a configuration file with these parameters and their help, as JSON or YAML by its suffix.
+
+    Args:
+        about: what the file is, in one or more lines, for a comment at the top.
+    """
+    helps = {name: specs()[name].limits.explanation for name in values}
+    if Path(file_name).suffix == ".json":
+        comment = [*about.splitlines(), *(f"{name}: {text}" for name, text in helps.items())]
+        return json.dumps({"_comment": comment, **values}, indent=2, ensure_ascii=False) + "\n"
+    return "\n".join([*(f"# {line}" for line in about.splitlines()), *yaml_lines(values, helps)]) + "\n"

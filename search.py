@@ -1,25 +1,24 @@
 """Search for better hyperparameters: many short runs of train.py, compared by their validation loss.
 
     python search.py                                     20 trials of configs/search.yaml
-    python search.py --max-iters 500 --data book.txt     train.py's flags, the same in every trial
+    python search.py --max-iters 500 --data book.txt     flags of train.py apply to every trial
     python search.py --space my.yaml --trials 50         another space (the study is named after the file)
     python search.py --workers 2                         two trials at a time; or start this on several
                                                          machines that share the folder
-    python search.py --sampler grid                      every combination; random draws them blindly
+    python search.py --sampler grid                      every combination; random samples at random
     python search.py --storage sqlite:///search.db       a database instead of searches/NAME/journal.log
 
-The same command again goes on where the last one ended, however it ended. Every trial is an ordinary run.
-Tables, pictures and the best parameters lie in searches/NAME/. Afterwards:
+The same command continues the search, however it ended. Every trial is an ordinary run. Tables, plots and the
+best parameters are written to searches/NAME/. Afterwards:
 
     python train.py --config searches/search/best
 
-Optuna is needed: pip install -e '.[search]'
+Requires Optuna: pip install -e '.[search]'
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import sys
@@ -46,12 +45,12 @@ if TYPE_CHECKING:
     from utils_alg1.search.space import Plan
 
 SEARCHES_DIR = Path("searches")
-LONGEST_NAME = 40  # characters of a study's name: it begins the tags of the runs
+MAX_NAME_LENGTH = 40  # characters of the name of a study, which begins the tags of its runs
 
 
 @dataclass
 class SearchOptions:
-    """The command line of search.py: what to search and how, and train.py's flags for every trial."""
+    """The command line of search.py; `training` holds the flags of train.py for every trial."""
 
     space: str
     study: str | None
@@ -69,7 +68,7 @@ class SearchOptions:
 
 
 def parse_command_line(argv: list[str] | None = None) -> SearchOptions:
-    """Read search.py's command line. The values of train.py's flags stay text: they are checked later.
+    """Parse the command line of search.py. The values of train.py's flags stay text and are checked later.
 
     Raises:
         Alg1Error: unknown flags, or values out of range.
@@ -79,55 +78,53 @@ def parse_command_line(argv: list[str] | None = None) -> SearchOptions:
         prog="python search.py",
         usage="python search.py [--flag VALUE ...]",
         description="Search for better hyperparameters: many short runs, compared by their val loss.",
-        epilog="The flags below `search` are train.py's: they hold for every trial.",
+        epilog="The flags below `search` are those of train.py and apply to every trial.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    search = parser.add_argument_group("search")
-    space = Limits("what is searched", stands_for=(".yaml", A_PATH))
-    search.add_argument("--space", action=Flag, default="configs/search.yaml", metavar="PATH", limits=space)
-    study = Limits("of its folder in searches/ (the space file's name)")
-    search.add_argument("--study", action=Flag, default=None, metavar="NAME", limits=study)
-    trials = Limits("in all, those of earlier starts too", minimum=1)
-    search.add_argument("--trials", action=Flag, type=int, default=20, limits=trials)
-    workers = Limits("trials at a time", minimum=1)
-    search.add_argument("--workers", action=Flag, type=int, default=1, limits=workers)
-    sampler = Limits("what chooses the next trial; tpe is Bayesian", choices=("tpe", "random", "grid"))
-    search.add_argument("--sampler", action=Flag, default="tpe", limits=sampler)
-    seed = Limits("of its draws", minimum=0)
-    search.add_argument("--sampler-seed", action=Flag, type=int, default=0, limits=seed)
-    search.add_argument(
-        "--no-prune",
-        dest="prune",
-        default=True,
-        action="store_false",
-        help="let hopeless trials run to their end",
-    )
-    storage = Limits("a journal file or a database (the study's own)")
-    search.add_argument("--storage", action=Flag, default=None, metavar="PATH|URL", limits=storage)
-    add_config_flag(search)
+    add_search_flags(parser.add_argument_group("search"))
     add_parameter_flags(parser)
     namespace, problems = parser.parse_with_suggestions(argv)
-    values, given = split_parameters(namespace)
-    training = Options(values=values, config=given.pop("config", None))
-    options = SearchOptions(training=training, **given)
+    values, others = split_parameters(namespace)
+    training = Options(values=values, config=others.pop("config", None))
+    options = SearchOptions(training=training, **others)
     raise_problems([*problems, *name_problems(options)], f"{parser.prog} --help lists every flag")
     return options
 
 
+def add_search_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the search itself and --config."""
+    space = Limits("file of the search space", stands_for=(".yaml", A_PATH))
+    group.add_argument("--space", action=Flag, default="configs/search.yaml", metavar="PATH", limits=space)
+    study = Limits("name of the study and of its folder in searches/ (default: that of the space file)")
+    group.add_argument("--study", action=Flag, default=None, metavar="NAME", limits=study)
+    trials = Limits("number of trials, including those of earlier starts", minimum=1)
+    group.add_argument("--trials", action=Flag, type=int, default=20, limits=trials)
+    workers = Limits("number of trials at a time", minimum=1)
+    group.add_argument("--workers", action=Flag, type=int, default=1, limits=workers)
+    sampler = Limits("how values are chosen; tpe is Bayesian", choices=("tpe", "random", "grid"))
+    group.add_argument("--sampler", action=Flag, default="tpe", limits=sampler)
+    seed = Limits("seed of the sampler", minimum=0)
+    group.add_argument("--sampler-seed", action=Flag, type=int, default=0, limits=seed)
+    no_prune = "run every trial to its end instead of stopping unpromising ones early"
+    group.add_argument("--no-prune", dest="prune", default=True, action="store_false", help=no_prune)
+    storage = Limits("a journal file or a database URL (default: journal.log in the folder of the study)")
+    group.add_argument("--storage", action=Flag, default=None, metavar="PATH|URL", limits=storage)
+    add_config_flag(group)
+
+
 def name_problems(options: SearchOptions) -> list[Problem]:
-    """What is wrong with the study's name."""
+    """Return the problem of the study's name, if there is one."""
     from utils_alg1.run_directory import sanitise_tag
 
-    good = sanitise_tag(options.name) == options.name and 0 < len(options.name) <= LONGEST_NAME
-    if good:
+    if sanitise_tag(options.name) == options.name and 0 < len(options.name) <= MAX_NAME_LENGTH:
         return []
-    wanted = f"letters, digits, - _ and . within, at most {LONGEST_NAME}"
-    return [Problem(f"--study {options.name!r}: must be a name of {wanted}", ())]
+    expected = f"letters, digits, - _ and . within, at most {MAX_NAME_LENGTH}"
+    return [Problem(f"--study {options.name!r}: must be a name of {expected}", ())]
 
 
 def main(argv: list[str] | None = None) -> int:
-    # 1. Command line and space, checked before anything is created.
+    # 1. Command line and search space, checked before anything is created.
     options = parse_command_line(argv)
     require_optuna()
     from utils_alg1.console.signals import StopSignals
@@ -138,9 +135,9 @@ def main(argv: list[str] | None = None) -> int:
 
     space = space_module.read_space(options.space, options.sampler == "grid")
     plan = space_module.make_plan(space, options.training)
-    space_module.check_surroundings(plan)
+    space_module.check_environment(plan)
 
-    # 2. The study: a new one, or one that goes on.
+    # 2. The study: a new one, or an existing one that is continued.
     settings = study_module.Settings(
         options.name,
         SEARCHES_DIR / options.name,
@@ -151,23 +148,23 @@ def main(argv: list[str] | None = None) -> int:
         options.prune,
     )
     study = study_module.Study(plan, settings)
-    with contextlib.closing(Console()) as console:
+    with Console() as console:
         console.log_to(study.folder / "search.log")
         console.block(report_module.describe_start(study, options.space, options.workers))
-        if plan.no_defaults and options.sampler != "grid":
-            console.say(f"the defaults are not tried, they are outside the space: {plan.no_defaults}")
+        if plan.no_defaults_reason and options.sampler != "grid":
+            console.say(f"the defaults are not tried, they are outside the space: {plan.no_defaults_reason}")
 
-        # 3. Trials, until all have ended or a signal comes.
-        search = trials_module.Search(study, console, threads_of_a_trial(plan, options.workers))
+        # 3. The trials, until all have ended or a signal arrives.
+        search = trials_module.Search(study, console, threads_per_trial(plan, options.workers))
         with StopSignals(lambda: "stopping: the trials save and leave") as signals:
             trials_module.run_workers(search, options.workers, lambda: signals.received is not None)
         n_finished = len(study.finished())
-        if signals.received and n_finished < study.wanted:
-            again = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])
-            console.say(f"stopped after {n_finished} of {study.wanted} trials; go on with: {again}")
+        if signals.received and n_finished < study.n_trials:
+            command = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])
+            console.say(f"stopped after {n_finished} of {study.n_trials} trials; go on with: {command}")
             return 128 + signals.received
 
-        # 4. Tables, pictures and the best parameters.
+        # 4. Tables, plots and the best parameters.
         report_module.write_results(study, console)
         report_module.show_table(study, console)
         console.block(report_module.describe_end(study))
@@ -175,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def require_optuna() -> None:
-    """Raise Alg1Error where Optuna is not installed; keep it quiet where it is."""
+    """Raise Alg1Error if Optuna is not installed; otherwise turn off its messages."""
     try:
         import optuna
     except ImportError:
@@ -183,13 +180,13 @@ def require_optuna() -> None:
             "search.py needs Optuna, which is not installed", "pip install -e '.[search]'"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # In Optuna 4 the sampler's way of serving several workers counts as experimental.
+    # Optuna 4 marks TPESampler(constant_liar=True), which several workers need, as experimental.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-def threads_of_a_trial(plan: Plan, n_workers: int) -> int | None:
-    """A fair share of the cores for each of several workers; None where a parameter or train.py decides."""
-    if n_workers == 1 or "threads" in plan.given.values or plan.fixed.get("threads") != 0:
+def threads_per_trial(plan: Plan, n_workers: int) -> int | None:
+    """Divide the CPU cores among several workers; return None if --threads or train.py decides."""
+    if n_workers == 1 or "threads" in plan.base_options.values or plan.fixed.get("threads") != 0:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // n_workers)

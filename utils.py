@@ -1,4 +1,4 @@
-"""Characters <-> tokens."""
+"""The tokenizer: from characters to tokens and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from utils_alg1.base.errors import Alg1Error
 if TYPE_CHECKING:
     import numpy
 
-N_CODE_POINTS = 0x110000  # of Unicode
+N_CODE_POINTS = 0x110000  # Unicode code points run from 0 to N_CODE_POINTS - 1
 
 
 class Tokenizer:
@@ -36,12 +36,12 @@ class Tokenizer:
 
     @property
     def default_prompt(self) -> str:
-        """One character that the model knows: a line's end where there is one."""
+        """What an empty prompt becomes: a newline if the vocabulary has it, else the first character."""
         return "\n" if "\n" in self.stoi else self.vocabulary[0]
 
     @property
-    def stand_in(self) -> str:
-        """What takes the place of an unknown character: a space where there is one."""
+    def replacement(self) -> str:
+        """What replaces an unknown character: a space if the vocabulary has it, else the first character."""
         return " " if " " in self.stoi else self.vocabulary[0]
 
     def unseen(self, text: str) -> list[str]:
@@ -49,7 +49,7 @@ class Tokenizer:
         return sorted(set(text) - self.stoi.keys())
 
     def encode(self, text: str) -> list[int]:
-        """Text to tokens.
+        """Convert text to tokens.
 
         Raises:
             Alg1Error: naming the characters that are not in the vocabulary.
@@ -61,7 +61,7 @@ class Tokenizer:
             raise Alg1Error(f"not in the model's vocabulary: {unseen}", "leave them out") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens to text.
+        """Convert tokens to text.
 
         Raises:
             Alg1Error: a token is outside 0 <= token < vocab_size.
@@ -79,7 +79,10 @@ class Tokenizer:
         return numpy.min_scalar_type(max(0, self.vocab_size - 1))
 
     def lookup_table(self) -> numpy.ndarray:
-        """Code point -> token, shape (N_CODE_POINTS,), for encoding large texts at once."""
+        """An array (N_CODE_POINTS,) from code point to token, to encode large texts by indexing.
+
+        Code points outside the vocabulary map to 0.
+        """
         import numpy
 
         table = numpy.zeros(N_CODE_POINTS, dtype=self.token_type())
@@ -88,12 +91,12 @@ class Tokenizer:
 
 
 def show_characters(characters: Iterable[str], limit: int = 10) -> str:
-    """Characters for a message: 'é' (U+00E9), ... and how many more there are."""
+    """Format characters for a message: 'é' (U+00E9), ... and how many more there are."""
     ordered = sorted(characters)
     named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in ordered[:limit])
     return named + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
 
 
 def create_tokenizer(text: Iterable[str]) -> Tokenizer:
-    """A tokenizer whose vocabulary is the sorted set of the characters of `text`."""
+    """Make a tokenizer whose vocabulary is the sorted set of the characters of `text`."""
     return Tokenizer(text)

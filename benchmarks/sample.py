@@ -1,10 +1,10 @@
-"""Characters that are sampled in a second, beside nanoGPT and Hugging Face transformers.
+"""Sampling speed in characters per second, compared with nanoGPT and Hugging Face transformers.
 
     python benchmarks/sample.py --nanogpt PATH          nanoGPT's checkout
     python benchmarks/sample.py --nanogpt PATH --transformers
 
-Models of the same sizes with random weights, each with its own sampling loop, temperature 1. What is sampled
-goes past block_size. The columns are medians of rounds in which the programs take turns.
+The models have the same sizes and random weights, and each its own sampling loop, at temperature 1. The texts
+are longer than block_size. The figures are medians over rounds in which the programs take turns.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def nanogpt(path: str, size: tuple[int, ...], streams: int, n: int) -> Sampler:
 
 
 def transformers_gpt2(size: tuple[int, ...], streams: int, n: int) -> Sampler:
-    """Its cache cannot go past its positions, so it has as many positions as it is to sample."""
+    """Its cache cannot outgrow its position embeddings, so it has one for every character to sample."""
     import transformers  # type: ignore[import-not-found]
 
     n_embd, n_head, n_layer, _ = size
@@ -67,13 +67,15 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--nanogpt", metavar="PATH", help="a checkout of karpathy/nanoGPT")
     options.add_argument("--transformers", action="store_true", help="compare with Hugging Face's GPT-2 too")
-    options.add_argument("--rounds", type=int, default=5, metavar="N", help="(5)")
+    options.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (5)")
     options.add_argument(
-        "--characters", type=int, metavar="N", help="of a stream (1.5 times block_size, >= 200)"
+        "--characters", type=int, metavar="N", help="length of a text (1.5 times block_size, >= 200)"
     )
-    options.add_argument("--sizes", metavar="N,N", help="n_embd of the sizes (64,128,384)")
-    options.add_argument("--streams", default="1,16", metavar="N,N", help="texts side by side (1,16)")
-    options.add_argument("--threads", type=int, metavar="N", help="of torch, for all (torch's choice)")
+    options.add_argument("--sizes", metavar="N,N", help="which sizes, by n_embd (64,128,384)")
+    options.add_argument("--streams", default="1,16", metavar="N,N", help="batch sizes (1,16)")
+    options.add_argument(
+        "--threads", type=int, metavar="N", help="torch threads, for all programs (torch's default)"
+    )
     arguments = options.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

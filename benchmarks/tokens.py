@@ -1,11 +1,12 @@
-"""A new text to tokens: megabytes a second and peak memory, beside nanoGPT's prepare.py.
+"""Tokenizing a text: megabytes per second and peak memory, compared with nanoGPT's prepare.py.
 
     python benchmarks/tokens.py --nanogpt PATH
     python benchmarks/tokens.py --megabytes 2000 --rounds 1
 
-Every turn is a process of its own. Ours is all that a first run on a text does: check it, digest it, collect
-its characters, and write its tokens to the cache, synced; then the second run, which finds them. nanoGPT's
-script makes lists of numbers; it gets a shorter text, for its memory grows with it.
+Every measurement is a process of its own. ALG1's first run does all that a first training run on a text does:
+it validates and hashes it, collects its vocabulary, and writes its tokens to the cache, synced to disk. The
+second run finds them there. nanoGPT's script builds Python lists, so its memory grows with the text, and it
+gets a shorter one.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ from typing import Any
 from common import child, machine, parser, table
 
 OURS = """
-import data
-from utils_alg1.data import corpus as corpus_module
-from utils_alg1.data import sources
+from utils_alg1.data.corpus import open_corpus
 began = time.perf_counter()
-corpus = corpus_module.open_corpus(sys.argv[1])
+corpus = open_corpus(sys.argv[1])
 report(seconds=time.perf_counter() - began, characters=len(corpus.tokens))
 """
 NANOGPT = """
@@ -34,8 +33,8 @@ with contextlib.redirect_stdout(io.StringIO()):
     runpy.run_path("prepare.py", run_name="__main__")
 report(seconds=time.perf_counter() - began)
 """
-NOTHING = "import data; report()"
-# Words of these: lower case; Chinese; emoji; accented Latin.
+IMPORT_ONLY = "import utils_alg1.data.corpus; report()"
+# Code points of the words: lower case; Chinese; emoji; accented Latin.
 ALPHABETS = [(0x61, 0x7A), (0x4E00, 0x9FA5), (0x1F600, 0x1F640), (0xC0, 0x17F)]
 
 
@@ -43,9 +42,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     options.add_argument("--megabytes", type=int, default=200)
-    options.add_argument("--peer-megabytes", type=int, default=20, help="what nanoGPT gets")
+    options.add_argument("--peer-megabytes", type=int, default=20, help="length of nanoGPT's text")
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--folder", type=Path, help="where the texts are made, and removed again")
+    options.add_argument("--folder", type=Path, help="where the texts are written, and deleted afterwards")
     args = options.parse_args()
     if args.quick:
         args.megabytes, args.peer_megabytes, args.rounds = 1, 1, 1
@@ -53,21 +52,21 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        idle = child(NOTHING, folder=folder)["peak"]
+        idle = child(IMPORT_ONLY, folder=folder)["peak"]
         for kind in ("ASCII", "mixed UTF-8"):
             rows += measure(kind, args, folder, idle)
     table(rows)
 
 
 def measure(kind: str, args: Any, folder: Path, idle: int) -> list[dict[str, Any]]:
-    """The rows of one kind of text."""
+    """Measure one kind of text: the rows of the table."""
     text, short = folder / "text.txt", folder / "input.txt"
     write_text(text, kind, args.megabytes)
     peer = args.nanogpt is not None
     if peer:
         write_text(short, kind, args.peer_megabytes)
         shutil.copy(args.nanogpt / "data" / "shakespeare_char" / "prepare.py", folder)
-        (folder / "requests.py").touch()  # it imports that, to download what is here already
+        (folder / "requests.py").touch()  # prepare.py imports it for a download that is not needed here
     turns: dict[str, list[dict[str, Any]]] = {"first": [], "second": [], "nanoGPT": []}
     for _ in range(args.rounds):
         shutil.rmtree(folder / ".tokens", ignore_errors=True)
@@ -104,7 +103,7 @@ def measure(kind: str, args: Any, folder: Path, idle: int) -> list[dict[str, Any
 
 
 def write_text(path: Path, kind: str, megabytes: int) -> None:
-    """A text of about that size: words of random characters, in pieces that repeat."""
+    """Write a text of that size: a piece of random words, repeated."""
     draw = random.Random(1)
     alphabets = ALPHABETS if kind != "ASCII" else ALPHABETS[:1]
 

@@ -87,12 +87,12 @@ class Tracked:
         trainer = self.steps.trainer
         for _ in range(self.count):
             step = trainer.step
-            self.observer.observe(step)
+            self.observer.log_model(step)
             loss = trainer.forward_backward()
-            self.observer.log_training_step(loss, step)
+            self.observer.log_step(loss, step)
             trainer.optimizer_step()
         began = time.perf_counter()
-        for done in [copy.start_flush() for copy in self.trackers.copies.values()]:
+        for done in [tracker.start_flush() for tracker in self.trackers.background.values()]:
             done.wait()
         self.late.append(time.perf_counter() - began)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -177,6 +179,14 @@ def at(trainer: Trainer, step: int) -> Trainer:
     """The trainer, as if so many updates had been done."""
     trainer.progress.step = step
     return trainer
+
+
+def printed_config(out: str) -> dict[str, tuple[Any, str]]:
+    """The value and the origin of each parameter in the output of --print-config."""
+    values = yaml.safe_load(out)
+    origins = dict(re.findall(r"^(\w+): .*?  # (\S.*?)  +", out, re.M))
+    assert values.keys() == origins.keys()
+    return {name: (value, origins[name]) for name, value in values.items()}
 
 
 def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Callable | str) -> None:

@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train as script
 from parameters import specs
 from utils_aim.instructions import instructions
+from utils_aim.logger import AimLogger
 from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
-from utils_alg1.base.summaries import HISTOGRAM_BINS
+from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Image
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_metrics
+from utils_alg1.tracking.observer import Observer
 from utils_alg1.tracking.trackers import Trackers
 from utils_alg1.training.trainer import Trainer
 
@@ -93,34 +96,30 @@ def without_run(found: dict[tuple, dict]) -> dict[tuple, dict]:
 def run(tmp_path_factory) -> Path:
     """A run with both trackers, whose values are kept at each histogram in `values.npz`."""
     folder = tmp_path_factory.mktemp("aim")
-    log_model_histograms = Trackers.log_model_histograms
-    log_calls = {name: getattr(Trackers, name) for name in ("log_images", "log_texts", "log_embedding")}
-    values, shown = {}, {}
+    log, log_parameters = Trackers.log, Observer._log_parameters
+    values, logged = {}, {}
 
-    def keep_call(name):
-        def call(trackers, data, step):
-            shown[name, step] = data
-            log_calls[name](trackers, data, step)
+    def keep_payload(trackers, kind, payload, step):
+        if kind in ("images", "texts", "embedding"):
+            logged[kind, step] = payload
+        log(trackers, kind, payload, step)
 
-        return call
-
-    def keep(trackers, model, step):
-        for name, p in model.named_parameters():
+    def keep_parameters(observer, step):
+        for name, p in observer._trainer.model.named_parameters():
             values[f"{name} parameter {step}"] = p.detach().numpy().copy()
             values[f"{name} gradient {step}"] = p.grad.numpy().copy()
-        log_model_histograms(trackers, model, step)
+        log_parameters(observer, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(Trackers, "log_model_histograms", keep)
-        for name in log_calls:
-            patch.setattr(Trackers, name, keep_call(name))
+        patch.setattr(Trackers, "log", keep_payload)
+        patch.setattr(Observer, "_log_parameters", keep_parameters)
         Path("text.txt").write_text(TEXT, encoding="utf-8")
         assert script.main(["--data", "text.txt", *TINY, *LOOKS, "--quiet"]) == 0
         (path,) = list_runs("runs")
         path = path.absolute()
     np.savez(path / "values.npz", **values)
-    (path / "shown.pkl").write_bytes(pickle.dumps(shown))
+    (path / "logged.pkl").write_bytes(pickle.dumps(logged))
     return path
 
 
@@ -184,23 +183,23 @@ def pixels(image) -> np.ndarray:
 
 
 def test_pictures_and_texts_are_those_that_were_shown(run, repo):
-    shown = pickle.loads((run / "shown.pkl").read_bytes())
+    logged = pickle.loads((run / "logged.pkl").read_bytes())
     found = without_run(query(repo, "images"))
     contexts = [(("head", head), ("layer", "0")) for head in "01"]
     assert found.keys() == {("token_embeddings", ()), *(("attention", context) for context in contexts)}
     for points in found.values():
         assert sorted(points) == [0, 3, 6]
     for step in (0, 3, 6):
-        for context, image in zip(contexts, shown["log_images", step], strict=True):
+        for context, image in zip(contexts, logged["images", step], strict=True):
             drawn = pixels(found["attention", context][step])
             assert drawn.shape == (256, 256)
             assert (drawn == image.pixels()).all()
         drawn = pixels(found["token_embeddings", ()][step])
         assert drawn.shape == (600, 600, 3)
-        assert (drawn == draw_embedding(shown["log_embedding", step])).all()
+        assert (drawn == draw_embedding(logged["embedding", step])).all()
     samples = without_run(query(repo, "texts"))["samples", ()]
     assert {step: text.data for step, text in samples.items()} == {
-        step: shown["log_texts", step]["samples"] for step in (0, 2, 4, 6)
+        step: logged["texts", step]["samples"] for step in (0, 2, 4, 6)
     }
 
 
@@ -250,18 +249,18 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
         optimizer_step(trainer)
 
     def wait_and_train(trainer, run):
-        run.trackers.copies["aim"].start_flush().wait(60)
-        assert run.trackers.copies["aim"].started
+        run.trackers.background["aim"].start_flush().wait(60)
+        assert run.trackers.background["aim"].started
         loop(trainer, run)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "optimizer_step", stop)
         if known:
             patch.setattr(script, "train", wait_and_train)
-            patch.setattr("utils_alg1.tracking.background.FLUSH_PATIENCE", 60)
+            patch.setattr("utils_alg1.tracking.background.FLUSH_TIMEOUT", 60)
         else:
             never = property(lambda _: False, lambda *_: None)
-            patch.setattr("utils_alg1.tracking.background.Background.started", never, raising=False)
+            patch.setattr("utils_alg1.tracking.background.BackgroundTracker.started", never, raising=False)
             patch.setattr(Trackers, "state", lambda _: {"aim": {"run": None, "synced": 0}})
         assert train(*WITH_AIM).code == 130
     first_hash = only_run(workdir).hash
@@ -283,8 +282,8 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
     (samples,) = query(workdir, "texts").values()
     assert [samples[step].data for step in (0, 2, 4, 6)] == [
         text["samples"]
-        for (name, _), text in pickle.loads((run / "shown.pkl").read_bytes()).items()
-        if name == "log_texts"
+        for (name, _), text in pickle.loads((run / "logged.pkl").read_bytes()).items()
+        if name == "texts"
     ]
     assert only_run(workdir).name == path.name
 
@@ -386,6 +385,29 @@ def test_the_tracker_keeps_pictures_and_texts_and_the_last_of_one_step(alone):
     assert (key, points[6].data) == (("said", (("c", "d"),)), "one\n\ttwo 日")
 
 
+def test_a_name_that_no_table_has_keeps_it_and_an_unknown_kind_is_ignored(workdir):
+    tracker = AimTracker("run", "run", warn=pytest.fail)
+    logger = AimLogger(tracker, {}, {})
+    logger.log("scalars", {"new/metric": 1.5, "loss/val": 2.5}, 3)
+    logger.log("histograms", [Histogram("p", "update", np.array([1, 2]), np.arange(3.0))], 3)
+    logger.log("images", [Image("mask", {"layer": "0"}, np.eye(2))], 3)
+    logger.log("texts", {"notes": "a"}, 3)
+    logger.log("embedding", Embedding("positions", np.eye(2, dtype=np.float32), ["a", "b"]), 3)
+    logger.log("a kind of the future", object(), 3)
+    assert tracker.enabled
+    logger.close()
+    assert without_run(query(workdir, "metrics")) == {
+        ("new/metric", ()): {3: 1.5},
+        ("loss", (("subset", "val"),)): {3: 2.5},
+    }
+    names = {kind: set(without_run(query(workdir, kind))) for kind in ("distributions", "images", "texts")}
+    assert names == {
+        "distributions": {("p", (("kind", "update"),))},
+        "images": {("mask", (("layer", "0"),)), ("positions", ())},
+        "texts": {("notes", ())},
+    }
+
+
 @pytest.fixture
 def broken(monkeypatch):
     """`broken(error)` makes Aim raise when a run is opened."""
@@ -411,6 +433,40 @@ def test_a_tracker_that_cannot_open_is_one_warning_and_does_nothing(workdir, bro
     assert tracker.run_hash is None
     (warning,) = warnings
     assert warning == ("Aim is switched off, training goes on: PermissionError: [Errno 13] Permission denied")
+
+
+class Broken:
+    """Raises in every method that is used of an aim.Run."""
+
+    def fail(self, *_, **__):
+        raise RuntimeError("boom")
+
+    track = close = __setitem__ = fail
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("track_config", ({"a": 1},)),
+        ("track_metadata", ("git_commit", "abc")),
+        ("track_metric", ("loss", 1.0, 0)),
+        ("track_distribution", ("w", [1.0], 0)),
+        ("track_image", ("i", np.zeros((2, 2), np.uint8), 0)),
+        ("track_text", ("t", "text", 0)),
+        ("close", ()),
+    ],
+)
+def test_no_method_of_the_tracker_raises_and_the_first_failure_is_the_only_warning(
+    monkeypatch, method, arguments
+):
+    monkeypatch.setattr(AimTracker, "_open", lambda *_: MagicMock())
+    warnings: list[str] = []
+    tracker = AimTracker("name", "run", warn=warnings.append)
+    tracker._run = Broken()
+    for _ in range(2):
+        getattr(tracker, method)(*arguments)
+    assert not tracker.enabled
+    assert warnings == ["Aim is switched off, training goes on: RuntimeError: boom"]
 
 
 def test_used_on_its_own_a_failure_is_a_python_warning(workdir, broken):

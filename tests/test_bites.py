@@ -75,21 +75,21 @@ GUARDS = [
     Guard(
         "purge of TensorBoard",
         "utils_alg1/tracking/trackers.py",
-        "synced if resumed else None",
+        "None if state is None else flushed_step",
         "None",
         "tests/test_tensorboard.py -k one_clean_curve",
     ),
     Guard(
         "lock of a run, in the processes of its trackers",
         "utils_alg1/tracking/background.py",
-        "    let_go_of_files(keep={1, 2, connection.fileno()})\n",
+        "    release_inherited_files(keep={1, 2, connection.fileno()})\n",
         "",
         "tests/test_trackers.py -k parent_is_killed",
     ),
     Guard(
         "end of a tracker that hangs and has no parent any more",
         "utils_alg1/tracking/background.py",
-        "    threading.Thread(target=_outlive, args=(os.getppid(), PATIENCE), daemon=True).start()\n",
+        "    threading.Thread(target=_exit_with_parent, args=(os.getppid(), TIMEOUT), daemon=True).start()\n",
         "",
         "tests/test_trackers.py -k outlive",
     ),
@@ -117,7 +117,7 @@ GUARDS = [
     Guard(
         "lock of a trial, in its process",
         "utils_alg1/search/trials.py",
-        "                    pass_fds=[self._taken.lock],\n",
+        "                    pass_fds=[self._claimed.lock],\n",
         "",
         "tests/test_search.py -k holds_its_lock",
     ),
@@ -145,9 +145,7 @@ def test_without_a_guard_the_suite_fails(guard, tmp_path, campaign):
     if not campaign.whole:
         pytest.skip("seconds for each guard: pytest --campaign")
     copy = tmp_path / "project"
-    shutil.copytree(
-        PROJECT, copy, ignore=shutil.ignore_patterns(".*", "runs", "data", "__pycache__", "*.egg-info")
-    )
+    shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
     (copy / guard.file).write_text(text.replace(guard.code, guard.without))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *guard.tests.split()]
     result = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)

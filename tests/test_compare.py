@@ -22,10 +22,10 @@ from rich.cells import cell_len
 
 import compare as script
 from parameters import ModelConfig, specs
-from utils_alg1 import utils_run_manager
+from utils_alg1 import run_directory
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.report import compare as compare_module
-from utils_alg1.report.compare import FROM_FINAL, HEADINGS, RESULTS, read_run, run_order, sort_rows
+from utils_alg1.report.compare import FINAL_KEYS, HEADINGS, RESULTS, read_run, run_order, sort_rows
 from utils_alg1.run_directory import RunFolder, checkpoint_paths, in_use, lock_run
 from utils_alg1.training.checkpoint import read_checkpoint
 
@@ -40,7 +40,7 @@ def compare(capsys, workdir):
 def make_run(
     name: str, losses: dict[int, float], done: bool = True, text: str = TEXT_A, **values: Any
 ) -> Path:
-    """A run directory with the evaluations `losses` (step -> val loss) and what train.py writes about it."""
+    """Create a run directory as train.py does, with the evaluations `losses` (step -> val loss)."""
     run = Path("runs", name)
     for folder in ("meta", "logs", "eval"):
         (run / folder).mkdir(parents=True)
@@ -88,7 +88,7 @@ def write(path: Path, value: Any) -> None:
 
 
 def lines_of(result) -> list[list[str]]:
-    """The cells of each line of the table."""
+    """Return the cells of each line of the table."""
     assert (result.code, result.err) == (0, "")
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in result.out.splitlines()]
 
@@ -183,7 +183,7 @@ def test_a_resume_waits_for_somebody_who_looks(workdir, monkeypatch):
 
 
 def test_a_run_that_stays_in_use_is_refused_after_the_wait(workdir, monkeypatch):
-    monkeypatch.setattr(utils_run_manager, "LOCK_PATIENCE", 0.01)
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE", 0.01)
     run = make_run("2026-01-31_001", {0: 4.0})
     with FileLock(run / ".lock"), pytest.raises(Alg1Error, match="in use by another process"):
         lock_run(run)
@@ -285,7 +285,7 @@ RECORD, METRICS, FINAL = "meta/full_config.json", "logs/metrics.jsonl", "eval/fi
 NUMBERS = [
     *((RECORD, "parameters", name) for name, spec in specs().items() if spec.type in (int, float)),
     (RECORD, "corpus", "vocab_size"),
-    *((FINAL, key) for key in FROM_FINAL.values()),
+    *((FINAL, key) for key in FINAL_KEYS.values()),
     *((METRICS, i, "step") for i in range(3)),
     (METRICS, 0, "loss/train"),
     (METRICS, 0, "loss/val"),
@@ -298,7 +298,7 @@ many = settings(max_examples=300, suppress_health_check=[HealthCheck.function_sc
 
 
 def put(run: Path, place: tuple[Any, ...], value: Any) -> None:
-    """Let `value` stand in that place of a sound run of one evaluation: a file, and keys in it."""
+    """Create a valid run with one evaluation and replace a value; `place` is a file and the keys in it."""
     if run.exists():
         shutil.rmtree(run)
     make_run(run.name, {0: 2.0})

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import PROJECT, QUIET_TRACKERS, TINY
+from conftest import PROJECT, QUIET_TRACKERS, TINY, printed_config
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parameters import DataConfig, ModelConfig, TensorBoardConfig, TrainConfig, specs
+from parameters import CONFIG_FILES, PARTS, Parameters, build_parts, coerce_all, specs
 from utils_alg1 import utils_run_manager
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import JSON_HINT
@@ -88,12 +89,7 @@ OTHER = {
     "port": 7007,
 }
 
-FILES = {
-    "configs/model.json": ModelConfig,
-    "configs/train.yaml": TrainConfig,
-    "configs/data.yaml": DataConfig,
-    "configs/tensorboard.json": TensorBoardConfig,
-}
+FILES = {f"configs/{name}": PARTS[part] for part, name in CONFIG_FILES.items()}
 
 CONFIG_HINT = "hint: python train.py --help explains every value\n"
 
@@ -134,10 +130,6 @@ def without(flag: str, words: list[str]) -> list[str]:
 
 def short(value: object) -> str:
     return ascii(value)[:40]
-
-
-def lines_about(output: str, *names: str) -> list[str]:
-    return [line for line in output.splitlines() if line.split()[0] in names]
 
 
 # --- every parameter through every source ---
@@ -207,30 +199,124 @@ def test_without_any_source_everything_is_a_default(workdir):
 def test_priority_and_origins_are_shown_line_by_line(workdir, train):
     write("config.json", dict.fromkeys(["seed", "threads", "patience", "eval_iters"], 1))
     write("configs/train.yaml", dict.fromkeys(["seed", "threads", "patience"], 2))
-    write("preset/train.yaml", dict.fromkeys(["seed", "threads"], 3))
-    result = train("--print-config", "--config", "preset", "--seed", 4)
+    write("more.yaml", dict.fromkeys(["seed", "threads"], 3))
+    result = train("--print-config", "--config", "more.yaml", "--seed", 4)
     assert result.code == 0
     assert result.err == ""
-    assert lines_about(result.out, "seed", "threads", "patience", "eval_iters", "batch_size", "output") == [
-        "batch_size              4               default",
-        "eval_iters              1               config.json",
-        "seed                    4               --seed",
-        "threads                 3               preset/train.yaml",
-        "patience                2               configs/train.yaml",
-        "output                  none            default",
+    names = ("batch_size", "eval_iters", "seed", "threads", "patience", "output")
+    helps = {name: specs()[name].limits.help for name in names}
+    assert [line for line in result.out.splitlines() if line.split(":")[0] in names] == [
+        f"batch_size: 4               # default             {helps['batch_size']}",
+        f"eval_iters: 1               # config.json         {helps['eval_iters']}",
+        f"seed: 4                     # --seed              {helps['seed']}",
+        f"threads: 3                  # more.yaml           {helps['threads']}",
+        f"patience: 2                 # configs/train.yaml  {helps['patience']}",
+        f"output: null                # default             {helps['output']}",
     ]
 
 
 def test_the_listing_shows_every_parameter_once_under_its_part(workdir, train):
-    lines = train("--print-config").out.splitlines()
-    assert [line for line in lines if line.startswith("[")] == [
-        "[model]",
-        "[train]",
-        "[data]",
-        "[tensorboard]",
+    lines = [line for line in train("--print-config").out.splitlines() if line]
+    assert [line for line in lines if line.startswith("#")] == [
+        f"# --- {part}: {config_class.__doc__}" for part, config_class in PARTS.items()
     ]
-    assert [line.split()[0] for line in lines if not line.startswith("[")] == list(specs())
+    assert [line.split(":")[0] for line in lines if not line.startswith("#")] == list(specs())
     assert os.listdir(workdir) == []
+
+
+def test_the_listing_shows_the_choices(workdir, train):
+    assert re.search(r"^optimizer: adamw .* \(adamw, sgd, muon\)$", train("--print-config").out, re.M)
+
+
+# --- --print-config > my.yaml, and back ---
+
+ANY_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+SPECIAL_WORDS = """
+    off yes null ~ 1e-3 1e3 1.0 0x1f 1:30 2026-01-31 = << - ? : # {} [] a:b 'a" %a @a `a !a &a *a |a >a ... 🙂
+"""
+ODD_TEXT = st.sampled_from(
+    [
+        *SPECIAL_WORDS.split(),
+        *("", " ", " a", "a ", "a: b", "a #b", "- a", "--- a", "a  # b", "\\", "x" * 300),
+        *("a\nb", "\r\n", "\t", "\x1b[2J", "\x7f", "\x85", "\u2028", "\u202e", "\ufeff", "\ue000"),
+        *("caf\udce9", "caf\u0301 日本"),
+    ]
+)
+
+
+def any_value(name: str) -> st.SearchStrategy:
+    """Every value of the right type that a file or a flag could give, also where it is out of range."""
+    spec = specs()[name]
+    of_type = {
+        int: st.integers(0, 2**63 - 1),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        bool: st.booleans(),
+        str: st.sampled_from(spec.limits.choices) if spec.limits.choices else ODD_TEXT | ANY_TEXT,
+    }[spec.type]
+    return of_type | st.none() if spec.optional else of_type
+
+
+some_parameters = st.lists(
+    st.sampled_from([*specs()]).flatmap(lambda name: st.tuples(st.just(name), any_value(name))), max_size=9
+).map(dict)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(some_parameters, ODD_TEXT | ANY_TEXT, st.booleans())
+def test_what_print_config_prints_gives_the_same_values(workdir, some, origin, ascii_only):
+    params = Parameters(**build_parts(some), origins=dict.fromkeys(specs(), origin))
+    text = params.to_yaml(ascii_only)
+    assert text.isascii() or not ascii_only
+    assert all(line.isprintable() for line in text.split("\n"))
+    write("my.yaml", text)
+    read, problems = coerce_all(ConfigLoader.load_train_config("my.yaml"))
+    assert problems == []
+    for name, value in params.flat().items():
+        assert repr(read.pop(name)) == repr(value)  # 0.0 is not -0.0
+    assert read == {}
+
+
+def test_the_listing_serves_as_configuration(workdir, train):
+    flags_given = flags(OTHER | {"run_tag": "off", "output": "a: b # c", "data_path": "日本\n.txt"})
+    printed = train("--print-config", *flags_given).out
+    assert '\ndata_path: "' in printed  # escaped, on its line
+    write("my.yaml", printed)
+    again = train("--print-config", "--config", "my.yaml")
+    assert (again.code, again.err) == (0, "")
+    expected = {name: value for name, (value, _) in printed_config(printed).items()}
+    assert expected == OTHER | {"run_tag": "off", "output": "a: b # c", "data_path": "日本\n.txt"}
+    assert printed_config(again.out) == {name: (value, "my.yaml") for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_the_listing_can_be_read_back_whatever_the_encoding_of_the_output(workdir, encoding):
+    flags_given = ["--data", "café/日本.txt", "--run-tag", "caf\udce9", "--print-config", "--verbose"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, str(PROJECT / "train.py"), *flags_given]
+    write("café.json", {"seed": 5})
+    done = subprocess.run([*command, "--config", "café.json"], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii() == (encoding != "utf-8")
+    write("my.yaml", done.stdout)
+    params = resolve("--config", "my.yaml")
+    assert (params.data.data_path, params.train.run_tag) == ("café/日本.txt", "caf\udce9")
+    assert (params.train.seed, params.origins["seed"]) == (5, "my.yaml")
+
+
+def test_the_listing_of_a_resumed_run_serves_as_configuration(workdir, text_file, train):
+    flags_given = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--dropout", 0.25, "--output", "my: model"]
+    assert train(*flags_given).code == 0
+    printed = train("--resume", "latest", "--verbose", "--print-config", "--max-iters", 9)
+    assert (printed.code, printed.err) == (0, "")
+    write("my.yaml", printed.out)
+    shown = printed_config(printed.out)
+    assert shown["max_iters"] == (9, "--max-iters") and shown["dropout"] == (0.25, "resumed run")
+    assert shown["output"] == ("my: model", "resumed run")
+    again = printed_config(train("--config", "my.yaml", "--print-config").out)
+    assert again == {name: (value, "my.yaml") for name, (value, _) in shown.items()}
+
+
+# --- folders and files of --config ---
 
 
 def test_a_file_named_by_config_stands_above_the_folder(workdir):
@@ -239,6 +325,45 @@ def test_a_file_named_by_config_stands_above_the_folder(workdir):
     params = resolve("--config", "legacy.json")
     assert (params.train.seed, params.origins["seed"]) == (5, "legacy.json")
     assert (params.train.batch_size, params.origins["batch_size"]) == (2, "configs/train.yaml")
+
+
+def test_a_folder_named_by_config_takes_the_place_of_the_folder(workdir):
+    write("config.json", {"seed": 1, "batch_size": 2, "patience": 3})
+    write("configs/train.yaml", {"seed": 4, "batch_size": 5, "beta1": 0.8})
+    write("configs/model.json", "{")  # it is not read either
+    write("preset/train.yaml", {"seed": 6})
+    params = resolve("--config", "preset")
+    assert {
+        name: (params.flat()[name], params.origins[name])
+        for name in ("seed", "batch_size", "patience", "beta1")
+    } == {
+        "seed": (6, "preset/train.yaml"),
+        "batch_size": (2, "config.json"),
+        "patience": (3, "config.json"),
+        "beta1": (0.9, "default"),
+    }
+
+
+def test_the_folder_itself_may_be_named(workdir):
+    write("config.json", {"seed": 1, "batch_size": 2})
+    write("configs/train.yaml", {"seed": 3})
+    write("configs/data.yaml", {"val_split": 0.05})
+    assert resolve("--config", "configs") == resolve()
+    assert resolve("--config", "configs/").train.seed == 3
+
+
+def test_config_json_counts_where_the_shipped_folder_names_nothing(workdir):
+    write("config.json", {"seed": 1, "patience": 3})
+    shutil.copytree(PROJECT / "configs", "configs")
+    params = resolve()
+    assert params.changed() == {}
+    origins = {name: f"configs/{CONFIG_FILES[spec.part]}" for name, spec in specs().items()}
+    assert params.origins == origins
+    text = Path("configs/train.yaml").read_text()
+    write("configs/train.yaml", "".join(line for line in text.splitlines(True) if "seed" not in line))
+    params = resolve()
+    assert params.changed() == {"seed": 1}
+    assert params.origins == origins | {"seed": "config.json"}
 
 
 def test_a_resumed_run_takes_the_place_of_the_files(workdir):
@@ -280,21 +405,26 @@ CHOICES = {
     "run_tag": st.text(st.characters(codec="utf-8", exclude_characters="\0")),
     "port": st.integers(1, 65535),
 }
-SOURCES = ["config.json", *FILES, "preset/model.json", "preset/train.yaml", "command line"]
+SOURCES = ["config.json", *FILES, "more.yaml", "preset/model.json", "preset/train.yaml", "command line"]
+# The configuration that --config names: the sources that do not count beside it.
+NAMED = {"": "more preset", "more.yaml": "preset", "preset": "more configs"}
 some_values = st.fixed_dictionaries({}, optional=CHOICES)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.fixed_dictionaries(dict.fromkeys(SOURCES, some_values)))
-def test_the_strongest_source_wins_and_is_named(workdir, assignment):
+@given(st.sampled_from([*NAMED]), st.fixed_dictionaries(dict.fromkeys(SOURCES, some_values)))
+def test_the_strongest_source_wins_and_is_named(workdir, named, assignment):
     expected = {name: (spec.default, "default") for name, spec in specs().items()}
     for source in SOURCES:
         values = assignment[source]
+        if source.startswith(tuple(NAMED[named].split())):
+            write(source, values)
+            continue
         for name, value in values.items():
             expected[name] = (value, specs()[name].flag if source == "command line" else source)
         if source != "command line":
             write(source, values)
-    params = resolve("--config", "preset", *flags(assignment["command line"]))
+    params = resolve(*(["--config", named] if named else []), *flags(assignment["command line"]))
     assert {name: (value, params.origins[name]) for name, value in params.flat().items()} == expected
 
 
@@ -355,13 +485,18 @@ def test_files_used_are_those_that_count(workdir):
         "configs/train.yaml",
         "configs/notes.yaml",
         "preset/model.json",
+        "a.json",
         "unused.json",
     ):
         write(path, {})
-    files = {"config.json": b"{}", "configs/train.yaml": b"{}\n", "preset/model.json": b"{}"}
-    for words, used in (([], list(files)), (["--resume", "latest"], ["preset/model.json"])):
-        sources = ConfigLoader.read(parse_command_line(["--config", "preset", *words]))
-        assert sources.files == {Path(name): files[name] for name in used}
+    for config, used, named in (
+        ([], "config.json configs/train.yaml", ""),
+        (["--config", "preset"], "config.json", "preset/model.json"),
+        (["--config", "a.json"], "config.json configs/train.yaml", "a.json"),
+    ):
+        for resume, expected in (([], f"{used} {named}"), (["--resume", "latest"], named)):
+            sources = ConfigLoader.read(parse_command_line([*config, *resume]))
+            assert sources.files == {Path(name): Path(name).read_bytes() for name in expected.split()}
 
 
 def test_a_file_is_read_once_and_kept_as_it_was_then(workdir):
@@ -390,12 +525,18 @@ def test_a_resumed_run_keeps_the_copies_of_the_files_that_it_read(text_file, tra
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [([], "from-configs"), (["--config", "a.json"], "from-a"), (["--runs-dir", "here"], "here")],
+    [
+        ([], "from-configs"),
+        (["--config", "a.json"], "from-a"),
+        (["--config", "preset"], "from-legacy"),
+        (["--runs-dir", "here"], "here"),
+    ],
 )
 def test_the_runs_folder_is_known_before_the_parameters_are(workdir, words, expected):
     write("config.json", {"runs_dir": "from-legacy"})
     write("configs/train.yaml", {"runs_dir": "from-configs", "no_such_name": 1})
     write("a.json", {"runs_dir": "from-a"})
+    write("preset/train.yaml", {"seed": 1})
     assert ConfigLoader.read(parse_command_line(words)).runs_dir == expected
 
 
@@ -573,28 +714,44 @@ def test_config_must_name_something(workdir, train, path, error):
 
 
 @pytest.mark.parametrize(
-    "folder",
-    [path.relative_to(PROJECT) for path in [PROJECT / "configs", *(PROJECT / "configs").glob("*/")]],
-    ids=str,
+    "folder", [path.relative_to(PROJECT) for path in (PROJECT / "configs").glob("*/")], ids=str
 )
-def test_a_shipped_folder_loads_and_repeats_no_default(workdir, folder):
+def test_a_shipped_preset_loads_and_repeats_no_default(workdir, folder):
     params = resolve("--config", str(PROJECT / folder))
     set_by_it = {name: value for name, value in params.flat().items() if params.origins[name] != "default"}
     assert set_by_it.keys() == ConfigLoader.load_configs(PROJECT / folder).keys() - {"_comment"}
     assert [name for name, value in set_by_it.items() if value == specs()[name].default] == []
 
 
-def test_the_shipped_folder_has_the_four_files():
-    assert [path for path in FILES if not (PROJECT / path).is_file()] == []
+def test_the_shipped_files_hold_every_parameter_at_its_default(workdir):
+    """Each in the file of its part, with its help."""
+    for path, config_class in FILES.items():
+        text = (PROJECT / path).read_text()
+        values = ConfigLoader.load_train_config(PROJECT / path)
+        values.pop("_comment", None)
+        assert list(values) == field_names(config_class)
+        for name, value in values.items():
+            spec = specs()[name]
+            assert repr(value) == repr(spec.default)
+            assert re.search(rf"\b{name}: .*{re.escape(spec.limits.explanation)}", text)
+    assert resolve("--config", str(PROJECT / "configs")).changed() == {}
+
+
+def test_the_shipped_files_are_what_the_script_writes():
+    """After a change to parameters.py, docs/write_configs.py is to be run."""
+    written = runpy.run_path(str(PROJECT / "docs/write_configs.py"))["config_files"]()
+    assert [str(path) for path in written] == list(FILES)
+    for path, text in written.items():
+        assert (PROJECT / path).read_bytes() == text.encode(), "run python docs/write_configs.py"
 
 
 # --- nothing is loaded before it is needed ---
 
 LIGHT = [
-    "errors",
+    "utils_alg1.base.errors",
     "parameters",
     "config",
-    "problems",
+    "utils_alg1.base.problems",
     "utils",
     "utils_alg1.console.command_line",
     "utils_alg1.utils_config_loader",
@@ -626,7 +783,7 @@ def run_python(code: str, *arguments: str) -> str:
 
 
 def test_importing_prints_nothing_and_loads_nothing_heavy_before_it_is_needed():
-    paths = [*PROJECT.glob("*.py"), *PROJECT.glob("utils_*/*.py")]
+    paths = [*PROJECT.glob("*.py"), *PROJECT.glob("utils_*/**/*.py")]
     names = [".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in paths]
     names.remove("utils_alg1.console.terminal")  # imported at a terminal only; it is Rich's
     ordered = [*LIGHT, *sorted(set(names) - set(LIGHT))]

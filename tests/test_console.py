@@ -1,4 +1,4 @@
-"""What a person reads: the lines of a run without a terminal and at one, the bar, signals, --verbose."""
+"""Console output: the lines of a run with and without a terminal, the progress bar, signals, --verbose."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rich.live import Live
 import train as script
 from parameters import Parameters
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.text import duration
+from utils_alg1.base.text import format_duration
 from utils_alg1.console import terminal as terminal_module
 from utils_alg1.console.messages import print_error
 from utils_alg1.console.signals import StopSignals
@@ -35,7 +35,6 @@ from utils_alg1.report import results as results_module
 from utils_alg1.report import summary as summary_module
 from utils_alg1.run_directory import list_runs
 from utils_alg1.training.distributed import SINGLE_PROCESS
-from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.utils_output import LOGGER, Console, ShellCommand
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|4[0-7]|9[0-7]|38|48)[0-9;]*m")
@@ -45,7 +44,7 @@ RUN_ID = re.compile(r"\d{4}-\d\d-\d\d_\d{3}")
 
 @pytest.fixture(autouse=True)
 def terminal_settings(monkeypatch):
-    """Those of an ordinary terminal, whatever the tests themselves run in."""
+    """Set the environment of an ordinary terminal, whatever the tests themselves run in."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "XTERM_VERSION", "LINES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -60,7 +59,7 @@ def start(train, text_file):
 
 
 class Screen:
-    """A pseudo-terminal: `stream` is a program's end of it, `text()` what has been shown so far."""
+    """A pseudo-terminal: the program writes to `stream`, and `text()` returns what was written."""
 
     def __init__(self):
         self._ours, theirs = pty.openpty()
@@ -75,7 +74,7 @@ class Screen:
                 self._seen += data
 
     def text(self) -> str:
-        """All that was written; nothing can be written any more."""
+        """Close the terminal and return everything that was written to it."""
         self.stream.close()
         self._reader.join(timeout=30)
         return self._seen.decode().replace("\r\n", "\n")
@@ -83,7 +82,7 @@ class Screen:
 
 @pytest.fixture
 def open_screen(monkeypatch) -> Callable[[], Screen]:
-    """Puts a screen in the place of stdout; from within the test, since pytest sets its own before it."""
+    """Returns a function that replaces stdout by a screen, for use after pytest has replaced it itself."""
 
     def make() -> Screen:
         shown = Screen()
@@ -94,13 +93,13 @@ def open_screen(monkeypatch) -> Callable[[], Screen]:
 
 
 def lasting(text: str) -> list[str]:
-    """The lines of a screen that are not drawn over."""
+    """Return the lines of a screen that were not overwritten."""
     text = re.sub(r"\n(\r|\x1b\[\?25h)*\x1b\[1A\r?\x1b\[2K", "\x1b[2K", text)  # one row up, and clear that
     return [ESCAPE.sub("", line.split("\x1b[2K")[-1]).rstrip() for line in text.rstrip("\n").split("\n")]
 
 
 def masked(out: str) -> list[str]:
-    """Lines with what no two runs share masked: losses, speeds, times and the day."""
+    """Split into lines and mask what differs between runs: losses, speeds, times and the date."""
     out = RUN_ID.sub("RUN", out)
     out = re.sub(r"\d\.\d{4}", "LOSS", out)
     out = re.sub(r"perplexity [\d.]+, [\d.]+ bits", "perplexity P, B bits", out)
@@ -235,6 +234,30 @@ def test_quiet_leaves_the_warnings_and_what_to_do_next(workdir, capsys):
     console.remind("stopped; go on with", "python train.py")
     console.close()
     assert capsys.readouterr() == ("", "warning: careful\nstopped; go on with: python train.py\n")
+
+
+@pytest.mark.parametrize(
+    "error, logged",
+    [
+        (ValueError("no such thing"), "ValueError: no such thing"),
+        (Alg1Error("a is wrong"), "Alg1Error: a is wrong"),
+        (SystemExit(3), None),
+        (KeyboardInterrupt(), None),
+    ],
+    ids=repr,
+)
+def test_an_exception_that_leaves_the_console_is_in_the_log_and_nowhere_else(error, logged, workdir, capsys):
+    with pytest.raises(type(error)), Console(verbose=True) as console:
+        console.log_to(Path("train.log"))
+        console.say("said")
+        raise error
+    assert capsys.readouterr() == ("said\n", "") and LOGGER.handlers == []
+    first, *traceback = Path("train.log").read_text().splitlines()
+    assert first[20:] == "said"
+    if logged is None:
+        assert traceback == []
+    else:
+        assert traceback[0][20:] == "Traceback (most recent call last):" and traceback[-1].endswith(logged)
 
 
 def test_a_full_disk_costs_only_the_line_of_the_log(workdir, capsys):
@@ -407,8 +430,8 @@ def test_a_terminal_that_goes_away_does_not_stop_the_training(start, open_screen
 # --- the bar ------------------------------------------------------------------------------------------
 
 
-class Hours(SimpleNamespace):
-    """A clock that stands still until it is set."""
+class FakeClock(SimpleNamespace):
+    """A clock whose time only changes when a test sets it."""
 
     now = 100.0
 
@@ -417,15 +440,15 @@ class Hours(SimpleNamespace):
 
 
 @pytest.fixture
-def hours(monkeypatch):
-    clock = Hours()
+def fake_clock(monkeypatch):
+    clock = FakeClock()
     monkeypatch.setattr(terminal_module, "time", clock)
     return clock
 
 
 @pytest.fixture
-def new_bar(hours, monkeypatch) -> Callable[..., Bar]:
-    """Bars on a terminal that keeps what was written, with the number of redraws in `bar.redraws`."""
+def new_bar(fake_clock, monkeypatch) -> Callable[..., Bar]:
+    """Creates progress bars on a terminal in memory that count their redraws in `bar.redraws`."""
 
     def make(*arguments: int) -> Any:
         bar: Any = Bar(Terminal(io.StringIO()), *arguments)
@@ -445,10 +468,10 @@ def plain(parts: Any) -> str:
     return "".join(part if isinstance(part, str) else part[0] for part in parts)
 
 
-def test_the_bar_is_redrawn_ten_times_a_second_and_at_the_end(new_bar, hours):
+def test_the_bar_is_redrawn_ten_times_a_second_and_at_the_end(new_bar, fake_clock):
     bar = new_bar(0, 1000, 32)
     for step in range(1, 1001):
-        hours.now += 0.001
+        fake_clock.now += 0.001
         if step % 100 == 50:
             bar.before_line()  # an evaluation makes no step dearer
         bar.update(step, 2.0)
@@ -456,16 +479,16 @@ def test_the_bar_is_redrawn_ten_times_a_second_and_at_the_end(new_bar, hours):
     assert (bar.step, bar.total) == (1000, 1000)
 
 
-def test_the_bar_shows_the_speed_of_the_training_and_the_time_that_all_takes(new_bar, hours):
+def test_the_bar_shows_the_speed_of_the_training_and_the_time_that_all_takes(new_bar, fake_clock):
     bar = new_bar(0, 1000, 32)
     for step in range(1, 101):
-        hours.now += 0.01
+        fake_clock.now += 0.01
         bar.update(step, 2.0)
     assert bar.rate == pytest.approx(100 * 32)
     bar.before_line()
-    hours.now += 9.0  # an evaluation, a checkpoint
+    fake_clock.now += 9.0  # an evaluation, a checkpoint
     for step in range(101, 202):
-        hours.now += 0.01
+        fake_clock.now += 0.01
         bar.update(step, 2.0)
     assert bar.rate == pytest.approx(100 * 32)
     passed = 9.0 + 200 * 0.01
@@ -534,7 +557,7 @@ def test_a_bar_that_a_narrower_terminal_wrapped_is_cleared(xterm, cleared, new_b
     ],
 )
 def test_a_duration(seconds, words):
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 # --- lines of a terminal ------------------------------------------------------------------------------
@@ -595,8 +618,7 @@ def test_the_line_of_an_evaluation_fits(columns, line, open_screen, monkeypatch)
     screen = open_screen()
     monkeypatch.setenv("COLUMNS", str(columns))
     console = Console()
-    evaluation = Evaluation(300, 2.5, 2.6, 1e-3)
-    console.evaluation(evaluation, Progress(300, best_step=300), 1234.0)
+    console.evaluation(300, 2.5, 2.6, 1e-3, True, 1234.0)
     console.close()
     assert ESCAPE.sub("", screen.text()) == line + "\n"
 
@@ -604,31 +626,31 @@ def test_the_line_of_an_evaluation_fits(columns, line, open_screen, monkeypatch)
 # --- signals ------------------------------------------------------------------------------------------
 
 
-class Left(BaseException):
-    """Instead of os._exit."""
+class Exited(BaseException):
+    """Raised in place of os._exit."""
 
 
 def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, capfd):
     screen = open_screen()
 
     def leave(code):
-        raise Left(code)
+        raise Exited(code)
 
     monkeypatch.setattr(os, "_exit", leave)
     console = Console()
     console.begin_progress(0, 10, 1)
     console.progress(1, 2.0)
 
-    def before_exit():
+    def before_exit() -> None:
         console.restore_terminal()
         console.interrupted(b"\nleft at once; go on\n")
 
-    with StopSignals(announce=console.interrupted, exit_callback=before_exit) as signals:
+    with StopSignals(lambda: "stopping after this step", console.interrupted, before_exit) as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
-        with pytest.raises(Left) as left:
+        with pytest.raises(Exited) as exited:
             signal.raise_signal(signal.SIGTERM)
-    assert left.value.args == (143,)
+    assert exited.value.args == (143,)
     console.close()
     notices = capfd.readouterr().err
     assert notices == "stopping after this step; once more to leave at once\nleft at once; go on\n"
@@ -646,26 +668,42 @@ def test_a_signal_without_a_stderr_is_heard_all_the_same(monkeypatch):
     def refuse(_):
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    with StopSignals(announce=refuse) as signals:
+    with StopSignals(lambda: "stopping", announce=refuse) as signals:
         signal.raise_signal(signal.SIGINT)
     assert signals.received == signal.SIGINT
 
 
+RUN: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
+
+
 @pytest.mark.parametrize(
-    "step, words",
+    "step, notice",
     [
         (None, b"\nleft at once: nothing had been saved\n"),
         (4, b"\nleft at once; go on from step 4 with: python train.py --resume x\n"),
     ],
 )
-def test_last_words_name_the_newest_checkpoint(step, words):
-    run: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
-    store: Any = SimpleNamespace(newest_step=step)
-    assert summary_module.last_words(store, run, SINGLE_PROCESS) == words
+def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice):
+    assert summary_module.resume_notice(step, RUN, SINGLE_PROCESS) == notice
 
 
-def test_ctrl_c_at_a_terminal_leaves_a_tidy_screen(text_file):
-    """A real process in a pseudo-terminal of its own, 80 columns wide."""
+@pytest.mark.parametrize(
+    "hint, exit_code, checkpoint, expected",
+    [
+        ("free some space", 4, None, "free some space"),
+        ("free some space", 4, "c", "free some space; then go on: python train.py --resume x"),
+        (None, 4, "c", "then go on: python train.py --resume x"),
+        ("lower it", 3, "c", "lower it; its newest weights, for --init-from: c"),
+    ],
+)
+def test_an_error_tells_what_to_do_with_the_newest_checkpoint(hint, exit_code, checkpoint, expected):
+    error = Alg1Error("full", hint, exit_code)
+    found = summary_module.add_resume_hint(error, checkpoint and Path(checkpoint), RUN, SINGLE_PROCESS)
+    assert (found.message, found.hint, found.exit_code) == ("full", expected, exit_code)
+
+
+def test_ctrl_c_at_a_terminal_leaves_nothing_of_the_bar(text_file):
+    """Runs a real process in a pseudo-terminal of 80 columns."""
     flags = [
         "--data",
         "text.txt",

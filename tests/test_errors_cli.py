@@ -1,4 +1,4 @@
-"""What users get wrong: one error line, a hint, an exit code, and a working folder left as it was."""
+"""Mistakes of users: each ends in one error line, a hint and an exit code, and changes no file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process, runner
 from parameters import TrainConfig
 from utils_alg1.base.errors import Alg1Error, Guard, disk_error
 from utils_alg1.base.files import JSON_EXAMPLE, JSON_HINT
-from utils_alg1.base.text import loss_in_words
+from utils_alg1.base.text import format_loss
 from utils_alg1.console.script import run_script
 from utils_alg1.network.tensor_file import WHERE_WEIGHTS_ARE
 from utils_alg1.report.compare import RESULTS
@@ -489,7 +489,7 @@ TOO_LONG = "x" * 300
 
 
 def snapshot(folder: Path, *ignored: str) -> dict[str, bytes | None]:
-    """Every path below a folder: a file's bytes, None for a folder."""
+    """Return every path in a folder with the content of the file, or None for a folder."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
     return {
         name: path.read_bytes() if path.is_file() else None
@@ -500,7 +500,7 @@ def snapshot(folder: Path, *ignored: str) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def place(text_file: Path) -> Path:
-    """A working folder with a text, an empty folder and a file that is of no use."""
+    """A working folder with a text, an empty folder and invalid files of every kind."""
     folder = text_file.parent
     (folder / "folder").mkdir()
     (folder / "notes.txt").write_text("remember the milk\n", encoding="utf-8")
@@ -577,9 +577,9 @@ def test_a_mistake_in_searching_is_reported_and_changes_nothing(place, capsys, c
 
 
 def test_every_error_in_the_sources_has_a_hint():
-    """An Alg1Error without a hint leaves its reader alone: this goes over all that the sources raise."""
+    """Checks every Alg1Error that the sources raise."""
     without = []
-    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("utils_*/*.py")]:
+    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("utils_*/**/*.py")]:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Alg1Error":
                 hints = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "hint")]
@@ -603,7 +603,7 @@ def a_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of that run, copied, in the working folder."""
+    """The directory of that run, in a copy of the folder that is the working folder."""
     shutil.copytree(a_run, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     (path,) = Path("runs").glob("*_001")
@@ -703,7 +703,7 @@ def test_a_run_where_weights_are_wanted_is_told_from_them(run, train, sample):
 
 
 def test_a_run_serves_as_configuration_by_its_record(run, train):
-    """The values are those of the run, and where they came from is its record."""
+    """The values are those of the run, and their origin is the record of the run."""
     record = run / "meta/full_config.json"
     result = train("--config", run)
     assert result.code == 2
@@ -743,7 +743,7 @@ def test_half_precision_is_named_where_a_loss_is_lost_to_it():
 
 
 def test_a_text_without_a_last_line_end_is_no_storage(place, capsys):
-    """Optuna would append to it, and what keeps its journal whole would cut its last line off."""
+    """Using it would damage it: Optuna appends to its journal, and an incomplete last line is cut off."""
     pytest.importorskip("optuna", reason="searching is optional")
     import search as script
 
@@ -867,7 +867,7 @@ def test_a_run_in_use_cannot_be_resumed(place, train):
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, function: str, ending: str, number: int) -> None:
-    """Let an os function fail for paths that end so."""
+    """Let an os function fail for paths with this ending."""
     real = getattr(os, function)
 
     def refusing(path, *arguments, **options):
@@ -1091,15 +1091,15 @@ def test_a_log_is_continued(workdir):
 
 
 @pytest.mark.parametrize(
-    ("loss", "words"),
+    ("loss", "text"),
     [
         (0.0, "0.0000 (perplexity 1.00, 0.000 bits per character)"),
         (1.5, "1.5000 (perplexity 4.48, 2.164 bits per character)"),
         (1000.0, "1000.0000 (perplexity -, 1442.695 bits per character)"),
     ],
 )
-def test_a_loss_in_words(loss, words):
-    assert loss_in_words(loss) == words
+def test_a_loss_is_formatted_with_perplexity_and_bits(loss, text):
+    assert format_loss(loss) == text
 
 
 def test_quiet_training_says_nothing(place, train):

@@ -81,7 +81,7 @@ def test_a_metric(changed):
     assert len(expected) == 2 and expected[0] > 0
     curves = EventAccumulator(str(run / "logs/tensorboard"))
     curves.Reload()
-    assert [point.value for point in curves.Scalars("Head_Norm")] == pytest.approx(expected)
+    assert [point.value for point in curves.Scalars("head_norm")] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("changed", ["A tracker"], indirect=True)

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY, Notes, lasting_metrics
+from conftest import TEXT, TINY, Notes, at, lasting_metrics
 
 import train as script
 from model import BigramLanguageModel
 from parameters import ModelConfig, TensorBoardConfig, TrainConfig, due
 from utils_aim.pictures import draw_embedding, in_font, principal_components
 from utils_alg1.base.settings import field_names
-from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Image
+from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Image, Tracker
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.report.results import draw_samples
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking import observer as observer_module
-from utils_alg1.tracking.background import Background
-from utils_alg1.tracking.metrics_file import MetricsFile, Tracker
+from utils_alg1.tracking.background import BackgroundTracker
+from utils_alg1.tracking.metrics_file import MetricsFile
 from utils_alg1.tracking.observer import (
     SAMPLE_LENGTH,
     Observer,
@@ -248,33 +248,28 @@ def test_characters_that_the_font_lacks_are_escaped():
 
 
 class Noting(Tracker):
-    """Notes what it is shown and when."""
+    """Notes what is logged and when."""
 
     def __init__(self, folder: Path):
-        self.notes = Notes(folder / "shown.pkl")
+        self.notes = Notes(folder / "logged.pkl")
 
     @property
-    def shown(self) -> list[tuple]:
+    def logged(self) -> list[tuple]:
         return self.notes.read()
 
-    def log_scalars(self, values, step):
-        self.notes.append((step, *values))
-
-    def log_histograms(self, histograms, step):
-        self.notes.append((step, *sorted({h.kind for h in histograms})))
-
-    def log_images(self, images, step):
-        self.notes.append((step, images[0].name, len(images)))
-
-    def log_texts(self, texts, step):
-        self.notes.append((step, *texts))
-
-    def log_embedding(self, embedding, step):
-        self.notes.append((step, embedding.name))
+    def log(self, kind, payload, step):
+        summaries = {
+            "scalars": lambda: tuple(payload),
+            "histograms": lambda: tuple(sorted({h.kind for h in payload})),
+            "images": lambda: (payload[0].name, len(payload)),
+            "texts": lambda: tuple(payload),
+            "embedding": lambda: (payload.name,),
+        }
+        self.notes.append((step, *summaries[kind]()))
 
 
-def copy_of(tracker: Tracker) -> Background:
-    return Background("X", lambda _: tracker, pytest.fail).attend()
+def in_background(tracker: Tracker) -> BackgroundTracker:
+    return BackgroundTracker("X", lambda _: tracker, pytest.fail).start()
 
 
 def make_trainer(model) -> Trainer:
@@ -290,22 +285,22 @@ def all_intervals(interval: int) -> TensorBoardConfig:
 
 @pytest.fixture
 def observe(model, tmp_path):
-    """`observe(config, steps)`: trains that long; what one copy was shown, and what was warned."""
+    """`observe(config, steps)`: trains that long; what one tracker got, and what was warned."""
 
     def run(config, steps, prepare=lambda trainer: None):
         trainer, noting, warnings = make_trainer(model), Noting(tmp_path), []
         prepare(trainer)
         path = tmp_path / "metrics.jsonl"
-        with Trackers(MetricsFile(path), {"x": copy_of(noting)}) as trackers:
+        with Trackers(MetricsFile(path), {"x": in_background(noting)}) as trackers:
             observer = Observer(trainer, trackers, config, warnings.append)
             trainer.clock.start(Progress())
             for step in range(steps):
-                observer.observe(step)
-                observer.log_training_step(trainer.compute_gradients(step), step)
-                trainer.update(step)
-            observer.observe(steps)
+                observer.log_model(step)
+                observer.log_step(at(trainer, step).forward_backward(), step)
+                trainer.optimizer_step()
+            observer.log_model(steps)
         return types.SimpleNamespace(
-            shown=noting.shown,
+            logged=noting.logged,
             warnings=warnings,
             rows=[json.loads(line) for line in path.read_text().splitlines()],
         )
@@ -325,34 +320,35 @@ def observe(model, tmp_path):
         ("speed_interval", ("tokens_per_second",)),
     ],
 )
-def test_each_interval_decides_when_its_own_is_shown(observe, name, what):
+def test_each_interval_decides_when_its_own_is_logged(observe, name, what):
     config = all_intervals(0)
     setattr(config, name, 2)
     result = observe(config, 5)
     first = 2 if name == "speed_interval" else 0  # there is no speed before a step
     last = 4
-    others = [shown for shown in result.shown if shown[1:] not in (what, ("loss/train_step",))]
-    assert [shown for shown in result.shown if shown[1:] == what] == [
+    others = [logged for logged in result.logged if logged[1:] not in (what, ("loss/train_step",))]
+    assert [logged for logged in result.logged if logged[1:] == what] == [
         (step, *what) for step in range(first, last + 1, 2)
     ]
     assert others == result.warnings == []
 
 
 def test_with_every_interval_at_0_there_is_nothing_but_the_loss(observe, monkeypatch):
-    monkeypatch.setattr(Clock, "aside", lambda _: pytest.fail("looked"))
+    monkeypatch.setattr(Clock, "pause", lambda _: pytest.fail("looked"))
     result = observe(all_intervals(0), 3)
-    assert result.shown == [(step, "loss/train_step") for step in range(3)]
+    assert result.logged == [(step, "loss/train_step") for step in range(3)]
     assert [row.keys() for row in result.rows] == [{"step", "loss/train_step"}] * 3
 
 
-def test_without_a_copy_nothing_is_looked_at_but_the_scalars_are_kept(model, tmp_path, monkeypatch):
+def test_without_a_tracker_the_model_is_not_logged_but_the_scalars_are_kept(model, tmp_path, monkeypatch):
     trainer = make_trainer(model)
+    monkeypatch.setattr(observer_module, "model_histograms", lambda _: pytest.fail("counted"))
     monkeypatch.setattr(trainer, "validation_batch", lambda: pytest.fail("looked"))
     with Trackers(MetricsFile(tmp_path / "m.jsonl"), {}) as trackers:
         observer = Observer(trainer, trackers, all_intervals(1), pytest.fail)
         for step in range(2):
-            observer.observe(step)
-            observer.log_training_step(trainer.compute_gradients(step), step)
+            observer.log_model(step)
+            observer.log_step(at(trainer, step).forward_backward(), step)
     rows = [json.loads(line) for line in lasting_metrics(tmp_path / "m.jsonl").splitlines()]
     assert [row.keys() for row in rows] == [{"step", "loss/train_step", "gradient_norm"}] * 2
 
@@ -373,7 +369,7 @@ def test_a_norm_that_is_not_finite_is_no_point(model, tmp_path, norm):
     trainer = make_trainer(model)
     trainer.gradient_norm = torch.tensor(norm)
     with Trackers(MetricsFile(tmp_path / "m.jsonl"), {}) as trackers:
-        Observer(trainer, trackers, all_intervals(1), pytest.fail).log_training_step(1.5, 0)
+        Observer(trainer, trackers, all_intervals(1), pytest.fail).log_step(1.5, 0)
     assert (tmp_path / "m.jsonl").read_text() == '{"step": 0, "loss/train_step": 1.5}\n'
 
 
@@ -391,16 +387,16 @@ def test_a_look_that_fails_is_one_warning(observe):
 def test_no_sample_is_drawn_from_a_model_that_is_not_finite(model, tmp_path):
     trainer, noting = make_trainer(model), Noting(tmp_path)
     model.lm_head.bias.data[0] = math.nan
-    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy_of(noting)}) as trackers:
-        Observer(trainer, trackers, all_intervals(1), pytest.fail).observe(0)
-    assert (0, "samples") not in noting.shown
-    assert (0, "activation") in noting.shown
+    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": in_background(noting)}) as trackers:
+        Observer(trainer, trackers, all_intervals(1), pytest.fail).log_model(0)
+    assert (0, "samples") not in noting.logged
+    assert (0, "activation") in noting.logged
 
 
 def test_what_is_looked_at_is_the_first_batch_of_every_evaluation(model, monkeypatch):
     trainer, seen = make_trainer(model), []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    trainer.evaluate(0)
+    at(trainer, 0).evaluate()
     assert torch.equal(seen[-1][:2], trainer.validation_batch())
     assert torch.equal(trainer.validation_batch(), trainer.validation_batch())
 
@@ -427,31 +423,36 @@ def test_an_interval_of_0_is_never_due(step, interval, expected):
 
 def test_speed_leaves_out_evaluations_and_looks(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("utils_alg1.training.trainer.time.perf_counter", lambda: now[0])
-    clock = Clock(Runtime(torch.device("cpu"), torch.float32, 1), tokens_per_step=10)
-    progress = Progress(step=3)
+    monkeypatch.setattr("utils_alg1.training.progress.time.perf_counter", lambda: now[0])
+    synchronized = []
+    clock = Clock(lambda: synchronized.append(now[0]), tokens_per_step=10)
+    progress = Progress(step=3, seconds=20.0)
 
     def spend(seconds: float) -> None:
         now[0] += seconds
 
     clock.start(progress)
-    assert clock.speed(3) is None
-    with clock.aside():
+    assert clock.training_speed(3) is None
+    with clock.pause():
         spend(7)
     for _ in range(4):
         spend(0.5)
         progress.step += 1
-    assert clock.lap(progress) == pytest.approx(40 / 9)
-    spend(50)  # an evaluation
-    assert clock.lap(progress) is None
+    assert clock.overall_speed(progress.step) == pytest.approx(40 / 9)
+    with clock.pause(overall=True):
+        spend(50)  # an evaluation
+    assert clock.overall_speed(progress.step) is None
     spend(0.5)
     progress.step += 1
-    assert clock.speed(8) == pytest.approx(50 / 2.5)
+    assert clock.training_speed(8) == pytest.approx(50 / 2.5)
     spend(1)
     progress.step += 1
-    assert clock.speed(9) == pytest.approx(10)
-    clock.lap(progress)
-    assert progress.seconds == pytest.approx(now[0] - 100)
+    assert clock.training_speed(9) == pytest.approx(10)
+    assert clock.overall_speed(9) == pytest.approx(20 / 1.5)
+    for _ in range(2):
+        clock.measure(progress)
+        assert progress.seconds == pytest.approx(20 + now[0] - 100)
+    assert synchronized[-1] == now[0]
 
 
 # --- a run --------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def search(capsys, place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     (place / "fake_train.py").write_text(FAKE_TRAIN)
     monkeypatch.setattr(trials_module, "TRAIN_SCRIPT", place / "fake_train.py")
-    monkeypatch.setattr(trials_module, "POLL", 0.02)
+    monkeypatch.setattr(trials_module, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(report_module, "draw_pictures", lambda *_: None)
     return runner(script.main, capsys)
 

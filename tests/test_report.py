@@ -1,4 +1,4 @@
-"""What a run leaves for people in eval/: the figures, the attention picture and the page."""
+"""The results of a run in eval/: final.json, the loss and attention pictures, and the report page."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from model import BigramLanguageModel
 from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base import text as text_module
-from utils_alg1.base.files import try_to_write
+from utils_alg1.base.files import write_or_warn
 from utils_alg1.base.summaries import Image
 from utils_alg1.report import page as page_module
 from utils_alg1.report import pictures as pictures_module
-from utils_alg1.report.charts import Line, chart, thinned, tick_labels, ticks
-from utils_alg1.report.page import build_page, escaped
+from utils_alg1.report.charts import Line, chart, downsample, tick_labels, ticks
+from utils_alg1.report.page import build_page, escape
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_curves
 from utils_alg1.tracking.observer import attention_weights
@@ -46,7 +46,7 @@ VOID = {"meta", "link", "img"}
 
 @pytest.fixture
 def start(train, text_file, monkeypatch):
-    """A tiny run without loss.png, which is not what is tested here."""
+    """Starts a tiny run without loss.png, which these tests do not need."""
     monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
     return lambda *flags: train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
 
@@ -61,9 +61,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 class Page(HTMLParser):
-    """A page taken apart: its elements with their attributes, its text, its tables as rows of cells.
+    """A parsed page: its elements with their attributes, its texts, its tables as rows of cells.
 
-    Fails where an element is not closed, or another one is.
+    Parsing fails if the elements are not properly nested.
     """
 
     def __init__(self, source: str):
@@ -105,7 +105,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def curve(self, kind: str) -> list[tuple[float, float]]:
-        """The points of the first curve of a kind, in its own coordinates."""
+        """Return the points of the first curve of a kind, in SVG coordinates."""
         (points, *_) = [a["points"] for a in self.all("polyline") if kind in a["class"].split()]
         return [tuple(map(float, point.split(","))) for point in points.split()]
 
@@ -144,7 +144,7 @@ def test_final_figures_follow_from_the_metrics_and_the_weights(start):
 
 def test_bits_per_character_are_the_loss_to_the_base_of_two():
     assert text_module.bits_per_character(math.log(8)) == pytest.approx(3, rel=1e-15)
-    assert text_module.loss_in_words(math.log(8)) == "2.0794 (perplexity 8.00, 3.000 bits per character)"
+    assert text_module.format_loss(math.log(8)) == "2.0794 (perplexity 8.00, 3.000 bits per character)"
 
 
 def test_a_perplexity_past_every_number_is_none():
@@ -156,7 +156,7 @@ def test_a_perplexity_past_every_number_is_none():
 
 @pytest.fixture
 def draw_loss(tmp_path, monkeypatch):
-    """Draw the loss picture of some rows; returns the axes. Whatever matplotlib says is a failure."""
+    """Draws the loss picture of metrics rows and returns the axes."""
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
@@ -224,10 +224,10 @@ def test_no_loss_picture_of_before_a_resume_stays(train, text_file):
 
     warnings: list[str] = []
 
-    class Ears:
+    class FakeConsole:
         warn = staticmethod(warnings.append)
 
-    pictures_module.try_loss_curve(Done, Ears)
+    pictures_module.try_loss_curve(Done, FakeConsole)
     assert warnings == [f"no loss curve was drawn: {run / 'gone.jsonl'}: no evaluation in it"]
     assert not (run / "eval/loss.png").exists()
 
@@ -249,7 +249,7 @@ def test_what_is_not_finite_is_in_no_curve(draw_loss, tmp_path, value):
 
 
 def colours(weights: np.ndarray, side: int) -> np.ndarray:
-    """What a square of weights must look like: (side, side, 3) uint8."""
+    """Return the expected pixels of a square of weights: (side, side, 3) uint8."""
     table = (colormaps["magma"](np.arange(256))[:, :3] * 255 + 0.5).astype(np.uint8)
     rows = [[table[round(255 * math.sqrt(w))] for w in row] for row in weights.tolist()]
     factor = side // len(weights)
@@ -317,7 +317,7 @@ def test_the_attention_picture_is_that_of_the_exported_weights_and_the_text_on_t
 
 @pytest.fixture
 def run(start):
-    """A finished run, and some of its values are not the defaults."""
+    """A finished run with some parameters that are not the defaults."""
     assert start("--run-tag", "my try", "--dropout", 0.25).code == 0
     return only_run()
 
@@ -358,7 +358,7 @@ def test_the_page_holds_results_samples_and_provenance(run):
     assert figures[2] == f"{final['best_bits_per_character']:.3f}"
     assert figures[3] == f"{final['val_loss']:.4f}"
     assert figures[4] == f"{final['tokens_per_second_overall']:,.0f}"
-    assert figures[5] == text_module.duration(final["seconds_in_loop"])
+    assert figures[5] == text_module.format_duration(final["seconds_in_loop"])
     notes = page.texts["small"]
     assert notes[0] == f"nats per character, step\u00a0{final['best_step']}"
     assert notes[3] == f"train loss {final['train_loss']:.4f}" and notes[5] == "96 characters read"
@@ -404,7 +404,7 @@ def test_a_number_has_at_most_eight_digits():
         "1e+06",
         "-1234.5679",
     ]
-    assert [text_module.number(value) for value in values] == expected
+    assert [text_module.format_number(value) for value in values] == expected
 
 
 def figures_of(final: dict) -> dict[str, str]:
@@ -442,7 +442,7 @@ def test_a_page_of_absurd_losses_is_whole(run):
 
 
 def assert_harmless(page: Page) -> None:
-    """Nothing in the page runs, or is fetched from anywhere."""
+    """Check that the page runs no code and requests nothing."""
     assert not {"script", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
@@ -469,7 +469,7 @@ def test_hostile_text_stays_text(run):
 
 
 def test_what_no_page_can_hold_is_shown_by_a_symbol():
-    assert escaped("a\0b\rc\x1bd\x7fe\x85f\ud800g\n\t🙂<&\"'") == (
+    assert escape("a\0b\rc\x1bd\x7fe\x85f\ud800g\n\t🙂<&\"'") == (
         "a\u2400b\u240dc\u241bd\u2421e\ufffdf\ufffdg\n\t🙂&lt;&amp;&quot;&#x27;"
     )
 
@@ -508,12 +508,12 @@ def test_what_a_run_can_do_without_is_new_or_costs_one_line(tmp_path):
         raise ValueError("two lines:\nof which one is told")
 
     path.write_text("old")
-    assert try_to_write(path, fail, "no picture", warnings.append) is None
+    assert write_or_warn(path, fail, "no picture", warnings.append) is None
     assert warnings == ["no picture: two lines:"] and not path.exists()
-    assert try_to_write(path, lambda path: path.write_text("new"), "no picture", warnings.append) == 3
+    assert write_or_warn(path, lambda path: path.write_text("new"), "no picture", warnings.append) == 3
     assert len(warnings) == 1 and path.read_text() == "new"
     (tmp_path / "folder").mkdir()
-    assert try_to_write(tmp_path / "folder", fail, "no folder", warnings.append) is None
+    assert write_or_warn(tmp_path / "folder", fail, "no folder", warnings.append) is None
     assert len(warnings) == 2 and warnings[1].startswith("no folder: [Errno ")
 
 
@@ -537,18 +537,18 @@ def test_an_attention_picture_that_cannot_be_drawn_costs_one_line(run, train, mo
 # --- curves -------------------------------------------------------------------------------------------
 
 
-def test_a_thinned_curve_keeps_its_peaks_and_its_order():
+def test_a_downsampled_curve_keeps_its_peaks_and_its_order():
     points = [(step, math.sin(step)) for step in range(100_000)]
     points[70_001] = (70_001, 50.0)
     points[3] = (3, -50.0)
-    kept = thinned(points)
+    kept = downsample(points)
     assert len(kept) <= 800 and kept == sorted(kept)
     assert (70_001, 50.0) in kept and (3, -50.0) in kept and set(kept) <= set(points)
-    assert thinned(points[:800]) == points[:800]
+    assert downsample(points[:800]) == points[:800]
 
 
 @pytest.mark.parametrize(
-    "low, high, most, expected",
+    "low, high, max_ticks, expected",
     [
         (0, 600, 5, [0, 200, 400, 600]),
         (1.93, 4.2, 6, [2.0, 2.5, 3.0, 3.5, 4.0]),
@@ -559,19 +559,19 @@ def test_a_thinned_curve_keeps_its_peaks_and_its_order():
         (3.0, 3.0000000000000004, 6, [3.0]),
     ],
 )
-def test_ticks_are_round_numbers(low, high, most, expected):
-    assert ticks(low, high, most) == pytest.approx(expected)
+def test_ticks_are_round_numbers(low, high, max_ticks, expected):
+    assert ticks(low, high, max_ticks) == pytest.approx(expected)
 
 
 def test_the_steps_of_a_run_are_whole_numbers():
-    assert ticks(0, 1, 5, smallest=1) == ticks(0, 1, 3, smallest=1) == [0, 1]
-    assert ticks(0, 2, 5, smallest=1) == [0, 1, 2]
-    assert ticks(0, 3, 3, smallest=1) == [0, 1, 2, 3]
+    assert ticks(0, 1, 5, min_spacing=1) == ticks(0, 1, 3, min_spacing=1) == [0, 1]
+    assert ticks(0, 2, 5, min_spacing=1) == [0, 1, 2]
+    assert ticks(0, 3, 3, min_spacing=1) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("low, high, smallest", [(0, 0.5, 1), (0.2, 1.9, 1), (7, 9.5, 3), (-0.5, 0.4, 1)])
-def test_two_numbers_too_close_for_two_ticks_have_one(low, high, smallest):
-    assert ticks(low, high, 3, smallest) == [low]
+@pytest.mark.parametrize("low, high, min_spacing", [(0, 0.5, 1), (0.2, 1.9, 1), (7, 9.5, 3), (-0.5, 0.4, 1)])
+def test_two_numbers_too_close_for_two_ticks_have_one(low, high, min_spacing):
+    assert ticks(low, high, 3, min_spacing) == [low]
 
 
 @pytest.mark.parametrize(
@@ -680,9 +680,9 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on thi
 
 
 def browse(page: Path, folder: Path, *flags: str) -> tuple[str, list[str], list[str]]:
-    """Open a page: the document as it ends up, what the console says, and what the page asked of a network.
+    """Open a page in a browser; return the final document, the console messages and the requested URLs.
 
-    The browser asks for things of its own too, such as its updates: those have no page as their origin.
+    Requests of the browser itself, such as for updates, have no page as their origin and are left out.
     """
     log = folder / "network.json"
     command = [

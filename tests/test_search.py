@@ -42,7 +42,7 @@ FAKE_TRAIN = f"""
 import json, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(PROJECT)!r})
-from utils_alg1.utils_command_line import parse_command_line
+from utils_alg1.console.command_line import parse_command_line
 from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_run_manager import create_run, lock_run
 
@@ -71,8 +71,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(PROJECT)!r})
 import search
-from utils_alg1 import utils_search_trials
-from utils_alg1.utils_script import run_script
+from utils_alg1.search import trials as trials_module
+from utils_alg1.console.script import run_script
 trials_module.TRAIN_SCRIPT = Path("fake_train.py").absolute()
 run_script(search.main)
 """
@@ -88,25 +88,25 @@ def search(capsys) -> Callable[..., Result]:
 
 @pytest.fixture
 def fake_train(workdir, monkeypatch) -> Path:
-    """Trials that take a moment, for tests of the search alone."""
+    """Replaces train.py by a script that takes a moment, for tests of the search alone."""
     path = workdir / "fake_train.py"
     path.write_text(FAKE_TRAIN)
     (workdir / "run_search.py").write_text(RUN_SEARCH)
     monkeypatch.setattr(trials_module, "TRAIN_SCRIPT", path)
-    monkeypatch.setattr(trials_module, "POLL", 0.02)
+    monkeypatch.setattr(trials_module, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(report_module, "draw_pictures", lambda *_: None)
     return path
 
 
 def write_space(**domains: Any) -> Path:
-    """space.yaml (JSON is YAML too)."""
+    """Write space.yaml; JSON is valid YAML."""
     path = Path("space.yaml")
     path.write_text(json.dumps(domains))
     return path
 
 
 def settings(name: str, trials: int = 20, sampler: str = "tpe", seed: int = 0) -> Settings:
-    """How search.py would run a search in the working folder."""
+    """Return the settings with which search.py would run a search in the working folder."""
     return Settings(name, Path("searches", name), None, trials, sampler, seed, prune=True)
 
 
@@ -120,7 +120,7 @@ def study_of(name: str = "space", folder: Path = Path()) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=storage)
 
 
-# --- what every trial would trip over -----------------------------------------------------------------
+# --- checks before the first trial --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,14 @@ def test_a_space_is_read_as_the_parameters_types(workdir):
 def test_the_steps_of_a_range():
     domain = Range(0.0, 0.3, 0.1)
     assert domain.grid() == [0.0, 0.1, 0.2, 0.3]
-    assert [domain.holds(value) for value in (-0.1, 0.0, 0.15, 0.3, 0.4)] == [False, True, False, True, False]
-    assert Range(1, 5, 2).grid() == [1, 3, 5] and Range(1, 5).holds(4)
+    assert [domain.contains(value) for value in (-0.1, 0.0, 0.15, 0.3, 0.4)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert Range(1, 5, 2).grid() == [1, 3, 5] and Range(1, 5).contains(4)
 
 
 def test_the_shipped_space_holds_the_defaults():
@@ -301,10 +307,10 @@ def test_without_optuna_there_is_one_line(search, workdir, monkeypatch):
     [("aim", False, "--no-aim"), ("aim", True, "--aim"), ("data_path", "-a b", "--data=-a b")],
 )
 def test_a_parameter_as_a_word(name, value, word):
-    assert trials_module.flag_word(name, value) == word
+    assert trials_module.to_flag(name, value) == word
 
 
-# --- pieces -------------------------------------------------------------------------------------------
+# --- metrics and journal ------------------------------------------------------------------------------
 
 
 def test_new_metrics_come_in_whole_rows(tmp_path):
@@ -331,7 +337,7 @@ def test_a_half_line_of_a_killed_process_is_dropped(tmp_path):
     assert len(optuna.load_study(study_name="s", storage=study_module.open_storage(str(path))).trials) == 1
 
 
-# --- searches of stand-ins ----------------------------------------------------------------------------
+# --- searches with a fake train.py --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sampler", "n"), [("tpe", 12), ("random", 6)])  # TPE begins with ten random ones
@@ -358,14 +364,14 @@ def test_the_same_seed_draws_the_same_values(workdir, sampler):
     plan = space_module.make_plan(read_space(space, for_grid=False), Options())
 
     def draw(name: str, seed: int) -> list[float]:
-        drawn = []
+        sampled = []
         for _ in range(4):  # each time as another process would
             study = study_module.Study(plan, settings(name, sampler=sampler, seed=seed))
-            taken = study.take_trial()
-            drawn.append(taken.drawn["learning_rate"])
-            study.optuna.tell(taken.trial, 1.0)
-            os.close(taken.lock)
-        return drawn
+            claimed = study.claim_trial()
+            sampled.append(claimed.parameters["learning_rate"])
+            study.optuna.tell(claimed.trial, 1.0)
+            os.close(claimed.lock)
+        return sampled
 
     assert draw("a", 5) == draw("b", 5) != draw("c", 6)
     assert len(set(draw("d", 7))) == 4
@@ -417,7 +423,7 @@ def test_a_search_stops_when_all_fail_for_one_reason(search, fake_train):
     assert result.code == 3  # what the trials ended with
     assert result.err == (
         "error: the first 3 trials have all failed: out of memory\n"
-        "hint: their output is in searches/space/trials; mend that and start again\n"
+        "hint: their output is in searches/space/trials; fix that and start again\n"
     )
     other_reasons = search(
         *("--space", write_space(batch_size=[4, 5, 6]), "--study", "b", "--dropout", 0.5, "--sampler", "grid")
@@ -461,7 +467,7 @@ def test_a_database_serves_as_storage_and_belongs_to_one_folder(
 
 
 def study_with(name: str = "space", **domains: Any) -> study_module.Study:
-    """The study that search.py would open, with two trials to come."""
+    """Open a study of two trials as search.py does."""
     plan = space_module.make_plan(read_space(write_space(**domains), for_grid=False), Options())
     return study_module.Study(plan, settings(name, trials=2))
 
@@ -480,14 +486,14 @@ def test_a_dead_trial_is_replaced_where_it_stopped(search, fake_train, left, los
     old.begun = True
     old.lock.release()
     study = study_with(n_layer=[4])
-    taken = study.take_trial()
-    trial_run = trials_module.TrialRun(study, taken, None, threading.Event())
-    assert trial_run._command()[-1] == "--run-tag=space-0"
+    claimed = study.claim_trial()
+    trial_run = trials_module.TrialRun(study, claimed, None, threading.Event())
+    assert trial_run._arguments()[-1] == "--run-tag=space-0"
     run = create_run("runs", "space-0")
     if left:
         (run.path / left).write_text('{"best_val_loss": 0.5}')
     run.lock.release()
-    os.close(taken.lock)
+    os.close(claimed.lock)
     result = search("--space", "space.yaml", "--trials", 1)
     assert result.code == 0, result.err
     (row,) = results()
@@ -509,15 +515,15 @@ def test_a_dead_trial_is_replaced_where_it_stopped(search, fake_train, left, los
 )
 def test_a_dead_trial_is_resumed_from_nothing_but_a_checkpoint(workdir, name, resumed):
     study = study_with(n_layer=[4])
-    taken = study.take_trial()
-    trials_module.TrialRun(study, taken, None, threading.Event())._command()
+    claimed = study.claim_trial()
+    trials_module.TrialRun(study, claimed, None, threading.Event())._arguments()
     run = create_run("runs", "space-0")
     (run.checkpoint_dir / name).touch()
     run.lock.release()
-    command = trials_module.TrialRun(study, taken, None, threading.Event())._command()
+    command = trials_module.TrialRun(study, claimed, None, threading.Event())._arguments()
     assert (command[:2] == ["--resume", str(run.path)]) is resumed
     assert ("--run-tag=space-0" in command) is not resumed
-    os.close(taken.lock)
+    os.close(claimed.lock)
 
 
 def test_the_table_on_the_console_lines_up_in_any_script(monkeypatch):
@@ -526,10 +532,10 @@ def test_the_table_on_the_console_lines_up_in_any_script(monkeypatch):
     monkeypatch.setattr(report_module, "ranked", lambda _: [])
     said: list[str] = []
 
-    class Ears:
+    class FakeConsole:
         say = staticmethod(said.append)
 
-    report_module.show_table(None, Ears)
+    report_module.show_table(None, FakeConsole)
     assert said == [
         "",
         "trial  data_path   run",
@@ -541,17 +547,17 @@ def test_the_table_on_the_console_lines_up_in_any_script(monkeypatch):
 
 def test_a_trial_lives_as_long_as_its_process(workdir):
     study = study_with(learning_rate=[1e-3, 1e-2])
-    taken = study.take_trial()
-    orphan = subprocess.Popen(["sleep", "60"], pass_fds=[taken.lock])
-    os.close(taken.lock)  # the worker is dead, its process is not
-    second = study_with(learning_rate=[1e-3, 1e-2]).take_trial()
-    assert second.trial.number == 1 and study.take_trial() is None
+    claimed = study.claim_trial()
+    orphan = subprocess.Popen(["sleep", "60"], pass_fds=[claimed.lock])
+    os.close(claimed.lock)  # the worker is dead, its process is not
+    second = study_with(learning_rate=[1e-3, 1e-2]).claim_trial()
+    assert second.trial.number == 1 and study.claim_trial() is None
     orphan.kill()
     orphan.wait()
-    third = study.take_trial()
+    third = study.claim_trial()
     assert (third.trial.number, third.trial.user_attrs["replaces"]) == (2, 0)
-    assert third.drawn == taken.drawn == {"learning_rate": 1e-3}
-    assert study.take_trial() is None and [trial.number for trial in study.trials()] == [1, 2]
+    assert third.parameters == claimed.parameters == {"learning_rate": 1e-3}
+    assert study.claim_trial() is None and [trial.number for trial in study.trials()] == [1, 2]
 
 
 def start_search(
@@ -579,20 +585,20 @@ def test_two_searches_at_once_share_the_trials(fake_train, campaign):
     assert len(study_of().trials) == 9 == len(list_runs("runs"))
 
 
-def test_no_two_workers_take_the_last_trial(workdir):
-    taken: list[study_module.Taken] = []
+def test_no_two_workers_claim_the_last_trial(workdir):
+    claimed: list[study_module.ClaimedTrial] = []
     studies = [study_with(n_layer=[2, 4]) for _ in range(8)]
 
-    def take(study: study_module.Study) -> None:
-        while found := study.take_trial():
-            taken.append(found)
+    def claim(study: study_module.Study) -> None:
+        while found := study.claim_trial():
+            claimed.append(found)
 
-    threads = [threading.Thread(target=take, args=(study,)) for study in studies]
+    threads = [threading.Thread(target=claim, args=(study,)) for study in studies]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(found.trial.number for found in taken) == [0, 1] == [t.number for t in study_of().trials]
+    assert sorted(found.trial.number for found in claimed) == [0, 1] == [t.number for t in study_of().trials]
 
 
 def test_the_process_of_a_trial_holds_its_lock(fake_train):
@@ -623,13 +629,13 @@ def test_ctrl_c_leaves_the_trials_for_the_next_start(fake_train):
     process = start_search(*flags, "--weight-decay", 0.2, "--trials", 2)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    counted = study_module.not_replaced(study_of().trials)
+    counted = study_module.without_replaced(study_of().trials)
     assert [(trial.user_attrs.get("replaces"), trial.value) for trial in counted] == [(0, 0.125), (1, 0.125)]
     assert len(list_runs("runs")) == 2
 
 
 def lock_is_free(path: Path) -> bool:
-    lock = study_module.take_lock(path)
+    lock = study_module.try_lock(path)
     if lock is not None:
         os.close(lock)
     return lock is not None
@@ -668,7 +674,7 @@ KILLED = ["--trials", "5", "--no-prune", "--workers", "2", "--study", "k", *FLAG
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """Return the child processes of a process."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -682,7 +688,7 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def killed_search(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """A search that was killed in the middle, one of its two trials with it, and started again."""
+    """A search that was killed together with one of its two running trials, and then continued."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     space = {"learning_rate": {"low": 1e-3, "high": 1e-1, "log": True}, "weight_decay": [0.01, 0.1]}
@@ -704,7 +710,7 @@ def killed_search(tmp_path_factory) -> Iterator[tuple[Path, str]]:
 
 @pytest.fixture
 def after_the_kill(killed_search, monkeypatch) -> str:
-    """What the second start has printed; its folder is the working folder."""
+    """The output of the continued search, whose folder is the working folder."""
     monkeypatch.chdir(killed_search[0])
     return killed_search[1]
 

@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from utils_alg1.console.table import Column, cut, format_columns, padded, to_csv
+from utils_alg1.console.table import Column, format_columns, pad, to_csv, truncate
 
 
 def columns() -> list[Column]:
     return [
         Column("run", ["日本語", "b"]),
-        Column("loss", ["1.5", "10.25"], 0, to_the_right=True),
+        Column("loss", ["1.5", "10.25"], 0, align_right=True),
         Column("state", ["done", "-"], 1),
-        Column("seed", ["1", "2"], 2, to_the_right=True),
-        Column("size", ["64", "128"], 2, to_the_right=True),
+        Column("seed", ["1", "2"], 2, align_right=True),
+        Column("size", ["64", "128"], 2, align_right=True),
     ]
 
 
@@ -51,12 +51,12 @@ def test_the_least_important_are_left_out_first_and_then_the_first_is_cut(width,
 
 
 def test_a_wide_letter_is_never_cut_in_half():
-    assert padded("日本語", 6) == "日本語"
-    assert padded("日本語", 5) == "日本…"
-    assert padded("日本語", 4) == "日 …"
-    assert padded("日本語", 8, to_the_right=True) == "  日本語"
-    assert cut("日本語", 6) == cut("日本語", None) == "日本語"
-    assert cut("日本語", 5) == "日本"
+    assert pad("日本語", 6) == "日本語"
+    assert pad("日本語", 5) == "日本…"
+    assert pad("日本語", 4) == "日 …"
+    assert pad("日本語", 8, align_right=True) == "  日本語"
+    assert truncate("日本語", 6) == truncate("日本語", None) == "日本語"
+    assert truncate("日本語", 5) == "日本"
 
 
 texts = st.text(st.characters(blacklist_categories=("C", "Z", "M")), max_size=8)

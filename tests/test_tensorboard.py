@@ -34,10 +34,11 @@ from tensorboard.util.tensor_util import make_ndarray
 import train as script
 from parameters import TensorBoardConfig
 from utils_alg1.base.errors import BAD_INPUT, Alg1Error
-from utils_alg1.base.summaries import HISTOGRAM_BINS, model_histograms
+from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Image, model_histograms
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_metrics
+from utils_alg1.tracking.observer import Observer
 from utils_alg1.tracking.trackers import Trackers
 from utils_alg1.training.trainer import Trainer
 from utils_tensorboard import server as server_module
@@ -125,36 +126,32 @@ def curves(metrics_path: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run with TensorBoard; its parameters at each histogram are in values.npz, the rest in shown.pkl."""
+    """A run with TensorBoard; its parameters at each histogram are in values.npz, the rest in logged.pkl."""
     folder = tmp_path_factory.mktemp("tensorboard")
-    log_model_histograms = Trackers.log_model_histograms
-    log_calls = {name: getattr(Trackers, name) for name in ("log_images", "log_texts", "log_embedding")}
-    values, shown = {}, {}
+    log, log_parameters = Trackers.log, Observer._log_parameters
+    values, logged = {}, {}
 
-    def keep_call(name):
-        def call(trackers, data, step):
-            shown[name, step] = data
-            log_calls[name](trackers, data, step)
+    def keep_payload(trackers, kind, payload, step):
+        if kind in ("images", "texts", "embedding"):
+            logged[kind, step] = payload
+        log(trackers, kind, payload, step)
 
-        return call
-
-    def keep(trackers, model, step):
-        for name, p in model.named_parameters():
+    def keep_parameters(observer, step):
+        for name, p in observer._trainer.model.named_parameters():
             values[f"Parameters/{name} {step}"] = p.detach().numpy().copy()
             values[f"Gradients/{name} {step}"] = p.grad.numpy().copy()
-        log_model_histograms(trackers, model, step)
+        log_parameters(observer, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(Trackers, "log_model_histograms", keep)
-        for name in log_calls:
-            patch.setattr(Trackers, name, keep_call(name))
+        patch.setattr(Trackers, "log", keep_payload)
+        patch.setattr(Observer, "_log_parameters", keep_parameters)
         Path("text.txt").write_text(TEXT, encoding="utf-8")
         assert script.main([*TENSORBOARD_ONLY, "--quiet"]) == 0
         (path,) = list_runs("runs")
         path = path.absolute()
     np.savez(path / "values.npz", **values)
-    (path / "shown.pkl").write_bytes(pickle.dumps(shown))
+    (path / "logged.pkl").write_bytes(pickle.dumps(logged))
     return path
 
 
@@ -259,11 +256,11 @@ def test_no_purge_hides_the_hyperparameters(tmp_path):
 
 
 def test_pictures_texts_and_embeddings_are_those_that_were_shown(run, events):
-    shown = pickle.loads((run / "shown.pkl").read_bytes())
+    logged = pickle.loads((run / "logged.pkl").read_bytes())
     pictures = {
         (f"Attention/layer_{image.context['layer']}/head_{image.context['head']}", step): image.pixels()
-        for (name, step), data in shown.items()
-        if name == "log_images"
+        for (name, step), data in logged.items()
+        if name == "images"
         for image in data
     }
     found = images(events)
@@ -272,14 +269,14 @@ def test_pictures_texts_and_embeddings_are_those_that_were_shown(run, events):
         assert found[key].shape == (256, 256, 3)  # TensorBoard has no grey ones
         assert (found[key] == pixels[..., None]).all()
     assert texts(run / "logs/tensorboard") == [
-        ("Samples", step, "    " + shown["log_texts", step]["samples"].replace("\n", "\n    "))
+        ("Samples", step, "    " + logged["texts", step]["samples"].replace("\n", "\n    "))
         for step in (0, 2, 4, 6)
     ]
     projected = embeddings(run / "logs/tensorboard")
     names = ["step_000000000", "step_000000003", "newest_step_6"]
     assert list(projected) == [f"Token_Embeddings:{name}" for name in names]
     for (vectors, labels), step in zip(projected.values(), (0, 3, 6), strict=True):
-        embedding = shown["log_embedding", step]
+        embedding = logged["embedding", step]
         assert vectors.shape == (len(set(TEXT)), 16)
         np.testing.assert_allclose(vectors, embedding.vectors, rtol=1e-6)
         assert labels == embedding.labels
@@ -289,7 +286,7 @@ def test_pictures_texts_and_embeddings_are_those_that_were_shown(run, events):
 @pytest.mark.parametrize("text", ["one\n  two\n\n<b>*three*</b> & # four", "\n\nfirst", "a\u2028b|c|d"])
 def test_a_text_is_legible_in_tensorboard(tmp_path, text):
     logger = MetricLogger(TensorBoardWriter(tmp_path, warn=pytest.fail))
-    logger.log_texts({"samples": text}, 3)
+    logger.log("texts", {"samples": text}, 3)
     logger.close()
     ((tag, step, markdown),) = texts(tmp_path)
     assert (tag, step) == ("Samples", 3)
@@ -481,6 +478,25 @@ def test_a_logger_on_its_own_writes_the_same_tags(tmp_path):
     assert set(events.Tags()["histograms"]) == {"Parameters/weight", "Gradients/weight"}
 
 
+def test_a_name_without_a_tag_of_its_own_is_the_tag_and_an_unknown_kind_is_ignored(tmp_path):
+    logger = MetricLogger(TensorBoardWriter(tmp_path, warn=pytest.fail))
+    logger.log("scalars", {"new/metric": 1.5, "loss/val": 2.5}, 3)
+    logger.log("histograms", [Histogram("p", "update", np.array([1, 2]), np.arange(3.0))], 3)
+    logger.log("images", [Image("mask", {"layer": "0"}, np.eye(2))], 3)
+    logger.log("texts", {"notes": "a"}, 3)
+    logger.log("embedding", Embedding("new/positions", np.eye(2, dtype=np.float32), ["a", "b"]), 3)
+    logger.log("a kind of the future", object(), 3)
+    assert logger.enabled
+    logger.close()
+    events = read_events(tmp_path)
+    assert scalars(events) == {"new/metric": [(3, 1.5)], "Loss/val": [(3, 2.5)]}
+    assert events.Tags()["histograms"] == ["update/p"]
+    assert images(events).keys() == {("mask/layer_0", 3)}
+    assert texts(tmp_path) == [("notes", 3, "    a")]
+    ((name, (vectors, labels)),) = embeddings(tmp_path).items()
+    assert (name, vectors.tolist(), labels) == ("new/positions:newest_step_3", [[1, 0], [0, 1]], ["a", "b"])
+
+
 def test_a_flush_lets_a_reader_see_every_point(tmp_path):
     writer = TensorBoardWriter(tmp_path, warn=pytest.fail)
     for step in range(100):
@@ -574,6 +590,43 @@ def test_used_on_its_own_a_failure_is_a_python_warning(tmp_path):
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="TensorBoard is switched off"):
         TensorBoardWriter(tmp_path / "file" / "logs")
+
+
+class Broken:
+    """Raises in every method that is used of a SummaryWriter."""
+
+    def fail(self, *_, **__):
+        raise RuntimeError("boom")
+
+    file_writer = property(fail)
+    add_scalar = add_histogram_raw = add_image = add_text = flush = close = fail
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("add_scalar", ("a", 1.0, 0)),
+        ("add_histogram", ("h", np.ones(2), np.arange(3.0), 0)),
+        ("add_image", ("i", np.zeros((2, 2), np.uint8), 0)),
+        ("add_text", ("t", "text", 0)),
+        ("add_hparams", ("mine", {"a": 1})),
+        ("add_embedding", ("e", None, ["a"], 0)),
+        ("flush", ()),
+        ("close", ()),
+    ],
+)
+def test_no_method_of_the_writer_raises_and_the_first_failure_is_the_only_warning(
+    tmp_path, method, arguments
+):
+    warnings: list[str] = []
+    writer = TensorBoardWriter(tmp_path, warn=warnings.append)
+    writer._writer.close()
+    writer._writer = Broken()
+    for _ in range(2):
+        getattr(writer, method)(*arguments)
+    assert not writer.enabled
+    (warning,) = warnings
+    assert warning.startswith("TensorBoard is switched off, training goes on: ")
 
 
 # --- configuration and instructions -------------------------------------------------------------------

@@ -121,10 +121,10 @@ def test_the_token_type_is_the_smallest_that_holds_every_token(vocab_size, expec
 
 
 @pytest.mark.parametrize(
-    ("text", "default_prompt", "stand_in"),
+    ("text", "default_prompt", "replacement"),
     [("a\n b", "\n", " "), ("cba", "a", "a"), ("b a", " ", " "), ("\nab", "\n", "\n")],
 )
-def test_default_prompt_and_stand_in_are_of_the_vocabulary(text, default_prompt, stand_in):
+def test_default_prompt_and_replacement_are_of_the_vocabulary(text, default_prompt, replacement):
     tokenizer = create_tokenizer(text)
 
-    assert (tokenizer.default_prompt, tokenizer.stand_in) == (default_prompt, stand_in)
+    assert (tokenizer.default_prompt, tokenizer.replacement) == (default_prompt, replacement)

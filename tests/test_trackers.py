@@ -26,13 +26,14 @@ from tensorboard.plugins.hparams import summary_v2
 
 import train as script
 from utils_alg1.base.errors import DISK_FAILED, Alg1Error, Guard
+from utils_alg1.base.summaries import Tracker, model_histograms
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import list_runs, lock_run
 from utils_alg1.tracking import background as background_module
 from utils_alg1.tracking import trackers as trackers_module
-from utils_alg1.tracking.background import Background
-from utils_alg1.tracking.metrics_file import MetricsFile, Tracker, cut_metrics, read_metrics, read_outline
-from utils_alg1.tracking.trackers import StartAim, Trackers, start_trackers
+from utils_alg1.tracking.background import BackgroundTracker
+from utils_alg1.tracking.metrics_file import MetricsFile, cut_metrics, read_metrics, read_outline
+from utils_alg1.tracking.trackers import Trackers, open_aim, start_trackers
 from utils_alg1.utils_run_manager import create_run
 
 LOOKS = ("histogram", "activation", "attention", "embedding", "sample")
@@ -56,52 +57,40 @@ class Gate:
 
 
 class Recorder(Tracker):
-    """Remembers on disk what it is told; `block` names calls that wait for `gate`."""
+    """Records its calls on disk; `block` names kinds and methods that wait for `gate`."""
 
     identity = "hash-1"
 
     def __init__(self, folder: Path, *block: str):
-        self.notes = Notes(folder / "heard.pkl")
+        self.notes = Notes(folder / "calls.pkl")
         self.block = block
         self.gate = Gate(folder / "gate")
 
     @property
-    def heard(self) -> list[tuple]:
+    def calls(self) -> list[tuple]:
         return self.notes.read()
 
-    def _hear(self, *call) -> None:
+    def _record(self, *call) -> None:
         if call[0] in self.block:
             self.gate.wait()
         self.notes.append(call)
 
-    def log_scalars(self, values, step):
-        self._hear("scalars", values, step)
-
-    def log_histograms(self, histograms, step):
-        self._hear("histograms", [h.name for h in histograms], step)
-
-    def log_images(self, images, step):
-        self._hear("images", images, step)
-
-    def log_texts(self, texts, step):
-        self._hear("texts", texts, step)
-
-    def log_embedding(self, embedding, step):
-        self._hear("embedding", embedding, step)
+    def log(self, kind, payload, step):
+        self._record(kind, [h.name for h in payload] if kind == "histograms" else payload, step)
 
     def flush(self):
-        self._hear("flush")
+        self._record("flush")
 
     def close(self):
-        self._hear("close")
+        self._record("close")
 
 
-def background(start, warn=pytest.fail, synced=0, identity=None) -> Background:
-    return Background("X", start, warn, synced, identity).attend()
+def background(create, warn=pytest.fail, flushed_step=0, identity=None) -> BackgroundTracker:
+    return BackgroundTracker("X", create, warn, flushed_step, identity).start()
 
 
 def of(tracker: Tracker):
-    """What starts a tracker that this process has made."""
+    """A factory that returns a tracker of this process."""
     return lambda _: tracker
 
 
@@ -110,8 +99,8 @@ def write_rows(path: Path, steps: int, eval_interval: int = 2) -> None:
     for step in range(steps):
         if step % eval_interval == 0:
             losses = {"loss/train": step + 0.1, "loss/val": step + 0.2}
-            with_file.log_scalars({**losses, "learning_rate": 1e-3}, step)
-        with_file.log_scalars({"loss/train_step": step + 0.3}, step)
+            with_file.log("scalars", {**losses, "learning_rate": 1e-3}, step)
+        with_file.log("scalars", {"loss/train_step": step + 0.3}, step)
     with_file.close()
 
 
@@ -129,11 +118,11 @@ def no_picture(monkeypatch):
 
 
 @pytest.fixture
-def short_patience(monkeypatch):
-    """Trackers are given up after a moment."""
-    monkeypatch.setattr(background_module, "PATIENCE", 0.2)
-    monkeypatch.setattr(background_module, "FLUSH_PATIENCE", 0.05)
-    monkeypatch.setattr(background_module, "NICENESS", 0)  # on a busy machine they may take a moment longer
+def short_timeouts(monkeypatch):
+    """Trackers are killed after a moment."""
+    monkeypatch.setattr(background_module, "TIMEOUT", 0.2)
+    monkeypatch.setattr(background_module, "FLUSH_TIMEOUT", 0.05)
+    monkeypatch.setattr(background_module, "NICE_INCREMENT", 0)  # so that a busy machine is no slower
 
 
 @pytest.fixture(autouse=True)
@@ -149,8 +138,8 @@ def hang(*_, **__) -> None:
 
 
 def exit_codes(trackers: Trackers) -> dict[str, int]:
-    """How the process of each copy has ended."""
-    return {name: copy._process.exitcode for name, copy in trackers.copies.items()}
+    """How the process of each tracker has ended."""
+    return {name: tracker._process.exitcode for name, tracker in trackers.background.items()}
 
 
 # --- the run's own file -------------------------------------------------------------------------------
@@ -176,8 +165,8 @@ def test_a_metrics_file_is_continued_not_overwritten(tmp_path):
 
 def test_an_evaluation_can_be_read_at_once(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.log_scalars({"loss/train_step": 1.5}, 0)
-    file.log_scalars({"loss/val": 2.0}, 1)
+    file.log("scalars", {"loss/train_step": 1.5}, 0)
+    file.log("scalars", {"loss/val": 2.0}, 1)
     assert [row["step"] for row in read_metrics(file.path)] == [0, 1]
     file.close()
 
@@ -198,7 +187,7 @@ def synced_sizes(monkeypatch) -> list[int]:
 
 def test_a_flush_makes_every_row_durable(tmp_path, synced_sizes):
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.log_scalars({"loss/train_step": 1.5}, 0)
+    file.log("scalars", {"loss/train_step": 1.5}, 0)
     file.flush()
     assert synced_sizes == [file.path.stat().st_size]
     assert synced_sizes[0] > 0
@@ -290,66 +279,68 @@ def test_a_file_system_that_refuses_is_exit_code_4(tmp_path, work):
     assert str(tmp_path) in error.value.message
 
 
-# --- a process for each copy --------------------------------------------------------------------------
+def test_the_metrics_file_keeps_scalars_only(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for kind in ("texts", "embedding", "a kind of the future"):
+        file.log(kind, {"samples": "a"}, 0)
+    file.close()
+    assert file.path.read_bytes() == b""
 
 
-def test_a_copy_hears_everything_once_and_in_order(tmp_path, monkeypatch):
+# --- a process for each tracker -----------------------------------------------------------------------
+
+
+def test_a_tracker_gets_everything_once_and_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(background_module, "QUEUE_SIZE", 2)
-    monkeypatch.setattr(background_module, "PARCEL", 2)
+    monkeypatch.setattr(background_module, "BATCH_SIZE", 2)
     recorder = Recorder(tmp_path)
     with Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": background(of(recorder))}) as trackers:
         for step in range(50):
-            trackers.log_evaluation_metrics(1.0, 2.0, 3.0, step)
-            trackers.log_scalars({"loss/train_step": 0.5}, step)
-            trackers.log_model_histograms(torch.nn.Linear(2, 1), step)
-            trackers.log_images([step], step)
-            trackers.log_texts({"samples": "a"}, step)
-            trackers.log_embedding("e", step)
+            trackers.log("scalars", {"loss/train": 1.0, "loss/val": 2.0, "learning_rate": 3.0}, step)
+            trackers.log("scalars", {"loss/train_step": 0.5}, step)
+            trackers.log("histograms", list(model_histograms(torch.nn.Linear(2, 1))), step)
+            trackers.log("images", [step], step)
+            trackers.log("texts", {"samples": "a"}, step)
+            trackers.log("embedding", "e", step)
     expected = []
     for step in range(50):
         evaluation = {"loss/train": 1.0, "loss/val": 2.0, "learning_rate": 3.0}
         expected += [("scalars", evaluation, step), ("scalars", {"loss/train_step": 0.5}, step)]
         expected += [("histograms", ["weight", "bias"], step), ("images", [step], step)]
         expected += [("texts", {"samples": "a"}, step), ("embedding", "e", step)]
-    assert recorder.heard == [*expected, ("close",)]
+    assert recorder.calls == [*expected, ("close",)]
     assert exit_codes(trackers) == {"x": 0}
 
 
-def test_without_copies_no_histogram_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers_module, "model_histograms", lambda _: pytest.fail("counted"))
-    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {}) as trackers:
-        trackers.log_model_histograms(torch.nn.Linear(2, 1), 0)
-
-
-def test_synced_moves_only_when_a_flush_was_delivered(tmp_path, short_patience):
+def test_flushed_step_moves_only_when_a_flush_was_done(tmp_path, short_timeouts):
     recorder = Recorder(tmp_path, "scalars")
-    copy = background(of(recorder), synced=2)
-    copy.start_flush().wait(30)
-    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy})
-    trackers.log_scalars({"loss/train_step": 1.0}, 6)
+    tracker = background(of(recorder), flushed_step=2)
+    tracker.start_flush().wait(30)
+    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": tracker})
+    trackers.log("scalars", {"loss/train_step": 1.0}, 6)
     trackers.flush(7)
     assert trackers.state() == {"x": {"run": "hash-1", "synced": 2}}
     recorder.gate.set()
-    copy.start_flush().wait(30)
+    tracker.start_flush().wait(30)
     trackers.flush(7)
     assert trackers.state() == {"x": {"run": "hash-1", "synced": 7}}
     trackers.close()
 
 
-def test_a_flush_does_not_wait_for_a_copy_that_is_still_opening(tmp_path, monkeypatch):
-    monkeypatch.setattr(background_module, "FLUSH_PATIENCE", 0)
+def test_a_flush_does_not_wait_for_a_tracker_that_is_still_opening(tmp_path, monkeypatch):
+    monkeypatch.setattr(background_module, "FLUSH_TIMEOUT", 0)
     opened = Gate(tmp_path / "opened")
     recorder = Recorder(tmp_path)
-    copy = background(lambda _: opened.wait() and recorder)
-    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy})
+    tracker = background(lambda _: opened.wait() and recorder)
+    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": tracker})
     trackers.flush(7)
     assert trackers.state() == {"x": {"run": None, "synced": 0}}
     opened.set()
     trackers.close()
-    assert recorder.heard == [("close",)]
+    assert recorder.calls == [("close",)]
 
 
-def test_a_copy_that_failed_is_never_marked_as_synced(tmp_path):
+def test_a_tracker_that_failed_is_never_marked_as_flushed(tmp_path):
     class Raising(Recorder):
         def flush(self):
             raise RuntimeError("boom")
@@ -363,67 +354,67 @@ def test_a_copy_that_failed_is_never_marked_as_synced(tmp_path):
         tracker.warn = warn
         return tracker
 
-    copies = {
-        kind.__name__: background(functools.partial(start, kind), str, synced=1)
+    background_trackers = {
+        kind.__name__: background(functools.partial(start, kind), str, flushed_step=1)
         for kind in (Raising, Warning)
     }
-    for copy in copies.values():
-        assert copy.start_flush().wait(30)
-        copy.flushed(5)
-        assert copy.synced == 1
-        assert not copy.working
-    Trackers(MetricsFile(tmp_path / "m.jsonl"), copies).close()
+    for tracker in background_trackers.values():
+        assert tracker.start_flush().wait(30)
+        tracker.mark_flushed(5)
+        assert tracker.flushed_step == 1
+        assert not tracker.working
+    Trackers(MetricsFile(tmp_path / "m.jsonl"), background_trackers).close()
 
 
-def test_a_copy_keeps_the_identity_it_had_until_it_has_opened(tmp_path):
+def test_a_tracker_keeps_the_identity_it_had_until_it_has_opened(tmp_path):
     opened = Gate(tmp_path / "opened")
-    copy = background(lambda _: opened.wait() and Recorder(tmp_path), identity="hash-0")
-    assert copy.identity == "hash-0"
+    tracker = background(lambda _: opened.wait() and Recorder(tmp_path), identity="hash-0")
+    assert tracker.identity == "hash-0"
     opened.set()
-    assert copy.start_close().wait(30)
-    assert copy.identity == "hash-1"
+    assert tracker.start_close().wait(30)
+    assert tracker.identity == "hash-1"
 
 
-def test_a_copy_that_cannot_be_opened_keeps_its_identity_for_the_next_session():
-    copy = background(boom(RuntimeError("boom")), str, 3, "hash-0")
-    assert copy.start_close().wait(30)
-    assert (copy.identity, copy.synced) == ("hash-0", 3)
+def test_a_tracker_that_cannot_be_opened_keeps_its_identity_for_the_next_session():
+    tracker = background(boom(RuntimeError("boom")), str, 3, "hash-0")
+    assert tracker.start_close().wait(30)
+    assert (tracker.identity, tracker.flushed_step) == ("hash-0", 3)
 
 
-def test_a_full_queue_gives_a_tracker_up_once_and_blocks_never_again(tmp_path, monkeypatch, short_patience):
+def test_a_full_queue_gives_a_tracker_up_once_and_blocks_never_again(tmp_path, monkeypatch, short_timeouts):
     monkeypatch.setattr(background_module, "QUEUE_SIZE", 3)
     warnings: list[str] = []
     recorder = Recorder(tmp_path, "scalars")
-    copy = background(of(recorder), warnings.append)
+    tracker = background(of(recorder), warnings.append)
     values = {"loss/train_step": 1.0, "much": "x" * 100_000}  # a pipe takes some of these, not all
     for step in range(50):
-        copy.log_scalars(values, step)
+        tracker.log("scalars", values, step)
     assert warnings == ["X is switched off, training goes on: it took nothing for 0 seconds"]
-    assert copy.start_flush().is_set()
+    assert tracker.start_flush().is_set()
     recorder.gate.set()
-    assert copy.start_close().wait(30)
-    *scalars, last = recorder.heard
+    assert tracker.start_close().wait(30)
+    *scalars, last = recorder.calls
     assert last == ("close",)
     assert 0 < len(scalars) < 50
     assert scalars == [("scalars", values, step) for step in range(len(scalars))]
-    assert copy._process.exitcode == 0
+    assert tracker._process.exitcode == 0
 
 
 def test_a_tracker_that_fails_is_still_closed_before_the_end(tmp_path):
     class Failing(Recorder):
-        def log_scalars(self, values, step):
+        def log(self, kind, payload, step):
             raise RuntimeError("boom")
 
     failing = Failing(tmp_path)
     warnings: list[str] = []
-    copy = background(of(failing), warnings.append)
-    copy.log_scalars({"loss/train_step": 1.0}, 0)
-    assert copy.start_close().wait(30)
-    assert failing.heard == [("close",)]
+    tracker = background(of(failing), warnings.append)
+    tracker.log("scalars", {"loss/train_step": 1.0}, 0)
+    assert tracker.start_close().wait(30)
+    assert failing.calls == [("close",)]
     assert warnings == ["X is switched off, training goes on: RuntimeError: boom"]
 
 
-def test_copies_are_closed_even_when_the_file_cannot_be(tmp_path, monkeypatch):
+def test_trackers_are_closed_even_when_the_file_cannot_be(tmp_path, monkeypatch):
     recorder = Recorder(tmp_path)
     local = MetricsFile(tmp_path / "m.jsonl")
 
@@ -433,7 +424,7 @@ def test_copies_are_closed_even_when_the_file_cannot_be(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "close", full)
     with pytest.raises(Alg1Error, match="disk full"):
         Trackers(local, {"x": background(of(recorder))}).close()
-    assert recorder.heard == [("close",)]
+    assert recorder.calls == [("close",)]
 
 
 @pytest.mark.parametrize(
@@ -496,19 +487,21 @@ def wait_until(condition, seconds: float = 30) -> None:
 def orphans(tmp_path, monkeypatch):
     """`orphans(recorders)`: the directory of a run whose process was killed, and the pids of its trackers.
 
-    Each tracker has been told one row. Whatever they wait for comes at the end of the test.
+    Each tracker was given one row. Whatever they wait for comes at the end of the test.
     """
     recorders: list[Recorder] = []
     pids = Notes(tmp_path / "pids.pkl")
 
     def run_and_die(started: list[Recorder]) -> None:
         run = create_run(tmp_path / "runs")
-        copies = {str(i): Background("X", of(recorder), print) for i, recorder in enumerate(started)}
-        trackers = Trackers(MetricsFile(run.metrics_path), copies)
-        for copy in copies.values():
-            pids.append(copy.attend()._process.pid)
-        trackers.log_scalars({"loss/val": 1.0}, 0)
-        wait_until(lambda: all(recorder.heard for recorder in started))
+        background_trackers = {
+            str(i): BackgroundTracker("X", of(recorder), print) for i, recorder in enumerate(started)
+        }
+        trackers = Trackers(MetricsFile(run.metrics_path), background_trackers)
+        for tracker in background_trackers.values():
+            pids.append(tracker.start()._process.pid)
+        trackers.log("scalars", {"loss/val": 1.0}, 0)
+        wait_until(lambda: all(recorder.calls for recorder in started))
         os.kill(os.getpid(), signal.SIGKILL)
 
     def leave(*started: Recorder) -> tuple[Path, list[int]]:
@@ -547,10 +540,10 @@ def test_when_its_parent_is_killed_a_tracker_holds_no_lock_closes_and_leaves(
     for recorder in recorders:
         recorder.gate.set()
     wait_until(lambda: not any(map(alive, pids)))
-    assert [recorder.heard for recorder in recorders] == [[("scalars", {"loss/val": 1.0}, 0), ("close",)]] * 2
+    assert [recorder.calls for recorder in recorders] == [[("scalars", {"loss/val": 1.0}, 0), ("close",)]] * 2
 
 
-def test_a_tracker_that_hangs_does_not_outlive_its_parent(tmp_path, orphans, short_patience):
+def test_a_tracker_that_hangs_does_not_outlive_its_parent(tmp_path, orphans, short_timeouts):
     path, (pid,) = orphans(Recorder(tmp_path, "close"))
     lock_run(path).lock.release()
     wait_until(lambda: not alive(pid), 10)
@@ -558,29 +551,29 @@ def test_a_tracker_that_hangs_does_not_outlive_its_parent(tmp_path, orphans, sho
 
 def test_a_tracker_leaves_signals_to_its_parent(tmp_path):
     recorder = Recorder(tmp_path)
-    copy = background(of(recorder))
+    tracker = background(of(recorder))
     for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(copy._process.pid, number)
-    copy.log_scalars({"loss/val": 1.0}, 0)
-    assert copy.start_close().wait(30)
-    assert recorder.heard == [("scalars", {"loss/val": 1.0}, 0), ("close",)]
-    assert copy._process.exitcode == 0
+        os.kill(tracker._process.pid, number)
+    tracker.log("scalars", {"loss/val": 1.0}, 0)
+    assert tracker.start_close().wait(30)
+    assert recorder.calls == [("scalars", {"loss/val": 1.0}, 0), ("close",)]
+    assert tracker._process.exitcode == 0
 
 
-def test_a_copy_whose_process_is_killed_is_one_warning_and_nobody_waits_for_it(tmp_path):
+def test_a_tracker_whose_process_is_killed_is_one_warning_and_nobody_waits_for_it(tmp_path):
     warnings: list[str] = []
     recorder = Recorder(tmp_path, "flush")
-    copy = background(of(recorder), warnings.append, synced=2)
-    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": copy})
-    wait_until(lambda: copy.started)
-    flushed = copy.start_flush()
-    copy._process.kill()
+    tracker = background(of(recorder), warnings.append, flushed_step=2)
+    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": tracker})
+    wait_until(lambda: tracker.started)
+    flushed = tracker.start_flush()
+    tracker._process.kill()
     assert flushed.wait(30)
-    copy.flushed(5)
+    tracker.mark_flushed(5)
     for step in range(20_000):  # more than the queue takes
-        trackers.log_scalars({"loss/val": 1.0}, step)
+        trackers.log("scalars", {"loss/val": 1.0}, step)
     trackers.flush(6)
-    assert copy.start_flush().is_set()
+    assert tracker.start_flush().is_set()
     assert trackers.state() == {"x": {"run": "hash-1", "synced": 2}}
     trackers.close()
     assert warnings == ["X is switched off, training goes on: its process has ended (-9)"]
@@ -592,7 +585,7 @@ def test_a_process_that_cannot_be_started_is_one_warning(tmp_path, monkeypatch):
     with Trackers(
         MetricsFile(tmp_path / "m.jsonl"), {"x": background(boom(KeyError()), warnings.append)}
     ) as trackers:
-        trackers.log_scalars({"loss/val": 1.0}, 0)
+        trackers.log("scalars", {"loss/val": 1.0}, 0)
         trackers.flush(1)
         assert trackers.working == []
     reason = "BlockingIOError: [Errno 11] Resource temporarily unavailable"
@@ -602,12 +595,12 @@ def test_a_process_that_cannot_be_started_is_one_warning(tmp_path, monkeypatch):
 def test_what_cannot_be_sent_is_one_warning_and_the_tracker_is_closed(tmp_path):
     warnings: list[str] = []
     recorder = Recorder(tmp_path)
-    copy = background(of(recorder), warnings.append)
-    copy.log_texts({"samples": lambda: 0}, 0)
-    copy.log_texts({"samples": "a"}, 1)
-    wait_until(lambda: not copy.working)
-    assert copy.start_close().wait(30)
-    assert recorder.heard == [("close",)]
+    tracker = background(of(recorder), warnings.append)
+    tracker.log("texts", {"samples": lambda: 0}, 0)
+    tracker.log("texts", {"samples": "a"}, 1)
+    wait_until(lambda: not tracker.working)
+    assert tracker.start_close().wait(30)
+    assert recorder.calls == [("close",)]
     (warning,) = warnings
     assert warning.startswith("X is switched off, training goes on: ")
     assert "pickle" in warning
@@ -617,11 +610,12 @@ def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": ""}
     code = (
         "import sys\n"
-        "from utils_alg1.utils_background import Background, Tracker\n"
-        "def start(warn):\n    print('opened', flush=True)\n    return Tracker()\n"
+        "from utils_alg1.base.summaries import Tracker\n"
+        "from utils_alg1.tracking.background import BackgroundTracker\n"
+        "def create(warn):\n    print('opened', flush=True)\n    return Tracker()\n"
         "sys.stdout.write('once ')\n"
-        "copy = Background('X', start, lambda text: print(text, file=sys.stderr)).attend()\n"
-        "assert copy.start_close().wait(60)\n"
+        "tracker = BackgroundTracker('X', create, lambda text: print(text, file=sys.stderr)).start()\n"
+        "assert tracker.start_close().wait(60)\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -645,14 +639,15 @@ def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_
 
 def test_a_process_begun_anew_serves_as_well_as_a_forked_one(train, text_file, monkeypatch):
     monkeypatch.setattr(background_module, "START_METHOD", "spawn")
-    monkeypatch.setattr(background_module, "PATIENCE", 100)
+    monkeypatch.setattr(background_module, "TIMEOUT", 100)
     result = train(*RUN_TINY, "--no-aim")
     assert (result.code, result.err) == (0, "")
     path = the_run()
     events = EventAccumulator(str(path / "logs/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("Loss/train_step")] == [0, 1, 2, 3, 4, 5]
-    start = StartAim(path, path / "logs/metrics.jsonl", None, "hash-0", 3, {"n_embd": 16}, {"git": {}})
-    assert pickle.loads(pickle.dumps(start)) == start
+    arguments = (path, path / "logs/metrics.jsonl", None, "hash-0", 3, {"n_embd": 16}, {"git": {}})
+    create = pickle.loads(pickle.dumps(functools.partial(open_aim, *arguments)))
+    assert (create.func, create.args, create.keywords) == (open_aim, arguments, {})
 
 
 # --- what a resumed run sends again -------------------------------------------------------------------
@@ -660,14 +655,14 @@ def test_a_process_begun_anew_serves_as_well_as_a_forked_one(train, text_file, m
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """`start(state, exists)` starts recorders on a metrics file of steps 0 to 9; what each then heard."""
-    heard = {name: Notes(tmp_path / name) for name in ("opened", "aim", "tensorboard", "purge_step")}
+    """`start(state, exists)` starts recorders on a metrics file of steps 0 to 9; what each then got."""
+    notes_by_name = {name: Notes(tmp_path / name) for name in ("opened", "aim", "tensorboard", "purge_step")}
 
     class FakeAim:
         enabled = True
 
         def __init__(self, run_name, run_dir, repo=".", run_hash=None, warn=None):
-            heard["opened"].append(run_hash)
+            notes_by_name["opened"].append(run_hash)
             self.run_hash = run_hash if run_hash in exists else "new"
 
         def track_config(self, config):
@@ -677,7 +672,7 @@ def started(tmp_path, monkeypatch):
 
         def track_metric(self, name, value, step, context=None):
             if name == "loss":
-                heard["aim"].append((context["subset"], value, step))
+                notes_by_name["aim"].append((context["subset"], value, step))
 
         def close(self):
             pass
@@ -686,14 +681,14 @@ def started(tmp_path, monkeypatch):
         enabled = True
 
         def __init__(self, log_dir, purge_step, warn):
-            heard["purge_step"].append(purge_step)
+            notes_by_name["purge_step"].append(purge_step)
 
         def add_hparams(self, name, values):
             pass
 
         def add_scalar(self, tag, value, step):
             if tag.startswith("Loss/"):
-                heard["tensorboard"].append((tag.removeprefix("Loss/"), value, step))
+                notes_by_name["tensorboard"].append((tag.removeprefix("Loss/"), value, step))
 
         def close(self):
             pass
@@ -710,12 +705,12 @@ def started(tmp_path, monkeypatch):
     def start(state, hashes=("old",)):
         exists.clear()
         exists.update(hashes)
-        for notes in heard.values():
+        for notes in notes_by_name.values():
             notes.path.write_bytes(b"")
         trackers = start_trackers(run, params, {}, {}, pytest.fail, state)
         trackers.close()
         return types.SimpleNamespace(
-            **{name: notes.read() for name, notes in heard.items()}, state=trackers.state()
+            **{name: notes.read() for name, notes in notes_by_name.items()}, state=trackers.state()
         )
 
     with run:
@@ -723,17 +718,17 @@ def started(tmp_path, monkeypatch):
 
 
 def losses(steps: range) -> list[tuple]:
-    """What a copy is told of those steps."""
-    told: list[tuple] = []
+    """What a tracker gets for those steps."""
+    rows: list[tuple] = []
     for step in steps:
         if step % 2 == 0:
-            told += [("train", step + 0.1, step), ("val", step + 0.2, step)]
-        told.append(("train_step", step + 0.3, step))
-    return told
+            rows += [("train", step + 0.1, step), ("val", step + 0.2, step)]
+        rows.append(("train_step", step + 0.3, step))
+    return rows
 
 
 @pytest.mark.parametrize(("aim", "tensorboard"), [(6, 3), (0, 10), (10, 0), (5, 5)])
-def test_a_copy_gets_the_rows_that_it_had_not_synced_once(started, aim, tensorboard):
+def test_a_tracker_gets_the_rows_that_it_had_not_flushed_once(started, aim, tensorboard):
     state = {"aim": {"run": "old", "synced": aim}, "tensorboard": {"run": None, "synced": tensorboard}}
     after = started(state)
     assert after.aim == losses(range(aim, 10))
@@ -891,9 +886,9 @@ def seen(monkeypatch) -> list[Trackers]:
 
     def wait_and_train(trainer, run):
         runs.append(run.trackers)
-        for copy in run.trackers.copies.values():
-            copy.start_flush().wait(background_module.PATIENCE)
-            assert copy._process is not None
+        for tracker in run.trackers.background.values():
+            tracker.start_flush().wait(background_module.TIMEOUT)
+            assert tracker._process is not None
         loop(trainer, run)
 
     monkeypatch.setattr(script, "train", wait_and_train)
@@ -986,7 +981,7 @@ HANGS = [
 
 @pytest.mark.parametrize(("name", "place"), HANGS, ids=[f"{n}-{p}" for n, p in HANGS])
 def test_a_tracker_that_hangs_costs_one_warning(
-    name, place, train, text_file, plain, seen, fake_aim, fake_tensorboard, short_patience
+    name, place, train, text_file, plain, seen, fake_aim, fake_tensorboard, short_timeouts
 ):
     (fake_aim if name == "Aim" else fake_tensorboard)(place, hang)
     result = train(*RUN_TINY, "--no-tensorboard" if name == "Aim" else "--no-aim")
@@ -997,7 +992,7 @@ def test_a_tracker_that_hangs_costs_one_warning(
 
 
 def test_a_tracker_that_raises_and_then_hangs_is_still_one_warning(
-    train, text_file, plain, seen, fake_aim, short_patience, monkeypatch
+    train, text_file, plain, seen, fake_aim, short_timeouts, monkeypatch
 ):
     monkeypatch.setattr(FakeRun, "close", hang)
     fake_aim("track", boom(RuntimeError("boom")))
@@ -1034,9 +1029,10 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(text_file, workd
     )
     code = (
         "import train\n"
-        "from utils_alg1 import background_module, utils_script\n"
-        f"utils_background.PATIENCE = {0.5 if hangs else 50}\n"
-        f"utils_script.run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard', *NO_LOOKS]!r}))\n"
+        "from utils_alg1.console.script import run_script\n"
+        "from utils_alg1.tracking import background\n"
+        f"background.TIMEOUT = {0.5 if hangs else 50}\n"
+        f"run_script(lambda: train.main({[*RUN_TINY, '--no-tensorboard', *NO_LOOKS]!r}))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
@@ -1055,9 +1051,10 @@ def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_f
     flags = [word for word in (*RUN_TINY, "--no-tensorboard", *NO_LOOKS) if word != "--quiet"]
     code = (
         "import train\n"
-        "from utils_alg1 import background_module, utils_script\n"
-        "utils_background.SILENCE = 0.1\n"
-        f"utils_script.run_script(lambda: train.main({flags!r}))\n"
+        "from utils_alg1.console.script import run_script\n"
+        "from utils_alg1.tracking import background\n"
+        "background.NOTICE_AFTER = 0.1\n"
+        f"run_script(lambda: train.main({flags!r}))\n"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
@@ -1071,32 +1068,35 @@ def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_f
 
 
 def test_a_signal_while_a_tracker_is_started_is_no_failure_of_it(monkeypatch):
-    def told_to_leave(*_):
+    def raise_exit(*_):
         raise SystemExit(143)
 
-    monkeypatch.setattr(Background, "_fork", told_to_leave)
+    monkeypatch.setattr(BackgroundTracker, "_start_process", raise_exit)
     with pytest.raises(SystemExit):
         background(of(Tracker()))
 
 
-def test_who_watches_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(background_module, "SILENCE", 0.01)
-    told: list[str] = []
-    monkeypatch.setattr(background_module.LOGGER, "info", lambda text, *words: told.append(text % words))
+def test_the_user_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(background_module, "NOTICE_AFTER", 0.01)
+    messages: list[str] = []
+    monkeypatch.setattr(background_module.LOGGER, "info", lambda text, *words: messages.append(text % words))
     go_on = Gate(tmp_path / "go_on")
 
     class Slow(Tracker):
         def close(self):
             go_on.wait()
 
-    copies = [Background("Aim", of(Slow()), pytest.fail).attend(), background(of(Tracker()))]
-    assert copies[1].start_close().wait(60)
+    background_trackers = [
+        BackgroundTracker("Aim", of(Slow()), pytest.fail).start(),
+        background(of(Tracker())),
+    ]
+    assert background_trackers[1].start_close().wait(60)
     threading.Timer(0.5, go_on.set).start()
-    background_module.close_all(copies)
-    assert told == ["waiting for Aim to take the rest, 20 seconds at most; Ctrl-C goes without"]
+    background_module.close_all(background_trackers)
+    assert messages == ["waiting for Aim to take the rest, 20 seconds at most; Ctrl-C goes without"]
 
 
-def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
+def test_a_tracker_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
     waits: list[int] = []
     wait_for_all = background_module._wait_for_all
 
@@ -1108,21 +1108,21 @@ def test_a_copy_that_hangs_is_waited_for_once(tmp_path, monkeypatch):
     go_on = Gate(tmp_path / "go_on")
 
     class Slow(Tracker):
-        def log_scalars(self, values, step):
+        def log(self, kind, payload, step):
             go_on.wait()
 
-    copy = background(of(Slow()))
-    trackers = Trackers(MetricsFile(tmp_path / "metrics.jsonl"), {"slow": copy})
-    while not copy.started:
+    tracker = background(of(Slow()))
+    trackers = Trackers(MetricsFile(tmp_path / "metrics.jsonl"), {"slow": tracker})
+    while not tracker.started:
         time.sleep(0.01)
-    trackers.log_scalars({"loss/train_step": 1.0}, 0)
+    trackers.log("scalars", {"loss/train_step": 1.0}, 0)
     for step in (1, 2, 3):
         trackers.flush(step)
     assert waits == [1, 0, 0]
-    assert copy.synced == 0
+    assert tracker.flushed_step == 0
     go_on.set()
-    assert copy._flush.wait(10)
+    assert tracker._flush_done.wait(10)
     monkeypatch.setattr(background_module, "_wait_for_all", wait_for_all)
     trackers.flush(4)
-    assert copy.synced == 4
+    assert tracker.flushed_step == 4
     trackers.close()

@@ -1,1 +1,1 @@
-"""Aim: experiment tracking. Knows nothing of the training loop."""
+"""Aim: experiment tracking. Independent of the training loop."""

@@ -8,5 +8,5 @@ PORT = 43800  # Aim's own default
 
 
 def instructions() -> tuple[str, str]:
-    """What to type, and where to look then."""
+    """Return the command to type, and a line with the address to open."""
     return LAUNCH_COMMAND, f"then open http://localhost:{PORT}"

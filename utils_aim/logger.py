@@ -1,4 +1,4 @@
-"""What training tells Aim, under the names that its pages group by."""
+"""Logs a run to Aim: each kind of data under the name and context that Aim's pages group by."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ from typing import Any
 
 from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
-from utils_alg1.base.summaries import Embedding, Histogram, Image
+from utils_alg1.base.summaries import Kind, Tracker
 
-# The name and the context that Aim's pages group by.
+# Name and context in Aim. A scalar that is not listed keeps its own name and has no context.
 NAMES: dict[str, tuple[str, dict[str, str] | None]] = {
     "loss/train_step": ("loss", {"subset": "train_step"}),
     "loss/train": ("loss", {"subset": "train"}),
     "loss/val": ("loss", {"subset": "val"}),
-    "learning_rate": ("learning_rate", None),
-    "gradient_norm": ("gradient_norm", None),
-    "tokens_per_second": ("tokens_per_second", None),
 }
 
 
-class AimLogger:
-    """Tells an `AimTracker`, under those names, what a `Tracker` of utils_alg1.utils_metrics is told."""
+class AimLogger(Tracker):
+    """Logs through an `AimTracker`, and keeps the run's parameters and metadata there."""
 
     def __init__(self, aim: AimTracker, hparams: dict[str, Any], metadata: dict[str, Any]):
         self.aim = aim
@@ -29,36 +26,28 @@ class AimLogger:
             aim.track_metadata(key, value)
 
     @property
-    def enabled(self) -> bool:
-        return self.aim.enabled
-
-    @property
     def identity(self) -> str | None:
+        """The run's hash in Aim."""
         return self.aim.run_hash
 
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        for key, value in values.items():
-            name, context = NAMES[key]
-            self.aim.track_metric(name, value, step, context)
+    def log(self, kind: Kind, payload: Any, step: int) -> None:
+        match kind:
+            case "scalars":
+                for key, value in payload.items():
+                    name, context = NAMES.get(key, (key, None))
+                    self.aim.track_metric(name, value, step, context)
+            case "histograms":
+                for h in payload:
+                    self.aim.track_distribution(h.name, (h.counts, h.edges), step, {"kind": h.kind})
+            case "images":
+                for image in payload:
+                    self.aim.track_image(image.name, image.pixels(), step, image.context)
+            case "texts":
+                for name, text in payload.items():
+                    self.aim.track_text(name, text, step)
+            case "embedding":
+                if self.aim.enabled:  # drawing takes a while
+                    self.aim.track_image(payload.name, draw_embedding(payload), step)
 
-    def log_histograms(self, histograms: list[Histogram], step: int) -> None:
-        for h in histograms:
-            self.aim.track_distribution(h.name, (h.counts, h.edges), step, {"kind": h.kind})
-
-    def log_images(self, images: list[Image], step: int) -> None:
-        for image in images:
-            self.aim.track_image(image.name, image.pixels(), step, image.context)
-
-    def log_texts(self, texts: dict[str, str], step: int) -> None:
-        for name, text in texts.items():
-            self.aim.track_text(name, text, step)
-
-    def log_embedding(self, embedding: Embedding, step: int) -> None:
-        if self.enabled:  # drawing takes a while
-            self.aim.track_image(embedding.name, draw_embedding(embedding), step)
-
-    def flush(self) -> None:
-        """Aim writes at once."""
-
-    def close(self) -> None:
+    def close(self) -> None:  # there is nothing to flush: Aim writes at once
         self.aim.close()

@@ -1,4 +1,4 @@
-"""What Aim is shown as a picture, because it has no view of its own for it."""
+"""Draws what Aim has no page of its own for: embeddings."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 
 from utils_alg1.base.summaries import Embedding
 
-SIZE, DPI = 6.0, 100  # inches, pixels in one
-FONT_SIZE = 18.0  # points, at most: Aim lists its pictures at about a third of this size
-MARGIN = 0.07  # of the span on each side
-MOST_LABELS = 500  # more could not be told apart
+SIZE, DPI = 6.0, 100  # inches, pixels per inch
+FONT_SIZE = 18.0  # points, at most; Aim shows images at about a third of their size
+MARGIN = 0.07  # on each side, relative to the range of the data
+MAX_LABELS = 500  # more would overlap
 
 
 def draw_embedding(embedding: Embedding) -> np.ndarray:
-    """The vectors along their first two principal components, each label at its place: (H, W, 3) uint8.
+    """Draw the labels at the first two principal components of their vectors: (H, W, 3) uint8.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -21,34 +21,37 @@ def draw_embedding(embedding: Embedding) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    places = principal_components(embedding.vectors)[:MOST_LABELS]
+    points = principal_components(embedding.vectors)[:MAX_LABELS]
     figure = Figure(figsize=(SIZE, SIZE), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
     axes.margins(MARGIN)
-    axes.plot(*places.T, linestyle="")
-    size = min(FONT_SIZE, 10 * FONT_SIZE / len(places) ** 0.5)  # of many labels, less of each
-    for (x, y), label in zip(places, embedding.labels, strict=False):
+    axes.plot(*points.T, linestyle="")
+    size = min(FONT_SIZE, 10 * FONT_SIZE / len(points) ** 0.5)  # smaller if there are many labels
+    for (x, y), label in zip(points, embedding.labels, strict=False):
         axes.text(x, y, in_font(label), ha="center", va="center", size=size, weight="bold", parse_math=False)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def principal_components(vectors: np.ndarray) -> np.ndarray:
-    """(V, C) -> (V, 2). A component's largest coordinate is above zero, so that steps can be compared."""
+    """Project vectors (V, C) onto their first two principal components: (V, 2).
+
+    The sign of each component makes its largest coordinate positive, so that steps can be compared.
+    """
     centred = np.nan_to_num(vectors.astype(np.float64))
     centred -= centred.mean(axis=0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    places = np.zeros((len(vectors), 2))
+    points = np.zeros((len(vectors), 2))
     found = centred @ directions[:2].T
-    places[:, : found.shape[1]] = found
-    largest = np.abs(places).argmax(axis=0)
-    return places * np.where(places[largest, [0, 1]] < 0, -1.0, 1.0)
+    points[:, : found.shape[1]] = found
+    largest = np.abs(points).argmax(axis=0)
+    return points * np.where(points[largest, [0, 1]] < 0, -1.0, 1.0)
 
 
 def in_font(label: str) -> str:
-    """The label, with escapes for the characters that matplotlib's font lacks."""
+    """Escape the characters of a label that matplotlib's font lacks."""
     from matplotlib import font_manager
 
     known = font_manager.get_font(font_manager.findfont("DejaVu Sans:bold")).get_charmap()

@@ -1,7 +1,8 @@
-"""Files and command line -> parameters, each with where its value came from.
+"""Reads configuration files and merges them with the command line into parameters with their origins.
 
-Priority, highest first: command line, the file or folder named by --config (or, when a run is resumed, the
-run's own parameters), configs/*, config.json, the defaults of `parameters.py`.
+Priority, highest first: the command line; the file named by --config; the folder named by --config, or else
+configs/; config.json; the defaults in `parameters.py`. If a run is resumed, its own parameters take the place
+of config.json and configs/.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from parameters import Parameters, build_parts, coerce_all, part_problems, specs
+from parameters import (
+    CONFIG_DIR,
+    CONFIG_FILES,
+    Parameters,
+    build_parts,
+    coerce_all,
+    part_problems,
+    specs,
+)
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import decode, parse_json_object, read_bytes, refuse_repeats
 from utils_alg1.base.problems import Problem, raise_problems
@@ -19,17 +28,15 @@ from utils_alg1.console.command_line import FLAGS_ONLY, Options
 from utils_alg1.run_directory import RunFolder
 
 LOGGER = logging.getLogger("alg1")
-CONFIG_DIR = "configs"
 RESUMED = "resumed run"  # the origin of its values
 LEGACY_FILE = "config.json"
 PATH_HINT = "name a JSON or YAML file, or a folder like configs/"
 YAML_HINT = "write one `name: value` a line, with a space behind the colon and no tab"
 YAML_SUFFIXES = (".yaml", ".yml")
-CONFIG_FILES = ("model.json", "train.yaml", "data.yaml", "tensorboard.json")  # in merging order
 
 
 class Source(NamedTuple):
-    """Where values come from, and the values; of a file its bytes too."""
+    """Values and their origin; for a file also its content."""
 
     origin: str
     values: dict[str, Any]
@@ -37,16 +44,15 @@ class Source(NamedTuple):
 
 
 class Sources:
-    """The files of settings of one start, each read once, and the command line that stands above them.
+    """The command line and the configuration files that it reads, each of them once.
 
-    When a run is resumed, its own parameters take the place of config.json and configs/*: these only say,
-    then, where the run is looked for. A file that cannot be read is one problem among the others.
+    A file that cannot be read is a problem that is reported together with the others.
     """
 
     def __init__(self, options: Options):
         self._options = options
         self._unreadable: list[Problem] = []
-        self._standing = self._read(_standing_files())
+        self._standing = self._read(_standing_files(options.config))
         try:
             named = _named_files(options.config) if options.config else []  # "" is a problem already
         except Alg1Error as error:
@@ -72,17 +78,17 @@ class Sources:
 
     @property
     def files(self) -> dict[Path, bytes]:
-        """The files whose values count, as they were read, for the run's records."""
+        """The content of the files whose values are used, for the run's records."""
         resumes = self._options.resume is not None
-        counting = self._named if resumes else [*self._standing, *self._named]
-        return {Path(source.origin): source.data for source in counting}
+        used = self._named if resumes else [*self._standing, *self._named]
+        return {Path(source.origin): source.data for source in used}
 
     @property
     def runs_dir(self) -> str:
-        """The folder in which --resume finds its run: it is needed before the run's parameters are.
+        """The folder in which --resume finds its run, whose own parameters are not known yet.
 
         Raises:
-            Alg1Error: a file cannot be read, which may name it.
+            Alg1Error: a file that may name it cannot be read.
         """
         raise_problems(self._unreadable)
         values = [*(source.values for source in [*self._standing, *self._named]), self._options.values]
@@ -90,10 +96,10 @@ class Sources:
         return str(named[-1]) if named else specs()["runs_dir"].default
 
     def check(self) -> None:
-        """Check what does not depend on a run or a model that is still to be read: each value by itself.
+        """Checks each value by itself, before the run or the model that it is for has been read.
 
         Raises:
-            Alg1Error: every problem of the command line and of the files that count, in one message.
+            Alg1Error: every problem of the command line and of the files that are used, in one message.
         """
         values, origins, problems = self._merge({} if self._options.resume is not None else None, None)
         of_values = part_problems(build_parts(values), origins)
@@ -102,17 +108,17 @@ class Sources:
     def resolve(
         self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
     ) -> Parameters:
-        """Merge every source into validated parameters; see `ConfigLoader.resolve`."""
+        """Merges every source into validated parameters; see `ConfigLoader.resolve`."""
         return Parameters.from_values(*self.merge(resumed, initial))
 
     def merge(
         self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-        """What `resolve` builds parameters from: values of the right types, their origins, the problems.
+        """Returns the arguments of `Parameters.from_values`: values, their origins and the problems so far.
 
         Raises:
-            Alg1Error: a file cannot be read. What its values would go with is unknown, so that the message
-                lists only what is wrong by itself.
+            Alg1Error: a file cannot be read. Whether the other values fit to those in it is unknown, so the
+                message lists only what is wrong by itself.
         """
         if self._unreadable:
             self.check()
@@ -140,7 +146,7 @@ class Sources:
             values.update(good)
             origins.update(dict.fromkeys(good, flag))
             problems += [fault._replace(text=f"{fault.text} (from {flag})") for fault in faults]
-        off = values.get("tensorboard") is False and not self._unreadable  # one of these might say otherwise
+        off = values.get("tensorboard") is False and not self._unreadable  # an unread file may turn it on
         if self._options.serve_tensorboard and off:
             text = f"--serve-tensorboard has nothing to show: tensorboard is off ({origins['tensorboard']})"
             problems.append(Problem(text, ()))
@@ -152,46 +158,32 @@ class ConfigLoader:
 
     @staticmethod
     def load_model_config(path: str | Path) -> dict[str, Any]:
-        """Read model.json. Raises Alg1Error naming file and fault."""
-        return _load_file(Path(path))
+        """Reads a YAML or JSON file without checking its values. Raises Alg1Error naming file and fault."""
+        return _parse(Path(path), read_bytes(path))
 
-    @staticmethod
-    def load_train_config(path: str | Path) -> dict[str, Any]:
-        """Read train.yaml. Raises Alg1Error naming file and fault."""
-        return _load_file(Path(path))
-
-    @staticmethod
-    def load_data_config(path: str | Path) -> dict[str, Any]:
-        """Read data.yaml. Raises Alg1Error naming file and fault."""
-        return _load_file(Path(path))
-
-    @staticmethod
-    def load_tensorboard_config(path: str | Path) -> dict[str, Any]:
-        """Read tensorboard.json. Raises Alg1Error naming file and fault."""
-        return _load_file(Path(path))
-
-    @staticmethod
-    def load_search_space(path: str | Path) -> dict[str, Any]:
-        """Read the YAML or JSON file of a search space. Raises Alg1Error naming file and fault."""
-        return _load_file(Path(path))
+    load_train_config = load_model_config
+    load_data_config = load_model_config
+    load_tensorboard_config = load_model_config
+    load_search_space = load_model_config
 
     @staticmethod
     def load_configs(config_dir: str | Path = CONFIG_DIR) -> dict[str, Any]:
-        """Merge the files of a folder that are there, later ones over earlier: see CONFIG_FILES.
+        """Merges the files of a folder that exist, later ones over earlier ones; see CONFIG_FILES.
 
         Raises:
-            Alg1Error: no such folder, or a file in it cannot be read.
+            Alg1Error: the folder does not exist, or a file in it cannot be read.
         """
-        merged: dict[str, Any] = {}
         if not Path(config_dir).is_dir():
-            raise Alg1Error(f"{config_dir}: no such folder", "name one that holds " + ", ".join(CONFIG_FILES))
+            names = ", ".join(CONFIG_FILES.values())
+            raise Alg1Error(f"{config_dir}: no such folder", f"name one that holds {names}")
+        merged: dict[str, Any] = {}
         for path in _files_in(Path(config_dir)):
-            merged.update(_load_file(path))
+            merged.update(_parse(path, read_bytes(path)))
         return merged
 
     @staticmethod
     def read(options: Options) -> Sources:
-        """Read every file that counts, once."""
+        """Reads every file that the command line uses, once."""
         return Sources(options)
 
     @staticmethod
@@ -200,41 +192,47 @@ class ConfigLoader:
         resumed: dict[str, Any] | None = None,
         initial: dict[str, Any] | None = None,
     ) -> Parameters:
-        """Merge every source into validated parameters.
+        """Merges every source into validated parameters.
 
         Args:
             options: the command line.
-            resumed: the parameters of the run that goes on; they take the place of the files.
-            initial: the sizes of the model that --init-from names; they stand above the files.
+            resumed: the parameters of the run to resume; they replace config.json and configs/.
+            initial: the parameters of the model that --init-from names; they override the files.
 
         Raises:
-            Alg1Error: every problem of every source in one message.
+            Alg1Error: every problem of every source, in one message.
         """
         return Sources(options).resolve(resumed, initial)
 
     @staticmethod
     def runs_dir(given: str | None) -> str:
-        """The folder that a script without train.py's flags looks for runs in: what its own --runs-dir
-        says, else where training keeps them.
+        """Returns the folder of the runs for a script without train.py's flags.
+
+        Args:
+            given: the script's own --runs-dir; None for the folder that train.py uses by default.
 
         Raises:
-            Alg1Error: a file of settings cannot be read.
+            Alg1Error: a configuration file cannot be read.
         """
         return Sources(Options()).runs_dir if given is None else given
 
 
-def _standing_files() -> list[Path]:
-    """config.json and configs/*, as far as they are there, the weakest first."""
+def _standing_files(config: str | None) -> list[Path]:
+    """Returns config.json and the files of configs/ that exist, weakest first.
+
+    A folder named by --config takes the place of configs/.
+    """
     legacy = [Path(LEGACY_FILE)] if Path(LEGACY_FILE).exists() else []
-    return legacy + _files_in(Path(CONFIG_DIR))
+    replaced = config and Path(config).is_dir()
+    return legacy if replaced else legacy + _files_in(Path(CONFIG_DIR))
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return [folder / name for name in CONFIG_FILES if (folder / name).exists()]
+    return [folder / name for name in CONFIG_FILES.values() if (folder / name).exists()]
 
 
 def _named_files(config: str) -> list[Path]:
-    """The files behind --config PATH.
+    """Returns the files of --config PATH.
 
     Raises:
         Alg1Error: there are none.
@@ -245,7 +243,7 @@ def _named_files(config: str) -> list[Path]:
         if not paths:
             record = RunFolder(path).record_path
             raise Alg1Error(
-                f"--config {path}: none of {', '.join(CONFIG_FILES)} is in this folder",
+                f"--config {path}: none of {', '.join(CONFIG_FILES.values())} is in this folder",
                 f"for the parameters of this run: --config {record}" if record.is_file() else PATH_HINT,
             )
         return paths
@@ -259,12 +257,8 @@ def _named_files(config: str) -> list[Path]:
     return [path]
 
 
-def _load_file(path: Path) -> dict[str, Any]:
-    return _parse(path, read_bytes(path))
-
-
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
-    """The settings that a file's bytes hold; of a run's meta/full_config.json the parameters.
+    """Parses the content of a configuration file, or the parameters of a run's meta/full_config.json.
 
     Raises:
         Alg1Error: naming file and fault.
@@ -278,7 +272,7 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     recorded = values.get("parameters")
     if not isinstance(recorded, dict) or "origins" not in values:
         return values
-    # Another run must not replace what this one has put out.
+    # Without --output: another run must not overwrite the export of this one.
     return {name: value for name, value in recorded.items() if name != "output"}
 
 
@@ -287,10 +281,10 @@ def _parse_yaml(path: Path, data: bytes) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses a name that stands twice in one mapping, at any level."""
+        """Refuses a name that is given twice in one mapping, at any level."""
 
         def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-            node = super().compose_mapping_node(anchor)  # as it stands there: `<<` is not merged in yet
+            node = super().compose_mapping_node(anchor)  # as written: before `<<` is merged
             refuse_repeats(path, [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
             return node
 
@@ -303,7 +297,7 @@ def _parse_yaml(path: Path, data: bytes) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise Alg1Error(f"{path}: not YAML: {reason}", YAML_HINT) from None
-    if value is None:  # an empty file, or one of comments only
+    if value is None:  # an empty file, or only comments
         return {}
     if not isinstance(value, dict):
         raise Alg1Error(f"{path}: must hold names and values", YAML_HINT)

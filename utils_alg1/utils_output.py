@@ -1,12 +1,13 @@
-"""Everything a person reads on the console, and the copy of it in logs/train.log.
+"""The console output of a run, and the copy of it in logs/train.log.
 
-Lines are records of the logger `alg1`, so any module can add one for --verbose:
+Every line is a record of the logger `alg1`, so any module can log details that --verbose prints:
 
-    logging.getLogger("alg1").debug("what happens inside")
+    logging.getLogger("alg1").debug("wrote %s", path)
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import logging
 import logging.handlers
@@ -18,23 +19,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
-from parameters import PARTS, Parameters, specs
-from utils_alg1.base.text import for_terminal, number
-from utils_alg1.console.messages import shown_on, terminal_of
+from parameters import Parameters
+from utils_alg1.base.text import format_number, terminal_safe
+from utils_alg1.console.messages import open_terminal, text_for_stream
 
 if TYPE_CHECKING:
     from utils_alg1.console.terminal import Bar, Part, Terminal
-    from utils_alg1.training.progress import Evaluation, Progress
 
 LOGGER = logging.getLogger("alg1")
-EARLY_LINES = 1000  # that are kept until there is a log
-LOG_ONLY = 5  # the level of what no console shows
-ALWAYS = logging.WARNING + 5  # that of what --quiet does not leave out, and is no warning
+MAX_BUFFERED_LINES = 1000  # lines kept in memory until the log file is opened
+LOG_FILE_ONLY = 5  # level of lines written to the log file but never to the console
+REMINDER = logging.WARNING + 5  # level of lines that are no warnings but are printed with --quiet too
 
 
 @dataclass(frozen=True)
 class ShellCommand:
-    """Something to be typed, shown so that it can be copied, and what to do then."""
+    """A shell command for the user to run, printed so that it can be copied.
+
+    Attributes:
+        command: the command.
+        remark: what to do next, printed after the command.
+    """
 
     command: str
     remark: str = ""
@@ -42,111 +47,115 @@ class ShellCommand:
     SEPARATOR: ClassVar[str] = "   "
 
     @property
-    def pieces(self) -> list[str]:
-        """What no line's end may stand in."""
+    def parts(self) -> list[str]:
+        """The command and the remark, neither of which is broken across lines."""
         return [self.command, self.remark] if self.remark else [self.command]
 
     def __str__(self) -> str:
-        return self.SEPARATOR.join(self.pieces)
+        return self.SEPARATOR.join(self.parts)
 
 
-Block = Mapping[str, "str | ShellCommand"]  # lines by their names
+LabelledLines = Mapping[str, "str | ShellCommand"]  # label -> content
 
-Look = Callable[[int], "Sequence[Part]"]  # how a line looks on a terminal of so many columns
+Render = Callable[[int], "Sequence[Part]"]  # terminal width -> styled line
 
 
 class Console:
-    """What a run says: lines that stay, and on a terminal colours and a progress bar below them.
+    """Prints and logs the output of a run: lines and, on a terminal, colours and a progress bar.
+
+    As a context manager it logs an exception that leaves the block, with its traceback, and closes the log.
 
     Args:
         quiet: print only warnings and errors.
-        verbose: print what happens inside too.
+        verbose: also print debug messages.
     """
 
     def __init__(self, quiet: bool = False, verbose: bool = False):
         self.quiet = quiet
-        self._terminal = terminal_of(sys.stdout)
-        self._errors: Terminal | None = None
+        self._terminal = open_terminal(sys.stdout)
+        self._stderr_terminal: Terminal | None = None
         self._bar: Bar | None = None
-        self._lines = _Lines(self._print, logging.DEBUG if verbose else logging.INFO)
+        self._handler = _ConsoleHandler(self._print, logging.DEBUG if verbose else logging.INFO)
         if quiet:
-            self._lines.setLevel(logging.WARNING)
-        self._early = logging.handlers.MemoryHandler(EARLY_LINES, logging.CRITICAL + 1)
-        LOGGER.handlers = [self._lines, self._early]  # an earlier console has spoken its last
-        LOGGER.setLevel(LOG_ONLY)
+            self._handler.setLevel(logging.WARNING)
+        self._buffer = logging.handlers.MemoryHandler(MAX_BUFFERED_LINES, logging.CRITICAL + 1)
+        LOGGER.handlers = [self._handler, self._buffer]  # replaces those of an earlier Console
+        LOGGER.setLevel(LOG_FILE_ONLY)
         LOGGER.propagate = False
 
     def __enter__(self) -> Console:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception):  # SystemExit and KeyboardInterrupt are no failures
             self.log_failure(error)
         self.close()
 
     # --- lines ---
 
-    def say(self, text: str = "", look: Look | None = None) -> None:
-        """A line for the person who watches, and how it looks on a terminal where that is not the same."""
-        LOGGER.info("%s", text, extra={"look": look})
+    def say(self, text: str = "", render: Render | None = None) -> None:
+        """Print a line; `render` styles it on a terminal."""
+        LOGGER.info("%s", text, extra={"render": render})
 
     def remind(self, text: str, command: str) -> None:
-        """A line that --quiet does not leave out: what to type next."""
-        from_here = (f"{text}: ", (command, "bold")), (f"{text}:\n", (command, "bold"))
+        """Print which command to run next, also with --quiet."""
+        variants = (f"{text}: ", (command, "bold")), (f"{text}:\n", (command, "bold"))
         self.end_progress()
-        LOGGER.log(ALWAYS, "%s: %s", text, command, extra={"look": lambda width: _fitting(width, *from_here)})
+        render = {"render": lambda width: _first_that_fits(width, *variants)}
+        LOGGER.log(REMINDER, "%s: %s", text, command, extra=render)
 
     def warn(self, text: str) -> None:
-        """A line about something that went wrong but does not end the run."""
-        look = [("warning:", "bold yellow"), f" {text}"]
-        LOGGER.warning("warning: %s", text, extra={"look": lambda _: look})
+        """Print a warning."""
+        parts = [("warning:", "bold yellow"), f" {text}"]
+        LOGGER.warning("warning: %s", text, extra={"render": lambda _: parts})
 
     def _print(self, record: logging.LogRecord) -> None:
-        to_errors = record.levelno == logging.WARNING or (self.quiet and record.levelno >= ALWAYS)
-        stream = sys.stderr if to_errors else sys.stdout
-        text, look = record.getMessage(), getattr(record, "look", None)
+        to_stderr = record.levelno == logging.WARNING or (self.quiet and record.levelno >= REMINDER)
+        stream = sys.stderr if to_stderr else sys.stdout
+        text, render = record.getMessage(), getattr(record, "render", None)
         try:
             terminal = self._terminal_for(stream)
             if self._bar:
                 self._bar.before_line()
             if terminal:
-                terminal.print(look(terminal.width) if look else [text])
+                terminal.print(render(terminal.width) if render else [text])
             else:
-                print(shown_on(stream, text), file=stream, flush=True)
-        except OSError:  # the reader went away, or its disk is full: that is no reason to stop training
-            self._give_up()
+                print(text_for_stream(stream, text), file=stream, flush=True)
+        except OSError:  # a closed pipe or a full disk is no reason to stop training
+            self._stop_printing()
 
     def _terminal_for(self, stream: TextIO) -> Terminal | None:
         if not stream.isatty():
             return None
-        if stream is sys.stdout or self._bar:  # the bar's terminal knows how to print above it
+        if stream is sys.stdout or self._bar:  # only the bar's own terminal can print above the bar
             return self._terminal
-        self._errors = self._errors or terminal_of(stream)
-        return self._errors
+        self._stderr_terminal = self._stderr_terminal or open_terminal(stream)
+        return self._stderr_terminal
 
-    def _give_up(self) -> None:
-        """Say no more than warnings: the console is gone."""
+    def _stop_printing(self) -> None:
+        """Print nothing but warnings from now on, because the standard output cannot be written."""
         self.quiet = True
-        self._lines.setLevel(logging.WARNING)
+        self._handler.setLevel(logging.WARNING)
         self.end_progress()
 
     def log_to(self, path: Path) -> None:
-        """Copy every line to a file, those before this too. A disk that refuses costs the copy only."""
+        """Copy every line to a file, including the earlier ones. If that fails, there is no log file."""
         with contextlib.suppress(OSError):
             log = _LogFile(path)
             LOGGER.addHandler(log)
-            self._early.setTarget(log)
-        self._early.close()
-        LOGGER.removeHandler(self._early)
+            self._buffer.setTarget(log)
+        self._buffer.close()
+        LOGGER.removeHandler(self._buffer)
 
     def log_failure(self, error: BaseException) -> None:
-        """Keep an error, with its traceback, in the log."""
+        """Write an exception with its traceback to the log file."""
         lines = traceback.format_exception(error)
-        LOGGER.log(LOG_ONLY, "%s", "".join(lines).rstrip())
+        LOGGER.log(LOG_FILE_ONLY, "%s", "".join(lines).rstrip())
 
     def close(self) -> None:
+        """Remove the progress bar and close the log file."""
         self.end_progress()
-        if self._lines in LOGGER.handlers:
+        if self._handler in LOGGER.handlers:
             for handler in LOGGER.handlers[:]:
                 LOGGER.removeHandler(handler)
                 with contextlib.suppress(OSError):
@@ -155,46 +164,51 @@ class Console:
     # --- a run ---
 
     def configuration(self, params: Parameters) -> None:
-        """Every value and where it came from (--print-config)."""
-        flat = params.flat()
-        width = max(map(len, flat))
-        values = {name: "none" if v is None else str(v) for name, v in flat.items()}
-        value_width = min(30, max(map(len, values.values())))
-        for part in PARTS:
-            print(f"[{part}]")
-            for name, spec in specs().items():
-                if spec.part == part:
-                    line = f"{name:{width}}  {values[name]:{value_width}}  {params.origins[name]}"
-                    print(shown_on(sys.stdout, line))
+        """Print every value with its origin, as YAML that --config takes (--print-config).
 
-    def block(self, lines: Block) -> None:
-        """Lines with a name before each, and an empty one behind them."""
-        widest = max(map(len, lines))
-        for name, value in lines.items():
-            self.say(f"{name:{widest}}  {value}", _look_of_entry(f"{name:{widest}}", value))
+        --config reads UTF-8, so a standard output with another encoding gets ASCII with escapes.
+        """
+        encoding = codecs.lookup(sys.stdout.encoding or "utf-8").name
+        print(params.to_yaml(ascii_only=encoding != "utf-8"), end="")
+
+    def block(self, lines: LabelledLines) -> None:
+        """Print lines with aligned labels, followed by an empty line."""
+        width = max(map(len, lines))
+        for label, value in lines.items():
+            self.say(f"{label:{width}}  {value}", _render_entry(f"{label:{width}}", value))
         self.say()
 
-    def evaluation(self, evaluation: Evaluation, progress: Progress, rate: float | None) -> None:
-        """A line for each evaluation."""
-        e = evaluation
-        best = "  best" if progress.best_step == e.step else ""
-        speed = f"  {rate:,.0f} tok/s" if rate else ""
-        train, val = number(e.train_loss), number(e.val_loss)
-        lr = f"  lr {e.learning_rate:.1e}"
+    def evaluation(
+        self,
+        step: int,
+        train_loss: float,
+        val_loss: float,
+        learning_rate: float,
+        is_best: bool,
+        tokens_per_second: float | None,
+    ) -> None:
+        """Print the result of an evaluation; without a step since the last one there is no speed."""
         if self._bar:
-            self._bar.evaluated(e.step, e.val_loss, rate)
-        value, mark = (val, "bold cyan" if best else "cyan"), (best, "bold green")
-        step = ("step", "bold")
-        whole: list[Part] = [step, f" {e.step:6d}  train loss {train}  val loss ", value]
-        narrow: list[Part] = [step, f" {e.step}  train {train}  val ", value]
-        looks = [*whole, f"{lr}{speed}", mark], [*whole, speed, mark], [*narrow, mark], narrow
+            self._bar.evaluated(step, val_loss, tokens_per_second)
+        train, val = format_number(train_loss), format_number(val_loss)
+        lr, best = f"  lr {learning_rate:.1e}", "  best" if is_best else ""
+        speed = f"  {tokens_per_second:,.0f} tok/s" if tokens_per_second else ""
+        styled_val, styled_best = (val, "bold cyan" if is_best else "cyan"), (best, "bold green")
+        wide: list[Part] = [("step", "bold"), f" {step:6d}  train loss {train}  val loss ", styled_val]
+        narrow: list[Part] = [("step", "bold"), f" {step}  train {train}  val ", styled_val]
+        variants = (
+            [*wide, f"{lr}{speed}", styled_best],
+            [*wide, speed, styled_best],
+            [*narrow, styled_best],
+            narrow,
+        )
         self.say(
-            f"step {e.step:6d}  train loss {train}  val loss {val}{lr}{speed}{best}",
-            lambda width: _fitting(width, *looks),
+            f"step {step:6d}  train loss {train}  val loss {val}{lr}{speed}{best}",
+            lambda width: _first_that_fits(width, *variants),
         )
 
-    def summary(self, lines: Block, sample: str) -> None:
-        """What was reached and what to do next."""
+    def summary(self, lines: LabelledLines, sample: str) -> None:
+        """Print the results at the end of a run, and a sample."""
         self.end_progress()
         self.say()
         self.block(lines)
@@ -202,7 +216,7 @@ class Console:
         self.say(sample)
 
     def begin_progress(self, step: int, total: int, tokens_per_step: int) -> None:
-        """Show a progress bar on a terminal; elsewhere the lines of the evaluations serve."""
+        """Show a progress bar if the standard output is a terminal."""
         if self._terminal is None or self.quiet:
             return
         from utils_alg1.console.terminal import Bar
@@ -210,81 +224,82 @@ class Console:
         self._bar = Bar(self._terminal, step, total, tokens_per_step)
 
     def progress(self, step: int, loss: float) -> None:
-        """Move the bar; cheap enough for every step."""
+        """Update the progress bar; cheap enough for every step."""
         if self._bar is not None:
             try:
                 self._bar.update(step, loss)
-            except OSError:  # the terminal is gone
-                self._give_up()
+            except OSError:  # the terminal was closed
+                self._stop_printing()
 
     def interrupted(self, notice: bytes) -> None:
-        """Tell of a signal in the bar's place: from its handler, perhaps in the middle of a print."""
+        """Print a notice in place of the progress bar, without print(): safe to call in a signal handler."""
         if self._bar is not None:
             self._bar.erase()
             notice = notice.lstrip(b"\n")
         if self._terminal is not None and len(notice) > self._terminal.width:
             notice = notice.replace(b"; ", b";\n").replace(b": ", b":\n")
         if os.isatty(2):
-            notice = for_terminal(notice.decode(errors="replace")).encode()
+            notice = terminal_safe(notice.decode(errors="replace")).encode()
         with contextlib.suppress(OSError):
             os.write(2, notice)
 
     def restore_terminal(self) -> None:
-        """Take the progress bar away when the process leaves at once."""
+        """Remove the progress bar before the process exits in a signal handler."""
         if self._bar is not None:
             self._bar.erase()
 
     def end_progress(self) -> None:
+        """Remove the progress bar."""
         if self._bar is not None:
             bar, self._bar = self._bar, None
             with contextlib.suppress(OSError):
                 bar.stop()
 
 
-class _Lines(logging.Handler):
-    """Hands the lines to the console."""
+class _ConsoleHandler(logging.Handler):
+    """Passes log records to the console."""
 
-    def __init__(self, show: Callable[[logging.LogRecord], None], level: int):
+    def __init__(self, print_record: Callable[[logging.LogRecord], None], level: int):
         super().__init__(level)
-        self._show = show
+        self._print_record = print_record
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._show(record)
+        self._print_record(record)
 
 
 class _LogFile(logging.FileHandler):
-    """A file with the time before each line."""
+    """A log file in which every record begins with a timestamp."""
 
     def __init__(self, path: Path):
         super().__init__(path, "a", "utf-8", errors="replace")
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A disk that is full costs the line."""
+        """Drop a line that cannot be written, as on a full disk."""
 
 
-def _fitting(width: int, *looks: Sequence[Part]) -> Sequence[Part]:
-    from utils_alg1.console.terminal import fitting
+def _first_that_fits(width: int, *variants: Sequence[Part]) -> Sequence[Part]:
+    from utils_alg1.console.terminal import first_that_fits
 
-    return fitting(width, *looks)
+    return first_that_fits(width, *variants)
 
 
-def _look_of_entry(name: str, value: str | ShellCommand) -> Look:
-    """How a line of a block looks on a terminal."""
+def _render_entry(label: str, value: str | ShellCommand) -> Render:
+    """Return how a labelled line looks on a terminal: folded beside its label, or below it if too wide."""
 
-    def look(width: int) -> list[Part]:
+    def render(width: int) -> list[Part]:
         from utils_alg1.console.terminal import cell_len, fold
 
-        typed = isinstance(value, ShellCommand)
+        is_command = isinstance(value, ShellCommand)
         separator = value.SEPARATOR if isinstance(value, ShellCommand) else " "
-        pieces = value.pieces if isinstance(value, ShellCommand) else value.split(separator)
-        pieces = [for_terminal(piece) for piece in pieces]
-        indent, gap = len(name) + 2, "  "
-        if indent + max(map(cell_len, pieces)) > width:  # below its name there is more room
-            indent = 0 if typed else 2
+        words = value.parts if isinstance(value, ShellCommand) else value.split(separator)
+        words = [terminal_safe(word) for word in words]
+        indent, gap = len(label) + 2, "  "
+        if indent + max(map(cell_len, words)) > width:
+            indent = 0 if is_command else 2
             gap = "\n" + " " * indent
-        folded = fold(pieces, width, indent, separator)
-        n = len(pieces[0]) if typed else 0
-        return [(name, "bold"), gap, (folded[:n], "cyan"), folded[n:]]
+        folded = fold(words, width, indent, separator)
+        n_styled = len(words[0]) if is_command else 0
+        return [(label, "bold"), gap, (folded[:n_styled], "cyan"), folded[n_styled:]]
 
-    return look
+    return render

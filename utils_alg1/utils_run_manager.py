@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from parameters import Parameters
+from parameters import CONFIG_DIR, CONFIG_FILES, Parameters
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import make_folder, write_atomically, write_json
 from utils_alg1.data.corpus import Corpus
@@ -28,7 +28,6 @@ from utils_alg1.run_directory import (
     lock_run,
     sanitise_tag,
 )
-from utils_alg1.utils_config_loader import CONFIG_DIR, CONFIG_FILES
 
 SUBDIRECTORIES = (
     "meta",
@@ -208,7 +207,7 @@ class MetadataCapture:
     @staticmethod
     def copy_configs(config_dir: str | Path, meta_dir: str | Path) -> list[Path]:
         """Copy the configuration files of a folder to meta/configs, and return the copies."""
-        paths = [Path(config_dir) / name for name in CONFIG_FILES]
+        paths = [Path(config_dir) / name for name in CONFIG_FILES.values()]
         files = {path: path.read_bytes() for path in paths if path.is_file()}
         return copy_files(files, Path(meta_dir) / CONFIG_DIR)
 

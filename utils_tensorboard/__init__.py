@@ -1,1 +1,1 @@
-"""TensorBoard: writer, metrics, server, instructions. Knows nothing of the training loop."""
+"""TensorBoard: event files, tags, and a server. Independent of the training loop."""

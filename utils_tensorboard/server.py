@@ -1,4 +1,4 @@
-"""A TensorBoard server of our own, for as long as a run lasts."""
+"""A TensorBoard server that runs as long as a training run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-HOST = "127.0.0.1"  # TensorBoard has no passwords: it is never offered to other machines
+HOST = "127.0.0.1"  # this machine only, because TensorBoard has no passwords
 START_TIMEOUT = 30  # seconds
 STOP_TIMEOUT = 5
 
 
 class TensorBoardServer:
-    """Serves a folder of runs; no failure of it reaches the caller.
+    """Serves a folder of runs in a process of its own. It never raises: a failure is a warning.
 
     Args:
         log_dir: folder of the runs.
-        port: where to listen; a busy one is a warning.
-        say, warn: told the address, or why there is none.
+        port: port to listen on.
+        say: called with a line that names the address.
+        warn: called with the reason if there is no server.
     """
 
     def __init__(
@@ -44,14 +45,14 @@ class TensorBoardServer:
         self.stop()
 
     def start(self) -> None:
-        """Start the server without waiting for it."""
-        if _answers(self.port):
+        """Start the server, without waiting until it answers."""
+        if _is_listening(self.port):
             self._warn(f"TensorBoard is not served: port {self.port} is busy; try --port N")
             return
         command = [sys.executable, "-m", "tensorboard.main", f"--logdir={self.log_dir}"]
         command += [f"--host={HOST}", f"--port={self.port}"]
         try:
-            # A session of its own: Ctrl-C reaches the training, which then stops the server.
+            # In a session of its own: Ctrl-C goes to the training only, which then stops the server.
             self._process = subprocess.Popen(
                 command,
                 stdout=subprocess.DEVNULL,
@@ -65,10 +66,10 @@ class TensorBoardServer:
         self._say(f"TensorBoard is at {self.url} while this run lasts")
 
     def wait_until_ready(self, timeout: float = START_TIMEOUT) -> bool:
-        """Wait until the server answers; False when it ended or did not in time."""
+        """Wait until the server answers; False if it ended or the time is up."""
         end = time.monotonic() + timeout
         while self._process is not None and self._process.poll() is None:
-            if _answers(self.port):
+            if _is_listening(self.port):
                 return True
             if time.monotonic() > end:
                 return False
@@ -76,12 +77,12 @@ class TensorBoardServer:
         return False
 
     def kill(self) -> None:
-        """End the server without waiting for it."""
+        """Kill the server, without waiting for its end."""
         if self._process is not None:
             self._process.kill()
 
     def stop(self) -> None:
-        """End the server; harmless when there is none."""
+        """Stop the server; does nothing if there is none."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -96,7 +97,7 @@ class TensorBoardServer:
         process.wait()
 
 
-def _answers(port: int) -> bool:
+def _is_listening(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
         return True
     return False

@@ -1,25 +1,29 @@
-"""The one exception that a user can cause, and the exit code that each kind of failure ends with."""
+"""The exception for errors that a user can cause, the exit codes, and the guard of optional work."""
 
 from __future__ import annotations
 
 import errno
+import functools
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
+
+P = ParamSpec("P")
 
 DONE = 0
-BAD_INPUT = 2  # a value, a file, a checkpoint or a lock is not as it must be
+BAD_INPUT = 2  # a bad value, file or checkpoint, or a lock that another process holds
 CANNOT_TRAIN = 3  # loss or gradient not finite, or out of memory
-DISK_FAILED = 4  # the disk or the file system refused
+DISK_FAILED = 4  # an error of the disk or the file system
 INTERRUPTED = 130  # by SIGINT; SIGTERM ends with 143, SIGHUP with 129
 
 
 class Alg1Error(Exception):
-    """Something a user can put right: said in one line, with the fix as a hint, never as a traceback.
+    """An error that a user can fix. It is printed as one line and a hint, never as a traceback.
 
     Args:
         message: what is wrong and where.
-        hint: what to do about it; None where nothing useful can be said.
-        exit_code: what the process ends with (see the constants of this module).
+        hint: how to fix it; None if nothing useful can be said.
+        exit_code: exit code of the process (see the constants of this module).
     """
 
     def __init__(self, message: str, hint: str | None = None, exit_code: int = BAD_INPUT):
@@ -30,7 +34,7 @@ class Alg1Error(Exception):
 
 
 def disk_error(action: str, error: OSError) -> Alg1Error:
-    """The Alg1Error for an operating system error met while doing `action` ("write runs/x")."""
+    """Return the Alg1Error for an OSError raised by `action`, such as "write runs/x"."""
     hints = {
         errno.ENOSPC: "free some space",
         errno.EDQUOT: "free some of your quota",
@@ -47,7 +51,7 @@ def disk_error(action: str, error: OSError) -> Alg1Error:
 
 
 def unreadable(path: object, error: OSError) -> Alg1Error:
-    """The Alg1Error for an operating system error met while reading a file that a user has named."""
+    """Return the Alg1Error for an OSError raised while reading a file that the user named."""
     hints = {
         errno.EISDIR: "this is a folder; name a file in it",
         errno.ENOTDIR: "check its path: a part of it is a file and no folder",
@@ -59,12 +63,12 @@ def unreadable(path: object, error: OSError) -> Alg1Error:
 
 
 def first_line(problem: object) -> str:
-    """The first line of an exception's or a problem's text."""
+    """Return the first line of the text of an exception or a problem."""
     return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
 class Guard:
-    """Runs what training can do without: its first failure is one warning and switches it off for good.
+    """Runs code that training can do without. Its first failure is one warning and disables it for good.
 
     Attributes:
         enabled: False after a failure.
@@ -74,19 +78,39 @@ class Guard:
         self.name = name
         self.enabled = True
         self._warn = warn
+        self._lock = threading.Lock()
 
     def attempt(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """The function's result; None when it failed or an earlier one did."""
+        """Call a function and return its result; None if it fails or the guard is disabled."""
         if not self.enabled:
             return None
         try:
             return function(*args, **kwargs)
-        except (Exception, SystemExit) as error:  # whatever a third-party tracker comes up with
+        except (Exception, SystemExit) as error:  # third-party trackers raise anything
             self.fail(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
             return None
 
     def fail(self, reason: str) -> None:
-        """Switch off, with one warning the first time."""
+        """Disable, with a warning that names the reason."""
+        self.disable(f"{self.name} is switched off, training goes on: {first_line(reason)[:200]}")
+
+    def disable(self, warning: str) -> None:
+        """Disable, with this warning; a guard that is already disabled does not warn again."""
+        with self._lock:  # several threads may find the same failure
+            was_enabled, self.enabled = self.enabled, False
+        if was_enabled:
+            self._warn(warning)
+
+
+def guarded(method: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
+    """Decorate a method of a class with `enabled` and a `Guard` named `_guard`: it never raises.
+
+    While `enabled` is False, the method does nothing.
+    """
+
+    @functools.wraps(method)
+    def guarded_method(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
         if self.enabled:
-            self.enabled = False
-            self._warn(f"{self.name} is switched off, training goes on: {first_line(reason)[:200]}")
+            self._guard.attempt(method, self, *args, **kwargs)
+
+    return guarded_method

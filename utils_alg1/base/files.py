@@ -1,4 +1,4 @@
-"""Atomic writes, and the reading of JSON and text files that people write."""
+"""Atomic writing of files, and reading of JSON and text files with errors that name the fault."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a rename is safe only once its folder is on disk."""
+    """Flush the entries of a folder to disk: a renamed file survives a power loss only after that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,17 +29,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[int]:
-    """A file descriptor to write to; `path` appears, whole and durable, only when the block ends well.
+    """Yield a file descriptor whose content replaces `path` atomically when the block ends without error.
 
-    The bytes go to an exclusive temporary file in the same folder, are fsynced, renamed, and the folder
-    is fsynced. When anything fails the temporary file is removed and `path` stays as it was.
+    The content is written to an exclusive temporary file in the same folder, fsynced and renamed; then the
+    folder is fsynced. On any failure the temporary file is removed and `path` is left unchanged.
 
     Raises:
-        Alg1Error: the file system refused (exit code 4).
+        Alg1Error: the file could not be written (exit code 4).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
-        temporary.unlink(missing_ok=True)  # left by a killed process that had our number
+        temporary.unlink(missing_ok=True)  # left by a killed process that had the same process ID
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             try:
@@ -59,14 +59,14 @@ def atomic_file(path: Path) -> Iterator[int]:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write every byte: the system may take fewer than it is offered."""
+    """Write all bytes; `os.write` may write only a part of them at a time."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def write_atomically(path: Path | str, data: bytes) -> None:
-    """Write `data` to `path` so that a crash leaves the old content or the new, never a mixture."""
+    """Write `data` to `path`; after a crash the file holds either the old content or the new."""
     with atomic_file(Path(path)) as descriptor:
         write_all(descriptor, data)
 
@@ -77,27 +77,35 @@ def write_json(path: Path | str, value: Any) -> None:
     write_atomically(path, text.encode("utf-8", "surrogatepass"))
 
 
-def try_to_write(
+def write_or_warn(
     path: Path, write: Callable[[Path], T], failure: str, warn: Callable[[str], None]
 ) -> T | None:
-    """Let `write` make a file that a finished run can do without; returns what it returns.
+    """Create an optional file with `write(path)` and return its result; turn any failure into a warning.
 
-    A failure costs one line, `failure` with the reason, and gives None. No older file stays then: it would
-    tell of another result.
+    An existing file is removed first, so that no outdated one remains after a failure.
+
+    Args:
+        path: the file to create.
+        write: creates it.
+        failure: the beginning of the warning; the reason is appended.
+        warn: receives the warning.
+
+    Returns:
+        The result of `write`, or None if it failed.
     """
     try:
         path.unlink(missing_ok=True)
         return write(path)
-    except Exception as error:  # what draws and describes fails in many ways, and the results lie elsewhere
+    except Exception as error:  # plotting libraries raise many types
         warn(f"{failure}: {first_line(error)}")
         return None
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents.
+    """Create a folder and its parents where they do not exist.
 
     Raises:
-        Alg1Error: a file is in the way (exit code 2), or the file system refused (exit code 4).
+        Alg1Error: a file of that name exists (exit code 2), or the file system refused (exit code 4).
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -108,13 +116,13 @@ def make_folder(path: Path) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder`. The caller holds the folder's lock."""
+    """Remove temporary files that killed processes left in `folder`. The caller holds the folder's lock."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
-# --- files that people write ----------------------------------------------------------------------------
+# --- files written by users -----------------------------------------------------------------------------
 
 JSON_EXAMPLE = '{"batch_size": 8, "n_embd": 128}'
 JSON_HINT = f"as in {JSON_EXAMPLE}: double quotes, no comment, no comma behind the last value"
@@ -124,21 +132,26 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
     Raises:
-        Alg1Error: it is not there, not UTF-8, not JSON, not an object, or names a key twice.
+        Alg1Error: the file does not exist, is not UTF-8, not JSON, not an object, or repeats a key.
     """
     return parse_json_object(read_bytes(path), path)
 
 
 def parse_json_object(data: bytes, path: str | Path) -> dict[str, Any]:
-    """The object that the bytes of a JSON file hold; raises as `read_json_object` does."""
+    """Parse the content of a JSON file that holds one object; raises like `read_json_object`.
 
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    Args:
+        data: the content.
+        path: the file, for error messages.
+    """
+
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         refuse_repeats(path, [name for name, _ in pairs])
         return dict(pairs)
 
     text = decode(data, path)
     try:
-        value = json.loads(text, object_pairs_hook=without_repeats)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise Alg1Error(f"{path}: {where}: not JSON: {error.msg}", JSON_HINT) from None
@@ -152,7 +165,7 @@ def parse_json_object(data: bytes, path: str | Path) -> dict[str, Any]:
 
 
 def refuse_repeats(path: str | Path, names: Iterable[str]) -> None:
-    """Raise Alg1Error when a file says a name twice: one of the two values would be lost in silence."""
+    """Raise Alg1Error if a file defines a name twice: one of the two values would be dropped silently."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -161,19 +174,19 @@ def refuse_repeats(path: str | Path, names: Iterable[str]) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a small UTF-8 file (a BOM is dropped).
+    """Read a small UTF-8 file; a byte order mark is dropped.
 
     Raises:
-        Alg1Error: it is not there, cannot be read or is not UTF-8.
+        Alg1Error: the file does not exist, cannot be read or is not UTF-8.
     """
     return decode(read_bytes(path), path)
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Read a small file that a user has named.
+    """Read a small file named by the user.
 
     Raises:
-        Alg1Error: it is not there, or cannot be read.
+        Alg1Error: the file does not exist or cannot be read.
     """
     try:
         return Path(path).read_bytes()
@@ -186,7 +199,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def decode(data: bytes, path: str | Path) -> str:
-    """The text of a UTF-8 file's bytes (a BOM is dropped). Raises Alg1Error naming the first bad byte."""
+    """Decode UTF-8 and drop a byte order mark; raises Alg1Error naming the file and the first bad byte."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

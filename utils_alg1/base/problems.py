@@ -1,4 +1,4 @@
-"""What is wrong with what a user gave: collected, worded alike, and raised as one message."""
+"""Problems with a user's input: collected, worded alike, and raised in one message."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ CONFIG_HINT = "python train.py --help explains every value"
 
 
 class Problem(NamedTuple):
-    """Something wrong with one parameter, or with several taken together."""
+    """A problem with one parameter, or with several taken together."""
 
     text: str
-    names: tuple[str, ...]  # of the parameters it is about
-    hint: str | None = None  # its own way out, where there is one
+    names: tuple[str, ...]  # of the parameters that are wrong
+    hint: str | None = None  # how to fix it, if there is more to say than for the others
 
 
 def names_in(problems: list[Problem]) -> set[str]:
-    """The parameters that problems are about."""
+    """Returns the names of the parameters with problems."""
     return {name for problem in problems for name in problem.names}
 
 
 def joint_problem(text: str, *names: str) -> list[Problem]:
-    """A problem of several parameters together, as a list to add to others."""
+    """Returns a list with one problem of several parameters taken together."""
     return [Problem(text, names)]
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: on one line and not too long."""
+    """Formats a value for a message: on one line and not too long."""
     try:
         text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
-    except (TypeError, ValueError, RecursionError):  # what only YAML can say, or a number without end
+    except (TypeError, ValueError, RecursionError):  # a mapping only YAML can express, or a huge integer
         text = f"({type(value).__name__})"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def named_origin(problem: Problem, origins: Mapping[str, str]) -> Problem:
-    """The problem with where its values came from, for those that are not defaults."""
+    """Adds to a problem where its values came from, except for defaults."""
     given = [f"{name} from {origins[name]}" for name in problem.names if name in origins]
     return problem._replace(text=f"{problem.text} ({', '.join(given)})") if given else problem
 
 
 def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:
-    """Raise one Alg1Error that lists every problem; do nothing when there is none.
+    """Raises one Alg1Error that lists every problem; does nothing if there is none.
 
-    A problem of several parameters is left out when one of them is wrong by itself: it may follow from it.
-    `hint` is the way out of those that have none of their own.
+    A problem of several parameters is left out if one of them has a problem of its own: it may be the cause.
+
+    Args:
+        hint: for the problems without a hint of their own.
     """
     wrong = {problem.names for problem in problems if len(problem.names) == 1}
     kept = [
@@ -64,8 +66,8 @@ def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:
         raise Alg1Error(f"{len(kept)} problems:{listed}", hint)
 
 
-# What other programs, nanoGPT above all, call what is here a parameter, a file key or a flag.
-ELSEWHERE = {
+# Names in other programs, above all nanoGPT, of what is a parameter, a key in a file or a flag here.
+ALIASES = {
     "learning_rate": ("lr",),
     "max_iters": ("epochs", "steps", "max_steps", "num_steps", "iterations", "lr_decay_iters"),
     "batch_size": ("bs",),
@@ -94,15 +96,18 @@ ELSEWHERE = {
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for the known word that `word` begins, or that resembles it most, or nothing."""
+    """Returns "; did you mean X?" with the name in `known` that `word` most likely means, or "".
+
+    In this order: the same name, an alias, the only name that begins with `word`, the most similar name.
+    """
     by_name = {name.lstrip("-:").replace("-", "_"): name for name in known}
     bare = word.lstrip("-:").replace("-", "_").lower()
     begun = [name for name in by_name if bare and name.startswith(bare)]
-    elsewhere = [name for name in by_name if bare in ELSEWHERE.get(name, ())]
+    aliased = [name for name in by_name if bare in ALIASES.get(name, ())]
     if bare in by_name:
         found = by_name[bare]
-    elif elsewhere:
-        found = by_name[elsewhere[0]]
+    elif aliased:
+        found = by_name[aliased[0]]
     elif len(begun) == 1:
         found = by_name[begun[0]]
     else:

@@ -1,24 +1,28 @@
-"""A setting: its type, default, help and limits, and how a value of any source is read as it."""
+"""Settings in general: type, default, help and limits, and how their values are read and written.
+
+Nothing here knows a parameter of ALG1.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# What a word may be that stands on a command line without a flag (see Limits.stands_for); or a suffix.
+# Kinds of word on a command line that belongs to no flag (see Limits.stands_for); a suffix is one too.
 A_FOLDER = "a folder"
 A_PATH = "a file or a folder"
 A_WORD = "a word"
-LARGEST = 2**31 - 1  # of a whole number without a limit of its own; more cannot be allocated anyway
+LARGEST = 2**31 - 1  # the maximum of an integer without a limit of its own: no tensor can be larger
+WIDEST_ENTRY = 40  # characters; the comments of a YAML file are aligned behind entries up to this width
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the value of a field, or of any flag, must satisfy beyond its type, and how it is reached from
-    outside."""
+    """The help on a field or a flag, and the constraints on its value beyond its type."""
 
     help: str
     above: float | None = None  # exclusive lower bound
@@ -26,13 +30,18 @@ class Limits:
     below: float | None = None  # exclusive upper bound
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
-    may_be_empty: bool = False  # of text
-    stands_for: tuple[str, ...] = ()  # the words that its flag is meant for, if they stand without one
-    flag: str | None = None  # the command-line flag, where it is not the field's own name
-    may_change: bool = False  # a resumed run may change it: it never shaped the steps already taken
+    may_be_empty: bool = False  # whether "" is allowed
+    stands_for: tuple[str, ...] = ()  # the kinds of word without a flag for which this flag is suggested
+    flag: str | None = None  # the command-line flag, where it is not made from the field's name
+    may_change: bool = False  # whether a resumed run may change it: it does not affect the steps taken
+
+    @property
+    def explanation(self) -> str:
+        """The help with the choices, for a comment in a file."""
+        return self.help + (f" ({', '.join(self.choices)})" if self.choices else "")
 
     def broken_by(self, value: Any) -> str | None:
-        """What a value of the right type must be to keep the limits; None when it does."""
+        """Returns "must be ..." with the limit that a value of the right type violates, or None."""
         if value is None:
             return None
         if self.choices and value not in self.choices:
@@ -52,18 +61,18 @@ class Limits:
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field with its documentation and limits (see `Limits`)."""
+    """Returns a dataclass field with its help and limits (see `Limits`)."""
     return field(default=default, metadata={"limits": Limits(help, **limits)})
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One field as the outside sees it."""
+    """What is known of one field of a configuration dataclass."""
 
     name: str
-    part: str  # key of PARTS
+    part: str  # the group of settings that it belongs to
     type: Any  # int, float, bool or str
-    optional: bool  # None is a value too
+    optional: bool  # whether None is allowed
     default: Any
     limits: Limits
 
@@ -80,11 +89,10 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 
 
 def coerce(spec: Spec, value: Any) -> Any:
-    """`value`, from a file or the command line, as the field's type.
+    """Converts `value`, from a file or the command line, to the field's type.
 
-    YAML reads `1e-3` as text, and JSON has no integers of its own: text that is a number and a float
-    that is whole serve where a number or a whole number is wanted. YAML reads `on` and `off` as booleans.
-    See `as_number` for how a number may be written.
+    PyYAML reads `1e-3` as a string and JSON does not distinguish 1 from 1.0, so strings that spell a number
+    and integral floats are accepted (see `as_number`). YAML reads `on` and `off` as booleans.
 
     Raises:
         ValueError: with what the value must be.
@@ -115,9 +123,9 @@ def coerce(spec: Spec, value: Any) -> Any:
 
 
 def as_number(kind: type, value: Any) -> int | float:
-    """A number, or text that is one, as an int or a float.
+    """Converts a number, or a string that spells one, to `kind`: int or float.
 
-    10000, 1e4 and 10_000 are one whole number, in files (YAML reads it so) and on every command line.
+    10000, 1e4 and 10_000 are the same integer, in files (as in YAML) and on every command line.
 
     Raises:
         ValueError: with what the value must be.
@@ -127,7 +135,7 @@ def as_number(kind: type, value: Any) -> int | float:
         raise wanted
     if kind is int and not isinstance(value, float):
         try:
-            return int(value)  # exactly: a float would round large seeds
+            return int(value)  # not through a float, which would round large seeds
         except ValueError:
             pass
     try:
@@ -141,3 +149,30 @@ def as_number(kind: type, value: Any) -> int | float:
     if not number.is_integer():
         raise wanted
     return int(number)
+
+
+def yaml_value(value: Any, ascii_only: bool = False) -> str:
+    """Formats a number, boolean, string or None as YAML on one line; reading it gives the same value.
+
+    A string with control or other unprintable characters is written in double quotes with escapes.
+
+    Args:
+        ascii_only: escape every character that is not ASCII.
+    """
+    import yaml
+
+    printable = not isinstance(value, str) or value.isprintable()
+    text = yaml.safe_dump(
+        value,
+        default_style=None if printable else '"',
+        allow_unicode=printable and not ascii_only,
+        width=math.inf,
+    )
+    return text.removesuffix("\n").removesuffix("\n...")  # the end mark of a document that is one scalar
+
+
+def yaml_lines(values: Mapping[str, Any], comments: Mapping[str, str], ascii_only: bool = False) -> list[str]:
+    """Formats settings as YAML, a line `name: value  # comment` for each; the comments are aligned."""
+    entries = {name: f"{name}: {yaml_value(value, ascii_only)}" for name, value in values.items()}
+    width = max((len(entry) for entry in entries.values() if len(entry) <= WIDEST_ENTRY), default=0)
+    return [f"{entry:{width}}  # {comments[name]}" for name, entry in entries.items()]

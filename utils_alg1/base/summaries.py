@@ -1,29 +1,56 @@
-"""What trackers are shown beside scalars: plain numpy data that knows neither the loop nor a tracker."""
+"""What trackers log, as plain numpy data, and the base class of all trackers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# The kinds of data that a tracker can be given, and the type of each one's payload:
+#   scalars      dict[str, float]: values by name, such as {"loss/val": 1.5}; one row of metrics.jsonl
+#   histograms   list[Histogram]: of parameters, gradients or activations
+#   images       list[Image]
+#   texts        dict[str, str]: texts by name
+#   embedding    Embedding
+Kind = Literal["scalars", "histograms", "images", "texts", "embedding"]
+
 HISTOGRAM_BINS = 64
-PICTURE_SIZE = 256  # pixels along a side, about
+IMAGE_SIZE = 256  # pixels along a side, about
+
+
+class Tracker:
+    """Base class of trackers. This one discards everything; subclasses override what they need."""
+
+    def log(self, kind: Kind, payload: Any, step: int) -> None:
+        """Log data of a step.
+
+        Args:
+            kind: what the payload is (see `Kind`). A tracker ignores the kinds that it does not handle.
+            payload: the data.
+            step: number of updates done before.
+        """
+
+    def flush(self) -> None:
+        """Make everything logged so far durable."""
+
+    def close(self) -> None:
+        """Flush, and release files and locks."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """The distribution of a tensor's finite values.
+    """The histogram of the finite values of a tensor.
 
     Attributes:
         name: of the parameter or module.
         kind: "parameter", "gradient" or "activation".
-        counts: (HISTOGRAM_BINS,) how many values lie between two edges.
-        edges: (HISTOGRAM_BINS + 1,), evenly spaced.
+        counts: (HISTOGRAM_BINS,) number of values in each bin.
+        edges: (HISTOGRAM_BINS + 1,) evenly spaced bin edges.
     """
 
     name: str
@@ -34,11 +61,11 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Image:
-    """A matrix of weights as a grey picture.
+    """A matrix of weights, shown as a greyscale image.
 
     Attributes:
-        name: what it shows.
-        context: which of that name, such as {"layer": "0", "head": "0"}.
+        name: what the image shows.
+        context: tells images of one name apart, such as {"layer": "0", "head": "0"}.
         weights: (H, W), each between 0 and 1.
     """
 
@@ -46,11 +73,11 @@ class Image:
     context: dict[str, str]
     weights: np.ndarray
 
-    def pixels(self, size: int = PICTURE_SIZE) -> np.ndarray:
-        """uint8, a whole number of pixels for a weight along each side, `size` of them or fewer in all.
+    def pixels(self, size: int = IMAGE_SIZE) -> np.ndarray:
+        """Return the image as uint8, enlarged by a whole factor to at most `size` pixels along a side.
 
-        More weights than that have a pixel each. The brightness is the root of the weight: of many small
-        weights one would see nothing otherwise.
+        A matrix larger than that gets one pixel per weight. The brightness is the square root of the
+        weight, because small weights would all look black otherwise.
         """
         grey = np.rint(255 * np.sqrt(np.nan_to_num(self.weights))).astype(np.uint8)
         factor = max(1, size // max(grey.shape))
@@ -62,9 +89,9 @@ class Embedding:
     """Vectors with a label each.
 
     Attributes:
-        name: what they are.
+        name: what the vectors represent.
         vectors: (V, C) float32.
-        labels: V of them, on one line and without a tab.
+        labels: V labels without newlines or tabs.
     """
 
     name: str
@@ -72,14 +99,14 @@ class Embedding:
     labels: list[str]
 
 
-def count_values(name: str, kind: str, tensor: Tensor) -> Histogram | None:
-    """The histogram of a tensor of any shape; None where no value of it is finite."""
+def compute_histogram(name: str, kind: str, tensor: Tensor) -> Histogram | None:
+    """Compute the histogram of a tensor of any shape; None if it has no finite value."""
     values = tensor.detach().float().cpu().numpy().ravel()
     values = values[np.isfinite(values)].astype(np.float64)
     if not values.size:
         return None
     low, high = float(values.min()), float(values.max())
-    if low == high:  # give a single value some width, in proportion
+    if low == high:  # widen the range of a constant tensor, in proportion to its value
         width = max(abs(low), 1e-6) * 0.5
         low, high = low - width, high + width
     counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=(low, high))
@@ -87,10 +114,10 @@ def count_values(name: str, kind: str, tensor: Tensor) -> Histogram | None:
 
 
 def model_histograms(model: nn.Module) -> Iterator[Histogram]:
-    """A histogram of each parameter, and of its gradient where it has one with a finite value in it."""
+    """Yield a histogram of each parameter and each gradient that has a finite value."""
     for name, parameter in model.named_parameters():
         tensors = {"parameter": parameter, "gradient": parameter.grad}
         for kind, tensor in tensors.items():
-            histogram = count_values(name, kind, tensor) if tensor is not None else None
+            histogram = compute_histogram(name, kind, tensor) if tensor is not None else None
             if histogram is not None:
                 yield histogram

@@ -1,55 +1,55 @@
-"""Text and numbers as people see them, the same on the console, in tables and in the report."""
+"""Formatting of text and numbers, the same on the console, in tables and in the report."""
 
 from __future__ import annotations
 
 import math
 import re
 
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-DIGITS_UP_TO = 1e6  # from there on a number is written with an exponent
-MOST_DIGITS = 8  # of a number without one
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+EXPONENT_THRESHOLD = 1e6  # numbers from here on are written with an exponent
+MAX_DIGITS = 8  # digits of a number written without an exponent
 
 
-def visible(text: str) -> str:
-    """Text that no terminal obeys and any page can hold: a symbol for each control character.
+def replace_control_characters(text: str) -> str:
+    """Replace each control character and each code point that is no character by a visible symbol.
 
-    Line ends and tabs stay.
+    The result is safe to print on a terminal and valid in HTML. Line feeds and tabs are kept.
     """
 
     def symbol(match: re.Match[str]) -> str:
         code = ord(match[0])
         return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
-    return INVISIBLE.sub(symbol, text)
+    return CONTROL_CHARACTERS.sub(symbol, text)
 
 
-def for_terminal(text: str) -> str:
-    """`visible` text; a CRLF ends a line there like any other line's end."""
-    return visible(text.replace("\r\n", "\n"))
+def terminal_safe(text: str) -> str:
+    """Return text that a terminal prints without obeying its control characters; CRLF becomes a line feed."""
+    return replace_control_characters(text.replace("\r\n", "\n"))
 
 
-def one_line(text: str) -> str:
-    """Text without what would break a line or a terminal."""
+def single_line(text: str) -> str:
+    """Replace everything that is not printable, line ends and tabs included, by U+FFFD."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A loss or the like with so many digits behind the point, fewer from 10,000 on; "-" for None."""
+def format_number(value: float | None, decimals: int = 4) -> str:
+    """Format a loss or a similar number: with fewer decimals from 10,000 on, and "-" for None."""
     if value is None:
         return "-"
-    if abs(value) >= DIGITS_UP_TO:
+    if abs(value) >= EXPONENT_THRESHOLD:
         return f"{value:.3g}"
-    before_the_point = len(f"{abs(value):.0f}")
-    return f"{value:.{max(0, min(digits, MOST_DIGITS - before_the_point))}f}"
+    integer_digits = len(f"{abs(value):.0f}")
+    return f"{value:.{max(0, min(decimals, MAX_DIGITS - integer_digits))}f}"
 
 
-def counted(n: int, thing: str) -> str:
-    """1 step, 2 steps, 3,000 steps."""
-    return f"{n:,} {thing}" + "s" * (n != 1)
+def format_count(n: int, noun: str) -> str:
+    """Format a count with its noun: 1 step, 2 steps, 3,000 steps."""
+    return f"{n:,} {noun}" + "s" * (n != 1)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 8.4 s, 42 s, m:ss or h:mm:ss, with days before them where there are any."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as 8.4 s, 42 s, m:ss or h:mm:ss, preceded by the number of days from one day on."""
     if seconds < 59.5:
         return f"{round(seconds, 1):.2g} s"
     minutes, s = divmod(round(seconds), 60)
@@ -60,16 +60,18 @@ def duration(seconds: float) -> str:
 
 
 def perplexity(loss: float) -> float | None:
-    """exp(loss): between how many equally likely characters the model wavers; None past a float's range."""
+    """Return exp(loss), or None where that exceeds the range of a float."""
     return math.exp(loss) if loss < 700 else None
 
 
 def bits_per_character(loss: float) -> float:
-    """A loss in nats as bits: what each character would take if the text were coded with the model."""
+    """Convert a loss from nats per character to bits per character."""
     return loss / math.log(2)
 
 
-def loss_in_words(loss: float) -> str:
-    """A loss with what it means: its perplexity and its bits per character."""
-    bits = bits_per_character(loss)
-    return f"{number(loss)} (perplexity {number(perplexity(loss), 2)}, {number(bits, 3)} bits per character)"
+def format_loss(loss: float) -> str:
+    """Format a loss together with its perplexity and its bits per character."""
+    bits = format_number(bits_per_character(loss), 3)
+    return (
+        f"{format_number(loss)} (perplexity {format_number(perplexity(loss), 2)}, {bits} bits per character)"
+    )

@@ -1,4 +1,4 @@
-"""The command line: which flags there are, and every mistake in them in one message."""
+"""The command line: defines the flags and reports all mistakes in one message."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 @dataclass
 class Options:
-    """The command line of train.py: parameter flags, unchecked, and what else it can ask for."""
+    """The command line of train.py: the flags of parameters, not checked yet, and all other flags."""
 
-    values: dict[str, str | bool] = field(default_factory=dict)  # by parameter name
+    values: dict[str, str | bool] = field(default_factory=dict)  # by the name of the parameter
     problems: list[Problem] = field(default_factory=list)
     config: str | None = None
     resume: str | None = None
@@ -35,18 +35,18 @@ class Options:
 
     @property
     def starts_from_weights(self) -> bool:
-        """Whether parameters come from a run or a model that must be read first."""
+        """Whether some parameters come from a run or a model that must be read first."""
         return self.resume is not None or self.init_from is not None
 
 
-# The names of flags that are no parameters, which a file cannot hold.
+# Flags that are not parameters: no file can set them.
 FLAGS_ONLY = {option.name for option in fields(Options)} - {"values", "problems"}
 
 
 class Flag(argparse.Action):
-    """A flag with a value, of a type and within limits, which explain it too.
+    """A flag with a value of a type and within limits, which contain its help too.
 
-    For `add_argument(name, action=Flag, limits=Limits(help, ...))`; argparse passes everything on.
+    Used as `add_argument(name, action=Flag, limits=Limits(help, ...))`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Flag(argparse.Action):
         setattr(namespace, self.dest, value)
 
     def read(self, flag: str, text: str) -> Any:
-        """The value that the text behind the flag stands for. Raises ValueError with what is wrong."""
+        """Converts the text after the flag to its value. Raises ValueError with what is wrong."""
         try:
             return read_value(self.type, self.limits, text)
         except ValueError as error:
@@ -77,7 +77,7 @@ class Flag(argparse.Action):
 
 
 class ParameterFlag(Flag):
-    """The flag of a parameter. Its value stays text, to be checked together with those of the files."""
+    """The flag of a parameter. Its value stays a string, which is checked together with the files."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, spec: Spec, default: Any):
         super().__init__(option_strings, dest, spec.limits, spec.type, spec.default)
@@ -88,10 +88,10 @@ class ParameterFlag(Flag):
 
 
 def read_value(kind: Any, limits: Limits, text: str) -> Any:
-    """The value of a type that text stands for.
+    """Converts text to a type and checks the limits.
 
     Raises:
-        ValueError: it does not, or not within the limits: the value as a message shows it, and what is wrong.
+        ValueError: with the value as a message shows it, and what is wrong.
     """
     if not text and not limits.may_be_empty:
         raise ValueError("'': must not be empty")
@@ -105,35 +105,36 @@ def read_value(kind: Any, limits: Limits, text: str) -> Any:
 
 
 def explained(limits: Limits, default: Any) -> str:
-    """The help on a flag: what it is, and its default where there is one to show."""
+    """Returns the help on a flag for argparse, with the default unless it is None or empty."""
     shown_default = "" if default in (None, "", argparse.SUPPRESS) else f" ({default})"
     return (limits.help + shown_default).replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
-    """Describes a script's flags: each a Flag, or a switch of argparse's. The command line is read here:
-    argparse stops at the first mistake, and says it in words of its own.
+    """Defines a script's flags, each of them a Flag or a switch of argparse, and parses the command line.
+
+    argparse's own parsing would stop at the first mistake; this one reports all of them.
     """
 
     @property
     def flags(self) -> Mapping[str, argparse.Action]:
-        """What there is, by each of its names."""
+        """Every flag, by each of its names."""
         return self._option_string_actions
 
     def parse_with_suggestions(
         self, argv: list[str] | None = None
     ) -> tuple[argparse.Namespace, list[Problem]]:
-        """The flags' values, and a problem for each mistake; the flag of a mistake keeps its default.
+        """Returns the values of the flags and a problem for each mistake; such a flag keeps its default.
 
         Raises:
             SystemExit: after --help.
         """
         namespace = self.parse_args([])  # the defaults
         problems: list[Problem] = []
-        given: dict[argparse.Action, str] = {}  # the flags, as they were typed
+        given: dict[argparse.Action, str] = {}  # the flags as they were typed
         words = list(sys.argv[1:] if argv is None else argv)
-        before = ""  # the known flag before a word
-        lost = False  # a word behind an unknown flag may be its value, and one behind a stray word its next
+        before = ""  # the last known flag
+        lost = False  # after an unknown flag or a stray word: further words probably belong to it
         while words:
             word = words.pop(0)
             flag, assigned, value = word.partition("=")
@@ -144,13 +145,13 @@ class Parser(argparse.ArgumentParser):
             elif self._is_flag(word):
                 problems.append(Problem(f"unknown flag {flag}{nearest(flag, self.flags)}", ()))
                 lost = True
-            elif word != "--" and not lost:  # behind `--` there are no flags, for programs that read words
+            elif word != "--" and not lost:  # `--` only ends the flags: there are no positional arguments
                 problems.append(self._stray(word, before))
                 lost = True
         return namespace, [*problems, *self._exclusions(given)]
 
     def _is_flag(self, word: str) -> bool:
-        """Whether a word is a flag, known or not, and no text, number or lone dash that a flag may have."""
+        """Returns whether a word is a known or unknown flag, not a value such as -1, "- a" or "-"."""
         flag = word.split("=")[0]
         if not flag.startswith("-") or flag.strip("-") == "" or len(flag.split()) > 1:
             return False
@@ -163,7 +164,7 @@ class Parser(argparse.ArgumentParser):
     def _obey(
         self, flag: str, value: str | None, words: list[str], namespace: argparse.Namespace
     ) -> list[Problem]:
-        """Do what a known flag says, with a value that was given by `=`, or that stands first in `words`."""
+        """Applies a known flag with the `value` after its `=`, or else with the first of `words`."""
         action = self.flags[flag]
         try:
             if isinstance(action, Flag):
@@ -177,7 +178,7 @@ class Parser(argparse.ArgumentParser):
         return []
 
     def _value_behind(self, flag: str, words: list[str]) -> str:
-        """Take the value of a flag from the words behind it.
+        """Removes the value of a flag from the words that follow it and returns it.
 
         Raises:
             ValueError: there is none, or it looks like a flag.
@@ -188,11 +189,11 @@ class Parser(argparse.ArgumentParser):
         meant = next_flag.startswith("--") and nearest(next_flag, self.flags)
         if not words or next_flag in self.flags or meant:
             raise ValueError(f"{flag}: needs a value")
-        with_it = f"{flag}={shlex.quote(words.pop(0))}"
-        raise ValueError(f"{flag}: needs a value; one that begins with a dash is written {with_it}")
+        assigned = f"{flag}={shlex.quote(words.pop(0))}"
+        raise ValueError(f"{flag}: needs a value; one that begins with a dash is written {assigned}")
 
     def _stray(self, word: str, before: str) -> Problem:
-        """The problem with a word that belongs to no flag, behind the flag `before`."""
+        """Returns the problem of a word that belongs to no flag; `before` is the last flag before it."""
         suggestion = ""
         if meant := self._meant(word):
             suggestion = f"; did you mean {meant} {shlex.quote(word)}?"
@@ -201,7 +202,7 @@ class Parser(argparse.ArgumentParser):
         return Problem(f"{shown(word)} belongs to no flag{suggestion}", ())
 
     def _meant(self, word: str) -> str:
-        """The first flag that says to stand for such a word; "" if there is none to name."""
+        """Returns the first flag that takes such a word (see Limits.stands_for), or ""."""
         kinds = [A_FOLDER if os.path.isdir(word) else Path(word).suffix, A_WORD]
         if os.path.exists(word):
             kinds.insert(1, A_PATH)
@@ -212,7 +213,7 @@ class Parser(argparse.ArgumentParser):
         return ""
 
     def _exclusions(self, given: Mapping[argparse.Action, str]) -> list[Problem]:
-        """A problem for each group of flags of which only one may be given, and more were."""
+        """Returns a problem for each group of mutually exclusive flags of which several were given."""
         problems = []
         for group in self._mutually_exclusive_groups:
             flags = [flag for action, flag in given.items() if action in group._group_actions]
@@ -222,7 +223,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _refuse_value(switch: argparse.Action, flag: str, value: str | None, words: list[str]) -> None:
-    """Raise ValueError if a switch was given a value, which is taken from `words` where it stands there."""
+    """Raises ValueError if a switch was given a value, which is removed from `words` if it is there."""
     if value is None and words and words[0].lower() in SWITCH_VALUES:
         value = words.pop(0)
     if value is not None:
@@ -232,7 +233,7 @@ def _refuse_value(switch: argparse.Action, flag: str, value: str | None, words: 
 
 
 def parse_command_line(argv: list[str] | None = None) -> Options:
-    """Read train.py's command line. Values stay text: all problems are reported together, later.
+    """Parses train.py's command line. Parameters stay strings: ConfigLoader reports all problems together.
 
     Raises:
         SystemExit: after --help.
@@ -241,7 +242,7 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
         prog="python train.py",
         usage="python train.py [--flag VALUE ...]",
         description="Train a character-level GPT. With no flags: the reference model on data/input.txt.",
-        epilog="Every flag is also a name in configs/*: --batch-size 8 is batch_size: 8.",
+        epilog="Every parameter can also be set in a file of configs/: --batch-size 8 is batch_size: 8.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -252,36 +253,42 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
         "--resume",
         action=Flag,
         metavar="RUN",
-        limits=Limits("continue a run: latest, a run id or a run directory"),
+        limits=Limits("run to continue: latest, a run id or a run directory"),
     )
-    weights = Limits("start from the weights of an exported model", stands_for=(".safetensors",))
+    weights = Limits("exported model to start from", stands_for=(".safetensors",))
     start.add_argument("--init-from", action=Flag, metavar="PATH", limits=weights)
-    run.add_argument("--print-config", action="store_true", help="show every value and its origin, then stop")
+    run.add_argument(
+        "--print-config", action="store_true", help="print every parameter with its origin as YAML and exit"
+    )
     volume = run.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="print only warnings and errors")
-    volume.add_argument("--verbose", action="store_true", help="print what happens inside too")
+    volume.add_argument("--verbose", action="store_true", help="print debug messages too")
     run.add_argument("--serve-tensorboard", action="store_true", help="serve TensorBoard while training")
     add_parameter_flags(parser)
     namespace, problems = parser.parse_with_suggestions(argv)
     values, given = split_parameters(namespace)
+    if given.get("print_config"):
+        given["quiet"] = True  # the standard output is YAML and nothing else
     return Options(values=values, problems=problems, **given)
 
 
 def add_config_flag(group: Any) -> None:
-    """The flag that names further settings."""
-    stands_for = (A_FOLDER, ".json", ".yaml")
-    limits = Limits("a JSON or YAML file, or a folder like configs/ (a preset)", stands_for=stands_for)
+    """Adds --config."""
+    limits = Limits(
+        "JSON or YAML file of parameters, or a folder (a preset) in place of configs/",
+        stands_for=(A_FOLDER, ".json", ".yaml"),
+    )
     group.add_argument("--config", action=Flag, metavar="PATH", limits=limits)
 
 
 def add_runs_dir_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag of a script that reads runs; see ConfigLoader.runs_dir."""
-    limits = Limits("where runs are looked for (default: as in training)", stands_for=(A_PATH,))
+    """Adds --runs-dir to a script that reads runs; see ConfigLoader.runs_dir."""
+    limits = Limits("folder of the run directories (default: as in training)", stands_for=(A_PATH,))
     parser.add_argument("--runs-dir", action=Flag, metavar="PATH", limits=limits)
 
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each parameter, in the groups of PARTS; the parser's default must be SUPPRESS."""
+    """Adds a flag for each parameter, in the groups of PARTS; the parser's default must be SUPPRESS."""
     for part, config_class in PARTS.items():
         group = parser.add_argument_group(part, config_class.__doc__)
         for spec in specs().values():
@@ -290,7 +297,7 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def split_parameters(namespace: argparse.Namespace) -> tuple[dict[str, str | bool], dict[str, Any]]:
-    """What was given on the command line: parameters by name, and the rest."""
+    """Splits what was given on the command line into parameters and other flags, by name."""
     given = vars(namespace)
     values = {name: given.pop(name) for name in list(given) if name in specs()}
     return values, given

@@ -1,4 +1,4 @@
-"""The dialogue of inference.py --interactive, and the settings of a text, which it shares with the flags."""
+"""The dialogue of inference.py --interactive, and the sampling settings that it shares with the flags."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ from utils_alg1.base.settings import Limits
 from utils_alg1.console.command_line import read_value
 from utils_alg1.console.messages import print_error
 
-OFF = "off"  # the word for None
-UNKNOWN = ("error", "skip", "replace")  # what can be done with prompt characters that the model does not know
+OFF = "off"  # how None is written
+UNKNOWN = ("error", "skip", "replace")  # what to do with characters that are not in the vocabulary
 INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a text, Ctrl-D ends"
 
 
 class Setting(NamedTuple):
-    """What decides how a text goes on: a flag of inference.py, and a command of the dialogue."""
+    """A sampling setting: a flag of inference.py and a command of the dialogue."""
 
     type: type
-    default: Any  # None is off
-    limits: Limits  # these explain the flag
-    meaning: str  # as :help says it
+    default: Any  # None: off
+    limits: Limits  # with the help on the flag
+    meaning: str  # the help on the command
 
 
 _SEED = specs()["seed"]
 SETTINGS = {
-    "max_new_tokens": Setting(int, 500, Limits("characters", minimum=0), "characters of a text"),
-    "temperature": Setting(float, 1.0, Limits("0 takes the likeliest", minimum=0), "0 takes the likeliest"),
+    "max_new_tokens": Setting(int, 500, Limits("number of characters", minimum=0), "number of characters"),
+    "temperature": Setting(
+        float, 1.0, Limits("sampling temperature; 0: greedy", minimum=0), "sampling temperature; 0: greedy"
+    ),
     "top_k": Setting(
         int,
         None,
-        Limits("draw from the N likeliest only", minimum=1),
-        "draw from so many likeliest only; off: from all",
+        Limits("sample from the N most likely characters", minimum=1),
+        "sample from so many of the most likely characters; off: from all",
     ),
     "top_p": Setting(
         float,
         None,
-        Limits("draw from the fewest that make up X only", above=0, maximum=1),
-        "draw from the fewest that make up so much; off: from all",
+        Limits(
+            "sample from the most likely characters with total probability X (nucleus)", above=0, maximum=1
+        ),
+        "sample from the most likely characters with this total probability; off: from all",
     ),
     "seed": Setting(
         int,
         _SEED.default,
-        dataclasses.replace(_SEED.limits, help="of the draws"),
-        "of the draws, which begin anew",
+        dataclasses.replace(_SEED.limits, help="random seed of the samples"),
+        "random seed; sampling restarts from it",
     ),
     "unknown": Setting(
         str,
         "error",
-        Limits("what to do with prompt characters that the model does not know", choices=UNKNOWN),
-        "unknown characters of a prompt: error, skip or replace",
+        Limits("what to do with characters of a prompt that are not in the vocabulary", choices=UNKNOWN),
+        "characters of a prompt that are not in the vocabulary: error, skip or replace",
     ),
 }
 COMMANDS = {
@@ -73,19 +77,19 @@ ALL_COMMANDS = (*COMMANDS, ":help", ":quit")
 def interact(
     arguments: argparse.Namespace, answer: Callable[[str], None], seed: Callable[[int], object]
 ) -> int:
-    """Continue prompt after prompt, and change settings in between (see COMMANDS).
+    """Reads prompts and continues them; commands change the settings in between (see COMMANDS).
 
     Ctrl-C ends a text, Ctrl-D the program.
 
     Args:
         arguments: the settings, by the names of SETTINGS; commands change them.
         answer: writes a prompt and its continuation.
-        seed: begins the draws anew.
+        seed: restarts sampling from a seed.
     """
-    with_history()
-    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text are an unknown character, not an end
+    enable_history()
+    if hasattr(sys.stdin, "reconfigure"):  # invalid bytes become an unknown character, not an error
         sys.stdin.reconfigure(errors="replace")
-    asks = sys.stdin.isatty()  # else the lines come from a file, and what is written is text alone
+    asks = sys.stdin.isatty()  # if the lines come from a file or a pipe, no prompt sign is written
     print(INTRODUCTION, file=sys.stderr)
     while True:
         try:
@@ -107,11 +111,11 @@ def interact(
 
 
 def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]) -> None:
-    """Do what a line such as ":temperature 0.7" says; a command without a value shows the present one.
+    """Executes a line such as ":temperature 0.7"; a command without a value prints the current one.
 
     Raises:
         Alg1Error: there is no such command, or its value is wrong; nothing has changed.
-        EOFError: it is the one that ends.
+        EOFError: the command is :quit.
     """
     word, *values = line.split(maxsplit=1)
     text = values[0].strip() if values else ""
@@ -137,10 +141,10 @@ def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]
 
 
 def value_of(word: str, text: str, arguments: argparse.Namespace) -> Any:
-    """The value behind a command.
+    """Converts the value after a command.
 
     Raises:
-        Alg1Error: it is not what the setting must be.
+        Alg1Error: it has the wrong type or is out of range.
     """
     name = COMMANDS[word]
     setting = SETTINGS[name]
@@ -162,7 +166,7 @@ def shown_value(arguments: argparse.Namespace, name: str) -> str:
 
 
 def help_on_commands(arguments: argparse.Namespace) -> str:
-    """Every command, with its present value."""
+    """Returns the list of commands with their current values."""
     rows = [
         (f"{word} {shown_value(arguments, name)}", SETTINGS[name].meaning) for word, name in COMMANDS.items()
     ]
@@ -176,8 +180,8 @@ def help_on_commands(arguments: argparse.Namespace) -> str:
     return "\n".join(f"{what:{width}}  {meaning}" for what, meaning in rows)
 
 
-def with_history() -> None:
-    """Let input() remember what was typed and complete commands, where Python was built with readline."""
+def enable_history() -> None:
+    """Gives input() a history and completes commands, if Python was built with readline."""
     with contextlib.suppress(ImportError):
         import readline
 

@@ -1,6 +1,6 @@
-"""What the console looks like on a terminal: colours, folded lines and the progress bar, drawn by Rich.
+"""Output on a terminal, rendered with Rich: colours, folded lines and the progress bar.
 
-It is imported where there is a terminal only, since importing Rich takes a moment.
+This module is imported only if there is a terminal, because importing Rich is slow.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from rich.cells import cell_len
 from rich.live import Live
 from rich.text import Text
 
-from utils_alg1.base.text import duration, for_terminal, number
+from utils_alg1.base.text import format_duration, format_number, terminal_safe
 
-Part = str | tuple[str, str]  # some text, or text and a style of Rich's
+Part = str | tuple[str, str]  # text, or (text, Rich style)
 
-REDRAW_INTERVAL = 0.1  # seconds between two looks of the progress bar
-RATE_WINDOW = 30  # redraws that the shown speed is the mean of
-RATE_SECONDS = 0.5  # fewer make no speed worth showing
-LEFT_SECONDS = 1.0  # of training, before the time left is guessed
-LONGEST_BAR, SHORTEST_BAR = 40, 8  # columns
-KEPT_FREE = 3  # columns behind the progress bar, for the ^C that a terminal puts there
+REDRAW_INTERVAL = 0.1  # seconds between two redraws of the progress bar
+RATE_WINDOW = 30  # redraws over which the displayed speed is averaged
+MIN_RATE_SECONDS = 0.5  # a speed measured over less time is not displayed
+MIN_ETA_SECONDS = 1.0  # training time before the remaining time is estimated
+MAX_BAR_WIDTH, MIN_BAR_WIDTH = 40, 8  # columns
+RIGHT_MARGIN = 3  # columns kept free behind the progress bar for the ^C that terminals echo
+FIELD_STYLES = {"step": "bold", "loss": "", "val": "cyan", "speed": "", "left": "bright_black"}
 
 
 class _RichConsole(rich.console.Console):
     def on_broken_pipe(self) -> None:
-        raise  # Rich would end the program; a run goes on without a reader
+        raise  # Rich would exit the program; a run continues without a reader
 
 
 class Terminal:
-    """A terminal behind a text stream."""
+    """The terminal that a text stream writes to."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -45,28 +46,28 @@ class Terminal:
 
     @property
     def width(self) -> int:
-        """Columns at this moment, or $COLUMNS."""
+        """The current number of columns, or $COLUMNS."""
         return self.rich.width
 
     def print(self, parts: Sequence[Part]) -> None:
-        """Print a line. What is wider than the terminal is left to the terminal, so that it copies whole."""
-        harmless: list[Part] = [
-            for_terminal(part) if isinstance(part, str) else (for_terminal(part[0]), part[1])
+        """Print a line. The terminal itself wraps it, so that a long one can be copied as one line."""
+        safe: list[Part] = [
+            terminal_safe(part) if isinstance(part, str) else (terminal_safe(part[0]), part[1])
             for part in parts
         ]
-        self.rich.print(Text.assemble(*harmless), soft_wrap=True)
+        self.rich.print(Text.assemble(*safe), soft_wrap=True)
 
 
-def fitting(width: int, *forms: Sequence[Part]) -> Sequence[Part]:
-    """The first form of a line that fits into `width` columns, or the last one."""
-    for parts in forms:
+def first_that_fits(width: int, *variants: Sequence[Part]) -> Sequence[Part]:
+    """Return the first variant of a line that fits into `width` columns, or else the last one."""
+    for parts in variants:
         if cell_len("".join(part if isinstance(part, str) else part[0] for part in parts)) <= width:
             return parts
-    return forms[-1]
+    return variants[-1]
 
 
 def fold(words: Sequence[str], width: int, indent: int, separator: str = " ") -> str:
-    """Words in lines of `width` columns, none broken; all lines but the first are indented."""
+    """Wrap words into lines of `width` columns without breaking any; indent all lines but the first."""
     lines = [""]
     for word in words:
         longer = lines[-1] + separator + word if lines[-1] else word
@@ -78,10 +79,16 @@ def fold(words: Sequence[str], width: int, indent: int, separator: str = " ") ->
 
 
 class Bar:
-    """The last line of the terminal while a run trains: how far it is, how well it does, how long it takes.
+    """The progress bar in the last line of the terminal: step, losses, speed and remaining time.
 
-    It is drawn by the loop itself, at most once in REDRAW_INTERVAL; all other steps cost a look at the clock.
-    The cursor stays visible, since a process that is killed could not bring it back.
+    The training loop redraws it, at most once per REDRAW_INTERVAL; the other steps only read the clock.
+    The cursor stays visible, because a killed process could not restore it.
+
+    Args:
+        terminal: where it is displayed.
+        step: the step at which training starts.
+        total: the step at which training ends.
+        tokens_per_step: converts steps to tokens for the speed.
     """
 
     def __init__(self, terminal: Terminal, step: int, total: int, tokens_per_step: int):
@@ -90,50 +97,50 @@ class Bar:
         self.loss: float | None = None
         self.val_loss: float | None = None
         self.rate: float | None = None  # tokens/s
-        self._drawn = 0.0
-        self._columns = 0  # that it fills
-        self._first: tuple[float, int] | None = None  # when the first step was done, and its number
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)
+        self._redraw_time = 0.0
+        self._columns = 0  # width of the bar at the last redraw
+        self._first: tuple[float, int] | None = None  # (time, step) of the first step
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)  # (time, step) of the last redraws
         to_same_terminal = sys.stderr.isatty()
         self._live = Live(
             self,
             console=terminal.rich,
             auto_refresh=False,
             transient=True,
-            redirect_stderr=to_same_terminal,  # a file gets its lines as ever
+            redirect_stderr=to_same_terminal,  # not if stderr is a file
         )
         self._live.start()
         terminal.rich.show_cursor(True)
 
     def update(self, step: int, loss: float) -> None:
-        """A step is done."""
+        """Record a finished step, and redraw the bar if it is due."""
         now = time.monotonic()
         if not self._recent:
             self._recent.append((now, step))
             self._first = self._first or (now, step)
-        if now - self._drawn < REDRAW_INTERVAL and step < self.total:
+        if now - self._redraw_time < REDRAW_INTERVAL and step < self.total:
             return
-        self.step, self.loss, self._drawn = step, loss, now
+        self.step, self.loss, self._redraw_time = step, loss, now
         self._recent.append((now, step))
-        began, first = self._recent[0]
-        if now - began >= RATE_SECONDS:
-            self.rate = (step - first) * self.tokens_per_step / (now - began)
+        start_time, start_step = self._recent[0]
+        if now - start_time >= MIN_RATE_SECONDS:
+            self.rate = (step - start_step) * self.tokens_per_step / (now - start_time)
         self._clear_wrapped()
         self._live.refresh()
 
     def evaluated(self, step: int, val_loss: float, rate: float | None) -> None:
-        """There was an evaluation; `rate` is the speed of the steps before it, where there were any."""
+        """Record an evaluation; `rate` is the speed since the last one, None if there was no step."""
         self.step, self.val_loss, self.rate = step, val_loss, rate or self.rate
 
     def before_line(self) -> None:
-        """A line will be printed above; what was done since the last step is left out of the speed."""
+        """Prepare for a line printed above the bar; the speed ignores the time since the last step."""
         self._recent.clear()
         self._clear_wrapped()
 
     def _clear_wrapped(self) -> None:
-        """Clear the rows that the bar fills since the terminal was made narrower, but for the last.
+        """Clear the extra rows that the bar occupies after the terminal was made narrower.
 
-        Most terminals wrap a line then; xterm cuts it off.
+        Most terminals rewrap the line in this case; xterm truncates it.
         """
         rows = math.ceil(self._columns / max(1, self.terminal.width))
         if rows > 1 and "XTERM_VERSION" not in os.environ:
@@ -141,14 +148,14 @@ class Bar:
         self._columns = 0
 
     def seconds_left(self) -> float | None:
-        """At the pace since the first step, evaluations included; None while that is too short to tell."""
+        """Estimate the remaining time from the average pace, evaluations included; None at the beginning."""
         if self._first is None:
             return None
-        began, first = self._first
-        elapsed = self._drawn - began
-        if elapsed < LEFT_SECONDS:
+        start_time, start_step = self._first
+        elapsed = self._redraw_time - start_time
+        if elapsed < MIN_ETA_SECONDS:
             return None
-        return elapsed / (self.step - first) * (self.total - self.step)
+        return elapsed / (self.step - start_step) * (self.total - self.step)
 
     def __rich_console__(
         self, console: rich.console.Console, options: rich.console.ConsoleOptions
@@ -159,45 +166,42 @@ class Bar:
         yield text
 
     def line(self, width: int, ascii_only: bool = False, colour: bool = True) -> list[Part]:
-        """What is shown in `width` columns: the less important is left out where there is little room."""
+        """Return the content of the bar for `width` columns, without the fields that do not fit."""
         left = self.seconds_left()
         n = len(str(self.total))
         fields = {
             "step": f"step {self.step:{n}d}/{self.total}",
-            "loss": f"loss {number(self.loss)}" if self.loss is not None else "",
-            "val": f"val {number(self.val_loss)}" if self.val_loss is not None else "",
+            "loss": f"loss {format_number(self.loss)}" if self.loss is not None else "",
+            "val": f"val {format_number(self.val_loss)}" if self.val_loss is not None else "",
             "speed": f"{self.rate:,.0f} tok/s" if self.rate is not None else "",
-            "left": f"{duration(math.ceil(left))} left" if left is not None else "",
+            "left": f"{format_duration(math.ceil(left))} left" if left is not None else "",
         }
-        room = width - KEPT_FREE
-        shown: set[str] = set()
+        available = width - RIGHT_MARGIN
+        included: set[str] = set()
         for name in ("step", "loss", "left", "val", "speed"):  # by importance
-            needed = len(fields[name]) + 2 * bool(shown)
-            if fields[name] and needed <= room:
-                room -= needed
-                shown.add(name)
+            needed = len(fields[name]) + 2 * bool(included)
+            if fields[name] and needed <= available:
+                available -= needed
+                included.add(name)
         parts: list[Part] = []
         for name, text in fields.items():
-            if name in shown:
-                parts += ["  "] * bool(parts) + [(text, STYLES[name])]
-            if name == "step" and room >= SHORTEST_BAR + 2:
-                parts += ["  ", *self._bar(min(room - 2, LONGEST_BAR), ascii_only, colour)]
+            if name in included:
+                parts += ["  "] * bool(parts) + [(text, FIELD_STYLES[name])]
+            if name == "step" and available >= MIN_BAR_WIDTH + 2:
+                parts += ["  ", *self._bar(min(available - 2, MAX_BAR_WIDTH), ascii_only, colour)]
         return parts
 
     def _bar(self, columns: int, ascii_only: bool, colour: bool) -> list[Part]:
         done = columns * min(self.step, self.total) // self.total
-        mark = "#" if ascii_only else "━"
-        rest = mark if colour else "." if ascii_only else "─"
-        return [(mark * done, "green"), (rest * (columns - done), "bright_black")]
+        filled = "#" if ascii_only else "━"
+        empty = filled if colour else "." if ascii_only else "─"
+        return [(filled * done, "green"), (empty * (columns - done), "bright_black")]
 
     def erase(self) -> None:
-        """Clear the line of the bar, also in the middle of anything else: from a signal's handler."""
+        """Clear the line of the bar. Safe to call in a signal handler."""
         with contextlib.suppress(OSError, ValueError):
             os.write(self.terminal.stream.fileno(), b"\r\x1b[2K")
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._live.stop()
-
-
-STYLES = {"step": "bold", "loss": "", "val": "cyan", "speed": "", "left": "bright_black"}

@@ -1,1 +1,1 @@
-"""Which text, and its tokens."""
+"""Where the text comes from, and its tokens."""

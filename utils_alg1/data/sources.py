@@ -1,4 +1,4 @@
-"""Which text file --data means: a path, or a corpus by name that is downloaded or made."""
+"""Find the text file that --data names: a path, or a named corpus that is downloaded or generated."""
 
 from __future__ import annotations
 
@@ -15,25 +15,21 @@ from utils_alg1.base.problems import nearest
 
 DEFAULT_PATH = DataConfig.data_path
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-
-
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
 DOWNLOAD_TIMEOUT = 5  # seconds
 
-
-Say = Callable[[str], None]
+Say = Callable[[str], None]  # shows the user one line
 
 
 def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
-    """The text file behind --data, fetched or made where that is possible.
+    """Return the path of the text file that --data names.
 
-    `shakespeare` and `python-docs` name corpora; any other word is a path. The default path, where it is
-    missing, is filled with tiny Shakespeare, or without a network replaced by python-docs.
+    `shakespeare` is downloaded and `python-docs` generated, unless that was done before; anything else is a
+    path. If the default path is missing, tiny Shakespeare is downloaded to it; without a network, python-docs
+    is used instead.
 
     Raises:
-        Alg1Error: the file is not there, or shakespeare cannot be downloaded.
+        Alg1Error: the file does not exist, is not a regular file, or shakespeare cannot be downloaded.
     """
     folder = Path(DEFAULT_PATH).parent
     if data_path == "python-docs":
@@ -64,7 +60,7 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
 
 
 def _file_kind(path: Path) -> int | None:
-    """What a path names, as one of stat's S_IF constants; None if nothing is there."""
+    """The file type of a path, one of stat's S_IF constants; None if it does not exist."""
     try:
         return stat.S_IFMT(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -83,7 +79,7 @@ def _shakespeare(path: Path, say: Say) -> Path:
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT) as response:
             text = response.read(1 << 24)
-    # URLError is an OSError; ValueError: a bad proxy setting; HTTPException: the answer is not HTTP.
+    # URLError is an OSError; ValueError means a bad proxy setting, HTTPException a response that is not HTTP.
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Alg1Error(
@@ -104,7 +100,7 @@ def _shakespeare(path: Path, say: Say) -> Path:
 
 
 def _python_docs(path: Path) -> Path:
-    """The language reference that every Python ships, as a text file."""
+    """Write the language reference that every Python ships to a text file, unless it is there already."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics)).encode()
@@ -114,5 +110,5 @@ def _python_docs(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Alg1Error(f"{path}: {error.strerror or error}", "use another working folder") from None
-    write_atomically(path, text)  # another Python's documentation differs a little
+    write_atomically(path, text)  # also over the documentation of another Python version
     return path

@@ -1,8 +1,8 @@
-"""Tensor files that prove their own bytes.
+"""Tensor files: safetensors with metadata and a SHA-256.
 
-A tensor file is a safetensors file with one metadata string: JSON that says what the file holds, and a
-SHA-256 over that and over every tensor. safetensors itself has no checksum: without ours, a flipped bit
-would load in silence. (One string, because safetensors writes several in an order that changes.)
+A tensor file has one metadata string, JSON, with a description of the content and a SHA-256 of that and of
+every tensor. safetensors itself has no checksum, so a flipped bit would go unnoticed. (It is a single string
+because safetensors writes several in varying order, so that the same content would give different bytes.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from utils_alg1.base.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
-
 
 METADATA_KEY = "alg1"
 WHERE_WEIGHTS_ARE = (
@@ -38,7 +37,7 @@ def _compact_json(value: Any) -> str:
 
 
 def digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over the metadata and over each tensor's name, type, shape and bytes, by name."""
+    """Compute the SHA-256 (hex) of the metadata and of every tensor's name, dtype, shape and bytes."""
     sha = hashlib.sha256(_compact_json(metadata).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -50,7 +49,7 @@ def digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> 
 def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
     """Write a tensor file atomically. The same tensors and metadata always give the same bytes.
 
-    The tensors are of types that numpy has too, whose arrays safetensors takes sooner.
+    The dtypes must be ones that numpy has too, because safetensors writes arrays faster than tensors.
     """
     from safetensors.numpy import save
 
@@ -61,10 +60,10 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """The metadata of a tensor file of ours, without its tensors and so unverified.
+    """Read the metadata of a tensor file only; without the tensors, the SHA-256 is not verified.
 
     Raises:
-        Alg1Error: it cannot be read, or is no tensor file of ours.
+        Alg1Error: the file cannot be read, or was not written by `write_tensors`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -72,17 +71,20 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         with safe_open(str(path), framework="numpy") as file:
             metadata = json.loads(file.metadata()[METADATA_KEY])["metadata"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Alg1Error(f"{path}: no metadata of ours: {first_line(error)}", WHERE_WEIGHTS_ARE) from None
+        raise Alg1Error(f"{path}: no ALG1 metadata: {first_line(error)}", WHERE_WEIGHTS_ARE) from None
     if not isinstance(metadata, dict):
-        raise Alg1Error(f"{path}: its metadata are no names and values", WHERE_WEIGHTS_ARE)
+        raise Alg1Error(f"{path}: its metadata is not a JSON object", WHERE_WEIGHTS_ARE)
     return metadata
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Read and verify a tensor file: its tensors, and our metadata or None for a file of another program.
+    """Read a tensor file and verify its SHA-256.
+
+    Returns:
+        the tensors by name, and the metadata, which is None for a safetensors file of another program.
 
     Raises:
-        Alg1Error: not there, not a safetensors file, truncated, or altered since it was written.
+        Alg1Error: not found, not a safetensors file, truncated, or altered since it was written.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -92,7 +94,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
             magic = file.read(2)
     except FileNotFoundError:
         if path.parts[0] in ("http:", "https:"):
-            url = str(path).replace(":/", "://", 1)  # a path has lost the second one
+            url = str(path).replace(":/", "://", 1)  # Path has merged the two slashes
             raise Alg1Error(f"{url}: must be a file on this machine", "download it first") from None
         raise Alg1Error(f"{path}: no such file", WHERE_WEIGHTS_ARE) from None
     except IsADirectoryError:
@@ -106,23 +108,23 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
         )
     try:
         with safe_open(str(path), framework="pt") as file:
-            strings = file.metadata() or {}
+            header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # The texts of these change between releases; only that the file cannot be used is certain.
+        # Types and messages vary between releases of safetensors.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Alg1Error(
             f"{path}: not a whole safetensors file ({reason})",
             "it may be truncated or of another format; use another file",
         ) from None
-    if METADATA_KEY not in strings:
+    if METADATA_KEY not in header:
         return tensors, None
     try:
-        about = json.loads(strings[METADATA_KEY])
+        about = json.loads(header[METADATA_KEY])
         metadata = about["metadata"]
-        genuine = isinstance(metadata, dict) and about["sha256"] == digest(tensors, metadata)
+        intact = isinstance(metadata, dict) and about["sha256"] == digest(tensors, metadata)
     except (ValueError, TypeError, KeyError, RecursionError):
-        genuine = False
-    if not genuine:
+        intact = False
+    if not intact:
         raise Alg1Error(f"{path}: damaged: its bytes do not match its SHA-256", "use another copy of it")
     return tensors, metadata

@@ -1,1 +1,1 @@
-"""What a run leaves for people."""
+"""Results of a run: metrics, pictures, the report page, console summaries and the comparison of runs."""

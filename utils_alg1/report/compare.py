@@ -1,7 +1,7 @@
-"""Runs side by side: what each run directory says of itself, their order, and what stands in the table.
+"""Comparison of runs: reads run directories, sorts them and formats them as a table, JSON or CSV.
 
-Reads only, and takes what it finds: a run that is being written, was interrupted or is damaged has fewer
-values and a word for its state. Nothing here needs torch.
+Runs are only read. A run that is in progress, was interrupted or is damaged has fewer values and the
+corresponding state. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from parameters import build_parts, part_problems, specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import read_json_object
 from utils_alg1.base.problems import names_in, nearest
-from utils_alg1.base.text import bits_per_character, number, one_line, perplexity
+from utils_alg1.base.text import bits_per_character, format_number, perplexity, single_line
 from utils_alg1.console import table
 from utils_alg1.console.table import Column
 from utils_alg1.network.tensor_file import read_metadata
@@ -26,7 +26,7 @@ from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, in_use
 from utils_alg1.tracking.metrics_file import EACH_STEP, read_outline
 from utils_alg1.utils_config_loader import RESUMED
 
-Row = dict[str, Any]  # by the names of RESULTS and of parameters; what is not known is None
+Row = dict[str, Any]  # the values of RESULTS and of all parameters by name; None if unknown
 
 RESULTS = (
     "run",
@@ -48,7 +48,7 @@ RESULTS = (
     "text",
     "text_sha256",
 )
-FROM_FINAL = {  # the names of eval/final.json
+FINAL_KEYS = {  # result -> key in eval/final.json
     "step": "steps",
     "best_val_loss": "best_val_loss",
     "best_step": "best_step",
@@ -59,39 +59,39 @@ FROM_FINAL = {  # the names of eval/final.json
     "tokens": "tokens",
     "tokens_per_second": "tokens_per_second_overall",
     "seconds": "seconds_in_loop",
-    "n_parameters": "n_parameters",  # older runs do not say it
+    "n_parameters": "n_parameters",  # missing in old runs
 }
-COUNTS = ("step", "best_step", "tokens", "n_parameters")  # whole numbers
-HEADINGS = {  # of columns that are not called as the value is
+INTEGER_RESULTS = ("step", "best_step", "tokens", "n_parameters")
+HEADINGS = {  # result -> heading of its column, where they differ
     "best_val_loss": "best val loss",
     "val_loss": "val loss",
     "n_parameters": "parameters",
     "tokens_per_second": "tok/s",
 }
-FALLING = ("run", "best", "tokens_per_second")  # sorted from the newest, the best and the highest
-MAIN = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
-LONGEST_CELL = 40  # characters; the run's name is never cut for this
-LONGEST_NUMBER = 15  # characters of a result; a longer one is shown with an exponent
+DESCENDING = ("run", "best", "tokens_per_second")  # sorted from the largest value by default
+MAIN_PARAMETERS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
+MAX_CELL_LENGTH = 40  # characters of a parameter or a text
+MAX_NUMBER_LENGTH = 15  # characters of a result; a longer one is written with an exponent
 
 
 # --- one run ------------------------------------------------------------------------------------------
 
 
 def read_run(path: Path) -> Row:
-    """What a run directory says of itself.
+    """Read a run directory.
 
-    `state` is "running" while a process holds it, else "damaged" where a record cannot be used, "done" where
-    the results are those of the newest step, and "unfinished". The seconds of a run without results are those
-    until its newest checkpoint: nothing else notes the time before the end.
+    The state is "running" if a process holds the lock of the run, else "damaged" if one of its files is
+    invalid, "done" if the results are those of the newest step, or "unfinished". The training time of an
+    unfinished run is that of its newest checkpoint.
     """
     match = RUN_ID.fullmatch(path.name)
     row: Row = dict.fromkeys((*RESULTS, *specs()))
     row |= {"run": path.name, "tag": (match and match[3]) or "", "resumed": False, "best": False}
     run = RunFolder(path)
     recorded = read_record(run.record_path, row)
-    measured = read_measured(run.metrics_path, row)
+    measured = read_evaluations(run.metrics_path, row)
     final = read_final(run.final_path) if run.final_path.exists() else {}
-    # A finished run that goes on has newer metrics than results.
+    # The metrics of a finished run that was resumed are newer than its results.
     finished = False
     if final:
         finished = final["step"] >= (row["step"] or 0)
@@ -109,9 +109,9 @@ def read_run(path: Path) -> Row:
 
 
 def read_record(path: Path, row: Row) -> bool:
-    """Take the parameters and the text from meta/full_config.json; False where something in it is wrong.
+    """Copy the parameters and the text from meta/full_config.json to a row; return False if it is invalid.
 
-    Wrong is, too, what train.py would have refused: a width of -1, say. Such values are left out.
+    Parameter values that train.py would refuse, such as a negative width, are invalid too and not copied.
     """
     try:
         record = read_json_object(path)
@@ -121,7 +121,7 @@ def read_record(path: Path, row: Row) -> bool:
         row |= {name: value for name, value in given.items() if name not in names_in(problems)}
         row["resumed"] = RESUMED in record["origins"].values()
         corpus = record["corpus"]
-        text, sha256, vocab_size = corpus["path"], corpus["sha256"], count(corpus["vocab_size"])
+        text, sha256, vocab_size = corpus["path"], corpus["sha256"], parse_count(corpus["vocab_size"])
         if problems or not isinstance(text, str) or not isinstance(sha256, str):
             return False
         row["text"], row["text_sha256"] = Path(text).name, sha256
@@ -132,42 +132,44 @@ def read_record(path: Path, row: Row) -> bool:
 
 
 def read_final(path: Path) -> Row | None:
-    """The results of eval/final.json; None where they are not those of a run."""
+    """Read the results in eval/final.json; None if the file is invalid."""
     try:
         final = read_json_object(path)
-        found: Row = {}
-        for name, key in FROM_FINAL.items():
+        results: Row = {}
+        for name, key in FINAL_KEYS.items():
             value = final.get(key)
-            read = count if name in COUNTS else quantity
-            found[name] = None if value is None else read(value)
+            parse = parse_count if name in INTEGER_RESULTS else parse_number
+            results[name] = None if value is None else parse(value)
     except (Alg1Error, ValueError):
         return None
-    needed = (found["step"], found["best_val_loss"], found["val_loss"])
-    return None if None in needed else found
+    required = (results["step"], results["best_val_loss"], results["val_loss"])
+    return None if None in required else results
 
 
-def read_measured(path: Path, row: Row) -> bool:
-    """Take evaluations, speed and newest step from logs/metrics.jsonl; False where it is damaged."""
+def read_evaluations(path: Path, row: Row) -> bool:
+    """Copy evaluations, speed and newest step from logs/metrics.jsonl to a row; False if it is damaged."""
     try:
         for values in read_outline(path):
-            take_values(values, row)
+            update_row(row, values)
     except (OSError, ValueError, KeyError):
         return False
     return True
 
 
-def take_values(values: dict[str, Any], row: Row) -> None:
-    """Make a row of metrics.jsonl the newest of the run, and its evaluation the best where it is.
+def update_row(row: Row, values: dict[str, Any]) -> None:
+    """Update the row of a run with the next line of its metrics.jsonl.
 
     Raises:
-        KeyError, ValueError: no run has written it.
+        KeyError: a value is missing.
+        ValueError: a value is invalid.
     """
-    step = row["step"] = count(values["step"]) + (EACH_STEP in values)  # such a row comes before its update
+    # A training loss is logged before the update of its step, everything else after it.
+    step = row["step"] = parse_count(values["step"]) + (EACH_STEP in values)
     if "tokens_per_second" in values:
-        row["tokens_per_second"] = quantity(values["tokens_per_second"])
+        row["tokens_per_second"] = parse_number(values["tokens_per_second"])
     if "loss/val" not in values:
         return
-    loss, train_loss = quantity(values["loss/val"]), quantity(values["loss/train"])
+    loss, train_loss = parse_number(values["loss/val"]), parse_number(values["loss/train"])
     row["val_loss"], row["train_loss"] = loss, train_loss
     if loss is not None and (row["best_val_loss"] is None or loss < row["best_val_loss"]):
         row["best_val_loss"], row["best_step"] = loss, step
@@ -175,32 +177,32 @@ def take_values(values: dict[str, Any], row: Row) -> None:
         row["best_bits_per_character"] = bits_per_character(loss)
 
 
-def quantity(value: Any) -> float | None:
-    """A number that is not negative; None for NaN and the infinite, which a run that diverges writes.
+def parse_number(value: Any) -> float | None:
+    """Check that a value is a non-negative number; NaN and infinity, as of a diverged run, become None.
 
     Raises:
         ValueError: it is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise ValueError(f"{value!r} is no quantity")
+        raise ValueError(f"{value!r} is not a non-negative number")
     return value if value <= sys.float_info.max else None
 
 
-def count(value: Any) -> int:
-    """A whole number that is not negative.
+def parse_count(value: Any) -> int:
+    """Check that a value is a non-negative integer of at most 63 bits.
 
     Raises:
-        ValueError: it is anything else, or more than 64 bits hold.
+        ValueError: it is anything else.
     """
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a non-negative integer")
     return value
 
 
 def seconds_until_checkpoint(folder: Path) -> float | None:
-    """What a run has spent in the loop until the newest of its checkpoints; None where none tells."""
+    """Return the training time until the newest checkpoint; None if there is no valid checkpoint."""
     try:
-        return quantity(read_metadata(checkpoint_paths(folder)[-1])["progress"]["seconds"])
+        return parse_number(read_metadata(checkpoint_paths(folder)[-1])["progress"]["seconds"])
     except (Alg1Error, IndexError, KeyError, TypeError, ValueError):
         return None
 
@@ -209,21 +211,21 @@ def seconds_until_checkpoint(folder: Path) -> float | None:
 
 
 def mark_best(rows: Iterable[Row]) -> None:
-    """Mark the lowest validation loss of each text: losses on different texts cannot be compared."""
+    """Mark the lowest validation loss on each text; losses on different texts are not comparable."""
     lowest: dict[str, float] = {}
-    fit = [row for row in rows if row["state"] != "damaged" and row["text_sha256"]]
-    fit = [row for row in fit if row["best_val_loss"] is not None]
-    for row in fit:
+    comparable = [row for row in rows if row["state"] != "damaged" and row["text_sha256"]]
+    comparable = [row for row in comparable if row["best_val_loss"] is not None]
+    for row in comparable:
         lowest[row["text_sha256"]] = min(row["best_val_loss"], lowest.get(row["text_sha256"], math.inf))
-    for row in fit:
+    for row in comparable:
         row["best"] = row["best_val_loss"] == lowest[row["text_sha256"]]
 
 
 def find_column(text: str) -> str:
-    """The name of a value of every row, for that name or the heading of its column.
+    """Return the name of the value that --sort names, by this name or by the heading of its column.
 
     Raises:
-        Alg1Error: there is none; the nearest is named.
+        Alg1Error: there is no such value; the message suggests the nearest.
     """
     known = {name: name for name in (*RESULTS, *specs())}
     known |= {heading.replace(" ", "_"): name for name, heading in HEADINGS.items()}
@@ -237,9 +239,9 @@ def find_column(text: str) -> str:
 
 
 def sort_rows(rows: list[Row], key: str, reverse: bool) -> list[Row]:
-    """The rows by one value, the best first (see FALLING); those without it come last either way.
+    """Sort rows by one value: ascending unless the value is in DESCENDING; `reverse` inverts the order.
 
-    Rows with the same value stay in the order they have.
+    The sort is stable. Rows without the value come last in both orders.
     """
 
     def order(row: Row) -> tuple[int, Any]:
@@ -247,12 +249,12 @@ def sort_rows(rows: list[Row], key: str, reverse: bool) -> list[Row]:
         return (0, value) if isinstance(value, (int, float)) else (1, run_order(str(value)))
 
     with_value = [row for row in rows if row[key] is not None]
-    with_value.sort(key=order, reverse=(key in FALLING) != reverse)
+    with_value.sort(key=order, reverse=(key in DESCENDING) != reverse)
     return with_value + [row for row in rows if row[key] is None]
 
 
 def run_order(name: str) -> tuple[str, int, str]:
-    """A run's name as it sorts: run 1000 of a day comes after run 999. Other text sorts as it is."""
+    """Return the sort key of a run's name, in which run 1000 of a day follows run 999; also of other text."""
     match = RUN_ID.fullmatch(name)
     return (match[1], int(match[2]), name) if match else (name, 0, "")
 
@@ -261,49 +263,54 @@ def run_order(name: str) -> tuple[str, int, str]:
 
 
 def columns_of(rows: list[Row]) -> list[Column]:
-    """The main results and parameters, and what else shaped the training and is not the same in all."""
+    """Return the columns: the main results and parameters, and all other parameters that differ between runs.
+
+    The exception are parameters that a resumed run may change, since they do not affect the training steps.
+    """
     differing = [
         name
         for name, spec in specs().items()
         if not spec.limits.may_change and len({cell(row[name]) for row in rows if row[name] is not None}) > 1
     ]
-    names = [*MAIN, *(name for name in differing if name not in MAIN)]
+    names = [*MAIN_PARAMETERS, *(name for name in differing if name not in MAIN_PARAMETERS)]
 
-    def column(heading: str, rank: int, show: Callable[[Row], str], to_the_right: bool = True) -> Column:
-        return Column(heading, [show(row) for row in rows], rank, to_the_right)
+    def column(
+        heading: str, rank: int, format_cell: Callable[[Row], str], align_right: bool = True
+    ) -> Column:
+        return Column(heading, [format_cell(row) for row in rows], rank, align_right)
 
     columns = [
-        column("run", 0, lambda row: one_line(row["run"]), to_the_right=False),
-        column("state", 2, state_cell, to_the_right=False),
+        column("run", 0, lambda row: single_line(row["run"]), align_right=False),
+        column("state", 2, state_cell, align_right=False),
         column("step", 4, step_cell),
         column(HEADINGS["best_val_loss"], 0, best_cell),
-        column(HEADINGS["val_loss"], 5, lambda row: number(row["val_loss"])),
+        column(HEADINGS["val_loss"], 5, lambda row: format_number(row["val_loss"])),
     ]
     if len({row["text_sha256"] for row in rows if row["text_sha256"]}) > 1:
-        columns.append(column("text", 1, lambda row: cell(row["text"]), to_the_right=False))
+        columns.append(column("text", 1, lambda row: cell(row["text"]), align_right=False))
     for name in names:
         cells = [cell(row[name]) for row in rows]
-        columns.append(Column(name, cells, 3 if name in differing else 9, to_the_right=True))
+        columns.append(Column(name, cells, 3 if name in differing else 9, align_right=True))
     columns += [
-        column(HEADINGS["n_parameters"], 8, lambda row: whole(row["n_parameters"])),
-        column(HEADINGS["tokens_per_second"], 7, lambda row: whole(row["tokens_per_second"])),
-        column("seconds", 6, lambda row: whole(row["seconds"])),
+        column(HEADINGS["n_parameters"], 8, lambda row: format_rounded(row["n_parameters"])),
+        column(HEADINGS["tokens_per_second"], 7, lambda row: format_rounded(row["tokens_per_second"])),
+        column("seconds", 6, lambda row: format_rounded(row["seconds"])),
     ]
     return columns
 
 
 def cell(value: Any) -> str:
-    """A parameter as a cell shows it: on one line, not too long, "-" where there is none."""
+    """Format a parameter or a text for a cell; "-" if there is none."""
     if value is None or value == "":
         return "-"
-    text = f"{value:.6g}" if isinstance(value, float) else one_line(str(value))
-    return text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"
+    text = f"{value:.6g}" if isinstance(value, float) else single_line(str(value))
+    return text if len(text) <= MAX_CELL_LENGTH else text[: MAX_CELL_LENGTH - 1] + "…"
 
 
-def whole(value: float | None) -> str:
-    """A result without what stands behind its point."""
+def format_rounded(value: float | None) -> str:
+    """Format a result as a whole number, or with an exponent if that is too long."""
     text = "-" if value is None else f"{value:,.0f}"
-    return text if len(text) <= LONGEST_NUMBER else number(value)
+    return text if len(text) <= MAX_NUMBER_LENGTH else format_number(value)
 
 
 def state_cell(row: Row) -> str:
@@ -317,24 +324,32 @@ def step_cell(row: Row) -> str:
 
 
 def best_cell(row: Row) -> str:
-    return ("* " if row["best"] else "") + number(row["best_val_loss"])
+    return ("* " if row["best"] else "") + format_number(row["best_val_loss"])
 
 
 def format_table(rows: list[Row], width: int | None = None) -> list[str]:
-    """The table as lines, none wider than `width` columns of a terminal; None does not limit them."""
-    lines, left_out = table.format_columns(columns_of(rows), width)
+    """Format rows as a table.
+
+    Args:
+        rows: the runs from top to bottom.
+        width: the maximum width of a line in terminal columns; None is unlimited.
+
+    Returns:
+        The lines; the last ones explain the mark of the best run and name the columns that do not fit.
+    """
+    lines, dropped = table.format_columns(columns_of(rows), width)
     if texts := {row["text_sha256"] for row in rows if row["best"]}:
         lines.append("* the lowest" + (" on its text" if len(texts) > 1 else " of these runs"))
-    if left_out:
-        lines.append(f"no room for: {', '.join(left_out)}")
-    return [table.cut(line, width) for line in lines]
+    if dropped:
+        lines.append(f"no room for: {', '.join(dropped)}")
+    return [table.truncate(line, width) for line in lines]
 
 
 def to_json(rows: list[Row]) -> str:
-    """All values of all rows as a list of objects."""
+    """Format all values of all rows as a JSON list of objects."""
     return json.dumps(rows, indent=2, ensure_ascii=False, default=str)
 
 
 def to_csv(rows: list[Row]) -> str:
-    """All values of all rows, under a line of names; what is not known is empty."""
+    """Format all values of all rows as CSV; unknown values are empty."""
     return table.to_csv([*RESULTS, *specs()], rows).rstrip("\n")

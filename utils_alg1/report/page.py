@@ -1,8 +1,8 @@
-"""eval/report.html: one page that tells what a run was and what came of it.
+"""eval/report.html: a self-contained page with the settings and the results of a run.
 
-It is made of the run's own files and needs nothing else: no script, no request, no font, no matplotlib.
-Curves are SVG that stretches to the width of the page, with their numbers as text around it, so that they
-stay readable on a phone. All text goes through `escaped`.
+It is built from the files of the run and contains no script, no external request and no font. Charts are
+SVG that scales with the page, and their labels are HTML text, so that they are readable on a phone. All text
+from outside passes through `escape`.
 """
 
 from __future__ import annotations
@@ -15,63 +15,69 @@ from pathlib import Path
 from typing import Any
 
 from parameters import specs
-from utils_alg1.base.files import read_json_object, read_text, try_to_write, write_atomically
-from utils_alg1.base.text import counted, duration, number, visible
+from utils_alg1.base.files import read_json_object, read_text, write_atomically, write_or_warn
+from utils_alg1.base.text import format_count, format_duration, format_number, replace_control_characters
 from utils_alg1.report.charts import Line, chart
 from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.metrics_file import Curves, read_curves
 from utils_alg1.utils_output import Console
 
-MOST_ROWS = 200  # of the table of evaluations
+MAX_EVALUATIONS = 200  # rows of the table of evaluations
 
 
-def try_page(run: RunDirectory, samples: list[str], attended: str | None, console: Console) -> None:
-    """Write eval/report.html; a page that cannot be written costs one line.
+def try_page(run: RunDirectory, samples: list[str], attention_text: str | None, console: Console) -> None:
+    """Write eval/report.html; if that fails, print a warning.
 
-    `attended` is the text that eval/attention.png is about, None where there is no such picture.
+    Args:
+        run: the finished run.
+        samples: generated texts.
+        attention_text: the text shown in eval/attention.png; None if there is no such picture.
+        console: receives the warning.
     """
 
     def write(path: Path) -> None:
-        write_atomically(path, build_page(run.path, samples, attended).encode("utf-8"))
+        write_atomically(path, build_page(run.path, samples, attention_text).encode("utf-8"))
 
-    try_to_write(run.report_path, write, "no report was written", console.warn)
+    write_or_warn(run.report_path, write, "no report was written", console.warn)
 
 
-def build_page(run_dir: Path, samples: list[str], attended: str | None) -> str:
-    """The page, from what lies in a run directory that has ended.
+def build_page(run_dir: Path, samples: list[str], attention_text: str | None) -> str:
+    """Build the page from the directory of a finished run.
 
     Raises:
         Alg1Error: eval/final.json or meta/full_config.json cannot be read.
-        KeyError, OSError: something is missing in them, or a file is.
+        KeyError: a value is missing in one of them.
+        OSError: another file is missing or cannot be read.
     """
     run = RunFolder(run_dir)
     final, record = read_json_object(run.final_path), read_json_object(run.record_path)
     curves = read_curves(run.metrics_path)
     sections = [
-        f"<h1>{escaped(run_dir.name)}</h1>",
+        f"<h1>{escape(run_dir.name)}</h1>",
         f"<p class=lead>{describe(final, record)}</p>",
         cards(final),
         loss_chart(curves, final),
         small_charts(curves, final["steps"]),
-        section("Samples", drawn_texts(samples, final)),
+        section("Samples", sample_texts(samples, final)),
     ]
-    if attended is not None:
+    if attention_text is not None:
         picture = (run.eval_dir / "attention.png").read_bytes()
-        sections.append(section("Attention", attention(picture, attended)))
+        sections.append(section("Attention", attention(picture, attention_text)))
     sections += [
         section("Parameters", parameter_tables(record)),
         section("Evaluations", evaluation_table(curves)),
         section("Where it came from", provenance(run.meta_dir, record)),
     ]
-    return PAGE.format(title=escaped(run_dir.name), policy=POLICY, style=STYLE, body="\n".join(sections))
+    return PAGE.format(title=escape(run_dir.name), policy=POLICY, style=STYLE, body="\n".join(sections))
 
 
-def escaped(text: Any) -> str:
-    """Text as it can stand anywhere in the page."""
-    return html.escape(visible(str(text)))
+def escape(text: Any) -> str:
+    """Convert to text that is safe anywhere in HTML."""
+    return html.escape(replace_control_characters(str(text)))
 
 
 def section(heading: str, body: str) -> str:
+    """Return a section with a heading; its class is the first word of the heading."""
     return f'<section class="{heading.split()[0].lower()}"><h2>{heading}</h2>\n{body}</section>'
 
 
@@ -79,35 +85,41 @@ def section(heading: str, body: str) -> str:
 
 
 def describe(final: dict[str, Any], record: dict[str, Any]) -> str:
-    """What was trained on what, in a sentence or two."""
-    p = record["parameters"]
-    text = Path(record["corpus"]["path"]).name
+    """Describe model, training and text in two sentences."""
+    p, corpus = record["parameters"], record["corpus"]
     return (
-        f"{counted(final['n_parameters'], 'parameter')} ({counted(p['n_layer'], 'layer')},"
-        f" {counted(p['n_head'], 'head')}, width {p['n_embd']}, context {p['block_size']}),"
-        f" trained for {counted(final['steps'], 'step')} on"
-        f" <bdi>{escaped(text)}</bdi> ({counted(record['corpus']['characters'], 'character')})."
-        f" Finished {escaped(final['finished_at'][:16].replace('T', ' '))}."
+        f"{format_count(final['n_parameters'], 'parameter')} ({format_count(p['n_layer'], 'layer')},"
+        f" {format_count(p['n_head'], 'head')}, width {p['n_embd']}, context {p['block_size']}),"
+        f" trained for {format_count(final['steps'], 'step')} on"
+        f" <bdi>{escape(Path(corpus['path']).name)}</bdi>"
+        f" ({format_count(corpus['characters'], 'character')})."
+        f" Finished {escape(final['finished_at'][:16].replace('T', ' '))}."
     )
 
 
 def cards(final: dict[str, Any]) -> str:
-    """The results as large figures."""
+    """Return the most important results in large digits."""
     speed = final["tokens_per_second_overall"]
     values = {
         "best val loss": (
-            number(final["best_val_loss"]),
+            format_number(final["best_val_loss"]),
             f"nats per character, step&nbsp;{final['best_step']:,}",
         ),
-        "perplexity": (number(final["best_perplexity"], 2), "at the best val loss"),
-        "bits per character": (number(final["best_bits_per_character"], 3), "at the best val loss"),
-        "last val loss": (number(final["val_loss"]), f"train loss {number(final['train_loss'])}"),
+        "perplexity": (format_number(final["best_perplexity"], 2), "at the best val loss"),
+        "bits per character": (format_number(final["best_bits_per_character"], 3), "at the best val loss"),
+        "last val loss": (
+            format_number(final["val_loss"]),
+            f"train loss {format_number(final['train_loss'])}",
+        ),
         "speed": (f"{speed:,.{0 if speed >= 10 else 1}f}" if speed else "-", "characters per second"),
-        "time": (duration(final["seconds_in_loop"]), f"{counted(final['tokens'], 'character')} read"),
+        "time": (
+            format_duration(final["seconds_in_loop"]),
+            f"{format_count(final['tokens'], 'character')} read",
+        ),
     }
     items = [
-        f"<div><dt>{name}</dt><dd><b>{figure}</b><small>{note}</small></dd></div>"
-        for name, (figure, note) in values.items()
+        f"<div><dt>{name}</dt><dd><b>{value}</b><small>{note}</small></dd></div>"
+        for name, (value, note) in values.items()
     ]
     return f"<dl class=cards>{''.join(items)}</dl>"
 
@@ -116,6 +128,7 @@ def cards(final: dict[str, Any]) -> str:
 
 
 def loss_chart(curves: Curves, final: dict[str, Any]) -> str:
+    """Return the chart of the losses, with a dot at the best validation loss."""
     best = [(float(final["best_step"]), float(final["best_val_loss"]))]
     lines = [
         Line("train, each step", "each", curves.each_step),
@@ -127,6 +140,7 @@ def loss_chart(curves: Curves, final: dict[str, Any]) -> str:
 
 
 def small_charts(curves: Curves, n_steps: int) -> str:
+    """Return the charts of learning rate, gradient norm and speed."""
     charts = [
         chart("Learning rate", "", [Line("", "train", curves.learning_rate)], n_steps),
         chart("Gradient norm", "", [Line("", "train", curves.gradient_norm)], n_steps),
@@ -138,26 +152,28 @@ def small_charts(curves: Curves, n_steps: int) -> str:
 # --- text and tables ----------------------------------------------------------------------------------
 
 
-def drawn_texts(samples: list[str], final: dict[str, Any]) -> str:
+def sample_texts(samples: list[str], final: dict[str, Any]) -> str:
+    """Return the generated texts and which weights generated them."""
     exported = final["export"]
-    weights = f"the {escaped(exported['weights'])} ones, of step {exported['step']:,}"
-    texts = "".join(f"<pre dir=auto>\n{escaped(sample)}</pre>" for sample in samples)
+    weights = f"the {escape(exported['weights'])} ones, of step {exported['step']:,}"
+    texts = "".join(f"<pre dir=auto>\n{escape(sample)}</pre>" for sample in samples)
     return f"<p>Drawn from the exported weights, {weights}.</p>{texts}"
 
 
-def attention(picture: bytes, attended: str) -> str:
+def attention(picture: bytes, text: str) -> str:
+    """Return the attention picture (PNG) with its explanation and the text that it shows."""
     data = base64.b64encode(picture).decode("ascii")
     return (
         "<p>How much each character (a row of a square) attends to each one before it and to itself"
         " (a column): black is not at all, the lighter the more. The text, from the part held out for"
-        f" evaluation:</p><pre dir=auto>\n{escaped(attended)}</pre>"
+        f" evaluation:</p><pre dir=auto>\n{escape(text)}</pre>"
         '<img alt="attention weights of each layer and head"'
         f' src="data:image/png;base64,{data}">'
     )
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of cells that are HTML already."""
+    """Return a table; the cells are HTML."""
     lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     titles = "".join(f"<th>{cell}</th>" for cell in head)
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
@@ -165,14 +181,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def parameter_tables(record: dict[str, Any]) -> str:
-    """The values that differ from the defaults, and all of them folded away."""
+    """Return a table of the parameters that differ from their defaults, and a collapsed one of all."""
     values, origins = record["parameters"], record["origins"]
     rows = {
         name: [
-            f"<code>{escaped(name)}</code>",
+            f"<code>{escape(name)}</code>",
             value_cell(value),
             default_of(name),
-            escaped(origins.get(name, "")),
+            escape(origins.get(name, "")),
         ]
         for name, value in values.items()
     }
@@ -181,55 +197,63 @@ def parameter_tables(record: dict[str, Any]) -> str:
         rows[name] for name, value in values.items() if name not in specs() or value != specs()[name].default
     ]
     first = table(head, changed) if changed else "<p>Every value is the default.</p>"
-    return f"{first}{folded(f'all {len(rows)} parameters', table(head, rows.values()))}"
+    return f"{first}{collapsed(f'all {len(rows)} parameters', table(head, rows.values()))}"
 
 
 def default_of(name: str) -> str:
+    """Return the default of a parameter for a cell; "" if the parameter does not exist any more."""
     return value_cell(specs()[name].default) if name in specs() else ""
 
 
 def value_cell(value: Any) -> str:
-    """A parameter's value for a cell."""
+    """Return the value of a parameter for a cell."""
     if value is None or value == "":
         return "<i>none</i>"
-    return escaped(str(value).lower() if isinstance(value, bool) else value)
+    return escape(str(value).lower() if isinstance(value, bool) else value)
 
 
-def folded(title: str, body: str) -> str:
+def collapsed(title: str, body: str) -> str:
+    """Return content that the reader opens with a click on its title."""
     return f"<details><summary>{title}</summary>{body}</details>"
 
 
 def evaluation_table(curves: Curves) -> str:
-    """The losses of the evaluations, folded away; of very many, evenly spaced ones."""
+    """Return a collapsed table of the evaluations, evenly spaced ones if there are too many."""
     train, rates = dict(curves.train), dict(curves.learning_rate)
-    every = math.ceil(len(curves.val) / MOST_ROWS) or 1
-    chosen = curves.val[::-1][::every][::-1]  # the last one is always among them
+    every = math.ceil(len(curves.val) / MAX_EVALUATIONS) or 1
+    selected = curves.val[::-1][::every][::-1]  # counted from the end, to include the last one
     rows = [
-        [f"{step:,}", number(train.get(step)), number(val), f"{rates[step]:.3g}" if step in rates else "-"]
-        for step, val in chosen
+        [
+            f"{step:,}",
+            format_number(train.get(step)),
+            format_number(val),
+            f"{rates[step]:.3g}" if step in rates else "-",
+        ]
+        for step, val in selected
     ]
-    title = f"{len(chosen)} of " if every > 1 else ""
-    return folded(
-        title + counted(len(curves.val), "evaluation"),
+    title = f"{len(selected)} of " if every > 1 else ""
+    return collapsed(
+        title + format_count(len(curves.val), "evaluation"),
         table(("step", "train loss", "val loss", "learning rate"), rows),
     )
 
 
 def provenance(meta_dir: Path, record: dict[str, Any]) -> str:
+    """Return a table of the text, the device, the git commit and the environment."""
     corpus, runtime = record["corpus"], record["runtime"]
     rows = {
-        "text": f"{corpus['path']}, {counted(corpus['characters'], 'character')},"
+        "text": f"{corpus['path']}, {format_count(corpus['characters'], 'character')},"
         f" {corpus['vocab_size']} distinct",
         "SHA-256 of the text": corpus["sha256"],
-        "device": f"{runtime['device']}, {runtime['dtype']}, {counted(runtime['threads'], 'thread')}",
+        "device": f"{runtime['device']}, {runtime['dtype']}, {format_count(runtime['threads'], 'thread')}",
         **{f"git {name}": value for name, value in read_lines(meta_dir / "git.txt").items()},
         **read_lines(meta_dir / "env.txt"),
     }
-    return table(("", ""), [[escaped(name), escaped(value)] for name, value in rows.items()])
+    return table(("", ""), [[escape(name), escape(value)] for name, value in rows.items()])
 
 
 def read_lines(path: Path) -> dict[str, str]:
-    """A file of `name: value` lines; empty where it cannot be read, since nothing depends on it."""
+    """Read a file of `name: value` lines; return an empty dict if it cannot be read."""
     try:
         pairs = (line.partition(": ") for line in read_text(path).splitlines())
     except Exception:
@@ -237,7 +261,7 @@ def read_lines(path: Path) -> dict[str, str]:
     return {name: value for name, separator, value in pairs if separator}
 
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing from anywhere else
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no external requests
 
 PAGE = """<!doctype html>
 <html lang="en">

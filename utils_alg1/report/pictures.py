@@ -1,4 +1,4 @@
-"""The pictures that a run leaves in eval/: its losses, and what its heads attend to."""
+"""The pictures of a run in eval/: the loss curves, and the attention weights of every head."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import Tokenizer
-from utils_alg1.base.files import try_to_write, write_atomically
+from utils_alg1.base.files import write_atomically, write_or_warn
 from utils_alg1.base.summaries import Image
-from utils_alg1.report.charts import drawable
+from utils_alg1.report.charts import clamp
 from utils_alg1.run_directory import RunDirectory
 from utils_alg1.tracking.metrics_file import Point, read_curves
 from utils_alg1.tracking.observer import attention_pictures
@@ -23,21 +23,26 @@ if TYPE_CHECKING:
 
     from utils_alg1.training.trainer import Trainer
 
-ATTENTION_LENGTH = 64  # characters that the attention picture is about; of more each would be a pixel
-MOST_SHOWN = 12  # layers in it, and heads; of more, so many evenly spaced ones
-TILE, GAP, MARGIN = 160, 16, 40  # pixels: a side of a head's square at most, and what is around it
-LETTER = 8  # pixels that a letter of its title takes, nearly always
-GROUND, INK = "#111318", "#c9ccd3"  # of the attention picture: readable on a light page and on a dark one
+# The attention picture: a grid of squares, one per layer and head.
+ATTENTION_LENGTH = 64  # characters of context; with more, a character would be less than two pixels wide
+MAX_PER_AXIS = 12  # layers and heads shown; if there are more, evenly spaced ones are selected
+TILE_SIZE, GAP, MARGIN = (
+    160,
+    16,
+    40,
+)  # pixels: largest side of a square, space between squares, and around them
+LETTER_WIDTH = 8  # pixels: upper bound for most letters of the title
+BACKGROUND, FOREGROUND = "#111318", "#c9ccd3"  # readable on a light page and on a dark one
 PICTURE_DPI = 100
 
 
 def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
-    """Draw the losses of a metrics file as a PNG: every step, and the evaluations.
+    """Plot the losses of a metrics file, those of every step and of every evaluation, and save them as a PNG.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there is no evaluation in the file.
-        Alg1Error: the file system refused (exit code 4).
+        ValueError: the file contains no evaluation.
+        Alg1Error: the picture cannot be written (exit code 4).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -54,31 +59,34 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for points, style in lines:
-        alone = len(points) == 1  # a line of one point would not be seen
-        steps, losses = [x for x, _ in points], [drawable(y) for _, y in points]
-        axes.plot(steps, losses, marker="o" if alone else "", **style)
-    axes.set_title(title, loc="left", fontsize=10, parse_math=False)  # the end of a wide tag may be cut off
+        marker = "o" if len(points) == 1 else ""  # a line of one point is invisible
+        axes.plot([x for x, _ in points], [clamp(y) for _, y in points], marker=marker, **style)
+    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
     axes.set(xlabel="step", ylabel="loss (nats per character)")
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomically(picture, as_png(figure))
+    write_atomically(picture, to_png(figure))
 
 
 def try_loss_curve(run: RunDirectory, console: Console) -> None:
-    """Draw eval/loss.png; a picture that cannot be drawn costs one line."""
+    """Write eval/loss.png; if that fails, print a warning."""
 
     def draw(picture: Path) -> None:
         draw_loss_curve(run.metrics_path, picture, run.run_id)
 
-    try_to_write(run.eval_dir / "loss.png", draw, "no loss curve was drawn", console.warn)
+    write_or_warn(run.eval_dir / "loss.png", draw, "no loss curve was drawn", console.warn)
 
 
 def draw_attention(pictures: list[Image], title: str) -> bytes:
-    """The attention weights of all layers and heads as one PNG: a row for each layer, a column for each head.
+    """Draw the attention weights as one PNG: a row of squares per layer, a column of squares per head.
 
-    In each square a row is a character that attends, and a column one that it attends to. As in the
-    trackers' pictures the brightness is the root of the weight.
+    In a square, rows are queries and columns are keys. As in the trackers' pictures, the brightness is the
+    square root of the weight.
+
+    Args:
+        pictures: one per layer and head, of the same size.
+        title: the text above the squares; truncated if it is too wide.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -90,54 +98,56 @@ def draw_attention(pictures: list[Image], title: str) -> bytes:
     layers = evenly_spaced(1 + max(int(picture.context["layer"]) for picture in pictures))
     heads = evenly_spaced(1 + max(int(picture.context["head"]) for picture in pictures))
     n_characters = len(pictures[0].weights)
-    side = n_characters * max(1, TILE // n_characters)
+    side = n_characters * max(1, TILE_SIZE // n_characters)
     size = MARGIN + len(heads) * (side + GAP), 2 * MARGIN + len(layers) * (side + GAP)
-    figure = Figure(figsize=(size[0] / PICTURE_DPI, size[1] / PICTURE_DPI), dpi=PICTURE_DPI, facecolor=GROUND)
+    inches = size[0] / PICTURE_DPI, size[1] / PICTURE_DPI
+    figure = Figure(figsize=inches, dpi=PICTURE_DPI, facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
-        """`x` and `y` in pixels from the top left corner."""
-        place = x / size[0], 1 - y / size[1]
-        figure.text(*place, text, color=INK, fontsize=9, va="center", parse_math=False, **style)
+        """Write text at (x, y), in pixels from the top left corner."""
+        position = x / size[0], 1 - y / size[1]
+        figure.text(*position, text, color=FOREGROUND, fontsize=9, va="center", parse_math=False, **style)
 
-    room = (size[0] - 2 * GAP) // LETTER
-    write(GAP, MARGIN / 2, title if len(title) <= room else f"{title[: room - 1]}…")
+    max_letters = (size[0] - 2 * GAP) // LETTER_WIDTH
+    write(GAP, MARGIN / 2, title if len(title) <= max_letters else f"{title[: max_letters - 1]}…")
     for picture in pictures:
         layer, head = int(picture.context["layer"]), int(picture.context["head"])
         if layer in layers and head in heads:
             colours = colormaps["magma"](picture.pixels(side), bytes=True)
-            left, top = place_of(layers.index(layer), heads.index(head), side)
+            left, top = tile_position(layers.index(layer), heads.index(head), side)
             figure.figimage(colours, left, size[1] - top - side, origin="upper")
     for i, head in enumerate(heads):
-        write(place_of(0, i, side)[0] + side / 2, 1.5 * MARGIN, f"head {head}", ha="center")
+        write(tile_position(0, i, side)[0] + side / 2, 1.5 * MARGIN, f"head {head}", ha="center")
     for i, layer in enumerate(layers):
-        write(MARGIN / 2, place_of(i, 0, side)[1] + side / 2, f"layer {layer}", ha="center", rotation=90)
-    return as_png(figure)
+        write(MARGIN / 2, tile_position(i, 0, side)[1] + side / 2, f"layer {layer}", ha="center", rotation=90)
+    return to_png(figure)
 
 
-def as_png(figure: Figure) -> bytes:
-    """A figure that has its canvas, as a PNG."""
+def to_png(figure: Figure) -> bytes:
+    """Render a figure that has a canvas as a PNG."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a tag may have letters that the font lacks
+        warnings.simplefilter("ignore")  # the font may lack characters of the run tag
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def place_of(row: int, column: int, side: int) -> tuple[int, int]:
-    """The left and the top of a square in the attention picture, in pixels."""
+def tile_position(row: int, column: int, side: int) -> tuple[int, int]:
+    """Return the left and top edge of a square of the attention picture, in pixels."""
     return MARGIN + column * (side + GAP), 2 * MARGIN + row * (side + GAP)
 
 
 def evenly_spaced(n: int) -> list[int]:
-    """The numbers below `n`; of more than MOST_SHOWN, so many with the first and the last among them."""
-    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, MOST_SHOWN))})
+    """Return range(n) as a list, or MAX_PER_AXIS numbers of it that include the first and the last."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, MAX_PER_AXIS))})
 
 
 def try_attention_picture(run: RunDirectory, trainer: Trainer, console: Console) -> str | None:
-    """Draw eval/attention.png of the exported weights; returns the text that the model has read for it.
+    """Write eval/attention.png of the exported weights; if that fails, print a warning.
 
-    A picture that cannot be drawn costs one line and gives None.
+    Returns:
+        The text whose attention weights are shown, or None without a picture.
     """
 
     def draw(picture: Path) -> str:
@@ -147,4 +157,4 @@ def try_attention_picture(run: RunDirectory, trainer: Trainer, console: Console)
         assert trainer.model.vocabulary is not None
         return Tokenizer(trainer.model.vocabulary).decode(idx[0].tolist())
 
-    return try_to_write(run.eval_dir / "attention.png", draw, "no attention picture was drawn", console.warn)
+    return write_or_warn(run.eval_dir / "attention.png", draw, "no attention picture was drawn", console.warn)

@@ -1,4 +1,4 @@
-"""What a run leaves for people: the records in meta/ and the results in eval/."""
+"""The results of a run in eval/, and its exported weights."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from utils_alg1.training.checkpoint import CheckpointStore
     from utils_alg1.training.trainer import Trainer
 
-SAMPLES = 3
+N_SAMPLES = 3
 SAMPLE_LENGTH = 400  # characters
 
 
 def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any], samples: list[str]) -> None:
     """Write eval/final.json and eval/samples.txt. Losses are in nats per character.
 
-    `seconds_in_loop` counts every part of a resumed run, `wall_seconds` the whole process but its imports,
-    and only the last one.
+    `seconds_in_loop` includes the training before each resume; `wall_seconds` is the lifetime of this process
+    without its imports.
 
     Raises:
-        Alg1Error: the file system refused (exit code 4).
+        Alg1Error: a file could not be written (exit code 4).
     """
     progress, evaluation = trainer.progress, trainer.progress.evaluation
-    assert evaluation is not None and progress.best_val is not None  # the loop ends with one
+    assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
     tokens = trainer.tokens_per_step * progress.step
     final = {
         "run_id": run.run_id,
@@ -64,11 +64,11 @@ def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any],
 
 
 def check_output(output: str | None) -> None:
-    """Check before training that --output can name a file, and that nothing else is lost by writing it.
+    """Check before training that --output can be written and that this overwrites nothing but an export.
 
     Raises:
-        Alg1Error: its folder is not there or takes no file (exit code 4), it is a folder itself, or a file
-            that is not an export.
+        Alg1Error: its folder does not exist or is not writable (exit code 4), or the path is a folder, a file
+            that is not an export, or inside a run directory.
     """
     if output is None:
         return
@@ -89,7 +89,7 @@ def check_output(output: str | None) -> None:
 
 
 def is_export(path: Path) -> bool:
-    """Whether a file holds weights that this program has exported, whole or not."""
+    """Return whether a file, even a damaged one, contains weights exported by this program."""
     try:
         return read_metadata(path).get("format") == FORMAT
     except Alg1Error:
@@ -103,9 +103,15 @@ def export_weights(
     params: Parameters,
     console: Console,
 ) -> dict[str, Any]:
-    """Write the best or the last weights where inference.py finds them; returns what they are."""
+    """Write the best or the last weights to artifacts/export/, where inference.py finds them.
+
+    Afterwards the model of the trainer holds the exported weights.
+
+    Returns:
+        Which weights were exported: their kind ("best" or "last"), step and validation loss.
+    """
     model, progress, evaluation = trainer.model, trainer.progress, trainer.progress.evaluation
-    assert evaluation is not None  # the loop ends with one
+    assert evaluation is not None  # training ends with an evaluation
     exported: dict[str, Any] = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
     if params.train.export == "best":
         try:
@@ -122,10 +128,10 @@ def export_weights(
 
 
 def copy_export(run: RunDirectory, output: str | None) -> None:
-    """Write the export to --output, too.
+    """Copy the exported weights to --output.
 
     Raises:
-        Alg1Error: the file system refused (exit code 4); the run is complete without it.
+        Alg1Error: the copy could not be written (exit code 4). The run itself is complete.
     """
     if output is None:
         return
@@ -136,5 +142,5 @@ def copy_export(run: RunDirectory, output: str | None) -> None:
 
 
 def draw_samples(model: BigramLanguageModel, seed: int) -> list[str]:
-    """A few continuations of the vocabulary's default prompt."""
-    return draw_texts(model, seed, SAMPLES, SAMPLE_LENGTH)
+    """Generate N_SAMPLES texts from the default prompt of the vocabulary."""
+    return draw_texts(model, seed, N_SAMPLES, SAMPLE_LENGTH)

@@ -1,4 +1,4 @@
-"""What a run says of itself on the console, at its start and at its end."""
+"""The lines that a run prints at its start and at its end, and the commands that continue it."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ from parameters import Parameters, specs
 from utils_aim.instructions import FOLDER as AIM_FOLDER
 from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
-from utils_alg1.base.text import counted, duration, loss_in_words, number
+from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
 from utils_alg1.run_directory import RunDirectory
 from utils_alg1.training.distributed import SingleProcess, launch_command
 from utils_alg1.training.schedule import learning_rate
 from utils_alg1.utils_config_loader import RESUMED, ConfigLoader
-from utils_alg1.utils_output import Block, ShellCommand
+from utils_alg1.utils_output import LabelledLines, ShellCommand
 from utils_tensorboard.instructions import instructions as tensorboard_instructions
 
 if TYPE_CHECKING:
     from utils_alg1.data.corpus import Corpus
-    from utils_alg1.training.checkpoint import CheckpointStore
     from utils_alg1.training.progress import Progress
     from utils_alg1.training.trainer import Trainer
 
 
-def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, trainer: Trainer) -> Block:
-    """The block of lines that a run begins with."""
+def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, trainer: Trainer) -> LabelledLines:
+    """Return the lines printed at the start of a run: device, model, text, steps, folder and parameters."""
     model, train, runtime, step = params.model, params.train, trainer.runtime, trainer.step
     n_parameters = trainer.model.config.n_parameters
     sequences = trainer.tokens_per_step // model.block_size
     steps = f"{step} to {train.max_iters}," if step else f"{train.max_iters}"
     lines = {
         "run": run.run_id,
-        "device": f"{runtime.device}, {runtime.dtype_name}, {counted(runtime.threads, 'thread')}",
-        "model": f"{counted(n_parameters, 'parameter')}: n_embd {model.n_embd}, n_head {model.n_head},"
+        "device": f"{runtime.device}, {runtime.dtype_name}, {format_count(runtime.threads, 'thread')}",
+        "model": f"{format_count(n_parameters, 'parameter')}: n_embd {model.n_embd}, n_head {model.n_head},"
         f" n_layer {model.n_layer}, block_size {model.block_size}",
-        "text": f"{corpus.path}: {counted(len(corpus.tokens), 'character')},"
+        "text": f"{corpus.path}: {format_count(len(corpus.tokens), 'character')},"
         f" vocabulary of {corpus.tokenizer.vocab_size}",
-        "steps": f"{steps} of {sequences} x {counted(model.block_size, 'character')}",
+        "steps": f"{steps} of {sequences} x {format_count(model.block_size, 'character')}",
         "folder": f"{run.path}: meta/, logs/, artifacts/, eval/",
     }
     if runtime.compile:
@@ -58,14 +57,14 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
 
 
 def describe_changes(params: Parameters) -> str:
-    """The values that are not the defaults, each group with where it came from."""
+    """Return the parameters that differ from their defaults, grouped by where the value came from."""
     groups: dict[str, list[str]] = {}
     for name, value in params.changed().items():
         origin = params.origins[name]
-        words = {specs()[name].flag: "", RESUMED: "as before"}.get(origin, origin)
-        groups.setdefault(words, []).append(f"{name}={value}")
+        source = {specs()[name].flag: "", RESUMED: "as before"}.get(origin, origin)
+        groups.setdefault(source, []).append(f"{name}={value}")
     ordered = sorted(groups.items(), key=lambda group: group[0] != "")  # the command line first
-    return "; ".join(", ".join(values) + (f" ({words})" if words else "") for words, values in ordered)
+    return "; ".join(", ".join(values) + (f" ({source})" if source else "") for source, values in ordered)
 
 
 def describe_end(
@@ -73,84 +72,102 @@ def describe_end(
     params: Parameters,
     progress: Progress,
     exported: dict[str, Any],
-    shown_in: Collection[str],
+    trackers: Collection[str],
     dist: SingleProcess,
-) -> Block:
-    """The block of lines that a run ends with: what was reached, where it lies, what to type next.
+) -> LabelledLines:
+    """Return the lines printed at the end of a run: its results, its files and the next commands.
 
-    `shown_in` names the trackers that have the run.
+    Args:
+        run: the finished run.
+        params: its parameters.
+        progress: its state after the last step.
+        exported: which weights were exported, as returned by `export_weights`.
+        trackers: the names of the trackers that recorded the run.
+        dist: this process among those that trained it.
     """
     evaluation = progress.evaluation
-    assert evaluation is not None and progress.best_val is not None  # the loop ends with one
+    assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
     runs_dir = str(run.path.parent)
     copy = f"; also {params.train.output}" if params.train.output else ""
     lines: dict[str, str | ShellCommand] = {
-        "reached": f"step {progress.step}: train loss {number(evaluation.train_loss)},"
-        f" val loss {number(evaluation.val_loss)}, in {duration(progress.seconds)}",
-        "best": f"step {progress.best_step}: val loss {loss_in_words(progress.best_val)}",
+        "reached": f"step {progress.step}: train loss {format_number(evaluation.train_loss)},"
+        f" val loss {format_number(evaluation.val_loss)}, in {format_duration(progress.seconds)}",
+        "best": f"step {progress.best_step}: val loss {format_loss(progress.best_val)}",
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']}){copy}",
     }
     if run.report_path.exists():
         lines["report"] = str(run.report_path)
-    lines["sample"] = ShellCommand(f"python inference.py --run {name_of(run)}")
-    if "tensorboard" in shown_in:
+    lines["sample"] = ShellCommand(f"python inference.py --run {run_argument(run)}")
+    if "tensorboard" in trackers:
         lines["curves"] = ShellCommand(*tensorboard_instructions(runs_dir, params.tensorboard.port))
-    if "aim" in shown_in:
+    if "aim" in trackers:
         lines["compare"] = ShellCommand(*aim_instructions())
-    lines["continue"] = ShellCommand(longer_command(run, params, progress, dist))
+    lines["continue"] = ShellCommand(longer_training_command(run, params, progress, dist))
     return lines
 
 
-def longer_command(run: RunDirectory, params: Parameters, progress: Progress, dist: SingleProcess) -> str:
-    """What to type to train longer than a run that is done."""
+def longer_training_command(
+    run: RunDirectory, params: Parameters, progress: Progress, dist: SingleProcess
+) -> str:
+    """Return the command that trains a finished run for longer."""
     steps = params.train.max_iters
     longer = dataclasses.replace(params.train, max_iters=2 * steps)
-    if progress.step < steps:  # it had lost its patience
+    if progress.step < steps:  # --patience ended it
         return f"{resume_command(run, dist)} --patience 0"
-    moved = params.train.lr_schedule != "constant"
-    if moved and any(learning_rate(params.train, s) != learning_rate(longer, s) for s in range(steps)):
-        # The schedule is at its end, and a longer one would have begun otherwise: another run as this one.
-        files = {"--config": run.record_path, "--init-from": run.export_path}
-        named = " ".join(f"{flag} {as_word(path)}" for flag, path in files.items())
-        return f"{launch_command(dist)} {named}"
+    has_schedule = params.train.lr_schedule != "constant"
+    if has_schedule and any(learning_rate(params.train, s) != learning_rate(longer, s) for s in range(steps)):
+        # A longer schedule has other learning rates from the start, so it needs a new run.
+        paths = {"--config": run.record_path, "--init-from": run.export_path}
+        flags = " ".join(f"{flag} {quote_path(path)}" for flag, path in paths.items())
+        return f"{launch_command(dist)} {flags}"
     return f"{resume_command(run, dist)} --max-iters {longer.max_iters}"
 
 
-def last_words(store: CheckpointStore, run: RunDirectory, dist: SingleProcess) -> bytes:
-    """What a process says that leaves at once, without saving."""
-    if store.newest_step is None:
+def resume_notice(newest_step: int | None, run: RunDirectory, dist: SingleProcess) -> bytes:
+    """Return what is printed when a second signal ends the process without saving.
+
+    Args:
+        newest_step: the step of the newest checkpoint; None if there is none.
+        run: the run.
+        dist: this process among those that train it.
+    """
+    if newest_step is None:
         return b"\nleft at once: nothing had been saved\n"
-    way_on = f"go on from step {store.newest_step} with: {resume_command(run, dist)}"
-    return f"\nleft at once; {way_on}\n".encode(errors="replace")
+    hint = f"go on from step {newest_step} with: {resume_command(run, dist)}"
+    return f"\nleft at once; {hint}\n".encode(errors="replace")
 
 
-def with_the_way_on(
-    error: Alg1Error, store: CheckpointStore, run: RunDirectory, dist: SingleProcess
+def add_resume_hint(
+    error: Alg1Error, newest_checkpoint: Path | None, run: RunDirectory, dist: SingleProcess
 ) -> Alg1Error:
-    """The error, with what to do with the checkpoints that the run has."""
-    if store.newest_step is None:
+    """Return an error that ended the training, with a hint added on how to use the newest checkpoint.
+
+    Without a checkpoint the error is returned unchanged.
+    """
+    if newest_checkpoint is None:
         return error
-    way_on = f"then go on: {resume_command(run, dist)}"
-    if error.exit_code == CANNOT_TRAIN:  # what helps there, a resumed run may not change
-        way_on = f"its newest weights, for --init-from: {store.path(store.newest_step)}"
-    hint = f"{error.hint}; {way_on}" if error.hint else way_on
+    hint = f"then go on: {resume_command(run, dist)}"
+    if error.exit_code == CANNOT_TRAIN:  # its fix is a parameter value that a resumed run would refuse
+        hint = f"its newest weights, for --init-from: {newest_checkpoint}"
+    if error.hint:
+        hint = f"{error.hint}; {hint}"
     return Alg1Error(error.message, hint, error.exit_code)
 
 
 def resume_command(run: RunDirectory, dist: SingleProcess) -> str:
-    """What to type to continue a run."""
-    return f"{launch_command(dist)} --resume {name_of(run)}"
+    """Return the command that resumes a run."""
+    return f"{launch_command(dist)} --resume {run_argument(run)}"
 
 
-def name_of(run: RunDirectory) -> str:
-    """A run as a command line names it: by its id alone where that will be found."""
+def run_argument(run: RunDirectory) -> str:
+    """Return a run as a command line names it: the id if the run is in the default folder, else the path."""
     try:
-        where_runs_are = Path(ConfigLoader.runs_dir(None))
-    except Alg1Error:  # a file of settings that was spoilt meanwhile
-        return as_word(run.path)
-    return run.run_id if run.path.parent == where_runs_are else as_word(run.path)
+        default_folder = Path(ConfigLoader.runs_dir(None))
+    except Alg1Error:  # a configuration file was damaged while the run was training
+        return quote_path(run.path)
+    return run.run_id if run.path.parent == default_folder else quote_path(run.path)
 
 
-def as_word(path: Path) -> str:
-    """A path as a shell and our own flags take it."""
+def quote_path(path: Path) -> str:
+    """Quote a path for a shell; a leading dash gets ./ in front so that it is not parsed as a flag."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))

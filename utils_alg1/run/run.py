@@ -171,7 +171,7 @@ class MainRun(Run):
                 yield
                 self.store.wait()
         except Alg1Error as error:
-            raise summary.with_the_way_on(error, self.store, self.directory, self.dist) from error
+            raise summary.add_resume_hint(error, self.store.newest, self.directory, self.dist) from error
         self._loop_done = True
 
     def _stop_notice(self) -> str:
@@ -182,12 +182,15 @@ class MainRun(Run):
         self.console.restore_terminal()
         if self._server is not None:
             self._server.kill()
-        self.console.interrupted(summary.last_words(self.store, self.directory, self.dist))
+        notice = summary.resume_notice(self.store.newest_step, self.directory, self.dist)
+        self.console.interrupted(notice)
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
         e = evaluation
-        self.trackers.log_evaluation_metrics(e.train_loss, e.val_loss, e.learning_rate, e.step)
-        self.console.evaluation(e, self.trainer.progress, self.trainer.speed)
+        losses = {"loss/train": e.train_loss, "loss/val": e.val_loss, "learning_rate": e.learning_rate}
+        self.trackers.log("scalars", losses, e.step)
+        best = self.trainer.progress.best_step == e.step
+        self.console.evaluation(e.step, e.train_loss, e.val_loss, e.learning_rate, best, self.trainer.speed)
 
     def save_checkpoint(self) -> None:
         if self.store.newest_step == self.trainer.step:
@@ -203,7 +206,7 @@ class MainRun(Run):
         self.store.save(self.trainer, about)
 
     def log_model(self) -> None:
-        self.observer.observe(self.trainer.step)
+        self.observer.log_model(self.trainer.step)
 
     def log_step(self, loss: float) -> None:
         """See Run.log_step.
@@ -212,7 +215,7 @@ class MainRun(Run):
             Alg1Error: an earlier checkpoint could not be written (exit code 4).
         """
         self.store.raise_if_failed()
-        self.observer.log_training_step(loss, self.trainer.step)
+        self.observer.log_step(loss, self.trainer.step)
         self.console.progress(self.trainer.step + 1, loss)
 
     def print_resume_command(self) -> None:

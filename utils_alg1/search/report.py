@@ -1,4 +1,4 @@
-"""What a search leaves for people: the tables, the pictures, and the best parameters as a preset."""
+"""The results of a search: tables, plots, and the best parameters as a preset."""
 
 from __future__ import annotations
 
@@ -9,30 +9,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parameters import specs
+from parameters import CONFIG_FILES, format_settings, specs
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
-from utils_alg1.base.files import make_folder, read_json_object, write_atomically, write_json
+from utils_alg1.base.files import make_folder, read_json_object, write_atomically
 from utils_alg1.console.table import Column, format_columns, to_csv
 from utils_alg1.run_directory import RunFolder
-from utils_alg1.search.space import WHERE
-from utils_alg1.search.study import Study, best_of, loss_of, loss_reached, parameters_of, short, state_of
-from utils_alg1.utils_config_loader import CONFIG_FILES, ConfigLoader
+from utils_alg1.search.space import STORAGE_PARAMETERS
+from utils_alg1.search.study import (
+    Study,
+    best_of,
+    format_loss_of,
+    format_value,
+    lowest_loss,
+    parameters_of,
+    state_of,
+)
 from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
     import optuna
 
-SHOWN = 10  # trials in the table on the console
+N_PRINTED_TRIALS = 10  # trials in the table on the console
 
 
 def write_results(study: Study, console: Console) -> None:
-    """Write the tables, the preset and the pictures.
+    """Write the tables, the preset and the plots to the folder of the study.
 
     Raises:
-        Alg1Error: the file system refused (exit code 4).
+        Alg1Error: a file could not be written (exit code 4).
     """
-    write_table(study)
-    write_summary(study)
+    write_csv(study)
+    write_markdown(study)
     write_preset(study)
     draw_pictures(study, console)
 
@@ -41,22 +48,22 @@ def write_results(study: Study, console: Console) -> None:
 
 
 def ranked(study: Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that have ended: the complete ones by their loss, then the others."""
+    """Return the trials that have ended: the complete ones sorted by loss, then the others."""
     order = {"complete": 0, "pruned": 1, "refused": 2, "failed": 3}
 
     def key(trial: optuna.trial.FrozenTrial) -> tuple[int, float, int]:
-        loss = loss_reached(trial)
+        loss = lowest_loss(trial)
         return order[state_of(trial)], float("inf") if loss is None else loss, trial.number
 
     return sorted(study.finished(), key=key)
 
 
 def table_row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-    """A trial as a row of results.csv."""
+    """Return the row of a trial in results.csv."""
     return {
         "trial": trial.number,
         "state": state_of(trial),
-        "best_val_loss": loss_reached(trial),
+        "best_val_loss": lowest_loss(trial),
         "last_step": trial.last_step,
         "seconds": round(trial.duration.total_seconds(), 1) if trial.duration else None,
         **parameters_of(trial),
@@ -65,15 +72,15 @@ def table_row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     }
 
 
-def write_table(study: Study) -> None:
-    """results.csv: every trial that counts, in the order of their numbers."""
+def write_csv(study: Study) -> None:
+    """Write results.csv: all finished trials, sorted by number."""
     rows = [table_row(trial) for trial in sorted(study.finished(), key=lambda trial: trial.number)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     write_atomically(study.folder / "results.csv", to_csv(names, rows).encode("utf-8", "surrogatepass"))
 
 
 def table(study: Study, trials: list[optuna.trial.FrozenTrial]) -> list[list[str]]:
-    """Trials as cells of text, under a line of headings."""
+    """Return a table of trials as rows of cells; the first row contains the headings."""
     names = list(study.plan.space)
     cells = [["trial", "state", "val loss", *names, "run, or what went wrong"]]
     for trial in trials:
@@ -82,13 +89,13 @@ def table(study: Study, trials: list[optuna.trial.FrozenTrial]) -> list[list[str
         remark = trial.user_attrs.get("reason") or (Path(run).name if run else "")
         if trial.user_attrs.get("defaults"):
             remark = f"{remark} (the defaults)"
-        drawn = [short(values[name]) if name in values else "" for name in names]
-        cells.append([str(trial.number), state_of(trial), loss_of(trial), *drawn, remark])
+        parameters = [format_value(values[name]) if name in values else "" for name in names]
+        cells.append([str(trial.number), state_of(trial), format_loss_of(trial), *parameters, remark])
     return cells
 
 
-def write_summary(study: Study) -> None:
-    """results.md: what was gained, and every trial, the best first."""
+def write_markdown(study: Study) -> None:
+    """Write results.md: a summary, and all finished trials, the best first."""
     head, *rows = table(study, ranked(study))
     lines = [f"# Search {study.settings.name}", ""]
     lines += [f"- {name}: {value}" for name, value in describe_search(study).items()]
@@ -99,10 +106,10 @@ def write_summary(study: Study) -> None:
 
 
 def show_table(study: Study, console: Console) -> None:
-    """The best trials, in columns."""
+    """Print a table of the best trials."""
     columns = [
         Column(heading, list(cells))
-        for heading, *cells in zip(*table(study, ranked(study)[:SHOWN]), strict=True)
+        for heading, *cells in zip(*table(study, ranked(study)[:N_PRINTED_TRIALS]), strict=True)
     ]
     lines, _ = format_columns(columns)
     for line in ("", *lines, ""):
@@ -110,7 +117,7 @@ def show_table(study: Study, console: Console) -> None:
 
 
 def describe_search(study: Study) -> dict[str, str]:
-    """What was tried, and what was gained over the defaults."""
+    """Return the number of trials in each state, the best loss and its improvement over the defaults."""
     finished = study.finished()
     states = [state_of(trial) for trial in finished]
     counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states))]
@@ -119,33 +126,32 @@ def describe_search(study: Study) -> dict[str, str]:
     if best is None:
         return lines
     lines["best"] = f"trial {best.number}, val loss {best.value:.4f}"
-    by_default = [trial for trial in finished if trial.user_attrs.get("defaults")]
-    if by_default and by_default[0].state.name == "COMPLETE":
-        defaults, loss = by_default[0], by_default[0].value
-        assert loss is not None and best.value is not None  # both are complete
-        lines["defaults"] = f"trial {defaults.number}, val loss {loss:.4f}"
-        lines["gained"] = f"{loss - best.value:.4f}"
-    elif by_default:
-        lines["defaults"] = f"trial {by_default[0].number}, {state_of(by_default[0])}"
+    defaults = next((trial for trial in finished if trial.user_attrs.get("defaults")), None)
+    if defaults and defaults.state.name == "COMPLETE":
+        assert defaults.value is not None and best.value is not None  # both are complete
+        lines["defaults"] = f"trial {defaults.number}, val loss {defaults.value:.4f}"
+        lines["gained"] = f"{defaults.value - best.value:.4f}"
+    elif defaults:
+        lines["defaults"] = f"trial {defaults.number}, {state_of(defaults)}"
     return lines
 
 
 def describe_start(study: Study, space_file: str, n_workers: int) -> dict[str, str]:
-    """The block of lines that a search begins with."""
+    """Return the lines printed at the start of a search."""
     n_finished = len(study.finished())
     return {
         "study": str(study.folder),
         "space": f"{space_file}: {', '.join(study.plan.space)}",
-        "trials": f"{study.wanted}" + (f", {n_finished} of them finished" if n_finished else ""),
+        "trials": f"{study.n_trials}" + (f", {n_finished} of them finished" if n_finished else ""),
         "how": f"{study.settings.sampler}, {n_workers} at a time",
     }
 
 
 def describe_end(study: Study) -> dict[str, str]:
-    """The block of lines that a search ends with: what was gained, where it lies, what to type next.
+    """Return the lines printed at the end of a search: its results, its files and the next command.
 
     Raises:
-        Alg1Error: no trial was completed.
+        Alg1Error: there is no complete trial.
     """
     lines = describe_search(study)
     if "best" not in lines:
@@ -161,49 +167,38 @@ def describe_end(study: Study) -> dict[str, str]:
 
 
 def write_preset(study: Study) -> None:
-    """best/: every value of the best trial that a run elsewhere would not have by itself."""
+    """Write best/: a preset with every value of the best trial, except where its run and export are kept."""
     best = best_of(study.finished())
     if best is None:
         return
-    values, _, _ = ConfigLoader.read(study.plan.options(parameters_of(best))).merge()
-    values |= threads_of(best)
-    preset = {name: value for name, value in values.items() if name not in WHERE}
+    values = study.plan.fixed | parameters_of(best) | recorded_threads(best)
+    preset = {name: value for name, value in values.items() if name not in STORAGE_PARAMETERS}
     folder = study.folder / "best"
     make_folder(folder)
     about = f"Best of the search {study.settings.name}: trial {best.number}, val loss {best.value:.4f}"
-    for file_name, part in zip(CONFIG_FILES, ("model", "train", "data", "tensorboard"), strict=True):
-        own = {name: value for name, value in preset.items() if specs()[name].part == part}
-        write_settings(folder / file_name, about, own)
+    for part, file_name in CONFIG_FILES.items():
+        settings = {name: value for name, value in preset.items() if specs()[name].part == part}
+        text = format_settings(file_name, about, settings)
+        write_atomically(folder / file_name, text.encode("utf-8", "surrogatepass"))
 
 
-def threads_of(trial: optuna.trial.FrozenTrial) -> dict[str, int]:
-    """The threads that the search gave the trial: only with as many a run ends with the same digits."""
+def recorded_threads(trial: optuna.trial.FrozenTrial) -> dict[str, int]:
+    """Return the number of threads of the trial: another number would change the rounding of its loss."""
     record = RunFolder(Path(trial.user_attrs.get("run", ""))).record_path
     try:
         threads = read_json_object(record)["parameters"]["threads"]
-    except (Alg1Error, KeyError, TypeError):  # the run has been removed
+    except (Alg1Error, KeyError, TypeError):  # the run was removed
         return {}
     return {"threads": threads} if threads else {}
 
 
-def write_settings(path: Path, about: str, values: dict[str, Any]) -> None:
-    """Write one configuration file, YAML or JSON."""
-    if path.suffix == ".json":
-        write_json(path, {"_comment": about, **values})
-        return
-    import yaml
-
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
-    write_atomically(path, f"# {about}\n{text}".encode("utf-8", "surrogatepass"))
-
-
-# --- pictures -----------------------------------------------------------------------------------------
+# --- plots --------------------------------------------------------------------------------------------
 
 
 def draw_pictures(study: Study, console: Console) -> None:
-    """history.png, importance.png and slice.png; one that cannot be drawn costs one line.
+    """Write history.png, importance.png and slice.png; print a warning for each that fails.
 
-    Without a complete trial there is nothing to draw.
+    Without a complete trial there are no plots.
     """
     if best_of(study.finished()) is None:
         return
@@ -212,35 +207,35 @@ def draw_pictures(study: Study, console: Console) -> None:
 
         matplotlib.use("Agg")
         from optuna.importance import PedAnovaImportanceEvaluator
-        from optuna.visualization import matplotlib as pictures
+        from optuna.visualization import matplotlib as plots
     except ImportError as error:
         console.warn(f"no pictures were drawn: {first_line(error)}")
         return
     names = list(study.plan.space)
 
     def importance() -> object:
-        evaluator = PedAnovaImportanceEvaluator()  # the default one needs a further package
-        return pictures.plot_param_importances(study.optuna, evaluator=evaluator, params=names)
+        evaluator = PedAnovaImportanceEvaluator()  # the default needs scikit-learn
+        return plots.plot_param_importances(study.optuna, evaluator=evaluator, params=names)
 
-    drawings: dict[str, Callable[[], object]] = {
-        "history": lambda: pictures.plot_optimization_history(study.optuna, target_name="val loss"),
+    plot_functions: dict[str, Callable[[], object]] = {
+        "history": lambda: plots.plot_optimization_history(study.optuna, target_name="val loss"),
         "importance": importance,
-        "slice": lambda: pictures.plot_slice(study.optuna, params=names, target_name="val loss"),
+        "slice": lambda: plots.plot_slice(study.optuna, params=names, target_name="val loss"),
     }
-    for name, draw in drawings.items():
+    for name, draw in plot_functions.items():
         try:
-            width = 3.8 * (len(names) + 1) if name == "slice" else None  # its labels overlap otherwise
+            width = 3.8 * (len(names) + 1) if name == "slice" else None  # wide enough for its labels
             draw_picture(study.folder / f"{name}.png", draw, width)
-        except Exception as error:  # matplotlib and Optuna fail in many ways, and the search is done
+        except Exception as error:  # matplotlib and Optuna raise many types
             console.warn(f"{name}.png was not drawn: {first_line(error)}")
 
 
 def draw_picture(path: Path, draw: Callable[[], object], width: float | None) -> None:
-    """Write what a function draws on matplotlib's current figure, `width` inches wide where given."""
+    """Write a PNG of what `draw` plots on matplotlib's current figure; `width` is in inches."""
     from matplotlib import pyplot
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls its matplotlib pictures experimental
+        warnings.simplefilter("ignore")  # Optuna marks its matplotlib plots as experimental
         try:
             draw()
             buffer = io.BytesIO()

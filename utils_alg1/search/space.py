@@ -1,4 +1,4 @@
-"""What a hyperparameter search tries: the space file, and the plan that it makes with the command line."""
+"""The search space: reads the space file and combines it with the command line into a plan."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from utils_alg1.utils_config_loader import ConfigLoader
 if TYPE_CHECKING:
     import optuna
 
-LARGEST_GRID = 100_000
-MEASURE = ("seed", "data_path", "train_split", "val_split", "eval_iters", "eval_interval")
-OWN = ("run_tag", "output")  # the search names the runs itself, and one file cannot take every export
-WHERE = ("runs_dir", *OWN)
-MAY_VARY = (  # neither shape the result of a trial nor where it is found
-    *OWN,
+MAX_GRID_POINTS = 100_000
+# These cannot be searched, because the losses of the trials would not be comparable.
+EVALUATION_PARAMETERS = ("seed", "data_path", "train_split", "val_split", "eval_iters", "eval_interval")
+# The search sets these itself: it names the runs, and several runs cannot share one --output.
+RESERVED_PARAMETERS = ("run_tag", "output")
+# These cannot be searched, because they only determine where a run is stored.
+STORAGE_PARAMETERS = ("runs_dir", *RESERVED_PARAMETERS)
+# These may change when a study is continued, because they do not affect the loss of a trial.
+CHANGEABLE_PARAMETERS = (
+    *RESERVED_PARAMETERS,
     *("device", "compile", "threads", "aim", *field_names(TensorBoardConfig)),
     *("checkpoint_interval", "keep_checkpoints", "export"),
 )
@@ -39,30 +43,37 @@ PATH_HINT = "name a space with --space: a YAML file such as configs/search.yaml,
 
 @dataclass(frozen=True)
 class Choices:
-    """The values that a parameter may take."""
+    """A list of values for a parameter."""
 
     values: tuple[Any, ...]
 
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
-        """The trial's value."""
+        """Let Optuna choose the value of a trial."""
         return trial.suggest_categorical(name, self.values)
 
     def grid(self) -> list[Any]:
-        """Every value."""
+        """Return every value."""
         return list(self.values)
 
-    def holds(self, value: Any) -> bool:
-        """Whether a trial may have this value."""
+    def contains(self, value: Any) -> bool:
+        """Return whether the value is one of the choices."""
         return value in self.values
 
-    def describe(self) -> Any:
-        """What the study remembers."""
+    def as_json(self) -> Any:
+        """Return the form in which the study is stored."""
         return list(self.values)
 
 
 @dataclass(frozen=True)
 class Range:
-    """The bounds, both inclusive, that a number lies between."""
+    """A range of numbers; both bounds are inclusive.
+
+    Attributes:
+        low: the lower bound.
+        high: the upper bound.
+        step: the distance between two values; None for any value in between.
+        log: whether values are sampled on a logarithmic scale.
+    """
 
     low: float
     high: float
@@ -70,41 +81,40 @@ class Range:
     log: bool = False
 
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
-        """The trial's value."""
+        """Let Optuna choose the value of a trial."""
         if isinstance(self.low, int):
             return trial.suggest_int(name, self.low, int(self.high), step=int(self.step or 1), log=self.log)
-        return tidy(trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log))
+        return round_float(trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log))
 
     def grid(self) -> list[Any]:
-        """Every step of it."""
-        assert self.step is not None  # read_space has seen to it
-        return [self._at(i) for i in range(self._steps + 1)]
+        """Return the value of every step."""
+        assert self.step is not None  # checked by read_range
+        return [self._at(i) for i in range(self._n_steps + 1)]
 
-    def holds(self, value: Any) -> bool:
-        """Whether a trial may have this value."""
+    def contains(self, value: Any) -> bool:
+        """Return whether the value lies in the range, on a step if there are steps."""
         if not self.low <= value <= self.high:
             return False
         return self.step is None or math.isclose(value, self._at(round((value - self.low) / self.step)))
 
-    def describe(self) -> Any:
-        """What the study remembers."""
+    def as_json(self) -> Any:
+        """Return the form in which the study is stored."""
         return {"low": self.low, "high": self.high, "step": self.step, "log": self.log}
 
     @property
-    def _steps(self) -> int:
+    def _n_steps(self) -> int:
         return math.floor((self.high - self.low) / (self.step or 1) + 1e-9)
 
     def _at(self, i: int) -> Any:
-        value = self.low + i * (self.step or 0)
-        return tidy(value)
+        return round_float(self.low + i * (self.step or 0))
 
-    def ending_on_a_step(self) -> Range:
-        """The same values, with a `high` that is one of them."""
-        return self if self.step is None else replace(self, high=self._at(self._steps))
+    def with_high_on_step(self) -> Range:
+        """Return the same range with `high` lowered to the last step."""
+        return self if self.step is None else replace(self, high=self._at(self._n_steps))
 
 
-def tidy(value: Any) -> Any:
-    """A number as a person would write it: 0.3, not 0.30000000000000004; anything else as it is."""
+def round_float(value: Any) -> Any:
+    """Round a float to 12 significant digits (0.3, not 0.30000000000000004); return other types unchanged."""
     return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
@@ -112,18 +122,22 @@ Space = dict[str, Choices | Range]
 
 
 def read_space(path: str | Path, for_grid: bool) -> Space:
-    """Read a space file: names of parameters, each with a list of choices or with low and high.
+    """Read a space file, which maps each parameter to a list of choices or to a range with low and high.
+
+    Args:
+        path: a YAML or JSON file.
+        for_grid: require that the number of values is finite.
 
     Raises:
-        Alg1Error: every problem of the file in one message.
+        Alg1Error: the file is invalid; the message lists every problem.
     """
     space: Space = {}
     problems: list[Problem] = []
     try:
         entries = ConfigLoader.load_search_space(path)
     except Alg1Error as error:
-        text = Path(path).suffix in (".yaml", ".yml", ".json") and os.path.exists(path)
-        raise Alg1Error(error.message, error.hint if text else PATH_HINT) from None
+        is_config = Path(path).suffix in (".yaml", ".yml", ".json") and os.path.exists(path)
+        raise Alg1Error(error.message, error.hint if is_config else PATH_HINT) from None
     for name, domain in entries.items():
         if name == "_comment":
             continue
@@ -134,18 +148,18 @@ def read_space(path: str | Path, for_grid: bool) -> Space:
     if not space and not problems:
         problems.append(Problem(f"{path}: names no parameter to search", ()))
     raise_problems(problems, SPACE_HINT)
-    if for_grid and math.prod(len(domain.grid()) for domain in space.values()) > LARGEST_GRID:
-        raise Alg1Error(f"{path}: the grid has more than {LARGEST_GRID:,} points", "use --sampler random")
+    if for_grid and math.prod(len(domain.grid()) for domain in space.values()) > MAX_GRID_POINTS:
+        raise Alg1Error(f"{path}: the grid has more than {MAX_GRID_POINTS:,} points", "use --sampler random")
     return space
 
 
 def read_domain(name: Any, domain: Any, for_grid: bool) -> Choices | Range:
-    """One entry of a space file. Raises ValueError with a text for each problem."""
+    """Read an entry of a space file. Raises ValueError with one argument per problem."""
     if name not in specs():
         raise ValueError(f"unknown name {shown(name)}{nearest(str(name), specs())}")
-    if name in WHERE:
+    if name in STORAGE_PARAMETERS:
         raise ValueError(f"{name} says where a run is kept; it cannot be searched")
-    if name in MEASURE:
+    if name in EVALUATION_PARAMETERS:
         raise ValueError(f"{name} changes how the loss is measured; losses could not be compared")
     spec = specs()[name]
     if isinstance(domain, list):
@@ -156,124 +170,125 @@ def read_domain(name: Any, domain: Any, for_grid: bool) -> Choices | Range:
 
 
 def read_choices(spec: Spec, values: list[Any]) -> Choices:
-    """A list of choices. Raises ValueError with a text for each problem."""
-    faults: list[str] = []
-    good = [read_value(spec, value, faults) for value in values]
+    """Read a list of choices. Raises ValueError with one argument per problem."""
+    errors: list[str] = []
+    choices = [read_value(spec, value, errors) for value in values]
     if not values:
-        faults.append(f"{spec.name} has no choices")
-    repeated = {value for value in good if value is not None and good.count(value) > 1}
-    faults += [f"{spec.name}: {shown(value)} stands there twice" for value in repeated]
-    if faults:
-        raise ValueError(*faults)
-    return Choices(tuple(good))
+        errors.append(f"{spec.name} has no choices")
+    repeated = {value for value in choices if value is not None and choices.count(value) > 1}
+    errors += [f"{spec.name}: {shown(value)} stands there twice" for value in repeated]
+    if errors:
+        raise ValueError(*errors)
+    return Choices(tuple(choices))
 
 
 def read_range(spec: Spec, entry: dict[Any, Any], for_grid: bool) -> Range:
-    """A range of numbers. Raises ValueError with a text for each problem."""
+    """Read a range of numbers. Raises ValueError with one argument per problem."""
     name, known = spec.name, ("low", "high", "step", "log")
     if spec.type not in (int, float):
         raise ValueError(f"{name} is no number; give a list of choices")
-    faults = [
+    errors = [
         f"{name}: unknown key {shown(key)}{nearest(str(key), known)}" for key in entry if key not in known
     ]
-    faults += [f"{name}: {key} is missing" for key in ("low", "high") if key not in entry]
-    low, high = (read_value(spec, entry[key], faults) for key in ("low", "high")) if not faults else (0, 0)
+    errors += [f"{name}: {key} is missing" for key in ("low", "high") if key not in entry]
+    low, high = (read_value(spec, entry[key], errors) for key in ("low", "high")) if not errors else (0, 0)
     log, step = entry.get("log", False), entry.get("step")
     if not isinstance(log, bool):
-        faults.append(f"{name}: log = {shown(log)} must be true or false")
+        errors.append(f"{name}: log = {shown(log)} must be true or false")
     if step is not None:
-        step = read_step(spec, step, faults)
-    if not faults:
+        step = read_step(spec, step, errors)
+    if not errors:
         if not low < high:
-            faults.append(f"{name}: low = {low} must be below high = {high}")
+            errors.append(f"{name}: low = {low} must be below high = {high}")
         if step is not None and step > high - low:
-            faults.append(f"{name}: step = {step} is wider than the range")
+            errors.append(f"{name}: step = {step} is wider than the range")
         if log and not low > 0:
-            faults.append(f"{name}: low = {low} must be above 0 on a log scale")
+            errors.append(f"{name}: low = {low} must be above 0 on a log scale")
         if log and step is not None:
-            faults.append(f"{name}: a log scale has no steps; leave step or log out")
+            errors.append(f"{name}: a log scale has no steps; leave step or log out")
         if for_grid and step is None:
-            faults.append(f"{name}: a grid needs a list of choices, or a range with a step")
-    if faults:
-        raise ValueError(*faults)
-    return Range(low, high, step, log).ending_on_a_step()
+            errors.append(f"{name}: a grid needs a list of choices, or a range with a step")
+    if errors:
+        raise ValueError(*errors)
+    return Range(low, high, step, log).with_high_on_step()
 
 
-def read_value(spec: Spec, value: Any, faults: list[str]) -> Any:
-    """A value as the parameter's type, within its limits; else None, and what is wrong is added."""
+def read_value(spec: Spec, value: Any, errors: list[str]) -> Any:
+    """Convert a value to the type of the parameter; on failure return None and append the reason."""
     try:
         coerced = coerce(spec, value)
-        complaint = "must have a value" if coerced is None else spec.limits.broken_by(coerced)
+        reason = "must have a value" if coerced is None else spec.limits.broken_by(coerced)
     except ValueError as error:
-        complaint = str(error)
-    if complaint is None:
+        reason = str(error)
+    if reason is None:
         return coerced
-    faults.append(f"{spec.name} = {shown(value)} {complaint}")
+    errors.append(f"{spec.name} = {shown(value)} {reason}")
     return None
 
 
-def read_step(spec: Spec, step: Any, faults: list[str]) -> Any:
-    """The step of a range as the parameter's type; else None, and what is wrong is added."""
+def read_step(spec: Spec, step: Any, errors: list[str]) -> Any:
+    """Convert a step to the type of the parameter; on failure return None and append the reason."""
     with contextlib.suppress(ValueError):
         coerced = coerce(spec, step)
         if coerced is not None and coerced > 0:
             return coerced
-    wanted = "a whole number above 0" if spec.type is int else "a number above 0"
-    faults.append(f"{spec.name}: step = {shown(step)} must be {wanted}")
+    expected = "a whole number above 0" if spec.type is int else "a number above 0"
+    errors.append(f"{spec.name}: step = {shown(step)} must be {expected}")
     return None
 
 
 def grid_points(space: Space, seed: int) -> list[dict[str, Any]]:
-    """Every combination, shuffled: a grid that --trials cuts short should not be its first corner."""
+    """Return every combination of values, shuffled so that the first --trials ones cover the whole grid."""
     combinations = itertools.product(*(domain.grid() for domain in space.values()))
     points = [dict(zip(space, values, strict=True)) for values in combinations]
     random.Random(seed).shuffle(points)
     return points
 
 
-# --- what all trials share ----------------------------------------------------------------------------
+# --- the plan -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is searched, and what is the same in every trial.
+    """The search space and the parameters that are the same in every trial.
 
     Attributes:
-        given: the flags of train.py on search.py's command line, and its --config.
+        space: the searched parameters.
+        base_options: the flags of train.py on the command line of search.py, and its --config.
         fixed: the value of every parameter that is not searched.
-        defaults: what the searched ones are without a search; None where that is no point of the space.
-        no_defaults: why it is none.
+        defaults: the values of the searched parameters without a search; None if they are not in the space.
+        no_defaults_reason: why `defaults` is None.
     """
 
     space: Space
-    given: Options
+    base_options: Options
     fixed: dict[str, Any]
     defaults: dict[str, Any] | None
-    no_defaults: str = ""
+    no_defaults_reason: str = ""
 
-    def options(self, drawn: dict[str, Any]) -> Options:
-        """The command line of a trial with these values."""
-        return replace(self.given, values=self.given.values | drawn)
+    def trial_options(self, parameters: dict[str, Any]) -> Options:
+        """Return the command line of train.py for a trial."""
+        return replace(self.base_options, values=self.base_options.values | parameters)
 
-    def refusal(self, drawn: dict[str, Any]) -> str | None:
-        """Why train.py would refuse this combination; None where it would not."""
+    def invalid_reason(self, parameters: dict[str, Any]) -> str | None:
+        """Return why train.py would refuse a combination of values; None if it is valid."""
         try:
-            ConfigLoader.resolve(self.options(drawn))
+            ConfigLoader.resolve(self.trial_options(parameters))
         except Alg1Error as error:
             return " ".join(error.message.split())
         return None
 
-    def describe(self) -> dict[str, Any]:
-        """What a study may not change once it has begun: for each name its domain or its value."""
-        kept = {name: value for name, value in self.fixed.items() if name not in MAY_VARY}
-        return kept | {name: domain.describe() for name, domain in self.space.items()}
+    def as_json(self) -> dict[str, Any]:
+        """Return what must not change when a study is continued: the domain or value of each parameter."""
+        fixed = {name: value for name, value in self.fixed.items() if name not in CHANGEABLE_PARAMETERS}
+        return fixed | {name: domain.as_json() for name, domain in self.space.items()}
 
 
-def check_surroundings(plan: Plan) -> None:
-    """Check once what every trial would trip over: the folder of the runs, the device and the text.
+def check_environment(plan: Plan) -> None:
+    """Check once what would make every trial fail: the runs folder, the device and the text.
 
     Raises:
-        Alg1Error: that folder is a file, there is no such device, or the text is missing, not UTF-8 or
+        Alg1Error: the runs folder is a file, the device does not exist, or the text is missing, not UTF-8 or
             too short.
     """
     from utils_alg1.data.corpus import check_block_size, open_corpus
@@ -290,33 +305,33 @@ def check_surroundings(plan: Plan) -> None:
         check_block_size(path, length, fixed["block_size"], fixed["train_split"], fixed["val_split"])
 
 
-def make_plan(space: Space, given: Options) -> Plan:
-    """Put the space and the command line together.
+def make_plan(space: Space, base_options: Options) -> Plan:
+    """Combine the search space and the command line.
 
     Raises:
-        Alg1Error: a parameter is both fixed and searched, or a fixed one is wrong.
+        Alg1Error: a parameter is both fixed and searched, or the value of a fixed one is invalid.
     """
     both = [
         Problem(f"{name} is fixed by {specs()[name].flag} and searched in the space file", ())
         for name in space
-        if name in given.values
+        if name in base_options.values
     ]
-    own = [
+    reserved = [
         Problem(f"{specs()[name].flag} cannot be given: the search names its runs itself", ())
-        for name in OWN
-        if name in given.values
+        for name in RESERVED_PARAMETERS
+        if name in base_options.values
     ]
-    raise_problems([*both, *own], "leave the flag out, or take the name out of the space file")
-    values, origins, faults = ConfigLoader.read(given).merge()
+    raise_problems([*both, *reserved], "leave the flag out, or take the name out of the space file")
+    values, origins, problems = ConfigLoader.read(base_options).merge()
     parts = build_parts(values)
-    further = part_problems(parts, origins)
-    # What is wrong only together with a searched parameter is wrong with the defaults, not with the search.
-    of_defaults = [problem for problem in further if set(problem.names) & space.keys()]
-    raise_problems([*faults, *(problem for problem in further if problem not in of_defaults)])
+    of_parts = part_problems(parts, origins)
+    # A problem that involves a searched parameter excludes the default values, not the whole search.
+    of_defaults = [problem for problem in of_parts if set(problem.names) & space.keys()]
+    raise_problems([*problems, *(problem for problem in of_parts if problem not in of_defaults)])
 
     flat = {name: getattr(parts[spec.part], name) for name, spec in specs().items()}
     fixed = {name: value for name, value in flat.items() if name not in space}
-    outside = [f"{name} = {flat[name]}" for name, domain in space.items() if not domain.holds(flat[name])]
+    outside = [f"{name} = {flat[name]}" for name, domain in space.items() if not domain.contains(flat[name])]
     reasons = [problem.text for problem in of_defaults] or ([", ".join(outside)] if outside else [])
     defaults = {name: flat[name] for name in space}
-    return Plan(space, given, fixed, None if reasons else defaults, "; ".join(reasons))
+    return Plan(space, base_options, fixed, None if reasons else defaults, "; ".join(reasons))

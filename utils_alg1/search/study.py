@@ -1,14 +1,15 @@
-"""The study of a hyperparameter search on disk.
+"""The study of a hyperparameter search, stored in a folder.
 
 searches/NAME/
-    journal.log   every trial, for all workers to read and write (unless --storage names another place)
-    trials/       NUMBER.log: what the trial's train.py printed; NUMBER.lock: held while the trial lives
+    journal.log   all trials, shared by all workers (unless --storage names another file or a database)
+    trials/       NUMBER.log: the output of the trial's train.py; NUMBER.lock: locked while the trial runs
     results.csv   results.md   history.png   importance.png   slice.png   search.log
     best/         the best parameters as a preset for train.py --config
 
-A trial's lock is held by the worker and by the trial's process. So a trial that is marked as running while
-its lock is free is dead, wherever it ran, and gets a replacement that goes on with its run. A replaced trial
-does not count. Trials are counted and asked for under one lock: no two workers ask for the last one.
+The lock of a trial is held by its worker and by its process. A trial that is marked as running while its
+lock is free was therefore killed, on whichever machine; it is replaced by a new trial that resumes its run,
+and is not counted any more. Counting and claiming trials is protected by a lock of the study, so that two
+workers never claim the last trial.
 """
 
 from __future__ import annotations
@@ -28,22 +29,23 @@ from utils_alg1.base.errors import Alg1Error, disk_error, first_line
 from utils_alg1.base.files import make_folder, write_atomically
 from utils_alg1.base.problems import shown
 from utils_alg1.run_directory import LOCK_NAME
-from utils_alg1.search.space import MAY_VARY, Plan, grid_points, tidy
+from utils_alg1.search.space import CHANGEABLE_PARAMETERS, Plan, grid_points, round_float
 
 if TYPE_CHECKING:
     import optuna
 
-STARTUP_TRIALS = 5  # completed ones before any is pruned
-WARMUP_SHARE = 0.25  # of a run's steps, before which it is not pruned
+STARTUP_TRIALS = 5  # completed trials before the first one is pruned
+WARMUP_FRACTION = 0.25  # fraction of the steps of a run before it can be pruned
+STORAGE_HINT = "name a new file, or a database URL (sqlite:///a.db)"
 
 
 # --- the study on disk --------------------------------------------------------------------------------
 
 
 class JournalLock:
-    """Lets one process at a time append to the journal, and drops the half line that a killed one left.
+    """A lock for appending to the journal; acquiring it removes an incomplete last line of a killed process.
 
-    Optuna's own locks are files that outlive the process that made them; this one ends with its process.
+    Optuna's own lock files outlast a killed process; this lock is released when its process ends.
     """
 
     def __init__(self, path: Path):
@@ -63,49 +65,46 @@ class JournalLock:
         self._lock.release()
 
 
-STORAGE_HINT = "name a new file, or a database URL (sqlite:///a.db)"
-
-
-def open_storage(where: str) -> Any:
-    """Optuna's storage: a database for a URL, a journal for a path.
+def open_storage(location: str) -> Any:
+    """Open an Optuna storage: a database for a URL, a journal for a path.
 
     Raises:
-        Alg1Error: it cannot be opened.
+        Alg1Error: the storage cannot be opened.
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
     try:
-        if "://" in where:
-            return optuna.storages.RDBStorage(where)
-        path = Path(where).absolute()
+        if "://" in location:
+            return optuna.storages.RDBStorage(location)
+        path = Path(location).absolute()
         if not may_be_journal(path):
-            raise Alg1Error(f"--storage {where}: not the journal of a search", STORAGE_HINT)
+            raise Alg1Error(f"--storage {location}: not the journal of a search", STORAGE_HINT)
         make_folder(path.parent)
         lock: Any = JournalLock(path)
         return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except Alg1Error:
         raise
-    except Exception as error:  # each database has errors of its own
+    except Exception as error:  # depends on the database driver
         raise Alg1Error(
-            f"--storage {where}: cannot be used: {first_line(error)}",
+            f"--storage {location}: cannot be used: {first_line(error)}",
             STORAGE_HINT,
         ) from None
 
 
 def may_be_journal(path: Path) -> bool:
-    """Whether Optuna may take a file for its journal: it appends to any, and we cut off a half line."""
+    """Return whether a path is new or a journal. Any other file would be damaged by using it as one."""
     if not path.is_file():
         return not path.exists()
-    begin = b'{"op_code":'
+    prefix = b'{"op_code":'
     with path.open("rb") as file:
-        return begin.startswith(file.read(len(begin)))
+        return prefix.startswith(file.read(len(prefix)))
 
 
-def take_lock(path: Path) -> int | None:
-    """A file descriptor that holds a trial's lock; None where another one does.
+def try_lock(path: Path) -> int | None:
+    """Lock a trial and return the file descriptor that holds the lock; None if it is already locked.
 
-    Not a FileLock: a child that inherits this descriptor keeps the lock when its parent is killed.
+    FileLock is not used, because a child process has to inherit the lock to keep it if its parent is killed.
     """
     import fcntl
 
@@ -122,23 +121,29 @@ def take_lock(path: Path) -> int | None:
 
 
 @dataclass
-class Taken:
-    """A trial in this worker's hands: its values, and the descriptor that holds its lock."""
+class ClaimedTrial:
+    """A trial that this process runs.
+
+    Attributes:
+        trial: Optuna's object.
+        parameters: the values of the searched parameters.
+        lock: the file descriptor that holds the lock of the trial.
+    """
 
     trial: optuna.Trial
-    drawn: dict[str, Any]
+    parameters: dict[str, Any]
     lock: int
 
 
-def not_replaced(trials: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
-    """The trials without those that another one has replaced."""
+def without_replaced(trials: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials that were not replaced by another one."""
     replaced = {trial.user_attrs.get("replaces") for trial in trials}
     return [trial for trial in trials if trial.number not in replaced]
 
 
 @dataclass
 class Settings:
-    """How a search is run; unlike the plan, each start may choose anew."""
+    """How a search is run. Unlike the plan, the settings may differ each time a study is continued."""
 
     name: str
     folder: Path
@@ -150,10 +155,17 @@ class Settings:
 
 
 class Study:
-    """An Optuna study in a folder that every worker shares.
+    """An Optuna study in a folder shared by all workers; an existing study is continued.
+
+    Attributes:
+        plan: the search space and the fixed parameters.
+        settings: how the search is run.
+        folder: the folder of the study.
+        n_trials: the number of trials in total, at most that of the grid points.
+        optuna: Optuna's object.
 
     Raises:
-        Alg1Error: it has begun with another plan or in another folder, or cannot be opened.
+        Alg1Error: the study was started with another plan or in another folder, or cannot be opened.
     """
 
     def __init__(self, plan: Plan, settings: Settings):
@@ -161,15 +173,16 @@ class Study:
 
         self.plan, self.settings = plan, settings
         self.folder = settings.folder
-        self.wanted = settings.trials
+        self.n_trials = settings.trials
         self._grid: list[dict[str, Any]] = []
         if settings.sampler == "grid":
             self._grid = grid_points(plan.space, settings.seed)
-            self.wanted = min(self.wanted, len(self._grid))
-        storage = open_storage(settings.storage) if settings.storage else None  # before any folder is made
+            self.n_trials = min(self.n_trials, len(self._grid))
+        # Opened first, so that no folder is created if it fails.
+        storage = open_storage(settings.storage) if settings.storage else None
         make_folder(self.folder / "trials")
         storage = storage or open_storage(str(self.folder / "journal.log"))
-        with self._alone():
+        with self._exclusive():
             self.optuna = optuna.create_study(
                 storage=storage,
                 study_name=settings.name,
@@ -182,10 +195,11 @@ class Study:
             if plan.defaults and not self._grid and not self.optuna.trials:
                 self._enqueue(plan.defaults, {"defaults": True})
             if "plan" not in self.optuna.user_attrs:
-                self.optuna.set_user_attr("plan", plan.describe())
+                self.optuna.set_user_attr("plan", plan.as_json())
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
+        """Hold the lock of the study."""
         try:
             with FileLock(self.folder / LOCK_NAME):
                 yield
@@ -197,11 +211,11 @@ class Study:
 
         if not self.settings.prune:
             return optuna.pruners.NopPruner()
-        steps = int(WARMUP_SHARE * self.plan.fixed.get("max_iters", 0))
+        steps = int(WARMUP_FRACTION * self.plan.fixed.get("max_iters", 0))
         return optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=max(1, steps))
 
     def _sampler(self, n_trials: int) -> optuna.samplers.BaseSampler:
-        """A sampler for the next trial: one stream of draws in every process would repeat its values."""
+        """Return a sampler seeded for one trial; with one seed for all, each worker would sample the same."""
         import optuna
 
         seed = (self.settings.seed + n_trials) % 2**32
@@ -210,7 +224,7 @@ class Study:
         return optuna.samplers.RandomSampler(seed=seed)
 
     def _check_folder(self) -> None:
-        """A study is one folder, since its locks are there: refuse a database's study from another one."""
+        """Refuse to continue a study of a database in another folder: the locks are in its own folder."""
         path = self.folder / "study.id"
         if not path.exists():
             write_atomically(path, uuid.uuid4().hex.encode())
@@ -223,15 +237,16 @@ class Study:
         self.optuna.set_user_attr("folder", own)
 
     def _check_plan(self) -> None:
-        new, old = self.plan.describe(), self.optuna.user_attrs.get("plan")
+        """Refuse to continue a study with another plan."""
+        new, old = self.plan.as_json(), self.optuna.user_attrs.get("plan")
         if old is None:
             return
-        known = {name: spec.default for name, spec in specs().items()}  # a parameter may be new since then
+        known = {name: spec.default for name, spec in specs().items()}  # the study may lack newer parameters
         before, after = known | old, known | new
         changes = [
             f"{name}: {shown(before[name])} -> {shown(after.get(name))}"
             for name in before
-            if before[name] != after.get(name) and name not in MAY_VARY
+            if before[name] != after.get(name) and name not in CHANGEABLE_PARAMETERS
         ]
         if changes:
             raise Alg1Error(
@@ -243,42 +258,48 @@ class Study:
         self.optuna.enqueue_trial(parameters, user_attrs={**attributes, "parameters": parameters})
 
     def trials(self) -> list[optuna.trial.FrozenTrial]:
-        """Every trial that counts."""
-        return not_replaced(self.optuna.get_trials(deepcopy=False))
+        """Return all trials except the replaced ones."""
+        return without_replaced(self.optuna.get_trials(deepcopy=False))
 
     def finished(self) -> list[optuna.trial.FrozenTrial]:
-        """Every trial that counts and has ended."""
+        """Return all trials that have ended, except the replaced ones."""
         return [trial for trial in self.trials() if trial.state.is_finished()]
 
-    def someone_is_running(self) -> bool:
-        """Whether a worker, of this process or another, is at a trial."""
+    def has_running_trial(self) -> bool:
+        """Return whether any worker, of this process or another, is running a trial."""
         return any(trial.state.name == "RUNNING" for trial in self.trials())
 
-    def take_trial(self) -> Taken | None:
-        """The next trial; None when all are taken."""
-        with self._alone():
-            self._replace_the_dead()
+    def claim_trial(self) -> ClaimedTrial | None:
+        """Claim the next trial; return None if all trials have been claimed.
+
+        Raises:
+            Alg1Error: a process of a removed study still runs under the number of the trial.
+        """
+        with self._exclusive():
+            self._replace_dead_trials()
             trials = self.trials()
             waiting = [trial for trial in trials if trial.state.name == "WAITING"]
-            if len(trials) - len(waiting) >= self.wanted:
+            if len(trials) - len(waiting) >= self.n_trials:
                 return None
             if self._grid and not waiting and not self._enqueue_from_grid():
                 return None
             self.optuna.sampler = self._sampler(len(trials))
             trial = self.optuna.ask()
-            lock = take_lock(self.trial_file(trial.number, "lock"))
+            lock = try_lock(self.trial_file(trial.number, "lock"))
             if lock is None:
                 raise Alg1Error(
                     f"trial {trial.number} of an earlier search in {self.folder} still runs",
                     "wait for it, or end it",
                 )
-            return Taken(trial, {n: domain.suggest(trial, n) for n, domain in self.plan.space.items()}, lock)
+            parameters = {name: domain.suggest(trial, name) for name, domain in self.plan.space.items()}
+            return ClaimedTrial(trial, parameters, lock)
 
     def trial_file(self, number: int, kind: str) -> Path:
+        """Return the path of the log ("log") or the lock file ("lock") of a trial."""
         return self.folder / "trials" / f"{number}.{kind}"
 
     def _enqueue_from_grid(self) -> bool:
-        """Queue the next point that no trial has; False when there is none."""
+        """Enqueue the next grid point that has not been tried; return False if there is none."""
         tried = [parameters_of(trial) for trial in self.optuna.get_trials(deepcopy=False)]
         for point in self._grid:
             if point not in tried:
@@ -286,70 +307,70 @@ class Study:
                 return True
         return False
 
-    def _replace_the_dead(self) -> None:
-        """End each running trial whose lock is free, and queue one that goes on with its run.
+    def _replace_dead_trials(self) -> None:
+        """Mark each running trial whose lock is free as failed, and enqueue one that resumes its run.
 
-        Killed between any two of these lines, the next worker does what is left.
+        If this process is killed between any two of these steps, the next worker completes them.
         """
         import optuna
 
-        everyone = self.optuna.get_trials(deepcopy=False)
-        replaced = {trial.user_attrs.get("replaces") for trial in everyone}
-        for trial in everyone:
+        trials = self.optuna.get_trials(deepcopy=False)
+        replaced = {trial.user_attrs.get("replaces") for trial in trials}
+        for trial in trials:
             if trial.state.name != "RUNNING":
                 continue
-            lock = take_lock(self.trial_file(trial.number, "lock"))
+            lock = try_lock(self.trial_file(trial.number, "lock"))
             if lock is None:
                 continue
             try:
                 if trial.number not in replaced:
-                    known = trial.user_attrs
-                    kept: dict[str, Any] = {n: known[n] for n in ("defaults", "tag") if n in known}
-                    self._enqueue(parameters_of(trial), {**kept, "replaces": trial.number})
+                    kept: dict[str, Any] = {"replaces": trial.number}
+                    kept |= {n: trial.user_attrs[n] for n in ("defaults", "tag") if n in trial.user_attrs}
+                    self._enqueue(parameters_of(trial), kept)
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             finally:
                 os.close(lock)
 
 
 def parameters_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-    """The searched parameters of a trial, also of one that has only been queued."""
-    drawn = {name: tidy(value) for name, value in trial.params.items()}
-    return {**trial.user_attrs.get("parameters", {}), **drawn}
+    """Return the searched parameters of a trial, also of one that is only enqueued."""
+    sampled = {name: round_float(value) for name, value in trial.params.items()}
+    return {**trial.user_attrs.get("parameters", {}), **sampled}
 
 
-# --- what is said of a trial --------------------------------------------------------------------------
+# --- results of a trial -------------------------------------------------------------------------------
 
 
 def state_of(trial: optuna.trial.FrozenTrial) -> str:
-    """A word for how a trial ended."""
-    words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
-    return "refused" if trial.user_attrs.get("refused") else words.get(trial.state.name, "running")
+    """Return the state of a trial: complete, pruned, refused, failed or running."""
+    states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+    return "refused" if trial.user_attrs.get("refused") else states.get(trial.state.name, "running")
 
 
-def loss_reached(trial: optuna.trial.FrozenTrial) -> float | None:
-    """The result of a complete trial, and the lowest loss on the way of another; None where there is none."""
+def lowest_loss(trial: optuna.trial.FrozenTrial) -> float | None:
+    """Return the result of a complete trial or the lowest loss reported by another; None without any."""
     if trial.state.name == "COMPLETE":
         return trial.value
     return min(trial.intermediate_values.values(), default=None)
 
 
-def loss_of(trial: optuna.trial.FrozenTrial) -> str:
-    """The loss as a table shows it."""
-    loss = loss_reached(trial)
+def format_loss_of(trial: optuna.trial.FrozenTrial) -> str:
+    """Format the lowest loss of a trial; "-" without any."""
+    loss = lowest_loss(trial)
     return "-" if loss is None else f"{loss:.4f}"
 
 
 def best_of(trials: list[optuna.trial.FrozenTrial]) -> optuna.trial.FrozenTrial | None:
-    """The complete trial with the lowest loss."""
+    """Return the complete trial with the lowest loss; None if there is no complete trial."""
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     return min(complete, key=lambda trial: (trial.value, trial.number), default=None)
 
 
-def in_words(parameters: dict[str, Any]) -> str:
-    """Parameters as a line shows them."""
-    return " ".join(f"{name}={short(value)}" for name, value in parameters.items())
+def format_parameters(parameters: dict[str, Any]) -> str:
+    """Format parameters on one line: n_layer=4 learning_rate=0.001."""
+    return " ".join(f"{name}={format_value(value)}" for name, value in parameters.items())
 
 
-def short(value: Any) -> str:
-    """A value as a table shows it."""
+def format_value(value: Any) -> str:
+    """Format the value of a parameter, a float with three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

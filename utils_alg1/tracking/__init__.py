@@ -1,1 +1,1 @@
-"""Metrics, and the trackers that show them."""
+"""What a run logs, and the trackers that it is logged to."""

@@ -1,4 +1,4 @@
-"""A process for each tracker: slow, failing, blocked or crashed, it costs one warning and never the run."""
+"""Runs a tracker in a background process, where it can neither slow down, block nor crash the training."""
 
 from __future__ import annotations
 
@@ -19,52 +19,54 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from utils_alg1.base.errors import Guard
-from utils_alg1.base.summaries import Embedding, Histogram, Image
+from utils_alg1.base.summaries import Kind, Tracker
 from utils_alg1.console.signals import STOP_SIGNALS, block_signals
-from utils_alg1.tracking.metrics_file import Tracker
 
 LOGGER = logging.getLogger("alg1")
-QUEUE_SIZE = 10_000  # calls a tracker may be behind
-PARCEL = 500  # calls that are sent together at most, so that a slow tracker can be told from one that hangs
-HANDOVER = 0.1  # seconds between two parcels
-NICENESS = 10  # of a tracker's process: where there are fewer cores than work, the training comes first
-PATIENCE = 20.0  # seconds a tracker may keep the run waiting; 8 were too few right after an installation
-SILENCE = 3.0  # seconds of that without a word to who watches
-FLUSH_PATIENCE = 1.0  # seconds a checkpoint waits; rows that are late by then are sent again after a resume
+QUEUE_SIZE = 10_000  # calls that may wait to be sent
+BATCH_SIZE = 500  # calls that are sent together, at most
+POLL_SECONDS = 0.1  # seconds between two batches
+NICE_INCREMENT = 10  # lowers the priority of the tracker's process below that of the training
+TIMEOUT = 20.0  # seconds that the training waits for a tracker; 8 were too few right after an installation
+NOTICE_AFTER = 3.0  # seconds of waiting for `close` after which the user is told
+FLUSH_TIMEOUT = 1.0  # seconds that a checkpoint waits; rows flushed too late are sent again after a resume
 
-# A forked process has PyTorch imported already; elsewhere than on Linux forking is not safe.
+# A forked process has PyTorch imported already. Forking is only safe on Linux.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 Call = tuple[str, tuple]  # a method of Tracker, its arguments
 CLOSE: Call = ("close", ())
 
 
-class Starter(Protocol):
-    """Opens a tracker in its own process. It travels there, so it holds plain values only."""
+class TrackerFactory(Protocol):
+    """Creates a tracker, in the tracker's process: it must be picklable.
+
+    A tracker fails by raising an exception, or by calling `warn`.
+    """
 
     def __call__(self, warn: Callable[[str], None]) -> Any: ...
 
 
-def run_tracker(connection: Connection, name: str, start: Starter) -> None:
-    """All that the process of a tracker does."""
-    for number in STOP_SIGNALS:  # they are for the parent, which sends what is left and then `close`
+def run_tracker(connection: Connection, name: str, create: TrackerFactory) -> None:
+    """The main function of a tracker's process."""
+    for number in STOP_SIGNALS:  # the parent handles them, and then sends `close`
         signal.signal(number, signal.SIG_IGN)
-    LOGGER.disabled = True  # the console and the log are the parent's
+    LOGGER.disabled = True  # the parent writes the console and the log
     if hasattr(os, "nice"):  # not on Windows
-        os.nice(NICENESS)
-    for stream, descriptor in (("stdout", 1), ("stderr", 2)):  # without what the parent has buffered
+        os.nice(NICE_INCREMENT)
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):  # without the parent's buffered output
         with contextlib.suppress(OSError):
             setattr(sys, stream, open(descriptor, "w", buffering=1, errors="replace", closefd=False))  # noqa: SIM115
-    let_go_of_files(keep={1, 2, connection.fileno()})
-    threading.Thread(target=_outlive, args=(os.getppid(), PATIENCE), daemon=True).start()
-    serve(connection, name, start)
-    os._exit(0)  # whatever threads and exit hooks the tracker has made are left behind
+    release_inherited_files(keep={1, 2, connection.fileno()})
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(), TIMEOUT), daemon=True).start()
+    serve(connection, name, create)
+    os._exit(0)  # without waiting for threads and exit hooks of the tracker
 
 
-def let_go_of_files(keep: set[int]) -> None:
-    """In a forked process: the parent's open files, the lock of its run among them, are its own.
+def release_inherited_files(keep: set[int]) -> None:
+    """Release the files inherited by a forked process, such as the lock of the parent's run.
 
-    They become /dev/null instead of being closed, since Python may still close those numbers some day.
+    They are redirected to /dev/null instead of closed, because Python may still close these descriptors.
     """
     if sys.platform != "linux":  # nothing was inherited
         return
@@ -72,119 +74,115 @@ def let_go_of_files(keep: set[int]) -> None:
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
         descriptors = list(range(1024))
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in descriptors:
         with contextlib.suppress(OSError):  # not open
-            if descriptor not in keep | {nowhere} and os.fstat(descriptor):
-                os.dup2(nowhere, descriptor, inheritable=False)
-    os.close(nowhere)
+            if descriptor not in keep | {null} and os.fstat(descriptor):
+                os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
 
 
-def _outlive(parent: int, patience: float) -> None:
-    """In a thread of a tracker's process: leave when the parent is gone and the tracker does not close."""
+def _exit_with_parent(parent: int, timeout: float) -> None:
+    """In a thread of a tracker's process: exit when the parent is gone and the tracker does not close."""
     while os.getppid() == parent:
         time.sleep(1)
-    time.sleep(patience)
+    time.sleep(timeout)
     os._exit(1)
 
 
-def serve(connection: Connection, name: str, start: Starter) -> None:
-    """Open a tracker and do what is sent, in order, until `close`; a parent that is gone counts as that.
+def serve(connection: Connection, name: str, create: TrackerFactory) -> None:
+    """Create a tracker and make the calls received, in order, until `close`.
 
-    The parent is told ("started", identity), ("flushed", None), ("closed", None), or ("failed", a line): the
-    tracker is closed then, and nothing else is heard.
+    Sends the parent the events ("started", identity), ("flushed", None) and ("closed", None). After the
+    first failure of the tracker it sends ("failed", warning), closes the tracker and returns.
     """
-    told: list[str] = []
+    failures: list[str] = []
+    guard = Guard(name, failures.append)
 
-    def tell(what: str, value: str | None = None) -> None:
-        with contextlib.suppress(OSError):  # a parent that is gone
-            connection.send((what, value))
+    def send(event: str, value: str | None = None) -> None:
+        with contextlib.suppress(OSError):  # the parent is gone
+            connection.send((event, value))
 
-    def warn(text: str) -> None:
-        if not told:
-            tell("failed", text)
-        told.append(text)
-
-    def receive() -> list[Call]:
-        with contextlib.suppress(EOFError, OSError):
-            return connection.recv()
-        return [CLOSE]
-
-    guard = Guard(name, warn)
-    tracker = guard.attempt(start, warn)
+    tracker = guard.attempt(create, failures.append)
     if tracker is not None:
-        tell("started", getattr(tracker, "identity", None))
-    calls: list[Call] = []
-    while not told:
-        calls = calls or receive()
-        method, arguments = calls.pop(0)
-        guard.attempt(getattr(tracker, method), *arguments)
-        if not told and method == "flush":
-            tell("flushed")
-        if method == "close":
-            if not told:
-                tell("closed")
-            return
-    if tracker is not None:  # it holds locks and files
+        send("started", getattr(tracker, "identity", None))
+    while not failures:
+        for method, arguments in _receive_calls(connection):
+            guard.attempt(getattr(tracker, method), *arguments)
+            if failures:
+                break
+            if method == "flush":
+                send("flushed")
+            elif method == "close":
+                send("closed")
+                return
+    send("failed", failures[0])
+    if tracker is not None:  # release its locks and files
         with contextlib.suppress(Exception, SystemExit):
             tracker.close()
 
 
-class Background(Tracker):
-    """Feeds one tracker in a process of its own, in order.
+def _receive_calls(connection: Connection) -> list[Call]:
+    """Wait for the next batch of calls; a parent that is gone counts as `close`."""
+    with contextlib.suppress(EOFError, OSError):
+        return connection.recv()
+    return [CLOSE]
 
-    There it can neither hold up the loop, as a thread of this process would, nor hang or crash it. Its calls
-    are sent some times a second, all that have come together.
+
+class BackgroundTracker(Tracker):
+    """Sends everything, in order, to a tracker in a process of its own.
+
+    Calls are queued and sent in batches, a few times per second. A tracker that raises, hangs or crashes
+    costs one warning.
 
     Attributes:
-        name: what people call the tracker.
-        synced: points before this step have reached the tracker and were flushed.
-        identity: what the tracker calls the run, once that is known.
-        started: whether the tracker is open by now.
+        name: shown in messages.
+        flushed_step: everything before this step was flushed by the tracker.
+        identity: the tracker's own name of the run, once it is known.
+        started: whether the tracker is open.
     """
 
     def __init__(
         self,
         name: str,
-        start: Starter,
+        create: TrackerFactory,
         warn: Callable[[str], None],
-        synced: int = 0,
+        flushed_step: int = 0,
         identity: str | None = None,
     ):
         self.name = name
-        self.synced = synced
+        self.flushed_step = flushed_step
         self.identity = identity
         self.started = False
-        self._warn = _once(warn)
-        self._guard = Guard(name, self._warn)
+        self._guard = Guard(name, warn)
         self._calls: queue.Queue[Call] = queue.Queue(QUEUE_SIZE)
-        self._urgent, self._flush, self._ended = (threading.Event() for _ in range(3))
-        self._flush.set()
+        self._wake, self._flush_done, self._ended = (threading.Event() for _ in range(3))
+        self._flush_done.set()
         self._connection: Any = None
         self._process: Any = None
         try:
-            self._fork(start)
-        except Exception as error:  # but no SystemExit: in this process it is a signal's
+            self._start_process(create)
+        except Exception as error:  # not SystemExit: in this process it comes from a signal
             self._guard.fail(f"{type(error).__name__}: {error}")
 
-    def _fork(self, start: Starter) -> None:
+    def _start_process(self, create: TrackerFactory) -> None:
         context: Any = multiprocessing.get_context(START_METHOD)
         ours, theirs = context.Pipe()
         with theirs, block_signals(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking while PyTorch's threads sleep
-            process = context.Process(target=run_tracker, args=(theirs, self.name, start))
-            # Else the standard streams are flushed first, which fails for good once their reader is gone.
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking while PyTorch's threads sleep
+            process = context.Process(target=run_tracker, args=(theirs, self.name, create))
+            # Process.start() flushes the standard streams, which fails if their reader is gone.
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 process.start()
-            atexit.register(process.kill)  # where an exception has kept `close` from being called
+            atexit.register(process.kill)  # in case an exception skips `close`
         self._connection, self._process = ours, process
 
-    def attend(self) -> Background:
-        """Begin to send and to listen; once all are forked, since a fork does not go well with threads."""
+    def start(self) -> BackgroundTracker:
+        """Start to send and receive. Call it after all processes were forked: forks and threads mix badly."""
         if self._process is None:
             self._ended.set()
             return self
-        for work in (self._send, self._listen):
+        for work in (self._send_calls, self._receive_events):
             threading.Thread(target=work, name=self.name, daemon=True).start()
         return self
 
@@ -195,156 +193,128 @@ class Background(Tracker):
 
     @property
     def ended(self) -> bool:
-        """Whether its process is gone."""
+        """Whether the tracker's process has ended."""
         return self._ended.is_set()
 
     @property
-    def caught_up(self) -> bool:
+    def flush_done(self) -> bool:
         """Whether the last flush is done."""
-        return self._flush.is_set()
+        return self._flush_done.is_set()
 
-    def _send(self) -> None:
-        """In a thread: send what has come, up to `close`; after a failure only that."""
+    def _send_calls(self) -> None:
+        """In a thread: send queued calls until `close`; after a failure, send only `close`."""
         method = ""
         while self.working and method != "close":
-            if self._calls.qsize() < PARCEL:
-                self._urgent.wait(HANDOVER)
-                self._urgent.clear()
-            calls = self._take(PARCEL)
+            if self._calls.qsize() < BATCH_SIZE:
+                self._wake.wait(POLL_SECONDS)
+                self._wake.clear()
+            calls = self._dequeue(BATCH_SIZE)
             if calls:
-                self._guard.attempt(self._deliver, calls)
+                self._guard.attempt(self._send, calls)
                 method = calls[-1][0]
-        self._take(QUEUE_SIZE)  # who waits for a place in the queue need not
+        self._dequeue(QUEUE_SIZE)  # unblocks a thread that waits for a place in the queue
         if method != "close":
-            self._deliver([CLOSE])
+            self._send([CLOSE])
 
-    def _take(self, most: int) -> list[Call]:
+    def _dequeue(self, limit: int) -> list[Call]:
         calls: list[Call] = []
         with contextlib.suppress(queue.Empty):
-            while len(calls) < most:
+            while len(calls) < limit:
                 calls.append(self._calls.get_nowait())
         return calls
 
-    def _deliver(self, calls: list[Call]) -> None:
-        with contextlib.suppress(OSError):  # `_listen` sees what has become of the process
+    def _send(self, calls: list[Call]) -> None:
+        with contextlib.suppress(OSError):  # `_receive_events` notices the end of the process
             self._connection.send(calls)
 
-    def _listen(self) -> None:
-        """In a thread: hear what the process says, until it ends."""
-        what = ""
+    def _receive_events(self) -> None:
+        """In a thread: handle the events of the process until it ends."""
+        event = ""
         with contextlib.suppress(EOFError, OSError):
             while True:
-                what, value = self._connection.recv()
-                if what == "started":
+                event, value = self._connection.recv()
+                if event == "started":
                     self.identity, self.started = value or self.identity, True
                     LOGGER.debug("%s has opened the run", self.name)
-                elif what == "failed":
-                    self._guard.enabled = False
-                    self._warn(value)
-                if what in ("flushed", "failed"):
-                    self._flush.set()
+                elif event == "failed":
+                    self._guard.disable(value)
+                if event in ("flushed", "failed"):
+                    self._flush_done.set()
         self._process.join()
-        if what == "closed":
+        if event == "closed":
             LOGGER.debug("%s has everything", self.name)
         else:
             self._guard.fail(f"its process has ended ({self._process.exitcode})")
         atexit.unregister(self._process.kill)
         self._ended.set()
-        self._flush.set()
+        self._flush_done.set()
 
-    def _call(self, method: str, *arguments: Any) -> None:
+    def _enqueue(self, method: str, *arguments: Any) -> None:
         if self.working:
             try:
-                self._calls.put((method, arguments), timeout=PATIENCE)
+                self._calls.put((method, arguments), timeout=TIMEOUT)
             except queue.Full:
-                self._guard.fail(f"it took nothing for {PATIENCE:.0f} seconds")
+                self._guard.fail(f"it took nothing for {TIMEOUT:.0f} seconds")
 
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        self._call("log_scalars", values, step)
-
-    def log_histograms(self, histograms: list[Histogram], step: int) -> None:
-        self._call("log_histograms", histograms, step)
-
-    def log_images(self, images: list[Image], step: int) -> None:
-        self._call("log_images", images, step)
-
-    def log_texts(self, texts: dict[str, str], step: int) -> None:
-        self._call("log_texts", texts, step)
-
-    def log_embedding(self, embedding: Embedding, step: int) -> None:
-        self._call("log_embedding", embedding, step)
+    def log(self, kind: Kind, payload: Any, step: int) -> None:
+        self._enqueue("log", kind, payload, step)
 
     def start_flush(self) -> threading.Event:
-        """Ask for a flush; the event is set when it is done."""
-        self._flush.clear()
-        self._call("flush")
-        self._urgent.set()
-        if not self.working or self._ended.is_set():  # nobody will answer
-            self._flush.set()
-        return self._flush
+        """Request a flush; the event is set when it is done."""
+        self._flush_done.clear()
+        self._enqueue("flush")
+        self._wake.set()
+        if not self.working or self._ended.is_set():  # there will be no answer
+            self._flush_done.set()
+        return self._flush_done
 
-    def flushed(self, step: int) -> None:
-        """A flush after all points before `step` is done: the tracker has them, unless it failed."""
+    def mark_flushed(self, step: int) -> None:
+        """Note that a flush after everything before `step` is done, unless the tracker failed."""
         if self.working:
-            self.synced = step
+            self.flushed_step = step
 
     def start_close(self) -> threading.Event:
-        """Ask for the end; the event is set when the tracker has let go."""
-        self._call("close")
-        self._urgent.set()
+        """Request the end; the event is set when the process has ended."""
+        self._enqueue("close")
+        self._wake.set()
         return self._ended
 
-    def give_up(self, why: str) -> None:
-        """End the process of a tracker that is not waited for any longer."""
-        self._guard.enabled = False
-        self._warn(f"{self.name} may lack the end of the run: {why}")
+    def kill(self, reason: str) -> None:
+        """Kill the tracker's process."""
+        self._guard.disable(f"{self.name} may lack the end of the run: {reason}")
         self._process.kill()
-        self._ended.wait(PATIENCE)
-
-
-def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
-    """`warn` for the first text; what fails in two ways, or is found by two threads, is still one warning."""
-    left = [warn]
-
-    def warn_once(text: str) -> None:
-        try:
-            first = left.pop()
-        except IndexError:
-            return
-        first(text)
-
-    return warn_once
+        self._ended.wait(TIMEOUT)
 
 
 def _wait_for_all(events: list[threading.Event], seconds: float) -> list[bool]:
-    """Wait for all together: which of them were set in time."""
+    """Wait for all events together; returns which of them were set in time."""
     end = time.monotonic() + seconds
     return [event.wait(max(0.0, end - time.monotonic())) for event in events]
 
 
-def flush_all(copies: Iterable[Background], step: int) -> None:
-    """Make what was told before `step` durable in all; who is late has it later, or again after a resume."""
-    copies = list(copies)
-    events = [copy.start_flush() for copy in copies]
-    for copy, done in zip(copies, _wait_for_all(events, FLUSH_PATIENCE), strict=True):
+def flush_all(trackers: Iterable[BackgroundTracker], step: int) -> None:
+    """Flush what was logged before `step`, and mark the trackers that are done in FLUSH_TIMEOUT seconds."""
+    trackers = list(trackers)
+    events = [tracker.start_flush() for tracker in trackers]
+    for tracker, done in zip(trackers, _wait_for_all(events, FLUSH_TIMEOUT), strict=True):
         if done:
-            copy.flushed(step)
+            tracker.mark_flushed(step)
 
 
-def close_all(copies: Iterable[Background]) -> None:
-    """Close all; the process of one that does not answer in PATIENCE seconds or before a signal is ended."""
-    end = time.monotonic() + PATIENCE  # a full queue takes some of it
-    copies = list(copies)
-    why = f"it did not close within {PATIENCE:.0f} seconds"
+def close_all(trackers: Iterable[BackgroundTracker]) -> None:
+    """Close all trackers; kill those that do not close in TIMEOUT seconds or before a signal."""
+    end = time.monotonic() + TIMEOUT  # a full queue takes some of it
+    trackers = list(trackers)
+    reason = f"it did not close within {TIMEOUT:.0f} seconds"
     try:
-        events = [copy.start_close() for copy in copies]
-        _wait_for_all(events, min(SILENCE, PATIENCE))
-        if late := [copy.name for copy in copies if not copy.ended]:
-            wait = f"{PATIENCE:.0f} seconds at most; Ctrl-C goes without"
-            LOGGER.info("waiting for %s to take the rest, %s", " and ".join(late), wait)
+        events = [tracker.start_close() for tracker in trackers]
+        _wait_for_all(events, min(NOTICE_AFTER, TIMEOUT))
+        if names := [tracker.name for tracker in trackers if not tracker.ended]:
+            limit = f"{TIMEOUT:.0f} seconds at most; Ctrl-C goes without"
+            LOGGER.info("waiting for %s to take the rest, %s", " and ".join(names), limit)
         _wait_for_all(events, end - time.monotonic())
-    except (KeyboardInterrupt, SystemExit):  # the run is done, or saved: a signal can mean nothing else
-        why = "it was not waited for"
-    for copy in copies:
-        if not copy.ended:
-            copy.give_up(why)
+    except (KeyboardInterrupt, SystemExit):  # the run is done or saved: the signal can only mean this wait
+        reason = "it was not waited for"
+    for tracker in trackers:
+        if not tracker.ended:
+            tracker.kill(reason)

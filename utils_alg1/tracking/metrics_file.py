@@ -1,4 +1,4 @@
-"""What a tracker can be told, and the run's own file of it: `logs/metrics.jsonl`."""
+"""`logs/metrics.jsonl`, the run's own record of its metrics: writing, reading and cutting it back."""
 
 from __future__ import annotations
 
@@ -9,49 +9,21 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from utils_alg1.base.errors import disk_error
-
-if TYPE_CHECKING:
-    from utils_alg1.base.summaries import Embedding, Histogram, Image
-
+from utils_alg1.base.summaries import Kind, Tracker
 
 Point = tuple[float, float]  # step, value
 
-EACH_STEP = "loss/train_step"  # in the rows of single steps, by far the most
-
-
-class Tracker:
-    """What a tracker can be told; this one forgets everything. Steps count updates done before."""
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        """Numbers by name, such as "loss/val"; together they are a row of the metrics file."""
-
-    def log_histograms(self, histograms: list[Histogram], step: int) -> None:
-        """Histograms of parameters, gradients or activations."""
-
-    def log_images(self, images: list[Image], step: int) -> None:
-        """Pictures."""
-
-    def log_texts(self, texts: dict[str, str], step: int) -> None:
-        """Texts by name."""
-
-    def log_embedding(self, embedding: Embedding, step: int) -> None:
-        """Vectors with their labels."""
-
-    def flush(self) -> None:
-        """Make what was told durable."""
-
-    def close(self) -> None:
-        """Flush and let go."""
+EACH_STEP = "loss/train_step"  # in the rows of single steps, which are by far the most
 
 
 class MetricsFile(Tracker):
-    """`logs/metrics.jsonl`: a line of JSON for each set of scalars, in order, and nothing else.
+    """Writes `logs/metrics.jsonl`: a JSON object per line for each set of scalars, and nothing else.
 
     Raises:
-        Alg1Error: the file system refused (exit code 4).
+        Alg1Error: the file cannot be written (exit code 4).
     """
 
     def __init__(self, path: Path):
@@ -62,10 +34,12 @@ class MetricsFile(Tracker):
     def _disk_errors(self) -> contextlib.AbstractContextManager:
         return _as_disk_error(f"write {self.path}")
 
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
+    def log(self, kind: Kind, payload: Any, step: int) -> None:
+        if kind != "scalars":
+            return
         with self._disk_errors():
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            if EACH_STEP not in values:  # what is rare can be read at once
+            self._file.write(json.dumps({"step": step, **payload}) + "\n")
+            if EACH_STEP not in payload:  # rare rows are flushed, so that they can be read at once
                 self._file.flush()
 
     def flush(self) -> None:
@@ -87,7 +61,7 @@ def _as_disk_error(action: str) -> Iterator[None]:
 
 
 def _parse_row(line: bytes) -> dict[str, float] | None:
-    """A row of a metrics file; None for what a kill or a power cut has left of one."""
+    """Parse a row of a metrics file; None if it is damaged, as after a kill or a power cut."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -96,7 +70,7 @@ def _parse_row(line: bytes) -> dict[str, float] | None:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """The rows of a metrics file, up to the first that is damaged."""
+    """Yield the rows of a metrics file, up to the first damaged one."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -108,14 +82,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
 
 
 def read_outline(path: Path) -> Iterator[dict[str, float]]:
-    """The rows of a metrics file but those of single steps, and last its newest row, whatever that is.
+    """Yield the rows of a metrics file except those of single steps, and then its newest row.
 
-    Of the rows of single steps only both ends are looked at, which takes a fraction of the time of
-    `read_metrics`. A last line without a line's end is still being written.
+    Faster than `read_metrics`, because rows of single steps are not parsed: only their first and last
+    characters are checked. A last line without a newline is still being written, and is left out.
 
     Raises:
-        ValueError: a row before that is damaged.
-        OSError: the file system refused.
+        ValueError: a row is damaged.
+        OSError: the file cannot be read.
     """
     key = f'"{EACH_STEP}"'.encode()
     if not path.exists():
@@ -126,17 +100,17 @@ def read_outline(path: Path) -> Iterator[dict[str, float]]:
             if not line.endswith(b"\n"):
                 break
             if key not in line:
-                yield _sound_row(line, path)
+                yield _parse_or_raise(line, path)
                 newest = None
             elif line.startswith(b"{") and line.endswith(b"}\n"):
                 newest = line
             else:
                 raise ValueError(f"{path}: a damaged row")
         if newest:
-            yield _sound_row(newest, path)
+            yield _parse_or_raise(newest, path)
 
 
-def _sound_row(line: bytes, path: Path) -> dict[str, float]:
+def _parse_or_raise(line: bytes, path: Path) -> dict[str, float]:
     row = _parse_row(line)
     if row is None:
         raise ValueError(f"{path}: a damaged row")
@@ -145,7 +119,7 @@ def _sound_row(line: bytes, path: Path) -> dict[str, float]:
 
 @dataclass
 class Curves:
-    """What a metrics file holds, as finite points of (step, value)."""
+    """The curves of a metrics file, as points of (step, value) with finite values."""
 
     each_step: list[Point] = field(default_factory=list)
     train: list[Point] = field(default_factory=list)
@@ -156,7 +130,7 @@ class Curves:
 
 
 def read_curves(path: Path) -> Curves:
-    """The curves of a metrics file, up to its first damaged row."""
+    """Read the curves of a metrics file, up to its first damaged row."""
     curves = Curves()
     points = {
         EACH_STEP: curves.each_step,
@@ -175,10 +149,11 @@ def read_curves(path: Path) -> Curves:
 
 
 def new_metrics(path: Path, start: int) -> tuple[list[dict[str, float]], int]:
-    """The whole rows of a metrics file that grows, from byte `start` on, and the byte where they end.
+    """Read the complete rows of a growing metrics file from byte `start` on.
 
-    A line that is still being written waits for the next call. Where a resumed run has cut the file back
-    so that no row ends at `start` any more, all rows are new.
+    Returns the rows and the byte where they end, which is the next `start`. A line that is still being
+    written is left for the next call. If no row ends at `start` any more, because a resumed run has cut the
+    file back, all rows are returned.
     """
     rows: list[dict[str, float]] = []
     if not path.exists():
@@ -198,12 +173,12 @@ def new_metrics(path: Path, start: int) -> tuple[list[dict[str, float]], int]:
 
 
 def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
-    """Drop the rows of `step` and later ones: a run that goes on from there writes them again.
+    """Remove the rows of `step` and later ones, which a run resumed at `step` writes again.
 
-    A damaged row ends the file too; where rows before `step` are lost with it, that is a warning.
+    A damaged row and everything after it are removed too. If rows before `step` are lost that way, warn.
 
     Raises:
-        Alg1Error: the file system refused (exit code 4).
+        Alg1Error: the file cannot be written (exit code 4).
     """
     keep, kept_step = 0, -1
     if path.exists():

@@ -1,7 +1,9 @@
-"""What can be seen of a model at a step, and when it is shown to the trackers.
+"""What a run logs, and at which steps: metrics, histograms, attention, embeddings and samples.
 
-How often one looks changes no byte of a run: nothing here touches the global random state, the gradients or
-the model's mode, and everything is drawn from seeds of its own.
+To add a metric, add it to the values that `Observer.log_step` or `Observer.log_evaluation` logs.
+
+Logging the model changes no byte of a run: nothing here changes the global random state, the gradients or
+the model's training mode, and samples are drawn with seeds of their own.
 """
 
 from __future__ import annotations
@@ -19,18 +21,26 @@ from model import BigramLanguageModel, Block, MultiHeadAttention
 from parameters import TensorBoardConfig, due
 from utils import Tokenizer
 from utils_alg1.base.errors import Guard
-from utils_alg1.base.summaries import PICTURE_SIZE, Embedding, Histogram, Image, count_values
+from utils_alg1.base.summaries import (
+    IMAGE_SIZE,
+    Embedding,
+    Histogram,
+    Image,
+    compute_histogram,
+    model_histograms,
+)
 from utils_alg1.tracking.trackers import Trackers
+from utils_alg1.training.progress import Evaluation
 from utils_alg1.training.seeds import generator
 from utils_alg1.training.trainer import Trainer
 
-OBSERVED_TOKENS = 1024  # of the batch, at least one sequence; more would only take longer
+OBSERVED_TOKENS = 1024  # of the batch, but at least one sequence; more would only take longer
 SAMPLE_LENGTH = 200  # characters
 
 
 @contextlib.contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """In here the model does not train: no dropout, no gradients."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set the model to evaluation mode, without gradients, and restore its mode at the end."""
     was_training = model.training
     model.eval()
     try:
@@ -40,50 +50,50 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _watch(
-    model: BigramLanguageModel, idx: Tensor, kinds: tuple[type[nn.Module], ...]
+def _record_modules(
+    model: BigramLanguageModel, idx: Tensor, types: tuple[type[nn.Module], ...]
 ) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
-    """Run the model: each module of those kinds with its input and its output, by name."""
-    seen: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+    """Run the model on tokens (B, T); return the modules of these types, with input and output, by name."""
+    recorded: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def record_as(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            seen[name] = (module, inputs[0], output)
+            recorded[name] = (module, inputs[0], output)
 
         return hook
 
-    with _at_rest(model), contextlib.ExitStack() as hooks:
+    with eval_mode(model), contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
-            if isinstance(module, kinds):
-                hooks.enter_context(module.register_forward_hook(note(name)))
+            if isinstance(module, types):
+                hooks.enter_context(module.register_forward_hook(record_as(name)))
         model(idx)
-    return seen
+    return recorded
 
 
 def activation_histograms(model: BigramLanguageModel, idx: Tensor) -> list[Histogram]:
-    """What each attention, each ReLU and each block puts out for tokens (B, T), by the module's name."""
-    seen = _watch(model, idx, (MultiHeadAttention, nn.ReLU, Block))
-    counted = [count_values(name, "activation", output) for name, (_, _, output) in seen.items()]
-    return [histogram for histogram in counted if histogram is not None]
+    """Compute histograms of the outputs of each attention, ReLU and block for tokens (B, T)."""
+    recorded = _record_modules(model, idx, (MultiHeadAttention, nn.ReLU, Block))
+    histograms = [compute_histogram(name, "activation", output) for name, (_, _, output) in recorded.items()]
+    return [histogram for histogram in histograms if histogram is not None]
 
 
 def attention_weights(model: BigramLanguageModel, idx: Tensor) -> np.ndarray:
-    """How much each character of the first sequence attends to each: (n_layer, n_head, T, T).
+    """Compute the attention weights of the first sequence of tokens (B, T): (n_layer, n_head, T, T).
 
-    A sequence longer than a picture is cut; what its first characters see does not depend on the rest.
+    Only its first IMAGE_SIZE tokens are used; their attention does not depend on later ones.
     """
-    seen = _watch(model, idx[:1, :PICTURE_SIZE], (MultiHeadAttention,))
+    recorded = _record_modules(model, idx[:1, :IMAGE_SIZE], (MultiHeadAttention,))
     with torch.no_grad():
         layers = [
             torch.cat([head.weights(x) for head in attention.heads])  # (H, T, T)
-            for attention, x, _ in seen.values()
+            for attention, x, _ in recorded.values()
             if isinstance(attention, MultiHeadAttention)
         ]
         return torch.stack(layers).float().cpu().numpy()
 
 
 def attention_pictures(model: BigramLanguageModel, idx: Tensor) -> list[Image]:
-    """`attention_weights` as a picture for each layer and head: a row for each character that attends."""
+    """Return `attention_weights` as an image per layer and head, with a row for each query position."""
     return [
         Image("attention", {"layer": str(layer), "head": str(head)}, weights)
         for layer, heads in enumerate(attention_weights(model, idx))
@@ -92,14 +102,14 @@ def attention_pictures(model: BigramLanguageModel, idx: Tensor) -> list[Image]:
 
 
 def token_embedding(model: BigramLanguageModel) -> Embedding:
-    """The vector of each character: (V, C)."""
+    """Return a copy of the token embedding table, (V, C), with a label for each character."""
     assert model.vocabulary is not None
     vectors = model.token_embedding_table.weight.detach().float().cpu().numpy().copy()
     return Embedding("token_embeddings", vectors, [character_label(c) for c in model.vocabulary])
 
 
 def character_label(character: str) -> str:
-    """A character as it can stand in a table; what cannot be seen is written as in a Python string."""
+    """Return a character as a label in a table; invisible ones are escaped as in a Python string."""
     if character == " ":
         return "\\x20"
     if character.isprintable() and character != "\\":
@@ -108,7 +118,7 @@ def character_label(character: str) -> str:
 
 
 def draw_texts(model: BigramLanguageModel, seed: int, n: int, length: int) -> list[str]:
-    """`n` continuations of the vocabulary's default prompt, `length` characters each."""
+    """Generate `n` continuations of the vocabulary's default prompt, of `length` characters each."""
     assert model.vocabulary is not None
     tokenizer = Tokenizer(model.vocabulary)
     device = model.lm_head.weight.device
@@ -120,17 +130,17 @@ def draw_texts(model: BigramLanguageModel, seed: int, n: int, length: int) -> li
 
 
 def sample_text(model: BigramLanguageModel, seed: int) -> str:
-    """A short text; the same weights and the same seed draw the same one."""
+    """Generate a short text, which depends on the weights and the seed only."""
     return draw_texts(model, seed, 1, SAMPLE_LENGTH)[0]
 
 
 class Observer:
-    """Shows the trackers what is due at a step; does nothing in the others.
+    """Logs the metrics of a run and, at the steps that the configuration asks for, views of its model.
 
-    A look that fails costs one warning and never the run.
+    A view that fails costs one warning and never the run.
 
     Attributes:
-        trackers: those that are shown it.
+        trackers: where everything is logged.
     """
 
     def __init__(
@@ -138,64 +148,69 @@ class Observer:
     ):
         self.trackers, self._trainer, self._config = trackers, trainer, config
         self._guard = Guard("looking at the model", warn)
-        self._looks = [
-            (config.activation_interval, self._show_activations),
-            (config.attention_interval, self._show_attention),
-            (config.embedding_interval, self._show_embedding),
-            (config.sample_interval, self._show_sample),
+        self._views = [
+            (config.activation_interval, self._log_activations),
+            (config.attention_interval, self._log_attention),
+            (config.embedding_interval, self._log_embedding),
+            (config.sample_interval, self._log_sample),
         ]
 
-    def observe(self, step: int) -> None:
-        """Show the model as it is after `step` updates."""
-        if due(step, self._config.speed_interval):
-            self._log_speed(step)
-        for interval, look in self._looks:
-            if due(step, interval):
-                self._attempt(look, step)
+    def log_evaluation(self, evaluation: Evaluation) -> None:
+        """Log the mean losses of an evaluation, in nats, and the learning rate."""
+        values = {
+            "loss/train": evaluation.train_loss,
+            "loss/val": evaluation.val_loss,
+            "learning_rate": evaluation.learning_rate,
+        }
+        self.trackers.log("scalars", values, evaluation.step)
 
-    def log_training_step(self, loss: float, step: int) -> None:
-        """Show a step's loss and gradients, before the update."""
+    def log_step(self, loss: float, step: int) -> None:
+        """Log the loss and the gradients of a step, before the update."""
         values = {"loss/train_step": loss}
         if due(step, self._config.gradient_norm_interval):
             norm = float(self._trainer.gradient_norm)
             if math.isfinite(norm):  # with float16 it may overflow, and the update is skipped
                 values["gradient_norm"] = norm
-        self.trackers.log_scalars(values, step)
+        self.trackers.log("scalars", values, step)
         if due(step, self._config.histogram_interval):
-            self._attempt(self._show_parameters, step)
+            self._attempt(self._log_parameters, step)
 
-    def _log_speed(self, step: int) -> None:
-        speed = self._trainer.clock.training_speed(step)
-        if speed is not None:
-            self.trackers.log_scalars({"tokens_per_second": speed}, step)
+    def log_model(self, step: int) -> None:
+        """Log the model as it is after `step` updates, and the training speed."""
+        if due(step, self._config.speed_interval):
+            speed = self._trainer.clock.training_speed(step)
+            if speed is not None:
+                self.trackers.log("scalars", {"tokens_per_second": speed}, step)
+        for interval, log_view in self._views:
+            if due(step, interval):
+                self._attempt(log_view, step)
 
-    def _attempt(self, look: Callable[[int], None], step: int) -> None:
+    def _attempt(self, log_view: Callable[[int], None], step: int) -> None:
         if self.trackers.working:
             with self._trainer.clock.pause():
-                self._guard.attempt(look, step)
+                self._guard.attempt(log_view, step)
 
     def _tokens(self) -> Tensor:
-        """What the model is looked at with, the same at every step: (B, T)."""
+        """Return the model's input for all views, the same at every step: (B, T)."""
         idx = self._trainer.validation_batch()
         return idx[: max(1, OBSERVED_TOKENS // idx.shape[1])]
 
-    def _show_parameters(self, step: int) -> None:
-        self.trackers.log_model_histograms(self._trainer.model, step)
+    def _log_parameters(self, step: int) -> None:
+        self.trackers.log("histograms", list(model_histograms(self._trainer.model)), step)
 
-    def _show_activations(self, step: int) -> None:
-        self.trackers.log_histograms(activation_histograms(self._trainer.model, self._tokens()), step)
+    def _log_activations(self, step: int) -> None:
+        self.trackers.log("histograms", activation_histograms(self._trainer.model, self._tokens()), step)
 
-    def _show_attention(self, step: int) -> None:
-        self.trackers.log_images(attention_pictures(self._trainer.model, self._tokens()), step)
+    def _log_attention(self, step: int) -> None:
+        self.trackers.log("images", attention_pictures(self._trainer.model, self._tokens()), step)
 
-    def _show_embedding(self, step: int) -> None:
-        self.trackers.log_embedding(token_embedding(self._trainer.model), step)
+    def _log_embedding(self, step: int) -> None:
+        self.trackers.log("embedding", token_embedding(self._trainer.model), step)
 
-    def _show_sample(self, step: int) -> None:
+    def _log_sample(self, step: int) -> None:
         model = self._trainer.model
-        # Drawing from a distribution that is not finite fails, on CUDA for the whole process.
-        with _at_rest(model):
-            drawable = model(self._tokens())[0].isfinite().all()
-        if drawable:
-            text = sample_text(model, self._trainer.config.seed)
-            self.trackers.log_texts({"samples": text}, step)
+        # Sampling from probabilities that are not finite fails; on CUDA the whole process is lost.
+        with eval_mode(model):
+            finite = model(self._tokens())[0].isfinite().all()
+        if finite:
+            self.trackers.log("texts", {"samples": sample_text(model, self._trainer.config.seed)}, step)

@@ -1,11 +1,10 @@
-"""Metrics -> the run's own file, TensorBoard and Aim.
+"""Sends everything that a run logs to `logs/metrics.jsonl`, TensorBoard and Aim.
 
-The loop knows one object, `Trackers`, and tells it what happened. `logs/metrics.jsonl` is the truth and is
-written at once; TensorBoard and Aim are copies, each kept by a process of its own, so that a tracker that is
-slow, raises, blocks, hangs or crashes costs one warning and never the run.
+`logs/metrics.jsonl` is written at once. TensorBoard and Aim each run in a process of their own, so that a
+tracker that is slow, raises, hangs or crashes costs one warning and never the run.
 
-To add a tracker: write a class with the methods of `Tracker` (utils_metrics) and start it in
-`start_trackers`.
+To add a tracker, write a subclass of `Tracker` (utils_alg1/base/summaries.py), and create it in
+`start_trackers` as a `BackgroundTracker`.
 """
 
 from __future__ import annotations
@@ -13,35 +12,38 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parameters import Parameters, specs
 from utils_aim.logger import AimLogger
 from utils_aim.tracker import AimTracker
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import write_atomically
-from utils_alg1.base.summaries import Embedding, Histogram, Image, model_histograms
+from utils_alg1.base.summaries import Kind, Tracker
 from utils_alg1.run_directory import RunDirectory, RunFolder
-from utils_alg1.tracking.background import Background, close_all, flush_all
-from utils_alg1.tracking.metrics_file import MetricsFile, Tracker, read_metrics
+from utils_alg1.tracking.background import BackgroundTracker, close_all, flush_all
+from utils_alg1.tracking.metrics_file import MetricsFile, read_metrics
 from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.writer import TensorBoardWriter
 
-if TYPE_CHECKING:
-    from torch import nn
-
 AIM_HASH_NAME = "aim.txt"  # in meta/
-SHAPING_TOO = ("max_iters", "grad_accum_steps", "data_path")  # though a resumed run may change them
+# Parameters that shape a training although a resumed run may change them.
+ALSO_COMPARED = ("max_iters", "grad_accum_steps", "data_path")
 
 
 class Trackers:
-    """Everything that wants to hear of a run: its own file of metrics, and the copies, which see more."""
+    """The trackers of a run.
 
-    def __init__(self, local: Tracker, copies: dict[str, Background]):
-        self.local = local
-        self.copies = copies
+    Attributes:
+        metrics_file: the run's own record, which gets everything first.
+        background: the other trackers by name.
+    """
+
+    def __init__(self, metrics_file: Tracker, background: dict[str, BackgroundTracker]):
+        self.metrics_file = metrics_file
+        self.background = background
 
     def __enter__(self) -> Trackers:
         return self
@@ -49,60 +51,38 @@ class Trackers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def log_evaluation_metrics(self, train_loss: float, val_loss: float, lr: float, step: int) -> None:
-        """The mean losses of an evaluation, in nats, and the learning rate."""
-        self.log_scalars({"loss/train": train_loss, "loss/val": val_loss, "learning_rate": lr}, step)
-
-    def log_scalars(self, values: dict[str, float], step: int) -> None:
-        """Numbers by name: a row of the metrics file."""
-        self.local.log_scalars(values, step)
-        for copy in self.copies.values():
-            copy.log_scalars(values, step)
-
-    def log_model_histograms(self, model: nn.Module, step: int) -> None:
-        """Parameter and gradient histograms, counted once for all copies."""
-        if self.copies:
-            self.log_histograms(list(model_histograms(model)), step)
-
-    def log_histograms(self, histograms: list[Histogram], step: int) -> None:
-        for copy in self.copies.values():
-            copy.log_histograms(histograms, step)
-
-    def log_images(self, images: list[Image], step: int) -> None:
-        for copy in self.copies.values():
-            copy.log_images(images, step)
-
-    def log_texts(self, texts: dict[str, str], step: int) -> None:
-        for copy in self.copies.values():
-            copy.log_texts(texts, step)
-
-    def log_embedding(self, embedding: Embedding, step: int) -> None:
-        for copy in self.copies.values():
-            copy.log_embedding(embedding, step)
+    def log(self, kind: Kind, payload: Any, step: int) -> None:
+        """Log data of a step to all trackers (see `Tracker.log`)."""
+        self.metrics_file.log(kind, payload, step)
+        for tracker in self.background.values():
+            tracker.log(kind, payload, step)
 
     def flush(self, step: int) -> None:
-        """Make everything before `step` durable.
+        """Make everything logged before `step` durable.
 
-        A copy that is late is not waited for long, and not again before it has caught up.
+        A slow tracker is waited for only briefly, and not again until its flush is done.
         """
-        self.local.flush()
-        flush_all([copy for copy in self.copies.values() if copy.started and copy.caught_up], step)
+        self.metrics_file.flush()
+        flush_all([t for t in self.background.values() if t.started and t.flush_done], step)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, to continue the same curves after a resume."""
-        return {name: {"run": copy.identity, "synced": copy.synced} for name, copy in self.copies.items()}
+        """Return what a checkpoint keeps, so that a resumed run continues the same curves."""
+        return {
+            name: {"run": tracker.identity, "synced": tracker.flushed_step}
+            for name, tracker in self.background.items()
+        }
 
     @property
     def working(self) -> list[str]:
-        """The names of the copies that have not failed."""
-        return [name for name, copy in self.copies.items() if copy.working]
+        """The names of the background trackers that have not failed."""
+        return [name for name, tracker in self.background.items() if tracker.working]
 
     def close(self) -> None:
-        """Close all."""
+        """Close all trackers."""
         try:
-            self.local.close()
+            self.metrics_file.close()
         finally:
-            close_all(self.copies.values())
+            close_all(self.background.values())
 
 
 def start_trackers(
@@ -113,93 +93,90 @@ def start_trackers(
     warn: Callable[[str], None],
     state: dict[str, Any] | None = None,
 ) -> Trackers:
-    """Start what the parameters ask for.
+    """Start the trackers that the parameters ask for.
 
     Args:
-        run: whose metrics these are.
-        hparams: all parameters, which the copies keep beside the curves.
-        metadata: where the run came from, which Aim keeps too.
-        warn: told once for each tracker that fails.
-        state: from the checkpoint that a resumed run goes on from. Its metrics file was cut already;
-            whatever a copy had not got before that step is sent to it again.
+        run: the run, whose metrics file is already cut back if it was resumed.
+        hparams: all parameters, which the trackers show beside the curves.
+        metadata: code version, environment and so on, which Aim keeps too.
+        warn: called once for each tracker that fails.
+        state: `Trackers.state` in the checkpoint of a resumed run. The rows of the metrics file that a
+            tracker had not flushed by then are sent again.
     """
-    resumed = state is not None
-    state = state or {}
-    local = MetricsFile(run.metrics_path)
-    copies: dict[str, Background] = {}
+    metrics_file = MetricsFile(run.metrics_path)
+    background: dict[str, BackgroundTracker] = {}
     if params.train.aim:
-        known = state.get("aim", {})
+        known = (state or {}).get("aim", {})
         old_hash = known.get("run")
-        synced = known.get("synced", 0) if old_hash else 0
+        flushed_step = known.get("synced", 0) if old_hash else 0
         run_hash = old_hash or _read_aim_hash(run.meta_dir / AIM_HASH_NAME)
-        start_aim = StartAim(
-            run.path.absolute(), run.metrics_path, run_hash, old_hash, synced, hparams, metadata
-        )
-        copies["aim"] = Background("Aim", start_aim, warn, synced, run_hash)
+        run_dir, rows = run.path.absolute(), run.metrics_path
+        create_aim = partial(open_aim, run_dir, rows, run_hash, old_hash, flushed_step, hparams, metadata)
+        background["aim"] = BackgroundTracker("Aim", create_aim, warn, flushed_step, run_hash)
     if params.tensorboard.tensorboard:
-        synced = state.get("tensorboard", {}).get("synced", 0)
-        start_tensorboard = StartTensorBoard(
-            run.path.name, run.tensorboard_dir, synced if resumed else None, distinguishing(hparams)
-        )
-        copies["tensorboard"] = Background("TensorBoard", start_tensorboard, warn, synced)
-    for copy in copies.values():
-        copy.attend()
-    with contextlib.ExitStack() as after_failure:
-        trackers = after_failure.enter_context(Trackers(local, copies))
-        for copy in copies.values():
-            _send_again(run.metrics_path, copy, range(copy.synced, sys.maxsize))
-        after_failure.pop_all()
+        flushed_step = (state or {}).get("tensorboard", {}).get("synced", 0)
+        purge_step = None if state is None else flushed_step
+        values = comparable_hparams(hparams)
+        create_tensorboard = partial(open_tensorboard, run.path.name, run.tensorboard_dir, purge_step, values)
+        background["tensorboard"] = BackgroundTracker("TensorBoard", create_tensorboard, warn, flushed_step)
+    for tracker in background.values():
+        tracker.start()
+    with contextlib.ExitStack() as on_failure:
+        trackers = on_failure.enter_context(Trackers(metrics_file, background))
+        for tracker in background.values():
+            _log_rows(run.metrics_path, tracker, range(tracker.flushed_step, sys.maxsize))
+        on_failure.pop_all()
     return trackers
 
 
-@dataclass
-class StartAim:
-    """Opens the run in Aim; where Aim no longer has it, a new one gets the rows before `synced` too."""
+def open_aim(
+    run_dir: Path,
+    metrics_path: Path,
+    run_hash: str | None,
+    checkpoint_hash: str | None,
+    flushed_step: int,
+    hparams: dict[str, Any],
+    metadata: dict[str, Any],
+    warn: Callable[[str], None],
+) -> AimLogger:
+    """Open the run in Aim.
 
-    run_dir: Path
-    metrics_path: Path
-    run_hash: str | None
-    checkpoint_hash: str | None
-    synced: int
-    hparams: dict[str, Any]
-    metadata: dict[str, Any]
-
-    def __call__(self, warn: Callable[[str], None]) -> AimLogger:
-        aim = AimTracker(self.run_dir.name, self.run_dir, run_hash=self.run_hash, warn=warn)
-        _write_aim_hash(RunFolder(self.run_dir).meta_dir / AIM_HASH_NAME, aim.run_hash)
-        metrics = AimLogger(aim, self.hparams, self.metadata)
-        if aim.run_hash != self.checkpoint_hash:
-            _send_again(self.metrics_path, metrics, range(self.synced))
-        return metrics
-
-
-@dataclass
-class StartTensorBoard:
-    """Opens TensorBoard's events; after a resume, what was written past `purge_step` is hidden."""
-
-    run_name: str
-    folder: Path
-    purge_step: int | None
-    hparams: dict[str, Any]
-
-    def __call__(self, warn: Callable[[str], None]) -> MetricLogger:
-        logger = MetricLogger(TensorBoardWriter(self.folder, self.purge_step, warn))
-        logger.log_hyperparameters(self.run_name, self.hparams)
-        return logger
+    Aim has the rows before `flushed_step` in the run that the checkpoint names. In any other run of Aim's
+    they are logged again.
+    """
+    aim = AimTracker(run_dir.name, run_dir, run_hash=run_hash, warn=warn)
+    _write_aim_hash(RunFolder(run_dir).meta_dir / AIM_HASH_NAME, aim.run_hash)
+    logger = AimLogger(aim, hparams, metadata)
+    if aim.run_hash != checkpoint_hash:
+        _log_rows(metrics_path, logger, range(flushed_step))
+    return logger
 
 
-def distinguishing(hparams: dict[str, Any]) -> dict[str, Any]:
-    """Those by which trainings are told apart: one of intervals and folders would hide them in a table."""
+def open_tensorboard(
+    run_name: str,
+    log_dir: Path,
+    purge_step: int | None,
+    hparams: dict[str, Any],
+    warn: Callable[[str], None],
+) -> MetricLogger:
+    """Open TensorBoard's event file; after a resume, points of `purge_step` and later ones are hidden."""
+    logger = MetricLogger(TensorBoardWriter(log_dir, purge_step, warn))
+    logger.log_hyperparameters(run_name, hparams)
+    return logger
+
+
+def comparable_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters that shape a training; intervals and paths would hide them in a table."""
     known = specs()
     return {
         name: value
         for name, value in hparams.items()
-        if name in SHAPING_TOO or not known[name].limits.may_change
+        if name in ALSO_COMPARED or not known[name].limits.may_change
     }
 
 
 def _read_aim_hash(path: Path) -> str | None:
-    """What Aim calls the run, where it was opened after the last checkpoint."""
+    """Read the run's hash in Aim, for a run that was opened there after its last checkpoint."""
     with contextlib.suppress(OSError, ValueError):
         return path.read_text().strip() or None
     return None
@@ -211,9 +188,9 @@ def _write_aim_hash(path: Path, run_hash: str | None) -> None:
             write_atomically(path, f"{run_hash}\n".encode())
 
 
-def _send_again(metrics_path: Path, tracker: Tracker | AimLogger, steps: range) -> None:
-    """Tell a tracker those rows of the metrics file: a kill can have come before its last flush."""
+def _log_rows(metrics_path: Path, tracker: Tracker, steps: range) -> None:
+    """Log the rows of the metrics file of those steps."""
     for row in read_metrics(metrics_path):
         step = int(row.pop("step"))
         if step in steps:
-            tracker.log_scalars(row, step)
+            tracker.log("scalars", row, step)

@@ -171,6 +171,11 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return checkpoint_path(self.folder, step)
 
+    @property
+    def newest(self) -> Path | None:
+        """The file of the newest checkpoint, or None if there is none."""
+        return None if self.newest_step is None else self.path(self.newest_step)
+
     def save(self, trainer: Trainer, about: CheckpointMetadata) -> Path:
         """Copy the state of a trainer, then write and prune in the background: `wait` tells how it ended.
 
