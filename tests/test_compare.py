@@ -183,7 +183,7 @@ def test_a_resume_waits_for_somebody_who_looks(workdir, monkeypatch):
 
 
 def test_a_run_that_stays_in_use_is_refused_after_the_wait(workdir, monkeypatch):
-    monkeypatch.setattr(run_directory, "LOCK_PATIENCE", 0.01)
+    monkeypatch.setattr(run_directory, "LOCK_TIMEOUT", 0.01)
     run = make_run("2026-01-31_001", {0: 4.0})
     with FileLock(run / ".lock"), pytest.raises(Alg1Error, match="in use by another process"):
         lock_run(run)

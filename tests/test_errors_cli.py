@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process, runner
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, printed_config, run_process, runner
 
 from parameters import TrainConfig
 from utils_alg1.base.errors import Alg1Error, Guard, disk_error
@@ -708,14 +708,10 @@ def test_a_run_serves_as_configuration_by_its_record(run, train):
     result = train("--config", run)
     assert result.code == 2
     assert result.err.splitlines()[1] == f"hint: for the parameters of this run: --config {record}"
-    rows = {
-        row[0]: row[1:]
-        for line in train("--config", record, "--seed", 7, "--print-config").out.splitlines()
-        if (row := line.split())
-    }
-    assert rows["n_embd"] == ["16", str(record)]
-    assert rows["dropout"] == ["0.0", str(record)]
-    assert rows["seed"] == ["7", "--seed"]
+    shown = printed_config(train("--config", record, "--seed", 7, "--print-config").out)
+    assert shown["n_embd"] == (16, str(record))
+    assert shown["dropout"] == (0.0, str(record))
+    assert shown["seed"] == (7, "--seed")
     assert train("--resume", "latest", "--config", record, "--max-iters", 7, *QUIET_TRACKERS).code == 0
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS
+from conftest import PROJECT, QUIET_TRACKERS, printed_config
 
 from parameters import specs
 from utils_alg1.console.command_line import Options
@@ -55,6 +55,17 @@ def test_a_preset_is_in_the_readme(preset):
 def test_a_preset_is_copied_with_the_folder_it_lies_in(workdir, train, text_file):
     """A sub-folder of configs/ is a preset, and no part of configs/ itself."""
     shutil.copytree(PROJECT / "configs", workdir / "configs")
-    assert set(ConfigLoader.load_configs()) <= {"_comment"}
-    result = train("--print-config", "--config", "configs/fast")
-    assert re.search(r"^n_layer +3 +configs/fast/model.json$", result.out, re.M)
+    values = ConfigLoader.load_configs()
+    assert {name for name in values if name != "_comment" and values[name] != specs()[name].default} == set()
+    shown = printed_config(train("--print-config", "--config", "configs/fast").out)
+    assert shown["n_layer"] == (3, "configs/fast/model.json")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_edited_in_the_folder_changes_no_preset(preset, workdir):
+    shutil.copytree(PROJECT / "configs", workdir / "configs")
+    folder = f"configs/{preset}"
+    before = ConfigLoader.resolve(Options(config=folder)).flat()
+    (workdir / "configs/train.yaml").write_text("beta1: 0.5\npatience: 7\n")
+    assert ConfigLoader.resolve(Options()).changed() == {"beta1": 0.5, "patience": 7}
+    assert ConfigLoader.resolve(Options(config=folder)).flat() == before

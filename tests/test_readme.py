@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import itertools
 import os
 import re
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, runner
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, printed_config, runner
 
 TEXTS = ("README.md", "README-TENSORBOARD.md", "README-AIM.md", "README-ARCH.md", "CONTRIBUTING.md")
 SCRIPTS = ("train.py", "inference.py", "search.py", "compare.py")
@@ -38,6 +39,7 @@ NOT_RUN = {
     "pytest": "it is what runs this; its flags are parsed",
     "ruff": ".ci/run runs it; that it does is looked up",
     "mypy": ".ci/run runs it; that it does is looked up",
+    ".ci/lint-imports": ".ci/run runs it; that it does is looked up",
     ".ci/run": "runs all tests; the shell reads it",
     "torchrun --nnodes": "needs several machines; torchrun and train.py parse their flags",
     "torchrun --standalone --nproc_per_node=2 train.py --resume": "test_processes.py resumes so; as above",
@@ -91,14 +93,14 @@ def run_ids(monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
 def stop_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     from utils_alg1.training.trainer import Trainer
 
-    update = Trainer.update
+    optimizer_step = Trainer.optimizer_step
 
-    def stopping(self, step):
-        if step == 3:
+    def stopping(self):
+        if self.step == 3:
             signal.raise_signal(signal.SIGTERM)
-        update(self, step)
+        optimizer_step(self)
 
-    monkeypatch.setattr(Trainer, "update", stopping)
+    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,9 @@ def home(tmp_path_factory) -> Path:
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as monkeypatch:
         shutil.copytree(PROJECT / "configs", "configs")
         Path("my.yaml").write_text("n_layer: [1, 2]\ndropout: {low: 0, high: 0.2, step: 0.1}\n")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert script.main(["--print-config"]) == 0
+        Path("mine.yaml").write_text(printed.getvalue())
         Path("data").mkdir()
         for name in ("data/input.txt", "input.txt", "book.txt"):
             Path(name).write_text(text, encoding="utf-8")
@@ -173,14 +178,14 @@ def short_training(words: list[str]) -> list[object]:
 
 @pytest.mark.parametrize("command", OURS["train.py"])
 def test_a_command_that_trains(command, place, train, request):
-    words = COMMANDS[command]
+    words = shlex.split(command.partition(" '>' ")[0])
     if any(word.startswith("searches/") for word in words):
         assert request.getfixturevalue("search")("--trials", 1).code == 0
     before = set(os.listdir("runs"))
     result = train(*words[2:], *short_training(words))
     assert (result.code, result.err) == (0, "")
     if "--print-config" in words:
-        assert re.search(r"^max_iters +6 +--max-iters$", result.out, re.M)
+        assert printed_config(result.out)["max_iters"] == (6, "--max-iters")
         assert set(os.listdir("runs")) == before
         return
     last = 8 if words[-2:-1] == ["--max-iters"] and "--resume" in words else 6
@@ -402,7 +407,7 @@ def test_pytest_knows_its_flags(command):
 
 def test_ci_runs_what_a_change_must_pass():
     script = (PROJECT / ".ci/run").read_text("utf-8")
-    for command in skipped("ruff", "mypy"):
+    for command in skipped("ruff", "mypy", ".ci/lint-imports"):
         wanted = command.replace("ruff format", "ruff format --check").removesuffix(
             " ." * (command == "mypy .")
         )

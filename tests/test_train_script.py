@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, run_process
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, printed_config, run_process
 from safetensors.torch import save_file
 
 import train as train_script
@@ -294,10 +294,10 @@ def test_print_config_of_a_resumed_run_shows_its_values_and_changes_nothing(star
     before = {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()}
     result = train("--resume", "latest", "--print-config", "--max-iters", 9)
     assert result.code == 0
-    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in result.out.splitlines()}
-    assert lines["dropout"] == ["0.25", "resumed run"]
-    assert lines["n_embd"] == ["16", "resumed run"]
-    assert lines["max_iters"] == ["9", "--max-iters"]
+    shown = printed_config(result.out)
+    assert shown["dropout"] == (0.25, "resumed run")
+    assert shown["n_embd"] == (16, "resumed run")
+    assert shown["max_iters"] == (9, "--max-iters")
     assert {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()} == before
 
 

@@ -187,8 +187,7 @@ class MainRun(Run):
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
         e = evaluation
-        losses = {"loss/train": e.train_loss, "loss/val": e.val_loss, "learning_rate": e.learning_rate}
-        self.trackers.log("scalars", losses, e.step)
+        self.observer.log_evaluation(e)
         best = self.trainer.progress.best_step == e.step
         self.console.evaluation(e.step, e.train_loss, e.val_loss, e.learning_rate, best, self.trainer.speed)
 

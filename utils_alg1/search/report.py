@@ -172,13 +172,14 @@ def write_preset(study: Study) -> None:
     if best is None:
         return
     values = study.plan.fixed | parameters_of(best) | recorded_threads(best)
-    preset = {name: value for name, value in values.items() if name not in STORAGE_PARAMETERS}
     folder = study.folder / "best"
     make_folder(folder)
     about = f"Best of the search {study.settings.name}: trial {best.number}, val loss {best.value:.4f}"
     for part, file_name in CONFIG_FILES.items():
-        settings = {name: value for name, value in preset.items() if specs()[name].part == part}
-        text = format_settings(file_name, about, settings)
+        names = [
+            name for name, spec in specs().items() if spec.part == part and name not in STORAGE_PARAMETERS
+        ]
+        text = format_settings(file_name, about, {name: values[name] for name in names})
         write_atomically(folder / file_name, text.encode("utf-8", "surrogatepass"))
 
 
