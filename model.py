@@ -1,6 +1,6 @@
 """The network: a decoder-only transformer over characters.
 
-Letters of the shapes that stand beside the tensors:
+Shapes are noted beside the tensors, in these letters:
     B batch, T time (characters), C = n_embd, H = n_head, S = C / H (size of a head), V = vocab_size
 
 In memory the queries, keys and values of all heads of a block are one matrix, which is faster. On disk each

@@ -67,20 +67,20 @@ def measure(kind: str, args: Any, folder: Path, idle: int) -> list[dict[str, Any
         write_text(short, kind, args.peer_megabytes)
         shutil.copy(args.nanogpt / "data" / "shakespeare_char" / "prepare.py", folder)
         (folder / "requests.py").touch()  # prepare.py imports it for a download that is not needed here
-    turns: dict[str, list[dict[str, Any]]] = {"first": [], "second": [], "nanoGPT": []}
+    results: dict[str, list[dict[str, Any]]] = {"first": [], "second": [], "nanoGPT": []}
     for _ in range(args.rounds):
         shutil.rmtree(folder / ".tokens", ignore_errors=True)
-        turns["first"].append(child(OURS, text, folder=folder))
-        turns["second"].append(child(OURS, text, folder=folder))
+        results["first"].append(child(OURS, text, folder=folder))
+        results["second"].append(child(OURS, text, folder=folder))
         if peer:
-            turns["nanoGPT"].append(child(NANOGPT, folder=folder))
+            results["nanoGPT"].append(child(NANOGPT, folder=folder))
     size, short_size = text.stat().st_size, short.stat().st_size if peer else 0
     text.unlink()
-    characters = turns["first"][0]["characters"]
-    speeds = {who: [size / done["seconds"] / 1e6 for done in turns[who]] for who in ("first", "second")}
-    speeds["nanoGPT"] = [short_size / done["seconds"] / 1e6 for done in turns["nanoGPT"]]
+    characters = results["first"][0]["characters"]
+    speeds = {who: [size / done["seconds"] / 1e6 for done in results[who]] for who in ("first", "second")}
+    speeds["nanoGPT"] = [short_size / done["seconds"] / 1e6 for done in results["nanoGPT"]]
     rows = []
-    for who, done in turns.items():
+    for who, done in results.items():
         if done:
             peak = max(one["peak"] for one in done)
             ours = who != "nanoGPT"

@@ -314,7 +314,7 @@ def test_an_error_of_the_caller_waits_for_the_call_in_progress():
     assert made == [1]
 
 
-def test_the_disk_is_not_left_behind_while_a_large_text_is_tokenized(workdir, monkeypatch):
+def test_a_large_text_is_synced_while_it_is_tokenized(workdir, monkeypatch):
     Path("text.txt").write_bytes(b"abcd" * 1000)
     monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 100)
     fsync, times = os.fsync, []
@@ -394,10 +394,10 @@ def test_the_hint_for_what_is_not_utf8_fits_the_bytes(workdir, content, hint):
 
 
 @pytest.mark.parametrize(
-    ("content", "odd"),
+    ("content", "warns"),
     [("To be\n", False), ("\ufeffTo be 🙂\r\n", False), ("T\0o\0\n\0", True), ("\0", True)],
 )
-def test_a_text_with_zero_characters_is_trained_on_with_a_warning(train, workdir, content, odd):
+def test_a_text_with_zero_characters_is_trained_on_with_a_warning(train, workdir, content, warns):
     Path("text.txt").write_bytes(content.encode() * 200)
     result = train("--data", "text.txt", *TINY, *QUIET_TRACKERS)
     assert result.code == 0
@@ -407,7 +407,7 @@ def test_a_text_with_zero_characters_is_trained_on_with_a_warning(train, workdir
             "warning: text.txt: it has characters of value 0: this is hardly a text file;"
             " if it is UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW\n"
         )
-        * odd
+        * warns
     )
 
 

@@ -1,4 +1,4 @@
-"""The gradient written out equals autograd's, for any sizes, and serves where it says that it does."""
+"""The manual gradient equals that of autograd, for any sizes, and is used where it applies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw_batch(config: ModelConfig, B: int = 3, T: int | None = None) -> tuple[t
     return tuple(torch.randint(config.vocab_size, shape, generator=draw) for _ in range(2))
 
 
-def assert_gradient_is_autograd_s(config: ModelConfig, B: int, T: int, tolerance: float = 1e-12) -> None:
+def assert_same_gradient_as_autograd(config: ModelConfig, B: int, T: int, tolerance: float = 1e-12) -> None:
     model = make_model(config).double()
     x, y = draw_batch(config, B, T)
     expected = model(x, y)[1]
@@ -62,14 +62,14 @@ def assert_gradient_is_autograd_s(config: ModelConfig, B: int, T: int, tolerance
 def test_the_gradient_is_that_of_autograd(
     plain, n_head, head_size, n_layer, block_size, short, B, vocab_size, positions, qk_norm
 ):
-    # A norm over one number has no gradient, and what turns comes in pairs.
+    # A norm over one number has no gradient, and rotary positions rotate pairs.
     n_embd = n_head * (2 * head_size if positions == "rotary" else head_size + 1)
     config = ModelConfig(
         n_embd, n_head, n_layer, block_size, 0.0, vocab_size, positions=positions, qk_norm=qk_norm
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradient, "use_math_attention", lambda T: plain)
-        assert_gradient_is_autograd_s(config, B, block_size - short)
+        assert_same_gradient_as_autograd(config, B, block_size - short)
 
 
 @pytest.mark.parametrize("math_up_to", [0, 64])
@@ -128,14 +128,14 @@ class Two(SingleProcess):
         ({"device": torch.device("meta")}, 0.0),
     ],
 )
-def test_what_it_does_not_serve_is_autograd_s(change, dropout):
+def test_what_it_does_not_support_is_left_to_autograd(change, dropout):
     assert isinstance(create_backward(make_model(), CPU, pytest.fail), ManualBackward)
     model = BigramLanguageModel(dataclasses.replace(SMALL, dropout=dropout))
     backward = create_backward(model, dataclasses.replace(CPU, **change), pytest.fail)
     assert type(backward) is Backward
 
 
-def test_an_option_that_it_does_not_know_is_autograd_s(monkeypatch):
+def test_an_option_that_it_does_not_know_is_left_to_autograd(monkeypatch):
     assert set(MODEL_OPTIONS) == OPTIONS
     monkeypatch.setattr(backward_module, "OPTIONS", OPTIONS - {"qk_norm"})
     assert isinstance(create_backward(make_model(), CPU, pytest.fail), ManualBackward)

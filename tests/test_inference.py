@@ -230,7 +230,7 @@ def test_the_likeliest_text_needs_no_seed(sample, model, flags):
         assert result.out == greedy(model, "ab", 20) + "\n"
 
 
-def test_stop_ends_the_text_behind_it(sample, model):
+def test_stop_ends_the_text_after_it(sample, model):
     whole = sample("--max-new-tokens", 200, "--seed", 3).out
     stop = whole[20:22]
 
@@ -283,7 +283,7 @@ def test_characters_appear_one_by_one_as_they_are_drawn(model, monkeypatch):
 
 @pytest.fixture
 def type_in(monkeypatch):
-    """Answers for input(): texts, or exceptions; behind the last one comes Ctrl-D."""
+    """Answers for input(): texts, or exceptions; after the last one comes Ctrl-D."""
 
     def prepare(*answers):
         remaining = iter([*answers, EOFError])
@@ -530,12 +530,12 @@ def test_help_lists_every_command_with_its_present_value(sample, model, type_in)
 
     assert (result.code, result.out) == (0, "\n")
     assert result.err.splitlines()[2:] == [
-        ":temperature 0.0  0 takes the likeliest",
-        ":length 12        characters of a text",
-        ":top-k 5          draw from so many likeliest only; off: from all",
-        ":top-p off        draw from the fewest that make up so much; off: from all",
-        ":seed 1337        of the draws, which begin anew",
-        ":unknown error    unknown characters of a prompt: error, skip or replace",
+        ":temperature 0.0  sampling temperature; 0: greedy",
+        ":length 12        number of characters",
+        ":top-k 5          sample from so many of the most likely characters; off: from all",
+        ":top-p off        sample from the most likely characters with this total probability; off: from all",
+        ":seed 1337        random seed; sampling restarts from it",
+        ":unknown error    characters of a prompt that are not in the vocabulary: error, skip or replace",
         ":help             this list",
         "::TEXT            the prompt :TEXT",
         "Ctrl-C            stops a text",
@@ -582,7 +582,7 @@ def test_at_a_terminal_ctrl_c_stops_a_text_and_ctrl_d_the_program(model):
 
 CONTROLS = sorted("ab[3m\n\t\r\x07\x1b\x7f\x9b")
 DRAWN = "a\r\nb\rb\x1b[3m\x9b\x7f\t\r\r\n\x07a\r"
-SHOWN = "a\nb␍b␛[3m\ufffd␡\t␍\n␇a\n"  # the last one is the line's end behind every text
+SHOWN = "a\nb␍b␛[3m\ufffd␡\t␍\n␇a\n"  # the last newline ends every text
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ def test_dropout_is_active_only_in_training():
 
 
 @pytest.mark.parametrize("dropped", ["sa.dropout", "ffwd.net.3"])
-def test_dropout_stands_behind_attention_and_feed_forward(dropped):
+def test_dropout_follows_attention_and_feed_forward(dropped):
     assert build(dropout=0.5).blocks[0].get_submodule(dropped).p == 0.5
 
 
@@ -1214,7 +1214,7 @@ def test_a_flipped_bit_in_the_header_is_refused_or_does_no_harm(exported):
     assert harmless < header / 100
 
 
-def test_bytes_behind_the_end_are_refused(exported):
+def test_bytes_after_the_end_are_refused(exported):
     _, path = exported
     path.write_bytes(path.read_bytes() + b"\0")
     assert fails_to_load(path)

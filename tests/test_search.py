@@ -483,7 +483,7 @@ def study_with(name: str = "space", **domains: Any) -> study_module.Study:
 def test_a_dead_trial_is_replaced_where_it_stopped(search, fake_train, left, loss, n_runs):
     old = create_run("runs", "space-0")  # of a search that has been removed since
     (old.eval_dir / "final.json").write_text('{"best_val_loss": 0.0}')
-    old.begun = True
+    old.keep()
     old.lock.release()
     study = study_with(n_layer=[4])
     claimed = study.claim_trial()

@@ -24,7 +24,7 @@ from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import trainer as trainer_module
 from utils_alg1.training.backward import Backward, create_backward
 from utils_alg1.training.checkpoint import newest_checkpoint
-from utils_alg1.training.optimizers import SGD, create_optimizer, orthogonalise
+from utils_alg1.training.optimizers import SGD, create_optimizer, orthogonalize
 from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.runtime import Compiled, Runtime, compiling_pays, start_runtime
 from utils_alg1.training.schedule import learning_rate
@@ -491,10 +491,10 @@ def test_patience_is_lost_after_that_many_evaluations(since_best, patience, out)
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
 def test_an_orthogonalised_matrix_is_as_strong_in_every_direction(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(orthogonalise(matrices))
+    values = torch.linalg.svdvals(orthogonalize(matrices))
     assert values.min() > 0.6 and values.max() < 1.3
     # The directions stay: every matrix times its own transpose is symmetric and positive.
-    product = orthogonalise(matrices) @ matrices.mT
+    product = orthogonalize(matrices) @ matrices.mT
     assert torch.allclose(product, product.mT, atol=1e-3)
     assert torch.linalg.eigvalsh(product).min() > -1e-3
 
@@ -509,7 +509,7 @@ def test_muon_steps_hidden_matrices_by_their_orthogonalised_momentum():
         at(trainer, step).forward_backward()
         momentum = 0.8 * momentum + 0.2 * weight.grad
         nesterov = 0.2 * weight.grad + 0.8 * momentum
-        rows = orthogonalise(nesterov.view(3, C, C)).reshape(3 * C, C)  # query, key and value by themselves
+        rows = orthogonalize(nesterov.view(3, C, C)).reshape(3 * C, C)  # query, key and value by themselves
         expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * C**0.5 * rows
         trainer.optimizer_step()
     assert torch.allclose(weight, expected, atol=1e-6)

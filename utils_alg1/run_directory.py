@@ -1,4 +1,4 @@
-"""Run directories: their names, what lies where in them, and their lock.
+"""Run directories: their names, their files, their lock.
 
 runs/YYYY-MM-DD_NNN_tag/
     meta/        full_config.json  git.txt  env.txt  notes.md  configs/ (copies)
@@ -32,7 +32,7 @@ LOCK_TIMEOUT = 1.0  # seconds: `in_use` takes the lock of a run for an instant
 
 @dataclass
 class RunFolder:
-    """Any run directory: what lies where in it."""
+    """A run directory: the paths of its files."""
 
     path: Path
 
@@ -109,23 +109,24 @@ class RunDirectory(RunFolder):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the file of the checkpoint of a step."""
     return folder / f"step_{step:09d}.safetensors"
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; a copy under another name is none."""
+    """Return the checkpoints in a folder, oldest first; files with other names are left out."""
     return sorted(
         (path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=checkpoint_step
     )
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(path.stem.removeprefix("step_"))
 
 
 def sanitise_tag(tag: str) -> str:
-    """A tag as part of a directory's name: letters, digits, `-`, `_` and `.`, and never a way out."""
+    """Reduce a tag to letters, digits, `-`, `_` and `.`, so that it can be part of a directory's name."""
     text = unicodedata.normalize("NFC", tag)
     text = re.sub(r"[^\w.-]+", "-", text).strip(".-_")[:MAX_TAG_LENGTH]
     while len(text.encode("utf-8", "replace")) > MAX_TAG_BYTES:
@@ -134,10 +135,10 @@ def sanitise_tag(tag: str) -> str:
 
 
 def list_runs(runs_dir: str | Path) -> list[Path]:
-    """The run directories, oldest first."""
+    """Return the run directories in a folder, oldest first."""
     try:
         paths = list(Path(runs_dir).iterdir())
-    except (OSError, ValueError):  # ValueError: not even a name of a folder
+    except (OSError, ValueError):  # ValueError: the name has a null character
         return []
     runs = [(match, path) for path in paths if (match := RUN_ID.fullmatch(path.name))]
     runs = [(match, path) for match, path in runs if path.is_dir()]
@@ -148,7 +149,7 @@ NO_RUN_HINT = "start one: python train.py, or name another --runs-dir"
 
 
 def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
-    """The directory of a run: `latest`, a run id, or a path.
+    """Return the directory of a run, named by `latest`, a run id or a path.
 
     Raises:
         Alg1Error: there is none.
@@ -160,7 +161,7 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
         return runs[-1]
     for run in runs:
         if run.name == name or (run.name.startswith(f"{name}_") and RUN_ID.fullmatch(name)):
-            return run  # a number is enough: no two runs of a day have the same
+            return run  # the tag may be left out: no two runs of a day have the same number
     path = Path(name)
     if path.is_dir() and (path / "artifacts").is_dir():
         return path
@@ -172,18 +173,20 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
 
 
 def no_folder(runs_dir: str | Path) -> str:
-    """The end of a message about missing runs: that their folder is none; "" where it is one, or is the
-    default, which the first run makes."""
+    """Return the end of a message about missing runs if their folder does not exist, else "".
+
+    The default folder is created by the first run, so its absence is not worth a word.
+    """
     if os.path.isdir(runs_dir) or str(runs_dir) == specs()["runs_dir"].default:
         return ""
     return ": it is a file" if os.path.exists(runs_dir) else ": no such folder"
 
 
 def lock_run(path: Path) -> RunDirectory:
-    """Take a run directory for this process, waiting LOCK_TIMEOUT for the lock.
+    """Lock a run directory for this process; wait for the lock up to LOCK_TIMEOUT.
 
     Raises:
-        Alg1Error: another process has it (exit code 2), or the file system refused (exit code 4).
+        Alg1Error: another process holds it (exit code 2), or the file system refused (exit code 4).
     """
     lock = FileLock(path / LOCK_NAME, timeout=LOCK_TIMEOUT)
     try:
@@ -196,7 +199,7 @@ def lock_run(path: Path) -> RunDirectory:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a process holds the run. The lock is taken for an instant where it is free (see `lock_run`)."""
+    """Return whether a process holds the run. A free lock is taken for an instant to find out."""
     lock = path / LOCK_NAME
     try:
         if lock.exists():
@@ -204,6 +207,6 @@ def in_use(path: Path) -> bool:
                 return False
     except Timeout:
         return True
-    except OSError:  # a folder of somebody else's, or read-only: nobody here can tell
+    except OSError:  # no permission, or a read-only file system: it cannot be known
         pass
     return False

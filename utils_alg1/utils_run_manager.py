@@ -1,4 +1,4 @@
-"""New runs: their ids and directories, and what is recorded about their origin."""
+"""Create runs: run ids, run directories, and the records of their origin in meta/."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class RunIDGenerator:
         self.runs_dir = Path(runs_dir)
 
     def generate(self, tag: str = "", date: datetime.date | None = None) -> str:
-        """The next free run id of today, or of `date`."""
+        """Return the next free run id of today, or of `date`."""
         day = (date or datetime.date.today()).isoformat()
         tag = sanitise_tag(tag)
         run_id = f"{day}_{self.get_next_counter(day):03d}"
         return f"{run_id}_{tag}" if tag else run_id
 
     def get_next_counter(self, date: str) -> int:
-        """One more than the highest counter of `date` (YYYY-MM-DD)."""
+        """Return one more than the highest counter of `date` (YYYY-MM-DD)."""
         matches = (RUN_ID.fullmatch(path.name) for path in list_runs(self.runs_dir))
         return 1 + max((int(m[2]) for m in matches if m and m[1] == date), default=0)
 
@@ -63,16 +63,16 @@ class RunIDGenerator:
 
 
 class RunDirectoryCreator:
-    """Makes run directories in `runs_dir`."""
+    """Creates run directories in `runs_dir`."""
 
     def __init__(self, runs_dir: str | Path = "runs"):
         self.runs_dir = Path(runs_dir)
 
     def create(self, run_id: str) -> Path:
-        """Make the directory of a new run, with its sub-directories.
+        """Create the directory of a new run, with its subdirectories.
 
         Raises:
-            FileExistsError: there is one of that name.
+            FileExistsError: it exists already.
             Alg1Error: the file system refused (exit code 4), or `runs_dir` is not a folder.
         """
         run_dir = self.runs_dir / run_id
@@ -90,7 +90,7 @@ class RunDirectoryCreator:
         return run_dir
 
     def create_subdirectories(self, run_dir: str | Path) -> None:
-        """Make meta, logs, artifacts and eval in a run directory.
+        """Create meta, logs, artifacts and eval in a run directory, unless they exist.
 
         Raises:
             Alg1Error: the file system refused (exit code 4).
@@ -109,9 +109,9 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
 
 
 def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
-    """Name and make the directory of a new run and take its lock.
+    """Create the directory of a new run and lock it.
 
-    A lock on the folder makes two runs that start together take two numbers.
+    A lock on `runs_dir` gives two runs that start together two numbers.
 
     Raises:
         Alg1Error: see RunDirectoryCreator.create.
@@ -119,7 +119,7 @@ def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
     runs_dir = Path(runs_dir)
     make_folder(runs_dir)
     try:
-        (runs_dir / LOCK_NAME).touch()  # where it cannot be made, FileLock would go on trying
+        (runs_dir / LOCK_NAME).touch()  # FileLock would retry forever if it cannot be created
         with FileLock(runs_dir / LOCK_NAME, timeout=60):
             run_id = RunIDGenerator(runs_dir).generate(tag)
             path = RunDirectoryCreator(runs_dir).create(run_id)
@@ -135,11 +135,11 @@ def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
         raise disk_error(f"create a run in {runs_dir}", error) from error
 
 
-# --- where it came from -------------------------------------------------------------------------------
+# --- records ------------------------------------------------------------------------------------------
 
 
 class MetadataCapture:
-    """Records the state of the code and of the machine. Nothing here raises for lack of git."""
+    """Records the state of the code and of the machine. Without git, its values are "unknown"."""
 
     @staticmethod
     def _git(*arguments: str) -> str | None:
@@ -154,17 +154,17 @@ class MetadataCapture:
 
     @classmethod
     def get_git_commit(cls) -> str:
-        """The commit of this program's checkout, or "unknown"."""
+        """Return the commit of this program's checkout, or "unknown"."""
         return cls._git("rev-parse", "HEAD") or UNKNOWN
 
     @classmethod
     def get_git_branch(cls) -> str:
-        """The branch of it, or "unknown"."""
+        """Return its branch, or "unknown"."""
         return cls._git("rev-parse", "--abbrev-ref", "HEAD") or UNKNOWN
 
     @classmethod
     def get_git_dirty(cls) -> str:
-        """Whether there are uncommitted changes: "yes", "no" or "unknown"."""
+        """Return whether there are uncommitted changes: "yes", "no" or "unknown"."""
         status = cls._git("status", "--porcelain")
         return UNKNOWN if status is None else "yes" if status else "no"
 
@@ -213,9 +213,9 @@ class MetadataCapture:
 
 
 def copy_files(files: Mapping[Path, bytes], folder: Path) -> list[Path]:
-    """Write files, given as they were read, to a folder under their own names, and return the copies.
+    """Write files (path -> bytes) to a folder under their own names, and return the copies.
 
-    A copy is never written over: a file of the same name with other bytes gets a number.
+    A copy is never overwritten: a file of the same name with other bytes gets a number.
     """
     copies: list[Path] = []
     for path, data in files.items():

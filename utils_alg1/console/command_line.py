@@ -59,7 +59,7 @@ class Flag(argparse.Action):
         metavar: str | None = None,
     ):
         metavar = metavar or "|".join(limits.choices) or METAVARS[type]
-        text = explained(limits, default)
+        text = help_text(limits, default)
         super().__init__(option_strings, dest, type=type, default=default, metavar=metavar, help=text)
         self.limits = limits
 
@@ -81,7 +81,7 @@ class ParameterFlag(Flag):
 
     def __init__(self, option_strings: Sequence[str], dest: str, spec: Spec, default: Any):
         super().__init__(option_strings, dest, spec.limits, spec.type, spec.default)
-        self.default = default
+        self.default = default  # argparse.SUPPRESS: only what was given counts; spec.default is for the help
 
     def read(self, flag: str, text: str) -> str:
         return text
@@ -104,7 +104,7 @@ def read_value(kind: Any, limits: Limits, text: str) -> Any:
     return value
 
 
-def explained(limits: Limits, default: Any) -> str:
+def help_text(limits: Limits, default: Any) -> str:
     """Returns the help on a flag for argparse, with the default unless it is None or empty."""
     shown_default = "" if default in (None, "", argparse.SUPPRESS) else f" ({default})"
     return (limits.help + shown_default).replace("%", "%%")
@@ -305,7 +305,7 @@ def split_parameters(namespace: argparse.Namespace) -> tuple[dict[str, str | boo
 
 def _add_flag(group: Any, spec: Spec) -> None:
     if spec.type is bool:
-        text = explained(spec.limits, spec.default)
+        text = help_text(spec.limits, spec.default)
         group.add_argument(spec.flag, dest=spec.name, action=argparse.BooleanOptionalAction, help=text)
     else:
         group.add_argument(spec.flag, dest=spec.name, action=ParameterFlag, spec=spec)

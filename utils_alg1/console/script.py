@@ -1,4 +1,4 @@
-"""How every script begins and ends: exit codes, signals, heavy imports."""
+"""The frame of every script: exit codes, signals, heavy imports."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from utils_alg1.console.signals import raise_on_signals
 def run_script(main: Callable[[], int]) -> None:
     """Run a script's main() and exit with its code.
 
-    A failure that a user can cause ends in one `error:` line and, where there is one, a `hint:` line.
+    An Alg1Error is printed as one `error:` line and, if it has a hint, one `hint:` line.
     """
-    # A program started without them (`>&-`) has no streams at all.
+    # A program that is started with closed streams (`>&-`) has None here.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    # A terminal that cannot show a character shows a stand-in instead of ending the program.
+    # A character that a terminal cannot encode is replaced instead of raising.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -36,27 +36,27 @@ def run_script(main: Callable[[], int]) -> None:
         with contextlib.suppress(OSError):
             print("\n" * sys.stderr.isatty() + "interrupted", file=sys.stderr)  # below the terminal's ^C
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader went away (`| head`): nobody is left to tell
+    except BrokenPipeError:  # the reader has closed the pipe (`| head`)
         code = DONE
-    except OSError as error:  # met where nobody expected one, such as a name that is too long
+    except OSError as error:  # an unexpected one, such as a name that is too long
         failure = disk_error(f"use {error.filename}" if error.filename else "go on", error)
         print_error(failure)
         code = failure.exit_code
     try:
         sys.stdout.flush()
-    except OSError:  # else Python tries again at exit, and complains
+    except OSError:  # otherwise Python flushes again at exit, and prints a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     leave(code)
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """For the heavy imports: in here the garbage collector rests, and what they leave is out of its sight.
+    """Disable the garbage collector during heavy imports, and freeze what they create.
 
-    It would go through all that PyTorch makes again and again, finding nothing: a fifth of the time that its
-    import takes, and once more in the first steps, where it also unshares the memory of forked processes.
+    Otherwise it scans the objects of PyTorch again and again and frees nothing: this takes a fifth of the
+    import's time, and more in the first steps, where it also unshares the memory of forked processes.
     """
-    if "torch" in sys.modules or not gc.isenabled():  # not by us, and there may be garbage
+    if "torch" in sys.modules or not gc.isenabled():  # imported by someone else: there may be garbage
         yield
         return
     gc.disable()
@@ -68,9 +68,9 @@ def importing() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """End the program; one of several processes at once, without taking PyTorch's threads apart.
+    """End the program; one of several processes exits at once, without joining PyTorch's threads.
 
-    Two of some forty runs on loaded cores ended with an abort after all was done, while Python shut down.
+    Two of some forty runs on loaded cores aborted while Python shut down, after all work was done.
     """
     if world_size() == 1:
         sys.exit(code)
@@ -81,5 +81,5 @@ def leave(code: int) -> NoReturn:
 
 
 def world_size() -> int:
-    """How many processes torchrun has started; 1 without torchrun."""
+    """Return the number of processes that torchrun has started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))

@@ -51,9 +51,9 @@ def find_text(data_path: str, resumed: bool, say: Callable[[str], None]) -> Path
 
 
 def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory, Checkpoint]:
-    """Take the run that --resume names, and its newest good checkpoint.
+    """Lock the run that --resume names, and read its newest valid checkpoint.
 
-    `name` may also be the path of one checkpoint file: the run then goes on from there.
+    `name` may also be the path of a checkpoint file, from which the run then continues.
 
     Raises:
         Alg1Error: no such run, in use, or no checkpoint that can be read.
@@ -73,7 +73,9 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory
         path = saved[-1] if saved and name == "latest" else find_run(runs_dir, name)
     run = lock_run(path)
     try:
-        RunDirectoryCreator(run.path.parent).create_subdirectories(run.path)  # what was deleted by hand
+        RunDirectoryCreator(run.path.parent).create_subdirectories(
+            run.path
+        )  # some may have been deleted by hand
         for folder in (run.checkpoint_dir, run.export_path.parent, run.meta_dir, run.eval_dir):
             remove_temporary_files(folder)  # left by a killed process
         checkpoint = read_checkpoint(file) if from_file else newest_checkpoint(run.path, console.warn)
@@ -85,7 +87,7 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory
 
 
 def forget_missing_best(checkpoint: Checkpoint) -> None:
-    """A best checkpoint that is no longer there cannot be exported: let the best be sought anew."""
+    """If the best checkpoint is missing, it cannot be exported: search for the best anew."""
     old = checkpoint.progress
     if old.best_step is None or checkpoint_path(checkpoint.path.parent, old.best_step).exists():
         return
@@ -118,13 +120,13 @@ def check_initial(
 
 
 def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str) -> None:
-    """Check that a model's characters are the text's.
+    """Check that a model and a text have the same characters.
 
     Raises:
-        Alg1Error: showing the characters that differ.
+        Alg1Error: listing the characters that differ.
     """
     if model.vocabulary is None and model.config.vocab_size == tokenizer.vocab_size:
-        return  # weights of another program: what the text has is all that is known
+        return  # weights of another program, which do not hold their vocabulary
     if model.vocabulary is None:
         raise Alg1Error(
             f"{path}: it does not hold its vocabulary, and is for {model.config.vocab_size} characters;"
@@ -144,10 +146,10 @@ def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str
 def check_resumable(
     checkpoint: Checkpoint, params: Parameters, corpus_sha256: str, world_size: int = 1
 ) -> None:
-    """Check that a run may go on with these parameters, this text and this number of processes.
+    """Check that a run can continue with these parameters, this text and this number of processes.
 
     Raises:
-        Alg1Error: naming every parameter that shaped the steps already taken and differs, old -> new.
+        Alg1Error: listing every changed parameter (old -> new) that affected the steps already taken.
     """
     now = params.flat()
     old = MODEL_OPTIONS | coerce_all(checkpoint.parameters)[0]
@@ -185,25 +187,25 @@ def check_resumable(
 
 
 def micro_batches_changed(old_steps: int, old_world_size: int, steps: int, world_size: int) -> list[str]:
-    """What differs in the micro-batches of a step, however many processes share them; [] if nothing does."""
-    taken = old_steps * old_world_size
-    if taken == steps * world_size:
+    """Describe a change of the number of micro-batches per step, over all processes; [] without a change."""
+    before = old_steps * old_world_size
+    if before == steps * world_size:
         return []
     if old_world_size == world_size:
         return [f"grad_accum_steps: {old_steps} -> {steps}"]
-    way_on = f" (--grad-accum-steps {taken // world_size} keeps them)" if taken % world_size == 0 else ""
+    fix = f" (--grad-accum-steps {before // world_size} keeps them)" if before % world_size == 0 else ""
     change = f"{old_steps} x {old_world_size} processes -> {steps} x {world_size}"
-    return [f"micro-batches of a step: {change}{way_on}"]
+    return [f"micro-batches of a step: {change}{fix}"]
 
 
 NO_WEIGHTS_HINT = "train one: python train.py, or name a --model"
 
 
 def find_weights(runs_dir: str, name: str | None = None) -> Path:
-    """The file to sample a run from: its export, or while it has none its newest checkpoint.
+    """Return the file to sample a run from: its export, or its newest checkpoint if it has no export yet.
 
     Args:
-        name: a run id or a run directory; None and "latest" are the latest run that has any weights.
+        name: a run id or a run directory; None and "latest" mean the latest run that has weights.
 
     Raises:
         Alg1Error: there is no such run, or nothing to sample from.
@@ -221,17 +223,17 @@ def find_weights(runs_dir: str, name: str | None = None) -> Path:
 
 
 def weights_of(run_dir: Path) -> Path | None:
-    """A run's export, or while it has none its newest checkpoint; None where it has neither."""
+    """Return a run's export, or its newest checkpoint if it has no export, or None if it has neither."""
     run = RunFolder(run_dir)
     candidates = [run.export_path, *checkpoint_paths(run.checkpoint_dir)[::-1]]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def load_model_file(path: Path) -> BigramLanguageModel:
-    """A model from an export, a checkpoint, or any file in the lecture's layout.
+    """Load a model from an export, a checkpoint, or any file in the lecture's layout.
 
     Raises:
-        Alg1Error: it is none of these, or damaged.
+        Alg1Error: the file is none of these, or damaged.
     """
     if path.is_dir() and (weights := weights_of(path)):
         hint = f"name {weights}, or the run with --run (inference.py) or --resume (train.py)"

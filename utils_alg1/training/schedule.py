@@ -6,13 +6,13 @@ import math
 
 from parameters import TrainConfig
 
-STEP_DECAY_EVERY = 1 / 3  # of the steps after warm-up, for lr_schedule = step
+STEP_DECAY_EVERY = 1 / 3  # fraction of the steps after warm-up; lr_schedule = step
 STEP_DECAY_FACTOR = 0.1
-WSD_DECAY_SHARE = 0.2  # of all steps, at the end, for lr_schedule = wsd
+WSD_DECAY_FRACTION = 0.2  # fraction of all steps, at the end; lr_schedule = wsd
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step: a function of the step alone, so a resumed run needs no state for it.
+    """Return the learning rate of a step. It depends on the step alone, so a resumed run needs no state.
 
     It rises linearly over warmup_iters, then follows lr_schedule from learning_rate down to min_lr:
     constant; cosine; linear; step (a tenth after each third); wsd (constant, then linear over the last
@@ -31,6 +31,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return floor + (peak - floor) * (1 - progress)
     if config.lr_schedule == "step":
         return max(floor, peak * STEP_DECAY_FACTOR ** math.floor(progress / STEP_DECAY_EVERY))
-    decay_steps = max(1, min(steps, round(WSD_DECAY_SHARE * config.max_iters)))
+    decay_steps = max(1, min(steps, round(WSD_DECAY_FRACTION * config.max_iters)))
     left = min(1.0, (config.max_iters - step) / decay_steps)
     return floor + (peak - floor) * left
