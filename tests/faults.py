@@ -1,4 +1,4 @@
-"""Runs of train.py in forked children, so that hundreds can be killed or hindered at chosen places.
+"""Run train.py in forked child processes, so that hundreds can be killed or made to fail at chosen points.
 
 The parent imports torch and trains once; every child starts from there in milliseconds.
 """
@@ -36,7 +36,7 @@ Action = Callable[[str, Callable, tuple, dict], Any]
 
 
 def start_child(work: Callable[[], int]) -> int:
-    """Fork; the child's exit code is what `work` returns, its output goes to output.txt."""
+    """Fork a child that exits with the return value of `work`, its output in output.txt; returns its pid."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -57,12 +57,12 @@ def start_child(work: Callable[[], int]) -> int:
 
 
 def wait(pid: int) -> int:
-    """The exit code of a child, or minus the signal that killed it."""
+    """Wait for a child; returns its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def train_here(arguments: Sequence[str]) -> int:
-    """Run train.py in this process; its exit code."""
+    """Run train.py in this process; returns its exit code."""
     import train
     from utils_alg1.console.script import run_script
 
@@ -74,7 +74,7 @@ def train_here(arguments: Sequence[str]) -> int:
 
 
 def leave_out_pictures() -> None:
-    """In this process: the end of a run without pictures, page and long samples, most of its time."""
+    """In this process, end runs without pictures, page and long samples, which take most of the time."""
     from utils_alg1.report import page as page_module
     from utils_alg1.report import pictures as pictures_module
     from utils_alg1.report import results as results_module
@@ -98,7 +98,7 @@ def start_train(arguments: Sequence[str], prepare: Callable[[], object] | None =
 
 
 def train_in_child(arguments: Sequence[str], prepare: Callable[[], object] | None = None) -> int:
-    """Run train.py in a child to its end: the exit code, or minus the signal."""
+    """Run train.py in a child; returns its exit code, or minus the signal that killed it."""
     return wait(start_train(arguments, prepare))
 
 
@@ -113,7 +113,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 def run_cases(parent: Path, cases: Mapping[str, Callable[[Path], None]]) -> None:
-    """Run every case in a folder and a process of its own, WORKERS at a time; fail naming all that failed."""
+    """Run each case in its own folder and process, WORKERS at a time; show the output of what failed."""
     waiting = list(cases.items())
     running: dict[int, tuple[str, Path, float]] = {}
     failures: list[str] = []
@@ -148,13 +148,13 @@ def _start_case(folder: Path, case: Callable[[Path], None]) -> int:
 
 
 def copy_of(reference: Reference, folder: Path) -> Path:
-    """A copy of the uninterrupted run in `folder`: its run directory."""
+    """Copy the uninterrupted run to `folder`; returns the run directory."""
     shutil.copytree(reference.folder / "runs", folder / "runs")
     return only_run(folder)
 
 
 def sample(cases: dict[str, Any], whole: bool, size: int, seed: int = 0) -> dict[str, Any]:
-    """All cases, or a seeded sample of them."""
+    """Return all cases, or a seeded sample of them."""
     if whole or len(cases) <= size:
         return cases
     names = random.Random(seed).sample(sorted(cases), size)
@@ -165,12 +165,12 @@ def sample(cases: dict[str, Any], whole: bool, size: int, seed: int = 0) -> dict
 
 
 def at_file_call(index: int, action: Action) -> None:
-    """In this process: let `action` take the place of the index-th file-system call of the checkpoints."""
+    """In this process, replace the index-th file-system call of the checkpoints by `action`."""
     _watch_file_calls(lambda number, *call: action(*call) if number == index else None)
 
 
 def record_file_calls(path: Path) -> None:
-    """In this process: write the names of the file-system calls of the checkpoints to a JSON file."""
+    """In this process, record the names of the file-system calls of the checkpoints in a JSON file."""
     names: list[str] = []
 
     def note(_number: int, name: str, *_call: Any) -> None:
@@ -239,7 +239,7 @@ def kill_after(name: str, real: Callable, arguments: tuple, options: dict) -> No
 
 
 def raising(number: int) -> Action:
-    """An action that fails with an operating system error."""
+    """Return an action that fails with an operating system error."""
 
     def action(name: str, real: Callable, arguments: tuple, options: dict) -> None:
         if name == "close":  # the descriptor is gone even when close reports an error
@@ -262,7 +262,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """The verified tensors of a checkpoint or export: type, shape and bytes by name."""
+    """Return the verified tensors of a checkpoint or export: type, shape and bytes by name."""
     from utils_alg1.network.tensor_file import read_tensors
 
     return {
@@ -276,7 +276,7 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 class Reference:
-    """The uninterrupted run that every interrupted one is held against."""
+    """The uninterrupted run with which interrupted ones are compared."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -290,7 +290,7 @@ class Reference:
         self.metrics = metrics(run_dir)
 
     def check(self, folder: Path) -> None:
-        """The run in `folder` ended with the same weights, optimizer state, export and metrics."""
+        """Check that the run in `folder` ended with the same weights, optimizer state, export and metrics."""
         run_dir = only_run(folder)
         last = checkpoints(folder)[-1]
         assert last.name == f"step_{LAST_STEP:09d}.safetensors"
@@ -300,7 +300,7 @@ class Reference:
         assert not list(folder.glob("runs/**/*.tmp")), "half-written files were left"
 
     def resume_and_check(self, folder: Path, *arguments: str) -> None:
-        """Whatever is left of a run goes on to the same end; nothing is lost that was once saved."""
+        """Check that what is left of a run resumes to the same end, and that its checkpoints are whole."""
         if not checkpoints(folder):
             assert train_in_child(["--resume", "latest"]) == 2
             return
@@ -311,7 +311,7 @@ class Reference:
         self.check(folder)
 
     def resume_in_process(self, folder: Path, command: Sequence[str]) -> None:
-        """As `resume_and_check`, by a real process."""
+        """Do as `resume_and_check`, in a process started by `command`."""
         if checkpoints(folder):
             resume = [*command, "--resume", "latest"]
         else:  # it was killed before its first checkpoint: the user starts it again

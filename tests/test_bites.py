@@ -59,6 +59,27 @@ GUARDS = [
         "tests/test_checkpoint.py -k change_no_byte",
     ),
     Guard(
+        "seeds as earlier releases derived them",
+        "utils_alg1/training/seeds.py",
+        'text = f"{seed}/{purpose}/{step}/{micro_batch}".encode()',
+        'text = f"{seed}-{purpose}/{step}/{micro_batch}".encode()',
+        "tests/test_compatibility.py -k stopped_run_resumes",
+    ),
+    Guard(
+        "query, key and value as earlier releases ordered them",
+        "utils_alg1/network/weights.py",
+        '("query", "key", "value")',
+        '("key", "query", "value")',
+        "tests/test_compatibility.py -k weights_of_its_checkpoint",
+    ),
+    Guard(
+        "names of tensors as earlier releases had them in a checkpoint",
+        "utils_alg1/training/checkpoint.py",
+        'tensors[f"optimizer.{key}.{name}"] = value',
+        'tensors[f"optimizer.{name}.{key}"] = value',
+        "tests/test_compatibility.py -k stopped_run_resumes",
+    ),
+    Guard(
         "lock of a run",
         "utils_alg1/run_directory.py",
         "        lock.acquire()\n",

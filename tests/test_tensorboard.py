@@ -327,16 +327,16 @@ def test_intervals_decide_which_steps_are_drawn(train, text_file):
 @pytest.fixture
 def at_step(monkeypatch):
     """`at_step(n, function)` calls the function in the update of step n, once."""
-    update = Trainer.update
+    optimizer_step = Trainer.optimizer_step
 
     def arrange(n, function):
-        def patched(trainer, step):
-            if step == n:
-                monkeypatch.setattr(Trainer, "update", update)
+        def patched(trainer):
+            if trainer.step == n:
+                monkeypatch.setattr(Trainer, "optimizer_step", optimizer_step)
                 function()
-            update(trainer, step)
+            optimizer_step(trainer)
 
-        monkeypatch.setattr(Trainer, "update", patched)
+        monkeypatch.setattr(Trainer, "optimizer_step", patched)
 
     return arrange
 
