@@ -30,7 +30,7 @@ from utils_alg1.run_directory import LOCK_NAME, NO_RUN_HINT, lock_run
 from utils_alg1.search.space import PATH_HINT as SPACE_PATH_HINT
 from utils_alg1.search.space import SPACE_HINT
 from utils_alg1.search.study import STORAGE_HINT
-from utils_alg1.training.trainer import steadier_settings
+from utils_alg1.training.trainer import stability_hint
 from utils_alg1.utils_config_loader import PATH_HINT, YAML_HINT
 from utils_alg1.utils_output import LOGGER, Console
 from utils_alg1.utils_run_manager import RunDirectoryCreator, RunIDGenerator, create_run
@@ -734,8 +734,8 @@ def test_what_helps_a_lost_loss_is_not_what_the_run_does_already(place, train, f
 
 def test_half_precision_is_named_where_a_loss_is_lost_to_it():
     config = TrainConfig(learning_rate=0.01, grad_clip=1.0)
-    assert steadier_settings(config, torch.float16) == "try a --learning-rate below 0.01, or --dtype float32"
-    assert steadier_settings(config, torch.bfloat16) == "try a --learning-rate below 0.01"
+    assert stability_hint(config, torch.float16) == "try a --learning-rate below 0.01, or --dtype float32"
+    assert stability_hint(config, torch.bfloat16) == "try a --learning-rate below 0.01"
 
 
 def test_a_text_without_a_last_line_end_is_no_storage(place, capsys):
