@@ -41,7 +41,7 @@ from utils_alg1.base.settings import (
 )
 
 CONFIG_DIR = "configs"  # its files are read at every start, unless --config names another folder
-CONFIG_FILES = {  # of each part, in merging order: a name may stand in any of them, and the last one wins
+CONFIG_FILES = {  # part -> file name, in merging order. A key may be in any file; the last one wins.
     "model": "model.json",
     "train": "train.yaml",
     "data": "data.yaml",
@@ -171,7 +171,8 @@ class ModelConfig:
             setattr(model, name, getattr(self, name))
 
 
-# Options beyond the reference model, with its values: files written before they existed do not contain them.
+# The options that depart from the reference model, and its values, which files without them have. A new
+# option of the model is added here too.
 MODEL_OPTIONS: dict[str, Any] = {
     name: getattr(ModelConfig, name) for name in ("positions", "qk_norm", "zero_init")
 }
@@ -230,7 +231,7 @@ class TrainConfig:
         1,
         "gradient accumulation steps: micro-batches per training step, in each process",
         above=0,
-        may_change=True,  # its product with the number of processes may not
+        may_change=True,  # but not the number of micro-batches over all processes
     )
     checkpoint_interval: int = setting(
         500,
@@ -295,7 +296,7 @@ class DataConfig:
         "a UTF-8 text file, or one of the names shakespeare and python-docs",
         stands_for=(A_PATH,),
         flag="--data",
-        may_change=True,  # the digest of the text, which the checkpoint contains, may not
+        may_change=True,  # but not the text itself: checkpoints contain its digest
     )
     train_split: float = setting(0.9, "fraction of the text for training", above=0, below=1)
     val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)
@@ -386,8 +387,7 @@ class Parameters:
     def flops_per_step(self) -> float:
         """Estimate the floating-point operations of a training step of one process.
 
-        Six per weight of the blocks and character (Kaplan et al. 2020, Scaling Laws for Neural Language
-        Models).
+        6 x weights of the blocks x characters (Kaplan et al. 2020, Scaling Laws for Neural Language Models).
         """
         weights = 12 * self.model.n_layer * self.model.n_embd**2
         characters = self.train.batch_size * self.train.grad_accum_steps * self.model.block_size

@@ -10,8 +10,8 @@
 
 Everything of a run lies in runs/YYYY-MM-DD_NNN_tag/. Afterwards: python inference.py
 
-The program has fourteen phases, numbered below. Each process of torchrun runs all of it; what keeps or prints
-something does so in the main process only.
+The program has fourteen phases, numbered below. Under torchrun every process runs it, and only the main
+process writes files and prints.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def train(trainer: Trainer, run: Run) -> None:
             done = run.stop_requested() or trainer.finished
             if done or trainer.save_due:
                 run.save_checkpoint()
-            run.log_model()  # after the checkpoint, which would wait for the trackers to take it
+            run.log_model()  # after the checkpoint, whose flush would wait for these pictures
             if done:
                 return
             loss = trainer.forward_backward()
@@ -107,7 +107,7 @@ def train(trainer: Trainer, run: Run) -> None:
 
 
 def finish(trainer: Trainer, run: Run) -> int:
-    """Write the results and say what to do next; returns the exit code."""
+    """Write the results and print what to do next. Return the exit code."""
     if run.stopped_early:
         run.print_resume_command()
         return run.exit_code

@@ -111,7 +111,7 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
 def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
     """Create the directory of a new run and lock it.
 
-    A lock on `runs_dir` gives two runs that start together two numbers.
+    Two runs that start at the same time get different numbers: `runs_dir` is locked meanwhile.
 
     Raises:
         Alg1Error: see RunDirectoryCreator.create.

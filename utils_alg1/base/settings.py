@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Kinds of word on a command line that belongs to no flag (see Limits.stands_for); a suffix is one too.
+# A word on a command line without a flag is one of these kinds, or has a suffix such as ".yaml"; the error
+# message suggests the flag that was forgotten (see Limits.stands_for).
 A_FOLDER = "a folder"
 A_PATH = "a file or a folder"
 A_WORD = "a word"
-LARGEST = 2**31 - 1  # the maximum of an integer without a limit of its own: no tensor can be larger
+LARGEST = 2**31 - 1  # the maximum of an integer without a limit of its own: more could not be allocated
 WIDEST_COLUMN = 40  # characters of a column in a listing; longer entries push their line to the right
 
 
@@ -31,9 +32,9 @@ class Limits:
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
     may_be_empty: bool = False  # whether "" is allowed
-    stands_for: tuple[str, ...] = ()  # the kinds of word without a flag for which this flag is suggested
+    stands_for: tuple[str, ...] = ()  # suggest this flag for these kinds of words
     flag: str | None = None  # the command-line flag, where it is not made from the field's name
-    may_change: bool = False  # whether a resumed run may change it: it does not affect the steps taken
+    may_change: bool = False  # whether a resumed run may change it: it does not affect the steps so far
 
     @property
     def explanation(self) -> str:

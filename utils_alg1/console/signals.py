@@ -54,7 +54,7 @@ class _RaiseOnSignal:
     """Raises KeyboardInterrupt for SIGINT, SystemExit for the others.
 
     Attributes:
-        pending: the newest signal. Its exception can get lost in an import or a callback of Python's.
+        pending: the newest signal. Its exception is lost if it is raised within a destructor, for example.
     """
 
     def __init__(self) -> None:
@@ -82,8 +82,8 @@ class StopSignals:
     are restored at the end of the `with` block.
 
     Args:
-        notice: returns what is printed when the first signal comes, and what happens then.
-        announce: prints it. Not print(): a handler may interrupt one, which cannot be entered twice.
+        notice: returns the line to print at the first signal: what will happen now.
+        announce: prints it. It must not use print(): the handler may interrupt a print() that holds its lock.
         exit_callback: called before a second signal ends the process.
 
     Attributes:

@@ -241,9 +241,8 @@ def _scan_text(path: Path) -> CorpusScan:
         for chunk in _read_chunks(path, sha256, worker):
             n += len(chunk)
             if isinstance(chunk, bytes):
-                ascii_seen += bytes(
-                    set(chunk.translate(None, ascii_seen))
-                )  # deletes the characters seen so far
+                unseen = chunk.translate(None, ascii_seen)  # without the characters seen so far
+                ascii_seen += bytes(set(unseen))
             else:
                 seen[chunk.astype(np.intp)] = True  # indexing with any other integer type is slow
     seen[list(ascii_seen)] = True
@@ -264,9 +263,8 @@ def _read_cache(path: Path) -> CorpusScan | None:
         tokenizer = Tokenizer(about["vocabulary"])
         tokens = np.memmap(folder / f"{sha256}.bin", mode="r", dtype=tokenizer.token_type())
         crc = _vocabulary_crc32(tokenizer)
-        with (folder / f"{sha256}.bin").open(
-            "rb"
-        ) as file:  # reading the memmap would count as resident memory
+        # Not through the memmap: reading that would count as resident memory.
+        with (folder / f"{sha256}.bin").open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 crc = zlib.crc32(chunk, crc)
         intact = len(tokens) == about["n_tokens"] and crc == about["crc32"]

@@ -1,4 +1,8 @@
-"""Find the text file that --data names: a path, or a named corpus that is downloaded or generated."""
+"""Find the text file that --data names: a path, or a named corpus that is downloaded or generated.
+
+To add a named corpus, add its name to `NAMED_CORPORA` and a branch to `find_corpus` that returns its text
+file.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from utils_alg1.base.files import write_atomically
 from utils_alg1.base.problems import nearest
 
 DEFAULT_PATH = DataConfig.data_path
+NAMED_CORPORA = ("shakespeare", "python-docs")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT = 5  # seconds
@@ -49,7 +54,7 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
         raise Alg1Error(f"{path} is not a file that can be read twice", "save the text to a file")
     if path != Path(DEFAULT_PATH):
         raise Alg1Error(
-            f"{path}: no such text file{nearest(data_path, ('shakespeare', 'python-docs'))}",
+            f"{path}: no such text file{nearest(data_path, NAMED_CORPORA)}",
             "check the path of --data; --data python-docs is there without a file or a network",
         )
     try:
@@ -110,5 +115,5 @@ def _python_docs(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Alg1Error(f"{path}: {error.strerror or error}", "use another working folder") from None
-    write_atomically(path, text)  # also over the documentation of another Python version
+    write_atomically(path, text)  # replaces that of another Python version
     return path

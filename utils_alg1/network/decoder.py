@@ -119,9 +119,7 @@ def next_token(
     probs = logits.softmax(dim=-1)  # (B, V)
     if top_p is not None and top_p < 1:
         sorted_probs, order = probs.sort(dim=-1, descending=True)
-        outside = (
-            sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p
-        )  # the more likely ones reach top_p already
+        outside = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p  # more likely tokens suffice
         probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
     if not math.isfinite(probs.sum()):
         raise RuntimeError("the model's logits are not finite: there is nothing to draw from")

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 # The attention picture: a grid of squares, one per layer and head.
 ATTENTION_LENGTH = 64  # characters of context; with more, a character would be less than two pixels wide
 MAX_PER_AXIS = 12  # layers and heads shown; if there are more, evenly spaced ones are selected
-TILE_SIZE, GAP, MARGIN = (
-    160,
-    16,
-    40,
-)  # pixels: largest side of a square, space between squares, and around them
+TILE_SIZE, GAP, MARGIN = 160, 16, 40  # pixels: side of a square at most, space between and around them
 LETTER_WIDTH = 8  # pixels: upper bound for most letters of the title
 BACKGROUND, FOREGROUND = "#111318", "#c9ccd3"  # readable on a light page and on a dark one
 PICTURE_DPI = 100

@@ -1,4 +1,4 @@
-"""What a run is to train: parameters, text and device, checked as a whole before anything is created."""
+"""The job of a run: parameters, text, device and starting point, all checked before anything is created."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Job:
-    """What to train. The main process prepares it and broadcasts it to the others.
+    """What to train. The main process prepares the job and broadcasts it to the others.
 
     Attributes:
         start: what the run starts from.
@@ -44,12 +44,12 @@ class Job:
     runtime: Runtime | None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What travels to another process: the run's lock, the tokens and the device stay."""
+        """The state that is broadcast: without the run's lock, the tokens and the device of this process."""
         start = dataclasses.replace(self.start, run=None)
         return self.__dict__ | {"start": start, "corpus": None, "runtime": None}
 
     def open_local(self, dist: SingleProcess, console: Console) -> tuple[Corpus, Runtime]:
-        """Return this process's tokens and device, which a process other than the main one opens here.
+        """Return the tokens and the device of this process; the main process has opened them already.
 
         Raises:
             Alg1Error: the text on this machine is not that of the main process.

@@ -1,6 +1,13 @@
-"""The run as the training loop sees it: where metrics and checkpoints go, and when it has been asked to stop.
+"""The run as the training loop sees it: it logs, saves checkpoints, and tells when to stop.
 
-The main process has a `MainRun`; every other one a `Run`, which keeps nothing and stops together with it.
+The main process has a `MainRun`, all others a `Run`, which writes nothing.
+
+What Ctrl-C, SIGTERM or SIGHUP does while a run trains (console/signals.py has the handlers): the first one
+prints "stopping after this step". At the next `stop_requested` all processes agree on it; the loop in
+train.py saves a checkpoint and returns; the command to resume is printed, and the exit code is 128 + the
+signal. A second signal ends the process at once (`_before_exit`), and the newest checkpoint stays valid.
+After the loop, a signal only prints "finishing the results". Before the loop it raises, and the new run
+directory is removed.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ class Run:
     """A run on a process that keeps nothing.
 
     Attributes:
-        trainer: what trains; set by `training`.
+        trainer: the trainer, set by `training`.
         stop_signal: the signal that the processes have agreed to stop at, or None.
     """
 
@@ -151,10 +158,10 @@ class MainRun(Run):
 
     @contextlib.contextmanager
     def training(self, trainer: Trainer) -> Iterator[None]:
-        """See Run.training; every error names how to continue the run from its newest checkpoint.
+        """See Run.training. The hint of every error says how to continue from the newest checkpoint.
 
         Raises:
-            Alg1Error: also a checkpoint could not be written (exit code 4).
+            Alg1Error: as in Run.training, or a checkpoint could not be written (exit code 4).
         """
         params, progress = self.job.params, trainer.progress
         corpus, _ = self.job.open_local(self.dist, self.console)
@@ -178,7 +185,7 @@ class MainRun(Run):
         return "finishing the results" if self._loop_done else super()._stop_notice()
 
     def _before_exit(self) -> None:
-        """What a second signal leaves to do: restore the terminal, end the server, say how to continue."""
+        """On a second signal: restore the terminal, end the server, print how to continue."""
         self.console.restore_terminal()
         if self._server is not None:
             self._server.kill()

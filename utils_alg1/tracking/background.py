@@ -54,7 +54,8 @@ def run_tracker(connection: Connection, name: str, create: TrackerFactory) -> No
     LOGGER.disabled = True  # the parent writes the console and the log
     if hasattr(os, "nice"):  # not on Windows
         os.nice(NICE_INCREMENT)
-    for stream, descriptor in (("stdout", 1), ("stderr", 2)):  # without the parent's buffered output
+    # New streams: the inherited ones may hold output of the parent in their buffers.
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
         with contextlib.suppress(OSError):
             setattr(sys, stream, open(descriptor, "w", buffering=1, errors="replace", closefd=False))  # noqa: SIM115
     release_inherited_files(keep={1, 2, connection.fileno()})
@@ -269,7 +270,7 @@ class BackgroundTracker(Tracker):
         return self._flush_done
 
     def mark_flushed(self, step: int) -> None:
-        """Note that a flush after everything before `step` is done, unless the tracker failed."""
+        """Record that everything logged before `step` is flushed, unless the tracker failed."""
         if self.working:
             self.flushed_step = step
 
@@ -302,7 +303,7 @@ def flush_all(trackers: Iterable[BackgroundTracker], step: int) -> None:
 
 
 def close_all(trackers: Iterable[BackgroundTracker]) -> None:
-    """Close all trackers; kill those that do not close in TIMEOUT seconds or before a signal."""
+    """Close all trackers. After TIMEOUT seconds, or on a signal, kill those that are not closed yet."""
     end = time.monotonic() + TIMEOUT  # a full queue takes some of it
     trackers = list(trackers)
     reason = f"it did not close within {TIMEOUT:.0f} seconds"
@@ -313,7 +314,7 @@ def close_all(trackers: Iterable[BackgroundTracker]) -> None:
             limit = f"{TIMEOUT:.0f} seconds at most; Ctrl-C goes without"
             LOGGER.info("waiting for %s to take the rest, %s", " and ".join(names), limit)
         _wait_for_all(events, end - time.monotonic())
-    except (KeyboardInterrupt, SystemExit):  # the run is done or saved: the signal can only mean this wait
+    except (KeyboardInterrupt, SystemExit):  # the run is saved already, so there is nothing else to stop
         reason = "it was not waited for"
     for tracker in trackers:
         if not tracker.ended:

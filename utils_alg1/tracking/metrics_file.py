@@ -16,7 +16,7 @@ from utils_alg1.base.summaries import Kind, Tracker
 
 Point = tuple[float, float]  # step, value
 
-EACH_STEP = "loss/train_step"  # in the rows of single steps, which are by far the most
+EACH_STEP = "loss/train_step"  # marks the row of a training step; other rows are much rarer
 
 
 class MetricsFile(Tracker):
@@ -82,9 +82,9 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
 
 
 def read_outline(path: Path) -> Iterator[dict[str, float]]:
-    """Yield the rows of a metrics file except those of single steps, and then its newest row.
+    """Yield the rows of a metrics file without those of training steps, except its last row.
 
-    Faster than `read_metrics`, because rows of single steps are not parsed: only their first and last
+    Faster than `read_metrics`, because rows of training steps are not parsed: only their first and last
     characters are checked. A last line without a newline is still being written, and is left out.
 
     Raises:

@@ -3,8 +3,10 @@
 `logs/metrics.jsonl` is written at once. TensorBoard and Aim each run in a process of their own, so that a
 tracker that is slow, raises, hangs or crashes costs one warning and never the run.
 
-To add a tracker, write a subclass of `Tracker` (utils_alg1/base/summaries.py), and create it in
-`start_trackers` as a `BackgroundTracker`.
+To add a tracker, write a subclass of `Tracker` (utils_alg1/base/summaries.py lists what it is given), and
+in `start_trackers` add it to `background` as `BackgroundTracker(name, create, warn)`. There `create(warn)`
+returns the tracker; it is called in the new process, so it is a function or a `partial` of picklable
+values. An on/off parameter is a field in parameters.py, such as `aim`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.writer import TensorBoardWriter
 
 AIM_HASH_NAME = "aim.txt"  # in meta/
-# Parameters that shape a training although a resumed run may change them.
+# Parameters that are compared between runs, although a resumed run may change them.
 ALSO_COMPARED = ("max_iters", "grad_accum_steps", "data_path")
 
 
@@ -141,8 +143,8 @@ def open_aim(
 ) -> AimLogger:
     """Open the run in Aim.
 
-    Aim has the rows before `flushed_step` in the run that the checkpoint names. In any other run of Aim's
-    they are logged again.
+    The rows before `flushed_step` are in Aim's run `checkpoint_hash`. If that is gone and a new one is
+    created, they are logged again.
     """
     aim = AimTracker(run_dir.name, run_dir, run_hash=run_hash, warn=warn)
     _write_aim_hash(RunFolder(run_dir).meta_dir / AIM_HASH_NAME, aim.run_hash)
@@ -166,7 +168,7 @@ def open_tensorboard(
 
 
 def comparable_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters that shape a training; intervals and paths would hide them in a table."""
+    """Return the parameters that affect the training, without intervals and paths, for a table of runs."""
     known = specs()
     return {
         name: value

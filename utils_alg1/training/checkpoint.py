@@ -55,7 +55,7 @@ class CheckpointMetadata(TypedDict, total=False):
     scaler: dict[str, Any]  # GradScaler.state_dict(): empty unless float16
     world_size: int  # the number of processes
     compiled: bool  # whether the training steps were compiled
-    trackers: dict[str, dict[str, Any]]  # by name: "run", the tracker's id of it, and "synced", a step
+    trackers: dict[str, dict[str, Any]]  # by name: "run", its id there; "synced", the step it is flushed to
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Checkpoint:
         """Return the optimizer's state of each parameter, checked for the shapes that the update reads."""
         keys_of = trainer.optimizer.keys_by_parameter()
         unused = {name for name in self.tensors if name.startswith("optimizer.")}
-        # There is no state before the first update, which a loss scaler may have skipped.
+        # Before the first update there is no state. (A loss scaler may have skipped all updates so far.)
         if not unused and (self.progress.step == 0 or trainer.scaler.is_enabled()):
             return {}
         states: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
@@ -150,7 +150,7 @@ class CheckpointStore:
         keep: how many of the newest are kept, beside the best.
 
     Attributes:
-        newest_step: of the newest checkpoint that is whole on disk; at first the one that a run resumes from.
+        newest_step: the step of the newest complete checkpoint, at first of the one that is resumed, or None.
     """
 
     def __init__(self, folder: Path, keep: int, newest_step: int | None = None):
@@ -164,7 +164,7 @@ class CheckpointStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):  # `wait` has raised it, or another error ended the loop
+        with contextlib.suppress(Exception):  # an error of the last write was raised already
             self.wait()
         self._writer.shutdown()
 
@@ -183,7 +183,7 @@ class CheckpointStore:
             about: what the trainer does not know: run_id, parameters, corpus_sha256, trackers.
 
         Raises:
-            Alg1Error: see `wait`, for the checkpoint before.
+            Alg1Error: the checkpoint before this one could not be written (exit code 4).
         """
         self.wait()
         model, progress = trainer.model, trainer.progress
@@ -262,7 +262,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def parse_checkpoint(
     tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None, path: Path
 ) -> Checkpoint:
-    """`read_checkpoint` for a file that `read_tensors` has read, which anybody may have made.
+    """Return the checkpoint in a file that `read_tensors` has read; its values are validated.
 
     Raises:
         Alg1Error: not a checkpoint, or one with values that no run has written.

@@ -73,9 +73,8 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory
         path = saved[-1] if saved and name == "latest" else find_run(runs_dir, name)
     run = lock_run(path)
     try:
-        RunDirectoryCreator(run.path.parent).create_subdirectories(
-            run.path
-        )  # some may have been deleted by hand
+        # Some may have been deleted by hand.
+        RunDirectoryCreator(run.path.parent).create_subdirectories(run.path)
         for folder in (run.checkpoint_dir, run.export_path.parent, run.meta_dir, run.eval_dir):
             remove_temporary_files(folder)  # left by a killed process
         checkpoint = read_checkpoint(file) if from_file else newest_checkpoint(run.path, console.warn)

@@ -63,8 +63,8 @@ class Runtime:
 
 
 SMALL_STEP_FLOPS = 1e9
-# Floating-point operations of a whole run. nanoGPT's README gives its 6-layer character model, 5e15 in all,
-# about 3 minutes on an A100, and compiling takes about one. Where it breaks even was not measured: a guess.
+# Floating-point operations of a whole run from which compiling pays on CUDA: a guess, not a measurement.
+# (nanoGPT's README: its 6-layer character model, 5e15 operations, trains about 3 minutes on an A100.)
 COMPILE_FLOPS = 1e15
 
 
@@ -82,7 +82,8 @@ def start_runtime(
     Args:
         flops_per_step: see Parameters.flops_per_step.
         dist: this process among those of the run.
-        compiled_before: whether a resumed run compiled its steps so far, which `auto` keeps; else None.
+        compiled_before: whether the steps of a resumed run were compiled (`--compile auto` keeps to that),
+            or None for a new run.
 
     Raises:
         Alg1Error: there is no such device, or it does not support the dtype.
@@ -203,9 +204,6 @@ class Compiled:
             return self._function(*args, **kwargs)
         self._chosen = fast
         return result
-
-
-# --- seeds --------------------------------------------------------------------------------------------
 
 
 # --- memory -------------------------------------------------------------------------------------------

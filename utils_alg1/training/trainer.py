@@ -29,7 +29,7 @@ class Trainer:
     neither an interruption nor the number of evaluations changes what a step does.
 
     Args:
-        model: the plain model, which is evaluated, exported and drawn.
+        model: the model itself, not its compiled or DistributedDataParallel form.
         backward: adds the gradients of a micro-batch.
         data: the tokens of the train and val splits, (n,) unsigned integers each.
 
@@ -71,7 +71,7 @@ class Trainer:
 
     @property
     def eval_due(self) -> bool:
-        """Whether to evaluate now: every eval_interval, at the end, and to repeat one after a resume."""
+        """Whether to evaluate now: every eval_interval, at the end, and where a run resumes from one."""
         last = self.step >= self.config.max_iters
         return last or due(self.step, self.config.eval_interval) or self.progress.evaluated()
 
@@ -86,7 +86,7 @@ class Trainer:
         return self.step >= self.config.max_iters or self.progress.out_of_patience(self.config.patience)
 
     def forward_backward(self) -> float:
-        """Run forward and backward on all micro-batches of this step, and clip; returns the mean loss (nats).
+        """Run forward and backward on all micro-batches of this step, and clip. Return the mean loss in nats.
 
         Raises:
             Alg1Error: the loss or the gradient is not finite (exit code 3); the weights are unchanged.
@@ -111,7 +111,7 @@ class Trainer:
         return mean_loss
 
     def _backward(self, micro_batch: int) -> float:
-        """Forward and backward of one micro-batch: its part of this process's mean loss."""
+        """Forward and backward of one micro-batch; returns its loss divided by grad_accum_steps."""
         x, y = self._batch("train", "batch", self.step, micro_batch)
         if self.model.config.dropout:
             torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step, micro_batch))
@@ -122,10 +122,10 @@ class Trainer:
             parameter.grad = None
 
     def warm_up_ddp(self) -> None:
-        """Take one backward pass and drop it, so that DistributedDataParallel has ordered its gradients.
+        """Run one backward pass and discard it, so that DistributedDataParallel has ordered its gradients.
 
-        It does that after the first backward pass, and the order of a sum decides its last digit: without
-        this pass, the first step of a resumed run would not have the same bytes.
+        DistributedDataParallel reorders the gradients after its first backward pass, and the order of a sum
+        changes its rounding: without this pass, the first step of a resumed run would have other bytes.
         """
         if self.runtime.dist.world_size > 1:
             self._backward(self.runtime.dist.rank)
@@ -140,7 +140,7 @@ class Trainer:
         self.progress.step += 1
 
     def evaluate(self) -> Evaluation:
-        """Evaluate both splits and add the result to the progress; a resumed run repeats the one it had.
+        """Evaluate both splits and record the result; or return the stored result if these weights have one.
 
         Raises:
             Alg1Error: a loss is not finite (exit code 3).
@@ -179,7 +179,7 @@ class Trainer:
         return train_loss, val_loss
 
     def _stop(self, message: str) -> None:
-        """Raise for a loss that is not finite, in the main process: the others end when it is gone."""
+        """Raise for a loss or gradient that is not finite, in the main process; the others end with it."""
         if self.runtime.dist.is_main:
             raise Alg1Error(message, stability_hint(self.config, self.runtime.dtype), CANNOT_TRAIN)
 
