@@ -16,11 +16,13 @@ import time
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from parameters import specs
 from utils_alg1.base.errors import Alg1Error, disk_error
+
+if TYPE_CHECKING:
+    from filelock import FileLock  # imported when it is needed: it takes longer than all of --help
 
 RUN_ID = re.compile(r"(\d{4}-\d{2}-\d{2})_(\d{3,})(?:_(.*))?")
 CHECKPOINT_NAME = re.compile(r"step_(\d{9,})\.safetensors")
@@ -188,6 +190,8 @@ def lock_run(path: Path) -> RunDirectory:
     Raises:
         Alg1Error: another process holds it (exit code 2), or the file system refused (exit code 4).
     """
+    from filelock import FileLock, Timeout
+
     lock = FileLock(path / LOCK_NAME, timeout=LOCK_TIMEOUT)
     try:
         lock.acquire()
@@ -200,6 +204,8 @@ def lock_run(path: Path) -> RunDirectory:
 
 def in_use(path: Path) -> bool:
     """Return whether a process holds the run. A free lock is taken for an instant to find out."""
+    from filelock import FileLock, Timeout
+
     lock = path / LOCK_NAME
     try:
         if lock.exists():

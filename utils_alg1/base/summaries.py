@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
 # The kinds of data that a tracker can be given, and the type of each one's payload:
@@ -79,6 +78,8 @@ class Image:
         A matrix larger than that gets one pixel per weight. The brightness is the square root of the
         weight, because small weights would all look black otherwise.
         """
+        import numpy as np
+
         grey = np.rint(255 * np.sqrt(np.nan_to_num(self.weights))).astype(np.uint8)
         factor = max(1, size // max(grey.shape))
         return grey.repeat(factor, axis=0).repeat(factor, axis=1)
@@ -101,6 +102,8 @@ class Embedding:
 
 def compute_histogram(name: str, kind: str, tensor: Tensor) -> Histogram | None:
     """Compute the histogram of a tensor of any shape; None if it has no finite value."""
+    import numpy as np
+
     values = tensor.detach().float().cpu().numpy().ravel()
     values = values[np.isfinite(values)].astype(np.float64)
     if not values.size:
