@@ -1,1 +1,1 @@
-"""What the scripts stand on: configuration, runs, console, checkpoints, runtime, training, trackers."""
+"""Configuration, runs, training, tracking, reports and search: everything behind the scripts."""

@@ -1,1 +1,1 @@
-"""What every other package stands on; it imports nothing of ours."""
+"""What every other package builds on; it imports none of them."""
