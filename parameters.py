@@ -2,7 +2,8 @@
 
 To add a parameter, add a field here with `setting(default, help, limits)`, then run
 `python docs/write_configs.py`, which writes it to configs/. The flag, the file key, the validation and the
-listing are made from the field. No other code contains a default.
+listing are made from the field. With `may_change=True` a resumed run may have another value. An option of the
+model is added to `MODEL_OPTIONS` too.
 """
 
 from __future__ import annotations
@@ -171,8 +172,8 @@ class ModelConfig:
             setattr(model, name, getattr(self, name))
 
 
-# The options that depart from the reference model, and its values, which files without them have. A new
-# option of the model is added here too.
+# Options of the model that are not in the reference model, with the value that is the reference model. Files
+# from before an option existed do not contain it, and have that value. A new option is added here too.
 MODEL_OPTIONS: dict[str, Any] = {
     name: getattr(ModelConfig, name) for name in ("positions", "qk_norm", "zero_init")
 }

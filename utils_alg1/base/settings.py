@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# A word on a command line without a flag is one of these kinds, or has a suffix such as ".yaml"; the error
-# message suggests the flag that was forgotten (see Limits.stands_for).
+# Kinds of words, for words on a command line that have no flag in front (see Limits.stands_for).
 A_FOLDER = "a folder"
 A_PATH = "a file or a folder"
 A_WORD = "a word"
@@ -32,7 +31,7 @@ class Limits:
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
     may_be_empty: bool = False  # whether "" is allowed
-    stands_for: tuple[str, ...] = ()  # suggest this flag for these kinds of words
+    stands_for: tuple[str, ...] = ()  # suggest this flag for a word of these kinds (or suffixes)
     flag: str | None = None  # the command-line flag, where it is not made from the field's name
     may_change: bool = False  # whether a resumed run may change it: it does not affect the steps so far
 

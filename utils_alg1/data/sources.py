@@ -1,7 +1,7 @@
 """Find the text file that --data names: a path, or a named corpus that is downloaded or generated.
 
-To add a named corpus, add its name to `NAMED_CORPORA` and a branch to `find_corpus` that returns its text
-file.
+To add a named corpus, add its name to `NAMED_CORPORA`, a branch to `find_corpus` that returns its text
+file, and its name to the help of `data_path` in parameters.py.
 """
 
 from __future__ import annotations

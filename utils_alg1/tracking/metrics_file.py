@@ -82,7 +82,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
 
 
 def read_outline(path: Path) -> Iterator[dict[str, float]]:
-    """Yield the rows of a metrics file without those of training steps, except its last row.
+    """Yield the rows of a metrics file, but of the rows of training steps only the last row of the file.
 
     Faster than `read_metrics`, because rows of training steps are not parsed: only their first and last
     characters are checked. A last line without a newline is still being written, and is left out.

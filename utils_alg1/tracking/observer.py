@@ -1,8 +1,8 @@
 """What a run logs, and at which steps: metrics, histograms, attention, embeddings and samples.
 
 To add a metric, add it to the values that `Observer.log_step`, `log_evaluation` or `log_model` logs: every
-tracker shows it under its name. A curve in report.html is an entry of `read_curves`
-(tracking/metrics_file.py) and of report/page.py.
+tracker shows it under its name. A curve in report.html needs a field of `Curves`
+(tracking/metrics_file.py) and a chart in report/page.py.
 
 Logging the model changes no byte of a run: nothing here changes the global random state, the gradients or
 the model's training mode, and samples are drawn with seeds of their own.
@@ -36,7 +36,7 @@ from utils_alg1.training.progress import Evaluation
 from utils_alg1.training.seeds import generator
 from utils_alg1.training.trainer import Trainer
 
-OBSERVED_TOKENS = 1024  # of a validation batch, but at least one sequence: what the model is run on
+OBSERVED_TOKENS = 1024  # the model is run on so many tokens of a validation batch, or on one sequence
 SAMPLE_LENGTH = 200  # characters
 
 

@@ -4,9 +4,10 @@
 tracker that is slow, raises, hangs or crashes costs one warning and never the run.
 
 To add a tracker, write a subclass of `Tracker` (utils_alg1/base/summaries.py lists what it is given), and
-in `start_trackers` add it to `background` as `BackgroundTracker(name, create, warn)`. There `create(warn)`
-returns the tracker; it is called in the new process, so it is a function or a `partial` of picklable
-values. An on/off parameter is a field in parameters.py, such as `aim`.
+in `start_trackers` add it to `background` as `BackgroundTracker(name, create, warn, flushed_step)`. The
+function `create(warn)` returns the tracker. It is called in the new process, so it has to be picklable,
+such as a `partial`. After a resume, rows of the metrics file from `flushed_step` on are logged again. An
+on/off switch is a field in parameters.py, such as `aim`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Trackers:
     def flush(self, step: int) -> None:
         """Make everything logged before `step` durable.
 
-        A slow tracker is waited for only briefly, and not again until its flush is done.
+        Waits for a slow tracker only briefly; until its flush is done, later calls do not wait for it at all.
         """
         self.metrics_file.flush()
         flush_all([t for t in self.background.values() if t.started and t.flush_done], step)
@@ -143,8 +144,8 @@ def open_aim(
 ) -> AimLogger:
     """Open the run in Aim.
 
-    The rows before `flushed_step` are in Aim's run `checkpoint_hash`. If that is gone and a new one is
-    created, they are logged again.
+    The run named `checkpoint_hash` in Aim has the rows before `flushed_step`. If it is gone, a new one is
+    created there and these rows are logged again.
     """
     aim = AimTracker(run_dir.name, run_dir, run_hash=run_hash, warn=warn)
     _write_aim_hash(RunFolder(run_dir).meta_dir / AIM_HASH_NAME, aim.run_hash)

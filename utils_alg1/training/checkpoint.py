@@ -150,7 +150,8 @@ class CheckpointStore:
         keep: how many of the newest are kept, beside the best.
 
     Attributes:
-        newest_step: the step of the newest complete checkpoint, at first of the one that is resumed, or None.
+        newest_step: the step of the newest complete checkpoint, which may be the one that was resumed, or
+        None.
     """
 
     def __init__(self, folder: Path, keep: int, newest_step: int | None = None):

@@ -63,8 +63,9 @@ class Runtime:
 
 
 SMALL_STEP_FLOPS = 1e9
-# Floating-point operations of a whole run from which compiling pays on CUDA: a guess, not a measurement.
-# (nanoGPT's README: its 6-layer character model, 5e15 operations, trains about 3 minutes on an A100.)
+# On CUDA, a run is compiled if it takes at least so many floating-point operations: a guess, not a
+# measurement. (nanoGPT's README: its 6-layer character model, 5e15 operations, trains about 3 minutes on an
+# A100.)
 COMPILE_FLOPS = 1e15
 
 

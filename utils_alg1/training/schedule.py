@@ -16,7 +16,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
     It rises linearly over warmup_iters, then follows lr_schedule from learning_rate down to min_lr:
     constant; cosine; linear; step (a tenth after each third); wsd (constant, then linear over the last
-    fifth of the run, or what warm-up leaves of it; Hu et al. 2024, MiniCPM).
+    fifth of the run, or over all steps after a long warm-up; Hu et al. 2024, MiniCPM).
     """
     peak, floor = config.learning_rate, config.min_lr
     if step < config.warmup_iters:

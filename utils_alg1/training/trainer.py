@@ -71,7 +71,7 @@ class Trainer:
 
     @property
     def eval_due(self) -> bool:
-        """Whether to evaluate now: every eval_interval, at the end, and where a run resumes from one."""
+        """Whether to evaluate now: every eval_interval, at the end, and where a resumed run had evaluated."""
         last = self.step >= self.config.max_iters
         return last or due(self.step, self.config.eval_interval) or self.progress.evaluated()
 
@@ -159,7 +159,7 @@ class Trainer:
 
     @torch.no_grad()
     def _mean_losses(self) -> tuple[float, float]:
-        """The mean train and val loss over eval_iters batches, the same every time, split over processes."""
+        """The mean train and val loss over eval_iters batches, which are the same in every evaluation."""
         config, dist = self.config, self.runtime.dist
         per_pass = max(1, EVALUATION_TOKENS // (config.batch_size * self.block_size))
         numbers = range(dist.rank, config.eval_iters, dist.world_size)
@@ -179,7 +179,7 @@ class Trainer:
         return train_loss, val_loss
 
     def _stop(self, message: str) -> None:
-        """Raise for a loss or gradient that is not finite, in the main process; the others end with it."""
+        """Raise for a loss or gradient that is not finite. Only in the main process: its end ends the others."""
         if self.runtime.dist.is_main:
             raise Alg1Error(message, stability_hint(self.config, self.runtime.dtype), CANNOT_TRAIN)
 
