@@ -46,7 +46,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     column = "sort by a heading such as tok/s or 'val loss', a value of --json or a parameter, the best first"
     parser.add_argument("--sort", action=Flag, default="run", metavar="NAME", limits=Limits(column))
     parser.add_argument("--reverse", action="store_true", help="reverse the order")
-    tag = Limits("only the runs with this text in their tag", may_be_empty=True, stands_for=(A_WORD,))
+    tag = Limits("only the runs with this text in their tag", may_be_empty=True, suggested_for=(A_WORD,))
     parser.add_argument("--tag", action=Flag, limits=tag)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print every value as JSON")

@@ -59,11 +59,11 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group()
-    run = Limits("a run id or directory (default: the latest)", stands_for=(A_FOLDER,))
+    run = Limits("a run id or directory (default: the latest)", suggested_for=(A_FOLDER,))
     source.add_argument("--run", action=Flag, metavar="RUN", limits=run)
-    file = Limits("an exported file or a checkpoint", stands_for=(".safetensors", A_PATH))
+    file = Limits("an exported file or a checkpoint", suggested_for=(".safetensors", A_PATH))
     source.add_argument("--model", action=Flag, metavar="PATH", limits=file)
-    prompt = Limits("the text to continue", may_be_empty=True, stands_for=(A_WORD,))
+    prompt = Limits("the text to continue", may_be_empty=True, suggested_for=(A_WORD,))
     parser.add_argument("--prompt", action=Flag, limits=prompt)
     for name, setting in SETTINGS.items():
         flag = "--" + name.replace("_", "-")

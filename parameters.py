@@ -136,7 +136,7 @@ class ModelConfig:
         ):
             even = max(2, round(self.n_embd / self.n_head / 2) * 2) * self.n_head
             found += joint_problem(
-                f"positions = rotary turns pairs, but a head of n_embd / n_head = {self.head_size} is odd"
+                f"positions = rotary rotates pairs, but a head of n_embd / n_head = {self.head_size} is odd"
                 f" (n_embd = {even} makes it even)",
                 "n_embd",
                 "n_head",
@@ -295,7 +295,7 @@ class DataConfig:
     data_path: str = setting(
         "data/input.txt",
         "a UTF-8 text file, or one of the names shakespeare and python-docs",
-        stands_for=(A_PATH,),
+        suggested_for=(A_PATH,),
         flag="--data",
         may_change=True,  # but not the text itself: checkpoints contain its digest
     )
@@ -501,7 +501,7 @@ def range_problems(config: Any) -> list[Problem]:
         spec, value = specs()[name], getattr(config, name)
         fitting = (int, float) if spec.type is float else spec.type
         try:
-            complaint = spec.limits.broken_by(coerce(spec, value))
+            complaint = spec.limits.violation(coerce(spec, value))
             if value is not None and not isinstance(value, fitting):  # such as "64" for 64
                 complaint = f"must be {TYPE_NAMES[spec.type]}"
         except ValueError as error:

@@ -94,7 +94,7 @@ def parse_command_line(argv: list[str] | None = None) -> SearchOptions:
 
 def add_search_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the search itself and --config."""
-    space = Limits("file of the search space", stands_for=(".yaml", A_PATH))
+    space = Limits("file of the search space", suggested_for=(".yaml", A_PATH))
     group.add_argument("--space", action=Flag, default="configs/search.yaml", metavar="PATH", limits=space)
     study = Limits("name of the study and of its folder in searches/ (default: that of the space file)")
     group.add_argument("--study", action=Flag, default=None, metavar="NAME", limits=study)

@@ -28,7 +28,7 @@ from utils_alg1.utils_output import Console
 if TYPE_CHECKING:  # PyTorch is imported after the parameters are checked, so that --help answers at once
     from utils_alg1.run.job import Job
     from utils_alg1.run.run import Run
-    from utils_alg1.training.distributed import SingleProcess
+    from utils_alg1.training.distributed import Distributed
     from utils_alg1.training.trainer import Trainer
 
 
@@ -41,21 +41,22 @@ def main(argv: list[str] | None = None) -> int:
             job = dist.broadcast(prepare(options, dist, console) if dist.is_main else None)
             if job is None:  # after --print-config
                 return DONE
-            # 3. Run id, 4. run directory, 5. metadata, 6. Aim, 7. TensorBoard.
+            job.open_local(dist, console)
+            # 3. Run id, 4. run directory, 5. metadata, 6. Aim, 7. TensorBoard: see MainRun.__enter__.
             with open_run(job, dist, console) as run:
-                trainer = build_trainer(job, dist, console)
+                trainer = build_trainer(job, console)
                 train(trainer, run)
-                return finish(trainer, run)
+                return finish(run)
 
 
-def open_run(job: Job, dist: SingleProcess, console: Console) -> Run:
+def open_run(job: Job, dist: Distributed, console: Console) -> Run:
     """Return the run, which the main process keeps, and the others take part in."""
     from utils_alg1.run.run import MainRun, Run
 
     return MainRun(job, dist, console) if dist.is_main else Run(job, dist)
 
 
-def build_trainer(job: Job, dist: SingleProcess, console: Console) -> Trainer:
+def build_trainer(job: Job, console: Console) -> Trainer:
     """Return the model with its data and optimizer, in the state that the run starts from."""
     import dataclasses
 
@@ -66,14 +67,14 @@ def build_trainer(job: Job, dist: SingleProcess, console: Console) -> Trainer:
     from utils_alg1.training.trainer import Trainer
 
     # 8. Tokens: memory-mapped, so that a text larger than memory can be trained on.
-    corpus, runtime = job.open_local(dist, console)
+    corpus, runtime = job.corpus, job.runtime
     data = corpus.split(job.params.data.train_split, job.params.data.val_split)
 
     # 9. ModelConfig.
     config = dataclasses.replace(job.params.model, vocab_size=corpus.tokenizer.vocab_size)
 
     # 10. Model.
-    with memory_guard(job.params), dist.lost_connection():
+    with memory_guard(job.params), runtime.dist.connection_guard():
         seed_initial_weights(job.params.train.seed)
         model = BigramLanguageModel(config)
         if job.start.initial:
@@ -106,7 +107,7 @@ def train(trainer: Trainer, run: Run) -> None:
             trainer.optimizer_step()
 
 
-def finish(trainer: Trainer, run: Run) -> int:
+def finish(run: Run) -> int:
     """Write the results and print what to do next. Return the exit code."""
     if run.stopped_early:
         run.print_resume_command()

@@ -694,7 +694,7 @@ def test_flags_are_checked_before_a_run_or_a_model_is_read(workdir, train, start
 
 def test_a_yaml_mapping_may_merge_another_and_stand_above_it(workdir):
     write("a.yaml", "base: &base {a: 1}\nmore: &more {<<: *base, a: 2}\nlast: {<<: *more, a: 3}\n")
-    assert ConfigLoader.load_search_space("a.yaml") == {"base": {"a": 1}, "more": {"a": 2}, "last": {"a": 3}}
+    assert ConfigLoader.load_file("a.yaml") == {"base": {"a": 1}, "more": {"a": 2}, "last": {"a": 3}}
 
 
 def test_a_wrong_value_is_reported_even_where_a_stronger_source_has_a_good_one(workdir, train):

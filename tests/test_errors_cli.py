@@ -130,7 +130,7 @@ TRAIN_MISTAKES = [
     ),
     (
         "--positions rotary --n-embd 6 --n-head 2",
-        "positions = rotary turns pairs, but a head of n_embd / n_head = 3 is odd (n_embd = 8 makes it even)"
+        "positions = rotary rotates pairs, but a head of n_embd / n_head = 3 is odd (n_embd = 8 makes it even)"
         " (n_embd from --n-embd, n_head from --n-head, positions from --positions)",
         SHOWS,
     ),

@@ -15,7 +15,7 @@ from utils_alg1.network import gradient
 from utils_alg1.network.gradient import OPTIONS, loss_and_gradients
 from utils_alg1.training import backward as backward_module
 from utils_alg1.training.backward import Backward, ManualBackward, create_backward
-from utils_alg1.training.distributed import SingleProcess
+from utils_alg1.training.distributed import Distributed
 from utils_alg1.training.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 1)
@@ -113,7 +113,7 @@ def test_micro_batches_add_up_and_the_loss_is_their_share():
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
-class Two(SingleProcess):
+class Two(Distributed):
     """The first of two."""
 
     world_size = 2

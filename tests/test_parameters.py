@@ -315,12 +315,12 @@ def test_a_whole_number_serves_as_a_number():
         ),
         (
             ModelConfig(n_embd=36, positions="rotary"),
-            "positions = rotary turns pairs, but a head of n_embd / n_head = 9 is odd"
+            "positions = rotary rotates pairs, but a head of n_embd / n_head = 9 is odd"
             " (n_embd = 32 makes it even)",
         ),
         (
             ModelConfig(n_embd=4, positions="rotary"),
-            "positions = rotary turns pairs, but a head of n_embd / n_head = 1 is odd"
+            "positions = rotary rotates pairs, but a head of n_embd / n_head = 1 is odd"
             " (n_embd = 8 makes it even)",
         ),
         (

@@ -26,8 +26,8 @@ from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run.run import Run
 from utils_alg1.training.distributed import (
     SINGLE_PROCESS,
-    SingleProcess,
-    TorchrunProcess,
+    Distributed,
+    TorchDistributed,
     init_distributed,
     is_lost_connection,
     launch_command,
@@ -129,14 +129,14 @@ def test_each_process_draws_micro_batches_of_its_own(folder, monkeypatch):
     def note(rank: int) -> None:
         from utils_alg1.training import trainer as trainer_module
 
-        real = trainer_module.Trainer._backward
+        real = trainer_module.Trainer._micro_batch_loss
 
         def backward(self, micro_batch):
             with Path(f"drawn-{rank}").open("a") as file:
                 file.write(f"{self.step}/{micro_batch}\n")
             return real(self, micro_batch)
 
-        trainer_module.Trainer._backward = backward
+        trainer_module.Trainer._micro_batch_loss = backward
 
     arguments = [*RUN, "--grad-accum-steps", "2", "--max-iters", "2"]
     assert [faults.wait(pid) for pid in start(2, arguments, note)] == [0, 0], output()
@@ -237,7 +237,7 @@ def test_a_process_with_another_text_says_so(folder):
 
     codes = [faults.wait(pid) for pid in start(2, RUN, change_text)]
     assert codes == [4, 2], output()
-    assert "error: process 1 of 0 to 1: text.txt: not the text of the first process" in output()
+    assert "error: process 1 of 0 to 1: text.txt: not the text of the main process" in output()
     assert "error: another process of this run has ended" in output()
 
 
@@ -421,11 +421,11 @@ def test_the_place_that_torchrun_gives(monkeypatch):
 def test_devices_that_processes_cannot_share(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(Alg1Error, match=re.escape(message)):
-        device_of_process(torch.device(device), TorchrunProcess(1, 1, 2))
+        device_of_process(torch.device(device), TorchDistributed(1, 1, 2))
 
 
 def test_processes_share_the_cpu():
-    assert device_of_process(torch.device("cpu"), TorchrunProcess(1, 1, 2)) == torch.device("cpu")
+    assert device_of_process(torch.device("cpu"), TorchDistributed(1, 1, 2)) == torch.device("cpu")
 
 
 def test_an_error_of_the_program_is_no_lost_connection():
@@ -434,13 +434,13 @@ def test_an_error_of_the_program_is_no_lost_connection():
     assert is_lost_connection(torch.distributed.DistBackendError("NCCL error"))
 
 
-def run_of(dist: SingleProcess) -> Run:
+def run_of(dist: Distributed) -> Run:
     """The run of a process that keeps nothing."""
     return Run(None, dist)
 
 
 def test_a_signal_stops_every_process():
-    class Other(TorchrunProcess):
+    class Other(TorchDistributed):
         def all_reduce_max(self, value: int) -> int:
             return max(value, signal.SIGTERM)
 
@@ -451,7 +451,7 @@ def test_a_signal_stops_every_process():
 
 
 def test_a_signal_that_comes_while_processes_agree_stops_them_next_time():
-    class Slow(TorchrunProcess):
+    class Slow(TorchDistributed):
         def all_reduce_max(self, value: int) -> int:
             if not value:
                 os.kill(os.getpid(), signal.SIGTERM)  # the others have not received one yet
@@ -465,7 +465,7 @@ def test_a_signal_that_comes_while_processes_agree_stops_them_next_time():
 
 
 def test_a_job_that_lost_its_torchrun_stops():
-    class Lost(TorchrunProcess):
+    class Lost(TorchDistributed):
         launcher_died = True
 
         def all_reduce_max(self, value: int) -> int:
@@ -473,7 +473,7 @@ def test_a_job_that_lost_its_torchrun_stops():
 
     run = run_of(Lost(0, 0, 2))
     assert run.stop_requested() and run.exit_code == 143
-    assert not TorchrunProcess(0, 0, 2).launcher_died
+    assert not TorchDistributed(0, 0, 2).launcher_died
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -486,7 +486,7 @@ def test_a_process_that_waits_for_another_can_be_ended(folder, rank):
         from utils_alg1.console.script import run_script
 
         def share() -> int:
-            with TorchrunProcess(rank, rank, 2) as dist:
+            with TorchDistributed(rank, rank, 2) as dist:
                 dist.broadcast(None)
             return 0
 

@@ -265,7 +265,7 @@ SEARCH_MISTAKES = [
     ("--positions lerned", "positions = 'lerned' must be one of learned, rotary", None),
     (
         "--positions rotary --n-embd 6 --n-head 2",
-        "positions = rotary turns pairs, but a head of n_embd / n_head = 3 is odd",
+        "positions = rotary rotates pairs, but a head of n_embd / n_head = 3 is odd",
         None,
     ),
     ("--n-layer 3", "n_layer is fixed by --n-layer and searched in the space file", None),

@@ -52,13 +52,13 @@ class Sources:
     def __init__(self, options: Options):
         self._options = options
         self._unreadable: list[Problem] = []
-        self._standing = self._read(_standing_files(options.config))
+        self._default_sources = self._read(_default_files(options.config))
         try:
-            named = _named_files(options.config) if options.config else []  # "" is a problem already
+            named = _config_files(options.config) if options.config else []  # "" is a problem already
         except Alg1Error as error:
-            self._note(error)
+            self._add_unreadable(error)
             named = []
-        self._named = self._read(named)
+        self._config_sources = self._read(named)
 
     def _read(self, paths: list[Path]) -> list[Source]:
         sources = []
@@ -67,20 +67,20 @@ class Sources:
                 data = read_bytes(path)
                 source = Source(str(path), _parse(path, data), data)
             except Alg1Error as error:
-                self._note(error)
+                self._add_unreadable(error)
             else:
                 LOGGER.debug("%s: %s", path, ", ".join(map(str, source.values)) or "no settings")
                 sources.append(source)
         return sources
 
-    def _note(self, error: Alg1Error) -> None:
+    def _add_unreadable(self, error: Alg1Error) -> None:
         self._unreadable.append(Problem(error.message, (), error.hint))
 
     @property
     def files(self) -> dict[Path, bytes]:
         """The content of the files whose values are used, for the run's records."""
         resumes = self._options.resume is not None
-        used = self._named if resumes else [*self._standing, *self._named]
+        used = self._config_sources if resumes else [*self._default_sources, *self._config_sources]
         return {Path(source.origin): source.data for source in used}
 
     @property
@@ -91,7 +91,8 @@ class Sources:
             Alg1Error: a file that may name it cannot be read.
         """
         raise_problems(self._unreadable)
-        values = [*(source.values for source in [*self._standing, *self._named]), self._options.values]
+        files = [*self._default_sources, *self._config_sources]
+        values = [*(source.values for source in files), self._options.values]
         named = [source["runs_dir"] for source in values if "runs_dir" in source]
         return str(named[-1]) if named else specs()["runs_dir"].default
 
@@ -127,8 +128,8 @@ class Sources:
     def _merge(
         self, resumed: dict[str, Any] | None, initial: dict[str, Any] | None
     ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-        sources = self._standing if resumed is None else [Source(RESUMED, resumed)]
-        sources = [*sources, *self._named]
+        sources = self._default_sources if resumed is None else [Source(RESUMED, resumed)]
+        sources = [*sources, *self._config_sources]
         if initial is not None:
             sources.append(Source("--init-from", initial))
 
@@ -157,14 +158,14 @@ class ConfigLoader:
     """Reads configuration files and merges them with the command line."""
 
     @staticmethod
-    def load_model_config(path: str | Path) -> dict[str, Any]:
+    def load_file(path: str | Path) -> dict[str, Any]:
         """Read a YAML or JSON file without checking its values. Raises Alg1Error with file and fault."""
         return _parse(Path(path), read_bytes(path))
 
-    load_train_config = load_model_config
-    load_data_config = load_model_config
-    load_tensorboard_config = load_model_config
-    load_search_space = load_model_config
+    load_model_config = load_file
+    load_train_config = load_file
+    load_data_config = load_file
+    load_tensorboard_config = load_file
 
     @staticmethod
     def load_configs(config_dir: str | Path = CONFIG_DIR) -> dict[str, Any]:
@@ -217,7 +218,7 @@ class ConfigLoader:
         return Sources(Options()).runs_dir if given is None else given
 
 
-def _standing_files(config: str | None) -> list[Path]:
+def _default_files(config: str | None) -> list[Path]:
     """Return config.json and the files of configs/ that exist, weakest first.
 
     A folder named by --config takes the place of configs/.
@@ -231,7 +232,7 @@ def _files_in(folder: Path) -> list[Path]:
     return [folder / name for name in CONFIG_FILES.values() if (folder / name).exists()]
 
 
-def _named_files(config: str) -> list[Path]:
+def _config_files(config: str) -> list[Path]:
     """Return the files of --config PATH.
 
     Raises:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Kinds of words, for words on a command line that have no flag in front (see Limits.stands_for).
+# Kinds of words, for words on a command line that have no flag in front (see Limits.suggested_for).
 A_FOLDER = "a folder"
 A_PATH = "a file or a folder"
 A_WORD = "a word"
@@ -31,7 +31,7 @@ class Limits:
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
     may_be_empty: bool = False  # whether "" is allowed
-    stands_for: tuple[str, ...] = ()  # suggest this flag for a word of these kinds (or suffixes)
+    suggested_for: tuple[str, ...] = ()  # suggest this flag for a word of these kinds (or suffixes)
     flag: str | None = None  # the command-line flag, where it is not made from the field's name
     may_change: bool = False  # whether a resumed run may change it: it does not affect the steps so far
 
@@ -40,7 +40,7 @@ class Limits:
         """The help with the choices, for a comment in a file."""
         return self.help + (f" ({', '.join(self.choices)})" if self.choices else "")
 
-    def broken_by(self, value: Any) -> str | None:
+    def violation(self, value: Any) -> str | None:
         """Return "must be ..." with the limit that a value of the right type violates, or None."""
         if value is None:
             return None

@@ -99,7 +99,7 @@ def read_value(kind: Any, limits: Limits, text: str) -> Any:
         value = as_number(kind, text) if kind in (int, float) else text
     except ValueError as error:
         raise ValueError(f"{shown(text)}: {error}") from None
-    if wrong := limits.broken_by(value):
+    if wrong := limits.violation(value):
         raise ValueError(f"{shown(value)}: {wrong}")
     return value
 
@@ -140,13 +140,13 @@ class Parser(argparse.ArgumentParser):
             flag, assigned, value = word.partition("=")
             if flag in self.flags:
                 given[self.flags[flag]] = before = flag
-                problems += self._obey(flag, value if assigned else None, words, namespace)
+                problems += self._apply_flag(flag, value if assigned else None, words, namespace)
                 lost = False
             elif self._is_flag(word):
                 problems.append(Problem(f"unknown flag {flag}{nearest(flag, self.flags)}", ()))
                 lost = True
             elif word != "--" and not lost:  # `--` only ends the flags: there are no positional arguments
-                problems.append(self._stray(word, before))
+                problems.append(self._unexpected_word(word, before))
                 lost = True
         return namespace, [*problems, *self._exclusions(given)]
 
@@ -161,7 +161,7 @@ class Parser(argparse.ArgumentParser):
             return True
         return False
 
-    def _obey(
+    def _apply_flag(
         self, flag: str, value: str | None, words: list[str], namespace: argparse.Namespace
     ) -> list[Problem]:
         """Apply a known flag with the `value` after its `=`, or else with the first of `words`."""
@@ -192,23 +192,23 @@ class Parser(argparse.ArgumentParser):
         assigned = f"{flag}={shlex.quote(words.pop(0))}"
         raise ValueError(f"{flag}: needs a value; one that begins with a dash is written {assigned}")
 
-    def _stray(self, word: str, before: str) -> Problem:
+    def _unexpected_word(self, word: str, before: str) -> Problem:
         """Return the problem of a word that belongs to no flag; `before` is the last flag before it."""
         suggestion = ""
-        if meant := self._meant(word):
+        if meant := self._suggested_flag(word):
             suggestion = f"; did you mean {meant} {shlex.quote(word)}?"
         if before and self.flags[before].nargs == 0 and not os.path.exists(word):
             suggestion = f"; {before} takes no value"
         return Problem(f"{shown(word)} belongs to no flag{suggestion}", ())
 
-    def _meant(self, word: str) -> str:
-        """Return the first flag that takes such a word (see Limits.stands_for), or ""."""
+    def _suggested_flag(self, word: str) -> str:
+        """Return the first flag that takes such a word (see Limits.suggested_for), or ""."""
         kinds = [A_FOLDER if os.path.isdir(word) else Path(word).suffix, A_WORD]
         if os.path.exists(word):
             kinds.insert(1, A_PATH)
         for kind in kinds:
             for flag, action in self.flags.items():
-                if isinstance(action, Flag) and kind in action.limits.stands_for:
+                if isinstance(action, Flag) and kind in action.limits.suggested_for:
                     return flag
         return ""
 
@@ -255,7 +255,7 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
         metavar="RUN",
         limits=Limits("run to continue: latest, a run id or a run directory"),
     )
-    weights = Limits("exported model to start from", stands_for=(".safetensors",))
+    weights = Limits("exported model to start from", suggested_for=(".safetensors",))
     start.add_argument("--init-from", action=Flag, metavar="PATH", limits=weights)
     run.add_argument(
         "--print-config", action="store_true", help="print every parameter with its origin as YAML and exit"
@@ -276,14 +276,14 @@ def add_config_flag(group: Any) -> None:
     """Add --config."""
     limits = Limits(
         "JSON or YAML file of parameters, or a folder (a preset) in place of configs/",
-        stands_for=(A_FOLDER, ".json", ".yaml"),
+        suggested_for=(A_FOLDER, ".json", ".yaml"),
     )
     group.add_argument("--config", action=Flag, metavar="PATH", limits=limits)
 
 
 def add_runs_dir_flag(parser: argparse.ArgumentParser) -> None:
     """Add --runs-dir to a script that reads runs; see ConfigLoader.runs_dir."""
-    limits = Limits("folder of the run directories (default: as in training)", stands_for=(A_PATH,))
+    limits = Limits("folder of the run directories (default: as in training)", suggested_for=(A_PATH,))
     parser.add_argument("--runs-dir", action=Flag, metavar="PATH", limits=limits)
 
 

@@ -35,8 +35,8 @@ LOGGER = logging.getLogger("alg1")
 
 CACHE_FOLDER = ".tokens"  # next to the text file
 CACHE_FORMAT = 1
-CHUNK_BYTES = 1 << 19  # of text; a chunk's code points, 4 bytes each, still fit in a typical L2 cache
-SYNC_BYTES = 1 << 26  # of tokens written between two calls of fsync
+CHUNK_BYTES = 1 << 19  # bytes read at a time; their code points, 4 bytes each, fit in a typical L2 cache
+SYNC_BYTES = 1 << 26  # fsync after so many bytes of tokens
 BOM = "\ufeff"
 NO_TEXT = "this is hardly a text file"
 UTF_16 = "if it is UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW"
@@ -202,7 +202,7 @@ def _read_chunks(path: Path, sha256: Any, worker: BackgroundWorker) -> Iterator[
         Alg1Error: naming the first byte that is not UTF-8.
     """
     consumed = 0  # bytes of the file that have been decoded
-    rest = b""  # of a character that goes on in the next chunk
+    rest = b""  # the first bytes of a character that continues in the next chunk
     with _open_text(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             worker.submit(sha256.update, chunk)

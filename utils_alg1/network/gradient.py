@@ -1,4 +1,4 @@
-"""The gradient of the model, written out: forward and backward of every operator by hand.
+"""Manual forward and backward of the model, operator by operator.
 
 Autograd computes the same gradient, up to rounding, from model.py alone, on any device and with dropout. But
 for small models most of its time is overhead, which a plain function of tensors does not have, and

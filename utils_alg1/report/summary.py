@@ -14,7 +14,7 @@ from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
 from utils_alg1.run_directory import RunDirectory
-from utils_alg1.training.distributed import SingleProcess, launch_command
+from utils_alg1.training.distributed import Distributed, launch_command
 from utils_alg1.training.schedule import learning_rate
 from utils_alg1.utils_config_loader import RESUMED, ConfigLoader
 from utils_alg1.utils_output import LabelledLines, ShellCommand
@@ -73,7 +73,7 @@ def describe_end(
     progress: Progress,
     exported: dict[str, Any],
     trackers: Collection[str],
-    dist: SingleProcess,
+    dist: Distributed,
 ) -> LabelledLines:
     """Return the lines printed at the end of a run: its results, its files and the next commands.
 
@@ -107,7 +107,7 @@ def describe_end(
 
 
 def longer_training_command(
-    run: RunDirectory, params: Parameters, progress: Progress, dist: SingleProcess
+    run: RunDirectory, params: Parameters, progress: Progress, dist: Distributed
 ) -> str:
     """Return the command that trains a finished run for longer."""
     steps = params.train.max_iters
@@ -123,7 +123,7 @@ def longer_training_command(
     return f"{resume_command(run, dist)} --max-iters {longer.max_iters}"
 
 
-def resume_notice(newest_step: int | None, run: RunDirectory, dist: SingleProcess) -> bytes:
+def resume_notice(newest_step: int | None, run: RunDirectory, dist: Distributed) -> bytes:
     """Return what is printed when a second signal ends the process without saving.
 
     Args:
@@ -138,7 +138,7 @@ def resume_notice(newest_step: int | None, run: RunDirectory, dist: SingleProces
 
 
 def add_resume_hint(
-    error: Alg1Error, newest_checkpoint: Path | None, run: RunDirectory, dist: SingleProcess
+    error: Alg1Error, newest_checkpoint: Path | None, run: RunDirectory, dist: Distributed
 ) -> Alg1Error:
     """Return an error that ended the training, with a hint added on how to use the newest checkpoint.
 
@@ -154,7 +154,7 @@ def add_resume_hint(
     return Alg1Error(error.message, hint, error.exit_code)
 
 
-def resume_command(run: RunDirectory, dist: SingleProcess) -> str:
+def resume_command(run: RunDirectory, dist: Distributed) -> str:
     """Return the command that resumes a run."""
     return f"{launch_command(dist)} --resume {run_argument(run)}"
 

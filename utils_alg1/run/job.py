@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
     from utils_alg1.data.corpus import Corpus
-    from utils_alg1.training.distributed import SingleProcess
+    from utils_alg1.training.distributed import Distributed
     from utils_alg1.training.runtime import Runtime
 
 
@@ -28,47 +28,48 @@ class Job:
 
     Attributes:
         start: what the run starts from.
-        config_files: the configuration files that were read, with their bytes.
-        serve_tensorboard: whether to serve TensorBoard meanwhile.
         text_path, text_sha256: the text, and the SHA-256 of its bytes.
-        corpus, runtime: the text's tokens and the device; each process opens its own (see `open_local`).
+        corpus, runtime: the text's tokens and the device; each process has its own (see `open_local`).
+        config_files: the configuration files that were read, with their bytes; in the main process only.
+        serve_tensorboard: whether to serve TensorBoard meanwhile; in the main process only.
     """
 
     params: Parameters
     start: Start
-    config_files: dict[Path, bytes]
-    serve_tensorboard: bool
     text_path: Path
     text_sha256: str
-    corpus: Corpus | None
-    runtime: Runtime | None
+    corpus: Corpus
+    runtime: Runtime
+    config_files: dict[Path, bytes] = field(default_factory=dict)
+    serve_tensorboard: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state that is broadcast: without the run's lock, the tokens and the device of this process."""
+        """The state that is broadcast: without what belongs to this process, or to the main process alone."""
         start = dataclasses.replace(self.start, run=None)
-        return self.__dict__ | {"start": start, "corpus": None, "runtime": None}
+        shared = {"params": self.params, "start": start}
+        return shared | {"text_path": self.text_path, "text_sha256": self.text_sha256}
 
-    def open_local(self, dist: SingleProcess, console: Console) -> tuple[Corpus, Runtime]:
-        """Return the tokens and the device of this process; the main process has opened them already.
+    def open_local(self, dist: Distributed, console: Console) -> None:
+        """Open `corpus` and `runtime` in this process, unless it is the main process, which has them.
 
         Raises:
             Alg1Error: the text on this machine is not that of the main process.
         """
-        if self.corpus is None or self.runtime is None:
-            from utils_alg1.data.corpus import open_corpus
-            from utils_alg1.data.sources import find_corpus
+        if dist.is_main:
+            return
+        from utils_alg1.data.corpus import open_corpus
+        from utils_alg1.data.sources import find_corpus
 
-            self.runtime = _start_runtime(self.params, self.start, dist)
-            path = self.text_path
-            if not path.exists():  # on another machine
-                path = find_corpus(self.params.data.data_path, console.say)
-            self.corpus = open_corpus(path)
-            if self.corpus.sha256 != self.text_sha256:
-                raise Alg1Error(f"{path}: not the text of the first process", "copy that text here")
-        return self.corpus, self.runtime
+        self.runtime = _start_runtime(self.params, self.start, dist)
+        path = self.text_path
+        if not path.exists():  # on another machine
+            path = find_corpus(self.params.data.data_path, console.say)
+        self.corpus = open_corpus(path)
+        if self.corpus.sha256 != self.text_sha256:
+            raise Alg1Error(f"{path}: not the text of the main process", "copy that text here")
 
 
-def prepare(options: Options, dist: SingleProcess, console: Console) -> Job | None:
+def prepare(options: Options, dist: Distributed, console: Console) -> Job | None:
     """Read and check all that a run needs, in the main process; None after --print-config.
 
     Raises:
@@ -93,7 +94,7 @@ def _check(
     start: Start,
     config_files: dict[Path, bytes],
     serve_tensorboard: bool,
-    dist: SingleProcess,
+    dist: Distributed,
     console: Console,
 ) -> Job:
     """Check parameters against --output, the device, the text and what the run starts from."""
@@ -121,10 +122,10 @@ def _check(
     corpus = text.tokenize()
     if warning := text_warning(path, text.tokenizer):
         console.warn(warning)
-    return Job(params, start, config_files, serve_tensorboard, path, corpus.sha256, corpus, runtime)
+    return Job(params, start, path, corpus.sha256, corpus, runtime, config_files, serve_tensorboard)
 
 
-def _start_runtime(params: Parameters, start: Start, dist: SingleProcess) -> Runtime:
+def _start_runtime(params: Parameters, start: Start, dist: Distributed) -> Runtime:
     from utils_alg1.training.runtime import start_runtime
 
     return start_runtime(params.train, params.flops_per_step(), dist, start.compiled_before)

@@ -24,7 +24,7 @@ from utils_alg1.tracking.metrics_file import cut_metrics
 from utils_alg1.tracking.observer import Observer
 from utils_alg1.tracking.trackers import start_trackers
 from utils_alg1.training.checkpoint import CheckpointMetadata, CheckpointStore, quarantine_newer
-from utils_alg1.training.distributed import SingleProcess
+from utils_alg1.training.distributed import Distributed
 from utils_alg1.training.progress import Evaluation
 from utils_alg1.training.runtime import memory_guard
 from utils_alg1.training.trainer import Trainer
@@ -43,7 +43,7 @@ class Run:
 
     trainer: Trainer
 
-    def __init__(self, job: Job, dist: SingleProcess):
+    def __init__(self, job: Job, dist: Distributed):
         self.job, self.dist = job, dist
         self.stop_signal: int | None = None
         self._signals = StopSignals(self._stop_notice)
@@ -69,7 +69,7 @@ class Run:
         self.trainer = trainer
         self._stack.enter_context(self._signals)
         trainer.clock.start(trainer.progress)
-        with memory_guard(self.job.params), self.dist.lost_connection():
+        with memory_guard(self.job.params), self.dist.connection_guard():
             yield
 
     def _stop_notice(self) -> str:
@@ -119,9 +119,11 @@ class MainRun(Run):
 
     Attributes:
         directory: the run directory, locked by this process.
+        trackers: metrics.jsonl, TensorBoard and Aim.
+        store, observer: the checkpoints and what is logged of the trainer; set by `training`.
     """
 
-    def __init__(self, job: Job, dist: SingleProcess, console: Console):
+    def __init__(self, job: Job, dist: Distributed, console: Console):
         super().__init__(job, dist)
         self.console = console
         self._signals = StopSignals(self._stop_notice, console.interrupted, self._before_exit)
@@ -137,8 +139,7 @@ class MainRun(Run):
             console.log_to(run.log_path)
 
             # 5. Metadata.
-            corpus, runtime = job.open_local(self.dist, console)
-            origin = write_records(run, params, job.config_files, corpus, runtime.describe())
+            origin = write_records(run, params, job.config_files, job.corpus, job.runtime.describe())
 
             # 6. Aim, and 7. TensorBoard: both start in the background.
             state = None
@@ -146,7 +147,7 @@ class MainRun(Run):
                 state = checkpoint.metadata["trackers"]
                 quarantine_newer(checkpoint, console.say)
                 cut_metrics(run.metrics_path, checkpoint.progress.step, console.warn)
-            hparams = params.flat() | {"vocab_size": corpus.tokenizer.vocab_size}
+            hparams = params.flat() | {"vocab_size": job.corpus.tokenizer.vocab_size}
             trackers = start_trackers(run, params, hparams, origin, console.warn, state)
             self.trackers = stack.enter_context(trackers)
             if job.serve_tensorboard:
@@ -164,8 +165,7 @@ class MainRun(Run):
             Alg1Error: as in Run.training, or a checkpoint could not be written (exit code 4).
         """
         params, progress = self.job.params, trainer.progress
-        corpus, _ = self.job.open_local(self.dist, self.console)
-        self.console.block(summary.describe_start(self.directory, params, corpus, trainer))
+        self.console.block(summary.describe_start(self.directory, params, self.job.corpus, trainer))
         newest_step = progress.step if self.job.start.checkpoint else None
         self.store = CheckpointStore(
             self.directory.checkpoint_dir, params.train.keep_checkpoints, newest_step
@@ -212,15 +212,15 @@ class MainRun(Run):
         self.store.save(self.trainer, about)
 
     def log_model(self) -> None:
-        self.observer.log_model(self.trainer.step)
-
-    def log_step(self, loss: float) -> None:
-        """See Run.log_step.
+        """See Run.log_model.
 
         Raises:
             Alg1Error: an earlier checkpoint could not be written (exit code 4).
         """
+        self.observer.log_model(self.trainer.step)
         self.store.raise_if_failed()
+
+    def log_step(self, loss: float) -> None:
         self.observer.log_step(loss, self.trainer.step)
         self.console.progress(self.trainer.step + 1, loss)
 
@@ -234,8 +234,8 @@ class MainRun(Run):
         self._samples = results.draw_samples(self.trainer.model, params.train.seed)
         results.write_results(run, self.trainer, self._exported, self._samples)
         pictures.try_loss_curve(run, console)
-        attended = pictures.try_attention_picture(run, self.trainer, console)
-        page.try_page(run, self._samples, attended, console)
+        attention_text = pictures.try_attention_picture(run, self.trainer, console)
+        page.try_page(run, self._samples, attention_text, console)
         results.copy_export(run, params.train.output)
         self.trackers.flush(self.trainer.step)
         self._shown_in = self.trackers.working

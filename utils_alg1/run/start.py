@@ -32,7 +32,8 @@ class Start:
     """What a run starts from.
 
     Attributes:
-        run, checkpoint: of the run that --resume names; the run is locked by this process.
+        run, checkpoint: of the run that --resume names. The run is locked; `prepare` releases it if it fails,
+            afterwards MainRun does.
         initial: the model that --init-from names, and initial_path, its file.
     """
 

@@ -14,7 +14,7 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
 from utils_alg1.base.files import make_folder, read_json_object, write_atomically
 from utils_alg1.console.table import Column, format_columns, to_csv
 from utils_alg1.run_directory import RunFolder
-from utils_alg1.search.space import STORAGE_PARAMETERS
+from utils_alg1.search.space import RESERVED_PARAMETERS
 from utils_alg1.search.study import (
     Study,
     best_of,
@@ -167,7 +167,7 @@ def describe_end(study: Study) -> dict[str, str]:
 
 
 def write_preset(study: Study) -> None:
-    """Write best/: a preset with every value of the best trial, except where its run and export are kept."""
+    """Write best/: a preset with every parameter of the best trial but its run_tag and output."""
     best = best_of(study.finished())
     if best is None:
         return
@@ -177,7 +177,7 @@ def write_preset(study: Study) -> None:
     about = f"Best of the search {study.settings.name}: trial {best.number}, val loss {best.value:.4f}"
     for part, file_name in CONFIG_FILES.items():
         names = [
-            name for name, spec in specs().items() if spec.part == part and name not in STORAGE_PARAMETERS
+            name for name, spec in specs().items() if spec.part == part and name not in RESERVED_PARAMETERS
         ]
         text = format_settings(file_name, about, {name: values[name] for name in names})
         write_atomically(folder / file_name, text.encode("utf-8", "surrogatepass"))

@@ -134,7 +134,7 @@ def read_space(path: str | Path, for_grid: bool) -> Space:
     space: Space = {}
     problems: list[Problem] = []
     try:
-        entries = ConfigLoader.load_search_space(path)
+        entries = ConfigLoader.load_file(path)
     except Alg1Error as error:
         is_config = Path(path).suffix in (".yaml", ".yml", ".json") and os.path.exists(path)
         raise Alg1Error(error.message, error.hint if is_config else PATH_HINT) from None
@@ -217,7 +217,7 @@ def read_value(spec: Spec, value: Any, errors: list[str]) -> Any:
     """Convert a value to the type of the parameter; on failure return None and append the reason."""
     try:
         coerced = coerce(spec, value)
-        reason = "must have a value" if coerced is None else spec.limits.broken_by(coerced)
+        reason = "must have a value" if coerced is None else spec.limits.violation(coerced)
     except ValueError as error:
         reason = str(error)
     if reason is None:

@@ -1,4 +1,10 @@
-"""Runs a tracker in a background process, where it can neither slow down, block nor crash the training."""
+"""Runs a tracker in a background process, where it can neither slow down, block nor crash the training.
+
+Whatever a tracker raises is caught in `serve`, in that process; the guard of `BackgroundTracker` is for the
+process
+itself: that it cannot start, dies, or takes no more. (AimTracker and TensorBoardWriter guard themselves
+too, since they are used without this module.)
+"""
 
 from __future__ import annotations
 

@@ -42,15 +42,15 @@ MAX_FIGURE = 1e300  # no loss or time of a run comes near
 
 
 class CheckpointMetadata(TypedDict, total=False):
-    """What a checkpoint holds beside its tensors. Old files may lack `world_size` and `compiled`."""
+    """What a checkpoint holds besides its tensors. Old files may lack `world_size` and `compiled`."""
 
     format: str  # FORMAT
     format_version: int  # FORMAT_VERSION
     run_id: str
-    parameters: dict[str, Any]  # of the run, by name
+    parameters: dict[str, Any]  # the parameters of the run, by name
     model: dict[str, Any]  # ModelConfig.stored(): the sizes of the model
     vocabulary: list[str]  # the characters by token
-    corpus_sha256: str  # of the bytes of the text
+    corpus_sha256: str  # the SHA-256 of the text file
     progress: dict[str, Any]  # Progress: step, best loss, newest evaluation, seconds
     scaler: dict[str, Any]  # GradScaler.state_dict(): empty unless float16
     world_size: int  # the number of processes
@@ -147,7 +147,7 @@ class CheckpointStore:
 
     Args:
         folder: of the checkpoints; the caller holds the run's lock.
-        keep: how many of the newest are kept, beside the best.
+        keep: how many of the newest are kept, besides the best.
 
     Attributes:
         newest_step: the step of the newest complete checkpoint, which may be the one that was resumed, or
@@ -177,11 +177,11 @@ class CheckpointStore:
         """The file of the newest checkpoint, or None if there is none."""
         return None if self.newest_step is None else self.path(self.newest_step)
 
-    def save(self, trainer: Trainer, about: CheckpointMetadata) -> Path:
+    def save(self, trainer: Trainer, run_metadata: CheckpointMetadata) -> Path:
         """Copy the state of a trainer, then write and prune in the background: `wait` tells how it ended.
 
         Args:
-            about: what the trainer does not know: run_id, parameters, corpus_sha256, trackers.
+            run_metadata: what the trainer does not know: run_id, parameters, corpus_sha256, trackers.
 
         Raises:
             Alg1Error: the checkpoint before this one could not be written (exit code 4).
@@ -202,7 +202,7 @@ class CheckpointStore:
             "scaler": trainer.scaler.state_dict(),
             "world_size": trainer.runtime.dist.world_size,
             "compiled": trainer.backward.compiled,
-            **about,
+            **run_metadata,
         }
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._writing = self._writer.submit(self._write, copies, metadata, progress.step, progress.best_step)
@@ -211,7 +211,7 @@ class CheckpointStore:
     def _write(
         self, tensors: dict[str, torch.Tensor], metadata: CheckpointMetadata, step: int, best_step: int | None
     ) -> None:
-        """In the thread."""
+        """Write and prune, in the writer thread."""
         write_tensors(self.path(step), tensors, dict(metadata))
         self.newest_step = step
         self.prune(best_step)
@@ -349,9 +349,9 @@ def quarantine_newer(checkpoint: Checkpoint, say: Callable[[str], None]) -> None
     """
     for path in checkpoint_paths(checkpoint.path.parent):
         if checkpoint_step(path) > checkpoint_step(checkpoint.path):
-            aside = path.with_name(path.name + ".aside")
-            say(f"renaming {path.name} to {aside.name}: the run goes on from {checkpoint.path.name}")
+            quarantined = path.with_name(path.name + ".aside")
+            say(f"renaming {path.name} to {quarantined.name}: the run goes on from {checkpoint.path.name}")
             try:
-                path.rename(aside)
+                path.rename(quarantined)
             except OSError as error:
                 raise disk_error(f"rename {path}", error) from error

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-TIMEOUT = datetime.timedelta(minutes=10)  # of a collective operation: another process may be saving
+TIMEOUT = datetime.timedelta(minutes=10)  # timeout of a collective operation; another process may be saving
 
 
-class SingleProcess:
-    """The only process of a run: every collective operation returns at once.
+class Distributed:
+    """The processes of a run, as seen by one of them. This base class is a single process.
+
+    Its collective operations return at once.
 
     Attributes:
         rank: 0 to world_size - 1, over all machines; the main process has 0.
@@ -49,7 +51,7 @@ class SingleProcess:
         """Whether torchrun, which would end the processes together, is gone."""
         return False
 
-    def __enter__(self) -> SingleProcess:
+    def __enter__(self) -> Distributed:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -75,13 +77,13 @@ class SingleProcess:
         """The context of a forward and backward pass; if `enabled`, its gradients are not averaged yet."""
         return contextlib.nullcontext()
 
-    def lost_connection(self) -> contextlib.AbstractContextManager:
+    def connection_guard(self) -> contextlib.AbstractContextManager:
         """A context that reports a collective operation that fails, since another process is gone."""
         return contextlib.nullcontext()
 
 
-class TorchrunProcess(SingleProcess):
-    """One of the processes that torchrun started. They use gloo, and NCCL between GPUs."""
+class TorchDistributed(Distributed):
+    """The processes that torchrun started, connected at the first collective operation by gloo and NCCL."""
 
     def __init__(self, rank: int, local_rank: int, world_size: int):
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
@@ -126,7 +128,7 @@ class TorchrunProcess(SingleProcess):
         import torch
 
         # While a process only waits, a signal ends it at once: Python's handlers would run after the wait.
-        with signal_handler(signal.SIG_DFL), self.lost_connection():
+        with signal_handler(signal.SIG_DFL), self.connection_guard():
             self._connect()
             values = [value]
             torch.distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
@@ -160,7 +162,7 @@ class TorchrunProcess(SingleProcess):
         return self._ddp.no_sync() if enabled else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def lost_connection(self) -> Iterator[None]:
+    def connection_guard(self) -> Iterator[None]:
         """Turn a broken connection into one line of the main process; the others end silently.
 
         Raises:
@@ -187,17 +189,17 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Broken pipe"))
 
 
-SINGLE_PROCESS = SingleProcess()
+SINGLE_PROCESS = Distributed()
 
 
-def init_distributed() -> SingleProcess:
-    """Return this process's place among those that torchrun started; a single process without torchrun."""
+def init_distributed() -> Distributed:
+    """Return the processes that torchrun started, not connected yet; or a single process without torchrun."""
     if world_size() == 1:
         return SINGLE_PROCESS
-    return TorchrunProcess(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size())
+    return TorchDistributed(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size())
 
 
-def launch_command(dist: SingleProcess) -> str:
+def launch_command(dist: Distributed) -> str:
     """Return the command that trains with as many processes again."""
     if dist.world_size == 1:
         return "python train.py"

@@ -51,8 +51,9 @@ class Progress:
         """Return whether `patience` evaluations in a row were no better; never with 0."""
         return 0 < patience <= self.evaluations_since_best
 
+    @property
     def evaluated(self) -> bool:
-        """Return whether the present weights have been evaluated."""
+        """Whether the present weights have been evaluated."""
         return self.evaluation is not None and self.evaluation.step == self.step
 
     @classmethod

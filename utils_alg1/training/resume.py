@@ -91,7 +91,7 @@ def forget_missing_best(checkpoint: Checkpoint) -> None:
     if old.best_step is None or checkpoint_path(checkpoint.path.parent, old.best_step).exists():
         return
     progress = Progress(old.step, seconds=old.seconds)
-    if old.evaluation is not None and old.evaluated():
+    if old.evaluation is not None and old.evaluated:
         progress.add(old.evaluation)
     checkpoint.metadata["progress"] = dataclasses.asdict(progress)
 

@@ -14,9 +14,14 @@ import torch
 
 from parameters import Parameters, TrainConfig
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
-from utils_alg1.training.distributed import SINGLE_PROCESS, SingleProcess
+from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
 
 BYTES_PER_PARAMETER = 12  # at least: float32 weight, gradient and one optimizer moment
+SMALL_STEP_FLOPS = 1e9  # a training step with fewer floating-point operations gets one CPU thread
+# On CUDA, a run is compiled if it takes at least so many floating-point operations: a guess, not a
+# measurement. (nanoGPT's README: its 6-layer character model, 5e15 operations, trains about 3 minutes on an
+# A100.)
+COMPILE_FLOPS = 1e15
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,7 +40,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     threads: int
-    dist: SingleProcess = SINGLE_PROCESS
+    dist: Distributed = SINGLE_PROCESS
     compile: bool = False
 
     @property
@@ -62,17 +67,10 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
 
-SMALL_STEP_FLOPS = 1e9
-# On CUDA, a run is compiled if it takes at least so many floating-point operations: a guess, not a
-# measurement. (nanoGPT's README: its 6-layer character model, 5e15 operations, trains about 3 minutes on an
-# A100.)
-COMPILE_FLOPS = 1e15
-
-
 def start_runtime(
     config: TrainConfig,
     flops_per_step: float = math.inf,
-    dist: SingleProcess = SINGLE_PROCESS,
+    dist: Distributed = SINGLE_PROCESS,
     compiled_before: bool | None = None,
 ) -> Runtime:
     """Choose the device, the number of threads, the dtype and whether to compile; set the threads.
@@ -124,7 +122,7 @@ def compiling_pays(device: torch.device, flops: float) -> bool:
     return device.type == "cuda" and flops >= COMPILE_FLOPS
 
 
-def device_of_process(device: torch.device, dist: SingleProcess) -> torch.device:
+def device_of_process(device: torch.device, dist: Distributed) -> torch.device:
     """Return the device of one of several processes: the CPU, which they share, or a GPU of its own.
 
     Raises:

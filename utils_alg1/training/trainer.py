@@ -71,9 +71,9 @@ class Trainer:
 
     @property
     def eval_due(self) -> bool:
-        """Whether to evaluate now: every eval_interval, at the end, and where a resumed run had evaluated."""
+        """Whether to evaluate now: every eval_interval, at the end, and where the checkpoint evaluated."""
         last = self.step >= self.config.max_iters
-        return last or due(self.step, self.config.eval_interval) or self.progress.evaluated()
+        return last or due(self.step, self.config.eval_interval) or self.progress.evaluated
 
     @property
     def save_due(self) -> bool:
@@ -82,21 +82,22 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether max_iters is reached, or patience is lost."""
+        """Whether max_iters is reached, or --patience stops early."""
         return self.step >= self.config.max_iters or self.progress.out_of_patience(self.config.patience)
 
     def forward_backward(self) -> float:
         """Run forward and backward on all micro-batches of this step, and clip. Return the mean loss in nats.
 
         Raises:
-            Alg1Error: the loss or the gradient is not finite (exit code 3); the weights are unchanged.
+            Alg1Error: the loss or the gradient is not finite (exit code 3; in the main process only). The
+                weights are unchanged.
         """
         config, dist = self.config, self.runtime.dist
         self._zero_grad()
         loss_sum = 0.0
         for i in range(config.grad_accum_steps):
             with dist.no_sync(i < config.grad_accum_steps - 1):
-                loss_sum += self._backward(dist.rank + dist.world_size * i)
+                loss_sum += self._micro_batch_loss(dist.rank + dist.world_size * i)
         mean_loss = dist.all_reduce_sum([loss_sum])[0] / dist.world_size
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -104,13 +105,14 @@ class Trainer:
         # With float16 the scaler handles a gradient that overflows: it skips that update.
         if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             what = "gradient" if math.isfinite(mean_loss) else "loss"
-            self._stop(f"the {what} is not finite at step {self.step}; the weights were not updated")
+            where = f"at step {self.step}; the weights were not updated"
+            self._raise_not_finite(f"the {what} is not finite {where}")
         self.gradient_norm = norm
         if config.grad_clip and norm > config.grad_clip:
             torch._foreach_mul_(gradients, config.grad_clip / norm)
         return mean_loss
 
-    def _backward(self, micro_batch: int) -> float:
+    def _micro_batch_loss(self, micro_batch: int) -> float:
         """Forward and backward of one micro-batch; returns its loss divided by grad_accum_steps."""
         x, y = self._batch("train", "batch", self.step, micro_batch)
         if self.model.config.dropout:
@@ -128,7 +130,7 @@ class Trainer:
         changes its rounding: without this pass, the first step of a resumed run would have other bytes.
         """
         if self.runtime.dist.world_size > 1:
-            self._backward(self.runtime.dist.rank)
+            self._micro_batch_loss(self.runtime.dist.rank)
             self._zero_grad()
 
     def optimizer_step(self) -> None:
@@ -146,11 +148,11 @@ class Trainer:
             Alg1Error: a loss is not finite (exit code 3).
         """
         self.speed = self.clock.overall_speed(self.step)
-        if not self.progress.evaluated():
+        if not self.progress.evaluated:
             with self.clock.pause(overall=True):
                 train_loss, val_loss = self._mean_losses()
             if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
-                self._stop(f"the evaluation loss is not finite after step {self.step}")
+                self._raise_not_finite(f"the evaluation loss is not finite after step {self.step}")
             rate = learning_rate(self.config, self.step)
             self.progress.add(Evaluation(self.step, train_loss, val_loss, rate))
         self.clock.measure(self.progress)
@@ -178,8 +180,8 @@ class Trainer:
         train_loss, val_loss = (total / config.eval_iters for total in dist.all_reduce_sum(sums))
         return train_loss, val_loss
 
-    def _stop(self, message: str) -> None:
-        """Raise for a loss or gradient that is not finite. Only in the main process: its end ends the others."""
+    def _raise_not_finite(self, message: str) -> None:
+        """Raise Alg1Error in the main process; torchrun ends the others when it is gone."""
         if self.runtime.dist.is_main:
             raise Alg1Error(message, stability_hint(self.config, self.runtime.dtype), CANNOT_TRAIN)
 
