@@ -130,7 +130,8 @@ TRAIN_MISTAKES = [
     ),
     (
         "--positions rotary --n-embd 6 --n-head 2",
-        "positions = rotary rotates pairs, but a head of n_embd / n_head = 3 is odd (n_embd = 8 makes it even)"
+        "positions = rotary rotates pairs, but a head of n_embd / n_head = 3 is odd"
+        " (n_embd = 8 makes it even)"
         " (n_embd from --n-embd, n_head from --n-head, positions from --positions)",
         SHOWS,
     ),
@@ -969,6 +970,31 @@ def raising(error: BaseException):
 )
 def test_a_failure_ends_in_lines_and_a_code(capsys, error, code, printed):
     assert end_of(raising(error), capsys) == (code, "", printed)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_a_signal_while_a_failed_run_closes_hides_no_error(capsys, stop):
+    def main() -> int:
+        try:
+            raise Alg1Error("the disk is full", "make room", 4)
+        finally:
+            raise stop
+
+    assert end_of(main, capsys) == (4, "", "error: the disk is full\nhint: make room\n")
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "printed"),
+    [(KeyboardInterrupt(), 130, "interrupted\n"), (SystemExit(143), 143, "")],
+    ids=repr,
+)
+def test_a_signal_after_an_error_was_handled_ends_as_usual(capsys, stop, code, printed):
+    def main() -> int:
+        with contextlib.suppress(Alg1Error):
+            raise Alg1Error("tried something else")
+        raise stop
+
+    assert end_of(main, capsys) == (code, "", printed)
 
 
 @pytest.mark.parametrize("code", [0, 130, 143])

@@ -32,10 +32,16 @@ def run_script(main: Callable[[], int]) -> None:
     except Alg1Error as error:
         print_error(error)
         code = error.exit_code
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            print("\n" * sys.stderr.isatty() + "interrupted", file=sys.stderr)  # below the terminal's ^C
-        code = INTERRUPTED
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if failure := _failure_before(stop):
+            print_error(failure)
+            code = failure.exit_code
+        elif isinstance(stop, SystemExit):
+            raise
+        else:
+            with contextlib.suppress(OSError):
+                print("\n" * sys.stderr.isatty() + "interrupted", file=sys.stderr)  # below the terminal's ^C
+            code = INTERRUPTED
     except BrokenPipeError:  # the reader has closed the pipe (`| head`)
         code = DONE
     except OSError as error:  # an unexpected one, such as a name that is too long
@@ -47,6 +53,17 @@ def run_script(main: Callable[[], int]) -> None:
     except OSError:  # otherwise Python flushes again at exit, and prints a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     leave(code)
+
+
+def _failure_before(stop: BaseException) -> Alg1Error | None:
+    """Return the error that was ending the program when a signal came, or None.
+
+    When one process of a run is gone, torchrun sends SIGTERM to the others: it may arrive while they close.
+    """
+    before = stop.__context__
+    while before is not None and not isinstance(before, Alg1Error):
+        before = before.__context__
+    return before
 
 
 @contextlib.contextmanager

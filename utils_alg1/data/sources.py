@@ -61,7 +61,7 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
         return _shakespeare(path, say)
     except Alg1Error as error:
         say(f"{error.message}; training on the Python documentation (python-docs) instead")
-        return _python_docs(folder / "python-docs.txt")
+    return _python_docs(folder / "python-docs.txt")
 
 
 def _file_kind(path: Path) -> int | None:
