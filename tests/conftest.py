@@ -175,6 +175,46 @@ def runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str])
     return run
 
 
+def recorded_run(folder: Path, *arguments: str) -> Path:
+    """Run train.py in `folder`, and return the run directory, with what was there to be tracked beside it.
+
+    values.npz holds each parameter and gradient that a histogram is drawn of, under "name kind step";
+    logged.pkl holds the images, texts and embeddings, under (kind, step).
+    """
+    import numpy as np
+
+    import train as script
+    from utils_alg1.run_directory import list_runs
+    from utils_alg1.tracking.observer import Observer
+    from utils_alg1.tracking.trackers import Trackers
+
+    log, log_parameters = Trackers.log, Observer._log_parameters
+    values, logged = {}, {}
+
+    def keep_payload(trackers, kind, payload, step):
+        if kind in ("images", "texts", "embedding"):
+            logged[kind, step] = payload
+        log(trackers, kind, payload, step)
+
+    def keep_parameters(observer, step):
+        for name, p in observer._trainer.model.named_parameters():
+            values[f"{name} parameter {step}"] = p.detach().numpy().copy()
+            values[f"{name} gradient {step}"] = p.grad.numpy().copy()
+        log_parameters(observer, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(Trackers, "log", keep_payload)
+        patch.setattr(Observer, "_log_parameters", keep_parameters)
+        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        assert script.main([*arguments, "--quiet"]) == 0
+        (path,) = list_runs("runs")
+        path = path.absolute()
+    np.savez(path / "values.npz", **values)
+    (path / "logged.pkl").write_bytes(pickle.dumps(logged))
+    return path
+
+
 def at(trainer: Trainer, step: int) -> Trainer:
     """The trainer, as if so many updates had been done."""
     trainer.progress.step = step

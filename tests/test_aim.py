@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-from conftest import TEXT, TINY
+from conftest import TEXT, TINY, recorded_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as script
@@ -24,7 +24,6 @@ from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Imag
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_metrics
-from utils_alg1.tracking.observer import Observer
 from utils_alg1.tracking.trackers import Trackers
 from utils_alg1.training.trainer import Trainer
 
@@ -94,33 +93,8 @@ def without_run(found: dict[tuple, dict]) -> dict[tuple, dict]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run with both trackers, whose values are kept at each histogram in `values.npz`."""
-    folder = tmp_path_factory.mktemp("aim")
-    log, log_parameters = Trackers.log, Observer._log_parameters
-    values, logged = {}, {}
-
-    def keep_payload(trackers, kind, payload, step):
-        if kind in ("images", "texts", "embedding"):
-            logged[kind, step] = payload
-        log(trackers, kind, payload, step)
-
-    def keep_parameters(observer, step):
-        for name, p in observer._trainer.model.named_parameters():
-            values[f"{name} parameter {step}"] = p.detach().numpy().copy()
-            values[f"{name} gradient {step}"] = p.grad.numpy().copy()
-        log_parameters(observer, step)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(Trackers, "log", keep_payload)
-        patch.setattr(Observer, "_log_parameters", keep_parameters)
-        Path("text.txt").write_text(TEXT, encoding="utf-8")
-        assert script.main(["--data", "text.txt", *TINY, *LOOKS, "--quiet"]) == 0
-        (path,) = list_runs("runs")
-        path = path.absolute()
-    np.savez(path / "values.npz", **values)
-    (path / "logged.pkl").write_bytes(pickle.dumps(logged))
-    return path
+    """A run with both trackers, and what they were told."""
+    return recorded_run(tmp_path_factory.mktemp("aim"), "--data", "text.txt", *TINY, *LOOKS)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import TEXT, TINY, lasting_metrics
+from conftest import TEXT, TINY, lasting_metrics, recorded_run
 from google.protobuf import text_format
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing import plugin_event_accumulator
@@ -38,8 +38,6 @@ from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Imag
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_metrics
-from utils_alg1.tracking.observer import Observer
-from utils_alg1.tracking.trackers import Trackers
 from utils_alg1.training.trainer import Trainer
 from utils_tensorboard import server as server_module
 from utils_tensorboard.config import load_tensorboard_config
@@ -126,33 +124,8 @@ def curves(metrics_path: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run with TensorBoard; its parameters at each histogram are in values.npz, the rest in logged.pkl."""
-    folder = tmp_path_factory.mktemp("tensorboard")
-    log, log_parameters = Trackers.log, Observer._log_parameters
-    values, logged = {}, {}
-
-    def keep_payload(trackers, kind, payload, step):
-        if kind in ("images", "texts", "embedding"):
-            logged[kind, step] = payload
-        log(trackers, kind, payload, step)
-
-    def keep_parameters(observer, step):
-        for name, p in observer._trainer.model.named_parameters():
-            values[f"Parameters/{name} {step}"] = p.detach().numpy().copy()
-            values[f"Gradients/{name} {step}"] = p.grad.numpy().copy()
-        log_parameters(observer, step)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(Trackers, "log", keep_payload)
-        patch.setattr(Observer, "_log_parameters", keep_parameters)
-        Path("text.txt").write_text(TEXT, encoding="utf-8")
-        assert script.main([*TENSORBOARD_ONLY, "--quiet"]) == 0
-        (path,) = list_runs("runs")
-        path = path.absolute()
-    np.savez(path / "values.npz", **values)
-    (path / "logged.pkl").write_bytes(pickle.dumps(logged))
-    return path
+    """A run with TensorBoard, and what it was told."""
+    return recorded_run(tmp_path_factory.mktemp("tensorboard"), *TENSORBOARD_ONLY)
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +174,10 @@ def test_histograms_are_those_of_numpy(run, events):
     drawn = [tag for tag in events.Tags()["histograms"] if not tag.startswith("Activations")]
     with np.load(run / "values.npz") as values:
         for tag in drawn:
+            group, name = tag.split("/", 1)
+            kind = {"Parameters": "parameter", "Gradients": "gradient"}[group]
             for event in events.Histograms(tag):
-                histogram, tensor = event.histogram_value, values[f"{tag} {event.step}"].ravel()
+                histogram, tensor = event.histogram_value, values[f"{name} {kind} {event.step}"].ravel()
                 if tensor.min() == tensor.max():
                     continue
                 counts, edges = np.histogram(tensor.astype(float), HISTOGRAM_BINS)
@@ -676,6 +651,16 @@ def answers(host: str, port: int) -> bool:
     return True
 
 
+def is_served(server: TensorBoardServer) -> bool:
+    """Wait until the server answers; False if it ended or does not answer within half a minute."""
+    end = time.monotonic() + 30
+    while server._process is not None and server._process.poll() is None and time.monotonic() < end:
+        if answers("127.0.0.1", server.port):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def ask(port: int, path: str) -> object:
     """An answer of TensorBoard's HTTP API, straight from this machine."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -689,7 +674,7 @@ def test_the_server_answers_with_the_points_of_a_run_on_loopback_only(run, event
     said: list[str] = []
     port = free_port()
     with TensorBoardServer(run.parent, port, said.append, pytest.fail) as server:
-        assert server.wait_until_ready()
+        assert is_served(server)
         assert not answers("127.0.0.2", port)
         name = f"{run.name}/logs/tensorboard"
         end = time.monotonic() + 60
@@ -719,7 +704,7 @@ def test_a_busy_port_is_a_warning(tmp_path):
         busy.listen()
         port = busy.getsockname()[1]
         with TensorBoardServer(tmp_path, port, pytest.fail, warnings.append) as server:
-            assert not server.wait_until_ready()
+            assert not is_served(server)
     assert warnings == [f"TensorBoard is not served: port {port} is busy; try --port N"]
 
 
@@ -738,7 +723,7 @@ def test_a_server_that_ends_early_is_a_warning(tmp_path):
     server.start()
     server._process.kill()
     server._process.wait()
-    assert not server.wait_until_ready()
+    assert not is_served(server)
     server.stop()
     server.stop()
     assert warnings == [f"the TensorBoard server ended early (exit code {-signal.SIGKILL})"]

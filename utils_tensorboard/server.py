@@ -6,13 +6,11 @@ import contextlib
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 HOST = "127.0.0.1"  # this machine only, because TensorBoard has no passwords
-START_TIMEOUT = 30  # seconds
-STOP_TIMEOUT = 5
+STOP_TIMEOUT = 5  # seconds
 
 
 class TensorBoardServer:
@@ -64,17 +62,6 @@ class TensorBoardServer:
             self._warn(f"TensorBoard is not served: {error}")
             return
         self._say(f"TensorBoard is at {self.url} while this run lasts")
-
-    def wait_until_ready(self, timeout: float = START_TIMEOUT) -> bool:
-        """Wait until the server answers; False if it ended or the time is up."""
-        end = time.monotonic() + timeout
-        while self._process is not None and self._process.poll() is None:
-            if _is_listening(self.port):
-                return True
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.1)
-        return False
 
     def kill(self) -> None:
         """Kill the server, without waiting for its end."""
