@@ -86,6 +86,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CAMPAIGN] = Campaign(config.getoption("--campaign"))
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if output := getattr(session.config, "workeroutput", None):  # in a worker of pytest-xdist
+        output["campaign"] = session.config.stash[CAMPAIGN].table
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up the tables of the workers of pytest-xdist."""
+    for fault, cases in getattr(node, "workeroutput", {}).get("campaign", {}).items():
+        node.config.stash[CAMPAIGN].count(fault, cases)
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     table = config.stash[CAMPAIGN].table
     if table:

@@ -29,7 +29,7 @@ ARGUMENTS = (
 ).split()
 LAST_STEP = 12
 FILE_CALLS = ("open", "write", "fsync", "close", "rename", "unlink")
-WORKERS = 2
+WORKERS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))  # cases at a time
 TIMEOUT = 60.0  # seconds for one case
 
 Action = Callable[[str, Callable, tuple, dict], Any]
