@@ -12,7 +12,7 @@ FOLDER = PROJECT / "benchmarks"
 HELPERS = {"common.py", "peers.py"}
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in HELPERS)
 # What the plain suite has time for.
-QUICK = ("checkpoint.py", "optimizers.py", "options.py", "sample.py", "tokens.py")
+QUICK = ("checkpoint.py", "optimizers.py")
 QUICK_FLAGS = {"scaling.py": ["--picture", "scaling.png"]}
 
 

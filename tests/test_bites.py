@@ -168,7 +168,18 @@ def test_without_a_guard_the_suite_fails(guard, tmp_path, campaign):
     copy = tmp_path / "project"
     shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
     (copy / guard.file).write_text(text.replace(guard.code, guard.without))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *guard.tests.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        *guard.tests.split(),
+    ]
     result = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1, result.stdout[-2000:]
     assert " failed" in result.stdout and " error" not in result.stdout.splitlines()[-1]

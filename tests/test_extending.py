@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, TINY, run_process
 
-TEXT = "to be, or not to be: that is the question.\n" * 40
-
 
 def shown_changes() -> dict[str, str]:
     """The diffs by the words that they stand under."""
@@ -35,47 +33,54 @@ def make_change(diff: str, project: Path) -> None:
         path.write_text(text.replace(old, new) if text else new)
 
 
-@pytest.fixture
-def changed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of the project with the change that the test names."""
-    project = tmp_path / "project"
-    ignored = shutil.ignore_patterns(".*", "tests", "benchmarks", "docs", "runs", "*.egg-info", "__pycache__")
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with every change that is shown."""
+    project = tmp_path_factory.mktemp("extending") / "project"
+    ignored = shutil.ignore_patterns(".*", "benchmarks", "docs", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(PROJECT, project, ignore=ignored)
-    make_change(shown_changes()[request.param], project)
-    (tmp_path / "text.txt").write_text(TEXT)
+    for diff in shown_changes().values():
+        make_change(diff, project)
     return project
 
 
-def train(project: Path, *flags: object) -> Path:
+@pytest.fixture(scope="module")
+def run(changed: Path) -> Path:
     """A short run of the changed project; its directory."""
-    where = ["--data", "text.txt", *TINY, "--max-iters", 2, "--no-aim"]
-    result = run_process(project / "train.py", *where, *flags, cwd=project.parent)
-    assert result.code == 0, result.err
-    assert result.err == ""
-    return max((project.parent / "runs").glob("2*"))
+    flags = [
+        *TINY,
+        "--max-iters",
+        2,
+        "--no-aim",
+        "--data",
+        "licence",
+        "--optimizer",
+        "sgd",
+        "--momentum",
+        0.5,
+    ]
+    result = run_process(changed / "train.py", *flags, cwd=changed.parent)
+    assert (result.code, result.err) == (0, "")
+    (path,) = (changed.parent / "runs").glob("2*")
+    return path
 
 
 def test_every_change_that_is_shown_is_made_here():
     assert list(shown_changes()) == ["A parameter", "A metric", "A tracker", "A source of texts"]
 
 
-@pytest.mark.parametrize("changed", ["A parameter"], indirect=True)
-def test_a_parameter(changed):
-    shutil.copytree(PROJECT / "tests", changed / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    tests = ["tests/test_readme.py", "-k", "table_of_parameters or every_flag"]
+def test_a_parameter(changed, run):
+    tests = ["tests/test_readme.py", "-n", "0", "-k", "table_of_parameters or every_flag"]
     checked = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=changed, capture_output=True)
-    assert checked.returncode == 0
-    run = train(changed, "--no-tensorboard", "--optimizer", "sgd", "--momentum", 0.5)
+    assert checked.returncode == 0, checked.stdout
     assert json.loads((run / "meta/full_config.json").read_text())["parameters"]["momentum"] == 0.5
     result = run_process(changed / "train.py", "--momentum", 2, cwd=changed.parent)
     assert result.code == 2 and "momentum = 2" in result.err
 
 
-@pytest.mark.parametrize("changed", ["A metric"], indirect=True)
-def test_a_metric(changed):
+def test_a_metric(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = train(changed)
     rows = [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
     expected = [row["head_norm"] for row in rows if "head_norm" in row]
     assert len(expected) == 2 and expected[0] > 0
@@ -84,14 +89,10 @@ def test_a_metric(changed):
     assert [point.value for point in curves.Scalars("head_norm")] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("changed", ["A tracker"], indirect=True)
-def test_a_tracker(changed):
-    run = train(changed, "--no-tensorboard")
+def test_a_tracker(run):
     lines = (run / "logs/val_loss.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["0", "2"]
 
 
-@pytest.mark.parametrize("changed", ["A source of texts"], indirect=True)
-def test_a_source_of_texts(changed):
-    run = train(changed, "--no-tensorboard", "--data", "licence")
+def test_a_source_of_texts(run):
     assert "LICENSE.txt" in (run / "logs/train.log").read_text()

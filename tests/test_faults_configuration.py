@@ -66,7 +66,7 @@ def test_any_configuration_ends_with_0_or_2_and_stays_in_its_folder(tmp_path, ca
     folders = iter(range(10**6))
 
     @settings(
-        max_examples=400 if campaign.whole else 40, suppress_health_check=list(HealthCheck), database=None
+        max_examples=400 if campaign.whole else 25, suppress_health_check=list(HealthCheck), database=None
     )
     @given(choices)
     def check(flags: dict[str, str]) -> None:
