@@ -17,9 +17,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from utils_alg1.base.errors import DONE, Alg1Error
-from utils_alg1.base.problems import raise_problems
-from utils_alg1.base.settings import A_WORD, Limits
-from utils_alg1.console.command_line import Flag, Parser, add_runs_dir_flag
+from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty
 from utils_alg1.console.messages import text_for_stream
 from utils_alg1.console.script import run_script
 from utils_alg1.utils_config_loader import ConfigLoader
@@ -40,19 +38,18 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="python compare.py",
         description="Compare runs: print a table of their parameters and results.",
-        allow_abbrev=False,
     )
     add_runs_dir_flag(parser)
-    column = "sort by a heading such as tok/s or 'val loss', a value of --json or a parameter, the best first"
-    parser.add_argument("--sort", action=Flag, default="run", metavar="NAME", limits=Limits(column))
+    column = "a heading such as tok/s or 'val loss', a value of --json or a parameter, the best first"
+    parser.add_argument(
+        "--sort", type=not_empty, default="run", metavar="NAME", help=f"sort by {column} (%(default)s)"
+    )
     parser.add_argument("--reverse", action="store_true", help="reverse the order")
-    tag = Limits("only the runs with this text in their tag", may_be_empty=True, suggested_for=(A_WORD,))
-    parser.add_argument("--tag", action=Flag, limits=tag)
+    parser.add_argument("--tag", metavar="TEXT", help="only the runs with this text in their tag")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print every value as JSON")
     output.add_argument("--csv", action="store_true", help="print every value as CSV")
-    arguments, problems = parser.parse_with_suggestions(argv)
-    raise_problems(problems, f"{parser.prog} --help lists every flag")
+    arguments = parser.parse_args(argv)
     arguments.sort = find_column(arguments.sort)
     return arguments
 

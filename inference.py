@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING
 from parameters import specs
 from utils import show_characters
 from utils_alg1.base.errors import DONE, Alg1Error
-from utils_alg1.base.problems import Problem, raise_problems
-from utils_alg1.base.settings import A_FOLDER, A_PATH, A_WORD, Limits
-from utils_alg1.console.command_line import Flag, Parser, add_runs_dir_flag
-from utils_alg1.console.dialogue import SETTINGS, interact
+from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty, number
+from utils_alg1.console.dialogue import add_settings, interact
 from utils_alg1.console.messages import IncrementalWriter, print_warning, text_for_stream
 from utils_alg1.console.script import importing, run_script
 from utils_alg1.utils_config_loader import ConfigLoader
@@ -41,46 +39,34 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         Alg1Error: unknown flags, or values out of range.
         SystemExit: after --help.
     """
-    parser = build_parser()
-    arguments, problems = parser.parse_with_suggestions(argv)
-    if arguments.interactive and arguments.prompt is not None:
-        problems.append(Problem("--interactive asks for prompts: leave --prompt out", ("prompt",)))
-    if arguments.interactive and arguments.num_samples != 1:
-        text = "--interactive draws one text for each prompt: leave --num-samples out"
-        problems.append(Problem(text, ("interactive", "num_samples")))
-    raise_problems(problems, f"{parser.prog} --help lists every flag")
-    return arguments
-
-
-def build_parser() -> Parser:
-    parser = Parser(
-        prog="python inference.py",
-        description="Sample text from a trained model.",
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python inference.py", description="Sample text from a trained model.")
     source = parser.add_mutually_exclusive_group()
-    run = Limits("a run id or directory (default: the latest)", suggested_for=(A_FOLDER,))
-    source.add_argument("--run", action=Flag, metavar="RUN", limits=run)
-    file = Limits("an exported file or a checkpoint", suggested_for=(".safetensors", A_PATH))
-    source.add_argument("--model", action=Flag, metavar="PATH", limits=file)
-    prompt = Limits("the text to continue", may_be_empty=True, suggested_for=(A_WORD,))
-    parser.add_argument("--prompt", action=Flag, limits=prompt)
-    for name, setting in SETTINGS.items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(
-            flag, action=Flag, type=setting.type, default=setting.default, limits=setting.limits
-        )
-    samples = Limits("number of texts to draw", minimum=1)
-    parser.add_argument("--num-samples", action=Flag, type=int, default=1, limits=samples)
-    stop = Limits("end a text after it has drawn this string", may_be_empty=True)
-    parser.add_argument("--stop", action=Flag, limits=stop)
+    run = "a run id or directory (default: the latest)"
+    source.add_argument("--run", type=not_empty, metavar="RUN", help=run)
+    source.add_argument("--model", type=not_empty, metavar="PATH", help="an exported file or a checkpoint")
+    text = parser.add_argument_group("text")
+    prompts = text.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompts.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
+    add_settings(text)
+    samples = "number of texts to draw (%(default)s)"
+    text.add_argument("--num-samples", type=number(int, minimum=1), default=1, metavar="N", help=samples)
+    text.add_argument("--stop", metavar="TEXT", help="end a text after it has drawn this string")
     device = specs()["device"]
-    parser.add_argument("--device", action=Flag, default=device.default, metavar="NAME", limits=device.limits)
-    vocabulary = Limits("the text that the weights were trained on, if they come without a vocabulary")
-    parser.add_argument("--vocabulary", action=Flag, metavar="PATH", limits=vocabulary)
-    parser.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
+    parser.add_argument(
+        "--device",
+        type=not_empty,
+        default=device.default,
+        metavar="NAME",
+        help=f"{device.limits.help} (%(default)s)",
+    )
+    vocabulary = "the text that the weights were trained on, if they come without a vocabulary"
+    parser.add_argument("--vocabulary", type=not_empty, metavar="PATH", help=vocabulary)
     add_runs_dir_flag(parser)
-    return parser
+    arguments = parser.parse_args(argv)
+    if arguments.interactive and arguments.num_samples != 1:
+        parser.error("--interactive draws one text for each prompt: leave --num-samples out")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,6 @@ from utils_alg1.base.problems import (
     shown,
 )
 from utils_alg1.base.settings import (
-    A_PATH,
     TYPE_NAMES,
     Spec,
     coerce,
@@ -295,7 +294,6 @@ class DataConfig:
     data_path: str = setting(
         "data/input.txt",
         "a UTF-8 text file, or one of the names shakespeare and python-docs",
-        suggested_for=(A_PATH,),
         flag="--data",
         may_change=True,  # but not the text itself: checkpoints contain its digest
     )

@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils_alg1.base.errors import DONE, Alg1Error
-from utils_alg1.base.problems import Problem, raise_problems
-from utils_alg1.base.settings import A_PATH, Limits
 from utils_alg1.console.command_line import (
-    Flag,
     Options,
     Parser,
     add_config_flag,
     add_parameter_flags,
+    not_empty,
+    number,
     split_parameters,
 )
 from utils_alg1.console.script import run_script
@@ -79,48 +78,45 @@ def parse_command_line(argv: list[str] | None = None) -> SearchOptions:
         usage="python search.py [--flag VALUE ...]",
         description="Search for better hyperparameters: many short runs, compared by their val loss.",
         epilog="The flags below `search` are those of train.py and apply to every trial.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add_search_flags(parser.add_argument_group("search"))
     add_parameter_flags(parser)
-    namespace, problems = parser.parse_with_suggestions(argv)
-    values, others = split_parameters(namespace)
+    values, others = split_parameters(parser.parse_args(argv))
     training = Options(values=values, config=others.pop("config", None))
     options = SearchOptions(training=training, **others)
-    raise_problems([*problems, *name_problems(options)], f"{parser.prog} --help lists every flag")
+    check_name(options.name, parser)
     return options
 
 
 def add_search_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the search itself and --config."""
-    space = Limits("file of the search space", suggested_for=(".yaml", A_PATH))
-    group.add_argument("--space", action=Flag, default="configs/search.yaml", metavar="PATH", limits=space)
-    study = Limits("name of the study and of its folder in searches/ (default: that of the space file)")
-    group.add_argument("--study", action=Flag, default=None, metavar="NAME", limits=study)
-    trials = Limits("number of trials, including those of earlier starts", minimum=1)
-    group.add_argument("--trials", action=Flag, type=int, default=20, limits=trials)
-    workers = Limits("number of trials at a time", minimum=1)
-    group.add_argument("--workers", action=Flag, type=int, default=1, limits=workers)
-    sampler = Limits("how values are chosen; tpe is Bayesian", choices=("tpe", "random", "grid"))
-    group.add_argument("--sampler", action=Flag, default="tpe", limits=sampler)
-    seed = Limits("seed of the sampler", minimum=0)
-    group.add_argument("--sampler-seed", action=Flag, type=int, default=0, limits=seed)
+    space = "file of the search space (%(default)s)"
+    group.add_argument("--space", type=not_empty, default="configs/search.yaml", metavar="PATH", help=space)
+    study = "name of the study and of its folder in searches/ (default: that of the space file)"
+    group.add_argument("--study", type=not_empty, default=None, metavar="NAME", help=study)
+    trials = "number of trials, including those of earlier starts (%(default)s)"
+    group.add_argument("--trials", type=number(int, minimum=1), default=20, metavar="N", help=trials)
+    workers = "number of trials at a time (%(default)s)"
+    group.add_argument("--workers", type=number(int, minimum=1), default=1, metavar="N", help=workers)
+    sampler = "how values are chosen; tpe is Bayesian (%(default)s)"
+    group.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe", help=sampler)
+    seed = "seed of the sampler (%(default)s)"
+    group.add_argument("--sampler-seed", type=number(int, minimum=0), default=0, metavar="N", help=seed)
     no_prune = "run every trial to its end instead of stopping unpromising ones early"
     group.add_argument("--no-prune", dest="prune", default=True, action="store_false", help=no_prune)
-    storage = Limits("a journal file or a database URL (default: journal.log in the folder of the study)")
-    group.add_argument("--storage", action=Flag, default=None, metavar="PATH|URL", limits=storage)
+    storage = "a journal file or a database URL (default: journal.log in the folder of the study)"
+    group.add_argument("--storage", type=not_empty, default=None, metavar="PATH|URL", help=storage)
     add_config_flag(group)
 
 
-def name_problems(options: SearchOptions) -> list[Problem]:
-    """Return the problem of the study's name, if there is one."""
+def check_name(name: str, parser: Parser) -> None:
+    """Raise Alg1Error if a study cannot have this name."""
     from utils_alg1.run_directory import sanitise_tag
 
-    if sanitise_tag(options.name) == options.name and 0 < len(options.name) <= MAX_NAME_LENGTH:
-        return []
-    expected = f"letters, digits, - _ and . within, at most {MAX_NAME_LENGTH}"
-    return [Problem(f"--study {options.name!r}: must be a name of {expected}", ())]
+    if sanitise_tag(name) != name or not 0 < len(name) <= MAX_NAME_LENGTH:
+        expected = f"letters, digits, - _ and . within, at most {MAX_NAME_LENGTH}"
+        parser.error(f"--study {name!r}: must be a name of {expected}")
 
 
 def main(argv: list[str] | None = None) -> int:

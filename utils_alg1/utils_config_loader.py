@@ -54,7 +54,7 @@ class Sources:
         self._unreadable: list[Problem] = []
         self._default_sources = self._read(_default_files(options.config))
         try:
-            named = _config_files(options.config) if options.config else []  # "" is a problem already
+            named = _config_files(options.config) if options.config else []
         except Alg1Error as error:
             self._add_unreadable(error)
             named = []
@@ -100,7 +100,7 @@ class Sources:
         """Check each value by itself, before the run or the model that it is for has been read.
 
         Raises:
-            Alg1Error: every problem of the command line and of the files that are used, in one message.
+            Alg1Error: every problem of the parameters and of the files that are used, in one message.
         """
         values, origins, problems = self._merge({} if self._options.resume is not None else None, None)
         of_values = part_problems(build_parts(values), origins)
@@ -135,7 +135,7 @@ class Sources:
 
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
-        problems = [*self._options.problems, *self._unreadable]
+        problems = list(self._unreadable)
         for origin, source, _ in sources:
             good, faults = coerce_all(source, origin, FLAGS_ONLY)
             values.update(good)

@@ -12,10 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Kinds of words, for words on a command line that have no flag in front (see Limits.suggested_for).
-A_FOLDER = "a folder"
-A_PATH = "a file or a folder"
-A_WORD = "a word"
 LARGEST = 2**31 - 1  # the maximum of an integer without a limit of its own: more could not be allocated
 WIDEST_COLUMN = 40  # characters of a column in a listing; longer entries push their line to the right
 
@@ -31,7 +27,6 @@ class Limits:
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
     may_be_empty: bool = False  # whether "" is allowed
-    suggested_for: tuple[str, ...] = ()  # suggest this flag for a word of these kinds (or suffixes)
     flag: str | None = None  # the command-line flag, where it is not made from the field's name
     may_change: bool = False  # whether a resumed run may change it: it does not affect the steps so far
 

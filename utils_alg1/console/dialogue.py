@@ -1,77 +1,78 @@
-"""The dialogue of inference.py --interactive, and the sampling settings that it shares with the flags."""
+"""The dialogue of inference.py --interactive, and the sampling settings: its commands are flags there."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from parameters import specs
 from utils_alg1.base.errors import DONE, Alg1Error
-from utils_alg1.base.problems import nearest, shown
-from utils_alg1.base.settings import Limits
-from utils_alg1.console.command_line import read_value
+from utils_alg1.base.problems import nearest
+from utils_alg1.console.command_line import Parser, number
 from utils_alg1.console.messages import print_error
 
-OFF = "off"  # how None is written
-UNKNOWN = ("error", "skip", "replace")  # what to do with characters that are not in the vocabulary
 INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a text, Ctrl-D ends"
+COMMANDS = (":length", ":temperature", ":top-k", ":top-p", ":seed", ":unknown", ":help", ":quit")
 
 
-class Setting(NamedTuple):
-    """A sampling setting: a flag of inference.py and a command of the dialogue."""
+def add_settings(group: Any, prefix: str = "--", length: str = "max-new-tokens") -> None:
+    """Add the sampling settings to a parser or a group of it: as flags, or as commands of the dialogue.
 
-    type: type
-    default: Any  # None: off
-    limits: Limits  # with the help on the flag
-    meaning: str  # the help on the command
+    Args:
+        prefix: of every name.
+        length: the name of max_new_tokens.
+    """
+    add, seed = group.add_argument, specs()["seed"]
+    add(
+        prefix + length,
+        dest="max_new_tokens",
+        type=number(int, minimum=0),
+        default=500,
+        metavar="N",
+        help="number of characters (%(default)s)",
+    )
+    add(
+        prefix + "temperature",
+        type=number(float, minimum=0),
+        default=1.0,
+        metavar="X",
+        help="sampling temperature; 0: greedy (%(default)s)",
+    )
+    add(
+        prefix + "top-k",
+        type=or_off(number(int, minimum=1)),
+        default="off",
+        metavar="N",
+        help="sample from the N most likely characters (%(default)s)",
+    )
+    add(
+        prefix + "top-p",
+        type=or_off(number(float, above=0, maximum=1)),
+        default="off",
+        metavar="X",
+        help="sample from the most likely characters with total probability X (%(default)s)",
+    )
+    add(
+        prefix + "seed",
+        type=number(int, minimum=0, maximum=seed.limits.maximum),
+        default=seed.default,
+        metavar="N",
+        help="random seed, from which sampling starts (%(default)s)",
+    )
+    add(
+        prefix + "unknown",
+        choices=("error", "skip", "replace"),
+        default="error",
+        help="what to do with characters of a prompt that are not in the vocabulary (%(default)s)",
+    )
 
 
-_SEED = specs()["seed"]
-SETTINGS = {
-    "max_new_tokens": Setting(int, 500, Limits("number of characters", minimum=0), "number of characters"),
-    "temperature": Setting(
-        float, 1.0, Limits("sampling temperature; 0: greedy", minimum=0), "sampling temperature; 0: greedy"
-    ),
-    "top_k": Setting(
-        int,
-        None,
-        Limits("sample from the N most likely characters", minimum=1),
-        "sample from so many of the most likely characters; off: from all",
-    ),
-    "top_p": Setting(
-        float,
-        None,
-        Limits(
-            "sample from the most likely characters with total probability X (nucleus)", above=0, maximum=1
-        ),
-        "sample from the most likely characters with this total probability; off: from all",
-    ),
-    "seed": Setting(
-        int,
-        _SEED.default,
-        dataclasses.replace(_SEED.limits, help="random seed of the samples"),
-        "random seed; sampling restarts from it",
-    ),
-    "unknown": Setting(
-        str,
-        "error",
-        Limits("what to do with characters of a prompt that are not in the vocabulary", choices=UNKNOWN),
-        "characters of a prompt that are not in the vocabulary: error, skip or replace",
-    ),
-}
-COMMANDS = {
-    ":temperature": "temperature",
-    ":length": "max_new_tokens",
-    ":top-k": "top_k",
-    ":top-p": "top_p",
-    ":seed": "seed",
-    ":unknown": "unknown",
-}
-ALL_COMMANDS = (*COMMANDS, ":help", ":quit")
+def or_off(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return an argparse type that reads "off" as None and other text with `convert`."""
+    return lambda text: None if text == "off" else convert(text)
 
 
 def interact(
@@ -82,7 +83,7 @@ def interact(
     Ctrl-C ends a text, Ctrl-D the program.
 
     Args:
-        arguments: the settings, by the names of SETTINGS; commands change them.
+        arguments: the settings of `add_settings`; commands change them.
         answer: writes a prompt and its continuation.
         seed: restarts sampling from a seed.
     """
@@ -98,7 +99,7 @@ def interact(
             if typed.startswith("::"):  # a prompt that begins with a colon
                 line = line.replace("::", ":", 1)
             elif typed.startswith(":"):
-                obey(typed, arguments, seed)
+                print(obey(typed, arguments, seed), file=sys.stderr)
                 continue
             answer(line)
         except EOFError:
@@ -110,74 +111,39 @@ def interact(
             print()
 
 
-def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]) -> None:
-    """Execute a line such as ":temperature 0.7"; a command without a value prints the current one.
+def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]) -> str:
+    """Execute a line such as ":temperature 0.7" and return what to print: the value of the setting, or help.
 
     Raises:
         Alg1Error: there is no such command, or its value is wrong; nothing has changed.
         EOFError: the command is :quit.
     """
-    word, *values = line.split(maxsplit=1)
-    text = values[0].strip() if values else ""
-    if word in (":help", ":quit"):
-        if text:
-            raise Alg1Error(f"{word} {shown(text)}: it takes no value", f"type {word}")
-        if word == ":quit":
-            raise EOFError
-        print(help_on_commands(arguments), file=sys.stderr)
-        return
+    word, *value = line.strip().split(maxsplit=1)
     if word not in COMMANDS:
-        suggestion = nearest(word, ALL_COMMANDS)
-        raise Alg1Error(
-            f"unknown command {word}{suggestion}", "type :help, or :: for a prompt that begins with :"
-        )
-    name = COMMANDS[word]
-    if text:
-        value = value_of(word, text, arguments)
-        setattr(arguments, name, value)
-        if name == "seed":
-            seed(value)
-    print(f"{word} {shown_value(arguments, name)}", file=sys.stderr)
-
-
-def value_of(word: str, text: str, arguments: argparse.Namespace) -> Any:
-    """Convert the value after a command.
-
-    Raises:
-        Alg1Error: it has the wrong type or is out of range.
-    """
-    name = COMMANDS[word]
-    setting = SETTINGS[name]
-    may_be_off = setting.default is None
-    if may_be_off and text == OFF:
-        return None
-    try:
-        return read_value(setting.type, setting.limits, text)
-    except ValueError as error:
-        raise Alg1Error(
-            f"{word} {error}{', or off' * may_be_off}",
-            f"it stays {shown_value(arguments, name)}; :help explains every command",
-        ) from None
-
-
-def shown_value(arguments: argparse.Namespace, name: str) -> str:
-    value = getattr(arguments, name)
-    return OFF if value is None else str(value)
-
-
-def help_on_commands(arguments: argparse.Namespace) -> str:
-    """Return the list of commands with their current values."""
-    rows = [
-        (f"{word} {shown_value(arguments, name)}", SETTINGS[name].meaning) for word, name in COMMANDS.items()
-    ]
-    rows += [
-        (":help", "this list"),
-        ("::TEXT", "the prompt :TEXT"),
-        ("Ctrl-C", "stops a text"),
-        (":quit, Ctrl-D", "ends"),
-    ]
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{what:{width}}  {meaning}" for what, meaning in rows)
+        hint = "type :help, or :: for a prompt that begins with :"
+        raise Alg1Error(f"unknown command {word}{nearest(word, COMMANDS)}", hint)
+    if value and word in (":help", ":quit"):
+        raise Alg1Error(f"{word} takes no value", f"type {word}")
+    if word == ":quit":
+        raise EOFError
+    parser = Parser(
+        hint=":help explains every command",
+        usage=argparse.SUPPRESS,
+        prefix_chars=":",
+        add_help=False,
+        epilog="::TEXT is the prompt :TEXT. Ctrl-C stops a text; :quit or Ctrl-D ends.",
+    )
+    add_settings(parser, ":", "length")
+    if value:
+        parser.parse_args([word, *value], arguments)
+        if word == ":seed":
+            seed(arguments.seed)
+    settings = {name: "off" if value is None else value for name, value in vars(arguments).items()}
+    if word == ":help":
+        parser.set_defaults(**settings)
+        return parser.format_help().strip()
+    name = word[1:].replace("-", "_")
+    return f"{word} {settings['max_new_tokens' if name == 'length' else name]}"
 
 
 def enable_history() -> None:
@@ -186,7 +152,7 @@ def enable_history() -> None:
         import readline
 
         def complete(text: str, n: int) -> str | None:
-            fitting = [word for word in ALL_COMMANDS if text and word.startswith(text)]
+            fitting = [word for word in COMMANDS if text and word.startswith(text)]
             return fitting[n] if n < len(fitting) else None
 
         readline.set_completer(complete)
