@@ -12,18 +12,18 @@ is listed with the values that are known. Runs are only read.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
-from typing import TYPE_CHECKING
 
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty
 from utils_alg1.console.messages import text_for_stream
 from utils_alg1.console.script import run_script
+from utils_alg1.console.table import to_csv
+from utils_alg1.report.compare import Row, find_column, format_rows, mark_best, read_run, sort_rows
+from utils_alg1.run_directory import NO_RUN_HINT, list_runs, no_folder
 from utils_alg1.utils_config_loader import ConfigLoader
-
-if TYPE_CHECKING:
-    from utils_alg1.report.compare import Row
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,8 +33,6 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         Alg1Error: unknown flags, or a --sort column that does not exist.
         SystemExit: after --help.
     """
-    from utils_alg1.report.compare import find_column
-
     parser = Parser(
         prog="python compare.py",
         description="Compare runs: print a table of their parameters and results.",
@@ -56,36 +54,29 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
-
-    from utils_alg1.report.compare import format_table, sort_rows, to_csv, to_json
-
     rows = read_runs(ConfigLoader.runs_dir(arguments.runs_dir), arguments.tag)
-    rows = sort_rows(rows, "run", False)  # the order of rows that are equal in the column of --sort
     rows = sort_rows(rows, arguments.sort, arguments.reverse)
     if arguments.json:
-        text = to_json(rows)
+        text = json.dumps(rows, indent=2, ensure_ascii=False)
     elif arguments.csv:
-        text = to_csv(rows)
+        text = to_csv(rows[0], rows).removesuffix("\n")
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        text = "\n".join(format_table(rows, width))
+        text = "\n".join(format_rows(rows, width))
     print(text_for_stream(sys.stdout, text))
     return DONE
 
 
 def read_runs(runs_dir: str, tag: str | None) -> list[Row]:
-    """Read every run of a folder, or those with `tag` in their tag, and mark the best.
+    """Read the runs in a folder, or those with `tag` in their tag, the newest first, and mark the best.
 
     Raises:
         Alg1Error: there is no such run.
     """
-    from utils_alg1.report.compare import mark_best, read_run
-    from utils_alg1.run_directory import NO_RUN_HINT, list_runs, no_folder
-
     paths = list_runs(runs_dir)
     if not paths:
         raise Alg1Error(f"there is no run in {runs_dir}{no_folder(runs_dir)}", NO_RUN_HINT)
-    rows = [read_run(path) for path in paths]
+    rows = [read_run(path) for path in reversed(paths)]
     if tag is not None:
         rows = [row for row in rows if tag.casefold() in row["tag"].casefold()]
         if not rows:

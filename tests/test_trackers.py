@@ -32,7 +32,7 @@ from utils_alg1.run_directory import list_runs, lock_run
 from utils_alg1.tracking import background as background_module
 from utils_alg1.tracking import trackers as trackers_module
 from utils_alg1.tracking.background import BackgroundTracker
-from utils_alg1.tracking.metrics_file import MetricsFile, cut_metrics, read_metrics, read_outline
+from utils_alg1.tracking.metrics_file import MetricsFile, cut_metrics, read_metrics
 from utils_alg1.tracking.trackers import Trackers, open_aim, start_trackers
 from utils_alg1.utils_run_manager import create_run
 
@@ -201,48 +201,6 @@ def test_reading_leaves_out_a_torn_last_line(tmp_path):
     assert len(whole) == 6
     path.write_bytes(path.read_bytes() + b'{"step": 4, "loss/train_step": 1.0}')
     assert list(read_metrics(path)) == whole
-
-
-def test_the_outline_is_what_is_rare_and_the_newest_row(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert list(read_outline(path)) == []
-    write_rows(path, 4)
-    rows = list(read_metrics(path))
-    rare = [row for row in rows if "loss/train_step" not in row]
-    assert list(read_outline(path)) == [*rare, rows[-1]] and rows[-1]["step"] == 3
-    path.write_bytes(path.read_bytes() + b'{"step": 4, "tokens_per_second": 9.5}\n{"step": 4, "loss/tr')
-    assert list(read_outline(path)) == [*rare, {"step": 4, "tokens_per_second": 9.5}]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        b"\0\0\0\n",
-        b'{"step": 1, "loss/train_st\n',
-        b'p": 1, "loss/train_step": 0.5}\n',
-        b'{"step": 1, "loss/val": }\n',
-        b'{"step": "1", "loss/val": 1.0}\n',
-        b'{"loss/val": 1.0}\n',
-        b"[1]\n",
-    ],
-)
-def test_the_outline_ends_with_an_error_at_a_damaged_row(tmp_path, row):
-    path = tmp_path / "metrics.jsonl"
-    write_rows(path, 1)
-    path.write_bytes(path.read_bytes() + row + b'{"step": 2, "loss/train_step": 0.5}\n')
-    rows = read_outline(path)
-    assert next(rows)["loss/val"] == 0.2
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: a damaged row"):
-        list(rows)
-
-
-def test_the_outline_parses_the_newest_row(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": , "loss/train_step": 0.5}\n{"step": 2, "loss/train_step": 0.5}\n')
-    assert list(read_outline(path)) == [{"step": 2, "loss/train_step": 0.5}]
-    path.write_bytes(b'{"step": 2, "loss/train_step": 0.5}\n{"step": , "loss/train_step": 0.5}\n')
-    with pytest.raises(ValueError, match="a damaged row"):
-        list(read_outline(path))
 
 
 def test_a_metrics_file_that_is_not_there_has_no_rows(tmp_path):

@@ -1,4 +1,4 @@
-"""Comparison of runs: reads run directories, sorts them and formats them as a table, JSON or CSV.
+"""Comparison of runs: reads run directories, sorts them and formats them as a table.
 
 Runs are only read. A run that is in progress, was interrupted or is damaged has fewer values and the
 corresponding state. This module does not import torch.
@@ -6,10 +6,9 @@ corresponding state. This module does not import torch.
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from typing import Any
 from parameters import build_parts, part_problems, specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import read_json_object
-from utils_alg1.base.problems import names_in, nearest
-from utils_alg1.base.text import bits_per_character, format_number, perplexity, single_line
-from utils_alg1.console import table
-from utils_alg1.console.table import Column
+from utils_alg1.base.problems import nearest, raise_problems
+from utils_alg1.base.text import bits_per_character, format_number, perplexity
+from utils_alg1.console.table import format_table
 from utils_alg1.network.tensor_file import read_metadata
 from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, in_use
-from utils_alg1.tracking.metrics_file import EACH_STEP, read_outline
+from utils_alg1.tracking.metrics_file import EACH_STEP, read_metrics
 from utils_alg1.utils_config_loader import RESUMED
 
 Row = dict[str, Any]  # the values of RESULTS and of all parameters by name; None if unknown
@@ -48,30 +46,26 @@ RESULTS = (
     "text",
     "text_sha256",
 )
-FINAL_KEYS = {  # result -> key in eval/final.json
-    "step": "steps",
-    "best_val_loss": "best_val_loss",
-    "best_step": "best_step",
-    "val_loss": "val_loss",
-    "train_loss": "train_loss",
-    "best_perplexity": "best_perplexity",
-    "best_bits_per_character": "best_bits_per_character",
-    "tokens": "tokens",
-    "tokens_per_second": "tokens_per_second_overall",
-    "seconds": "seconds_in_loop",
-    "n_parameters": "n_parameters",  # missing in old runs
+FINAL_KEYS: dict[str, tuple[str, type]] = {  # result -> key in eval/final.json, int for a count
+    "step": ("steps", int),
+    "best_val_loss": ("best_val_loss", float),
+    "best_step": ("best_step", int),
+    "val_loss": ("val_loss", float),
+    "train_loss": ("train_loss", float),
+    "tokens": ("tokens", int),
+    "tokens_per_second": ("tokens_per_second_overall", float),
+    "seconds": ("seconds_in_loop", float),
 }
-INTEGER_RESULTS = ("step", "best_step", "tokens", "n_parameters")
 HEADINGS = {  # result -> heading of its column, where they differ
     "best_val_loss": "best val loss",
     "val_loss": "val loss",
     "n_parameters": "parameters",
     "tokens_per_second": "tok/s",
 }
-DESCENDING = ("run", "best", "tokens_per_second")  # sorted from the largest value by default
+TEXT_COLUMNS = ("run", "state", "text")  # aligned to the left
+DESCENDING = ("best", "tokens_per_second")  # sorted from the largest value by default
 MAIN_PARAMETERS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
 MAX_CELL_LENGTH = 40  # characters of a parameter or a text
-MAX_NUMBER_LENGTH = 15  # characters of a result; a longer one is written with an exponent
 
 
 # --- one run ------------------------------------------------------------------------------------------
@@ -87,124 +81,91 @@ def read_run(path: Path) -> Row:
     match = RUN_ID.fullmatch(path.name)
     row: Row = dict.fromkeys((*RESULTS, *specs()))
     row |= {"run": path.name, "tag": (match and match[3]) or "", "resumed": False, "best": False}
-    run = RunFolder(path)
-    recorded = read_record(run.record_path, row)
-    measured = read_evaluations(run.metrics_path, row)
-    final = read_final(run.final_path) if run.final_path.exists() else {}
-    # The metrics of a finished run that was resumed are newer than its results.
-    finished = False
-    if final:
-        finished = final["step"] >= (row["step"] or 0)
-    if final and finished:
-        row |= {name: value for name, value in final.items() if value is not None}
-    else:
-        row["seconds"] = seconds_until_checkpoint(run.checkpoint_dir)
+    row["state"] = "unfinished"
+    damaged = False
+    for read in (read_record, read_evaluations, read_final):
+        try:
+            read(RunFolder(path), row)
+        except (Alg1Error, OSError, AttributeError, KeyError, TypeError, ValueError):
+            damaged = True
+    if row["state"] == "unfinished":
+        with contextlib.suppress(Alg1Error, IndexError, KeyError, TypeError, ValueError):
+            newest = checkpoint_paths(RunFolder(path).checkpoint_dir)[-1]
+            row["seconds"] = check(read_metadata(newest)["progress"]["seconds"])
+    if row["best_val_loss"] is not None:
+        row["best_perplexity"] = perplexity(row["best_val_loss"])
+        row["best_bits_per_character"] = bits_per_character(row["best_val_loss"])
+    if damaged:
+        row["state"] = "damaged"
     if in_use(path):
         row["state"] = "running"
-    elif not recorded or not measured or final is None:
-        row["state"] = "damaged"
-    else:
-        row["state"] = "done" if finished else "unfinished"
     return row
 
 
-def read_record(path: Path, row: Row) -> bool:
-    """Copy the parameters and the text from meta/full_config.json to a row; return False if it is invalid.
+# The three readers add values to a row; they raise ValueError or the like if the file is damaged.
 
-    Parameter values that train.py would refuse, such as a negative width, are invalid too and not copied.
+
+def read_record(run: RunFolder, row: Row) -> None:
+    """Read the parameters and the text in meta/full_config.json.
+
+    Parameter values that train.py would refuse, such as a negative width, are damage.
     """
-    try:
-        record = read_json_object(path)
-        given = {name: value for name, value in record["parameters"].items() if name in specs()}
-        parts = build_parts(given)
-        problems = part_problems(parts, {})
-        row |= {name: value for name, value in given.items() if name not in names_in(problems)}
-        row["resumed"] = RESUMED in record["origins"].values()
-        corpus = record["corpus"]
-        text, sha256, vocab_size = corpus["path"], corpus["sha256"], parse_count(corpus["vocab_size"])
-        if problems or not isinstance(text, str) or not isinstance(sha256, str):
-            return False
-        row["text"], row["text_sha256"] = Path(text).name, sha256
-        row["n_parameters"] = replace(parts["model"], vocab_size=vocab_size).n_parameters
-    except (Alg1Error, KeyError, TypeError, AttributeError, ValueError):
-        return False
-    return True
+    record = read_json_object(run.record_path)
+    given = {name: value for name, value in record["parameters"].items() if name in specs()}
+    parts = build_parts(given)
+    raise_problems(part_problems(parts, {}))
+    row |= given
+    row["resumed"] = RESUMED in record["origins"].values()
+    corpus = record["corpus"]
+    if not isinstance(corpus["sha256"], str):
+        raise ValueError("the digest of the text is no string")
+    row["text"], row["text_sha256"] = Path(corpus["path"]).name, corpus["sha256"]
+    model = replace(parts["model"], vocab_size=check(corpus["vocab_size"], int))
+    row["n_parameters"] = model.n_parameters
 
 
-def read_final(path: Path) -> Row | None:
-    """Read the results in eval/final.json; None if the file is invalid."""
-    try:
-        final = read_json_object(path)
-        results: Row = {}
-        for name, key in FINAL_KEYS.items():
-            value = final.get(key)
-            parse = parse_count if name in INTEGER_RESULTS else parse_number
-            results[name] = None if value is None else parse(value)
-    except (Alg1Error, ValueError):
-        return None
-    required = (results["step"], results["best_val_loss"], results["val_loss"])
-    return None if None in required else results
+def read_evaluations(run: RunFolder, row: Row) -> None:
+    """Read the newest step, the speed and the evaluations in logs/metrics.jsonl."""
+    n_rows = 0
+    for values in read_metrics(run.metrics_path):
+        n_rows += 1
+        # A training loss is logged before the update of its step, everything else after it.
+        row["step"] = check(values["step"], int) + (EACH_STEP in values)
+        if "tokens_per_second" in values:
+            row["tokens_per_second"] = check(values["tokens_per_second"])
+        if "loss/val" in values:
+            loss = row["val_loss"] = check(values["loss/val"])
+            row["train_loss"] = check(values["loss/train"])
+            if loss is not None and (row["best_val_loss"] is None or loss < row["best_val_loss"]):
+                row["best_val_loss"], row["best_step"] = loss, row["step"]
+    if run.metrics_path.exists() and run.metrics_path.read_bytes().count(b"\n") > n_rows:
+        raise ValueError("a row is damaged")  # not the last one, which may still be being written
 
 
-def read_evaluations(path: Path, row: Row) -> bool:
-    """Copy evaluations, speed and newest step from logs/metrics.jsonl to a row; False if it is damaged."""
-    try:
-        for values in read_outline(path):
-            update_row(row, values)
-    except (OSError, ValueError, KeyError):
-        return False
-    return True
-
-
-def update_row(row: Row, values: dict[str, Any]) -> None:
-    """Update the row of a run with the next line of its metrics.jsonl.
-
-    Raises:
-        KeyError: a value is missing.
-        ValueError: a value is invalid.
-    """
-    # A training loss is logged before the update of its step, everything else after it.
-    step = row["step"] = parse_count(values["step"]) + (EACH_STEP in values)
-    if "tokens_per_second" in values:
-        row["tokens_per_second"] = parse_number(values["tokens_per_second"])
-    if "loss/val" not in values:
+def read_final(run: RunFolder, row: Row) -> None:
+    """Read the results in eval/final.json, unless the metrics are newer: the run was resumed."""
+    if not run.final_path.exists():
         return
-    loss, train_loss = parse_number(values["loss/val"]), parse_number(values["loss/train"])
-    row["val_loss"], row["train_loss"] = loss, train_loss
-    if loss is not None and (row["best_val_loss"] is None or loss < row["best_val_loss"]):
-        row["best_val_loss"], row["best_step"] = loss, step
-        row["best_perplexity"] = perplexity(loss)
-        row["best_bits_per_character"] = bits_per_character(loss)
+    final = read_json_object(run.final_path)
+    found = {name: (final.get(key), kind) for name, (key, kind) in FINAL_KEYS.items()}
+    values = {name: check(value, kind) for name, (value, kind) in found.items() if value is not None}
+    if None in map(values.get, ("step", "best_val_loss", "val_loss")):
+        raise ValueError("a result is missing")
+    if values["step"] >= (row["step"] or 0):
+        row |= values | {"state": "done"}
 
 
-def parse_number(value: Any) -> float | None:
-    """Check that a value is a non-negative number; NaN and infinity, as of a diverged run, become None.
+def check(value: Any, kind: type = float) -> Any:
+    """Check that a value is a non-negative number, or with `kind` int a count of at most 63 bits.
+
+    NaN and infinity, as of a diverged run, become None.
 
     Raises:
         ValueError: it is anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise ValueError(f"{value!r} is not a non-negative number")
+    if type(value) not in (int, kind) or value < 0 or (kind is int and value >= 2**63):
+        raise ValueError(f"{value!r} is not a non-negative {kind.__name__}")
     return value if value <= sys.float_info.max else None
-
-
-def parse_count(value: Any) -> int:
-    """Check that a value is a non-negative integer of at most 63 bits.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is not a non-negative integer")
-    return value
-
-
-def seconds_until_checkpoint(folder: Path) -> float | None:
-    """Return the training time until the newest checkpoint; None if there is no valid checkpoint."""
-    try:
-        return parse_number(read_metadata(checkpoint_paths(folder)[-1])["progress"]["seconds"])
-    except (Alg1Error, IndexError, KeyError, TypeError, ValueError):
-        return None
 
 
 # --- all runs -----------------------------------------------------------------------------------------
@@ -212,13 +173,14 @@ def seconds_until_checkpoint(folder: Path) -> float | None:
 
 def mark_best(rows: Iterable[Row]) -> None:
     """Mark the lowest validation loss on each text; losses on different texts are not comparable."""
-    lowest: dict[str, float] = {}
-    comparable = [row for row in rows if row["state"] != "damaged" and row["text_sha256"]]
-    comparable = [row for row in comparable if row["best_val_loss"] is not None]
-    for row in comparable:
-        lowest[row["text_sha256"]] = min(row["best_val_loss"], lowest.get(row["text_sha256"], math.inf))
-    for row in comparable:
-        row["best"] = row["best_val_loss"] == lowest[row["text_sha256"]]
+    by_text: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["state"] != "damaged" and row["text_sha256"] and row["best_val_loss"] is not None:
+            by_text.setdefault(row["text_sha256"], []).append(row)
+    for group in by_text.values():
+        lowest = min(row["best_val_loss"] for row in group)
+        for row in group:
+            row["best"] = row["best_val_loss"] == lowest
 
 
 def find_column(text: str) -> str:
@@ -239,117 +201,57 @@ def find_column(text: str) -> str:
 
 
 def sort_rows(rows: list[Row], key: str, reverse: bool) -> list[Row]:
-    """Sort rows by one value: ascending unless the value is in DESCENDING; `reverse` inverts the order.
+    """Sort rows, which come with the newest run first, by one value.
 
-    The sort is stable. Rows without the value come last in both orders.
+    The order is ascending unless the value is in DESCENDING; `reverse` inverts it. The sort is stable. Rows
+    without the value come last in both orders.
     """
-
-    def order(row: Row) -> tuple[int, Any]:
-        value = row[key]
-        return (0, value) if isinstance(value, (int, float)) else (1, run_order(str(value)))
-
-    with_value = [row for row in rows if row[key] is not None]
-    with_value.sort(key=order, reverse=(key in DESCENDING) != reverse)
-    return with_value + [row for row in rows if row[key] is None]
-
-
-def run_order(name: str) -> tuple[str, int, str]:
-    """Return the sort key of a run's name, in which run 1000 of a day follows run 999; also of other text."""
-    match = RUN_ID.fullmatch(name)
-    return (match[1], int(match[2]), name) if match else (name, 0, "")
+    if key == "run":
+        return rows[::-1] if reverse else rows
+    known = [row for row in rows if row[key] is not None]
+    known.sort(key=lambda row: row[key], reverse=(key in DESCENDING) != reverse)
+    return known + [row for row in rows if row[key] is None]
 
 
 # --- the table ----------------------------------------------------------------------------------------
 
 
-def columns_of(rows: list[Row]) -> list[Column]:
-    """Return the columns: the main results and parameters, and all other parameters that differ between runs.
+def format_rows(rows: list[Row], width: int | None = None) -> list[str]:
+    """Format rows as the lines of a table; the last one explains the mark of the best run.
 
-    The exception are parameters that a resumed run may change, since they do not affect the training steps.
+    The columns are the results, the main parameters and all other parameters that differ between the runs,
+    but not those that a resumed run may change, since they do not affect the training steps. What tells the
+    runs apart stands first: it stays longest in a narrow terminal.
     """
+    texts = {row["text_sha256"] for row in rows if row["text_sha256"]}
     differing = [
         name
         for name, spec in specs().items()
-        if not spec.limits.may_change and len({cell(row[name]) for row in rows if row[name] is not None}) > 1
+        if not spec.limits.may_change and len({row[name] for row in rows if row[name] is not None}) > 1
     ]
-    names = [*MAIN_PARAMETERS, *(name for name in differing if name not in MAIN_PARAMETERS)]
-
-    def column(
-        heading: str, rank: int, format_cell: Callable[[Row], str], align_right: bool = True
-    ) -> Column:
-        return Column(heading, [format_cell(row) for row in rows], rank, align_right)
-
-    columns = [
-        column("run", 0, lambda row: single_line(row["run"]), align_right=False),
-        column("state", 2, state_cell, align_right=False),
-        column("step", 4, step_cell),
-        column(HEADINGS["best_val_loss"], 0, best_cell),
-        column(HEADINGS["val_loss"], 5, lambda row: format_number(row["val_loss"])),
-    ]
-    if len({row["text_sha256"] for row in rows if row["text_sha256"]}) > 1:
-        columns.append(column("text", 1, lambda row: cell(row["text"]), align_right=False))
-    for name in names:
-        cells = [cell(row[name]) for row in rows]
-        columns.append(Column(name, cells, 3 if name in differing else 9, align_right=True))
-    columns += [
-        column(HEADINGS["n_parameters"], 8, lambda row: format_rounded(row["n_parameters"])),
-        column(HEADINGS["tokens_per_second"], 7, lambda row: format_rounded(row["tokens_per_second"])),
-        column("seconds", 6, lambda row: format_rounded(row["seconds"])),
-    ]
-    return columns
+    names = ["run", "best_val_loss", *["text"] * (len(texts) > 1), "state", *differing, "step", "val_loss"]
+    names += ["seconds", "tokens_per_second", "n_parameters"]
+    names += [name for name in MAIN_PARAMETERS if name not in differing]
+    headings = [HEADINGS.get(name, name) for name in names]
+    cells = [[format_cell(row, name) for name in names] for row in rows]
+    lines = format_table(headings, cells, width, right=set(headings).difference(TEXT_COLUMNS))
+    if best := {row["text_sha256"] for row in rows if row["best"]}:
+        lines.append("* the lowest" + (" on its text" if len(best) > 1 else " of these runs"))
+    return lines
 
 
-def cell(value: Any) -> str:
-    """Format a parameter or a text for a cell; "-" if there is none."""
+def format_cell(row: Row, name: str) -> str:
+    """Format one value of a run; "-" if it is unknown."""
+    value = row[name]
     if value is None or value == "":
         return "-"
-    text = f"{value:.6g}" if isinstance(value, float) else single_line(str(value))
-    return text if len(text) <= MAX_CELL_LENGTH else text[: MAX_CELL_LENGTH - 1] + "…"
-
-
-def format_rounded(value: float | None) -> str:
-    """Format a result as a whole number, or with an exponent if that is too long."""
-    text = "-" if value is None else f"{value:,.0f}"
-    return text if len(text) <= MAX_NUMBER_LENGTH else format_number(value)
-
-
-def state_cell(row: Row) -> str:
-    return row["state"] + (", resumed" if row["resumed"] else "")
-
-
-def step_cell(row: Row) -> str:
-    done = row["state"] == "done" or row["max_iters"] is None or row["step"] is None
-    step = cell(row["step"])
-    return step if done else f"{step} of {cell(row['max_iters'])}"
-
-
-def best_cell(row: Row) -> str:
-    return ("* " if row["best"] else "") + format_number(row["best_val_loss"])
-
-
-def format_table(rows: list[Row], width: int | None = None) -> list[str]:
-    """Format rows as a table.
-
-    Args:
-        rows: the runs from top to bottom.
-        width: the maximum width of a line in terminal columns; None is unlimited.
-
-    Returns:
-        The lines; the last ones explain the mark of the best run and name the columns that do not fit.
-    """
-    lines, dropped = table.format_columns(columns_of(rows), width)
-    if texts := {row["text_sha256"] for row in rows if row["best"]}:
-        lines.append("* the lowest" + (" on its text" if len(texts) > 1 else " of these runs"))
-    if dropped:
-        lines.append(f"no room for: {', '.join(dropped)}")
-    return [table.truncate(line, width) for line in lines]
-
-
-def to_json(rows: list[Row]) -> str:
-    """Format all values of all rows as a JSON list of objects."""
-    return json.dumps(rows, indent=2, ensure_ascii=False, default=str)
-
-
-def to_csv(rows: list[Row]) -> str:
-    """Format all values of all rows as CSV; unknown values are empty."""
-    return table.to_csv([*RESULTS, *specs()], rows).rstrip("\n")
+    if name in ("best_val_loss", "val_loss"):
+        return "* " * (name == "best_val_loss" and row["best"]) + format_number(value)
+    if name in ("seconds", "tokens_per_second", "n_parameters"):
+        return f"{value:,.0f}" if value < 1e12 else f"{value:.3g}"
+    if name == "state":
+        return value + ", resumed" * row["resumed"]
+    if name == "step" and row["state"] != "done" and row["max_iters"] is not None:
+        return f"{value} of {row['max_iters']}"
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if name == "run" or len(text) <= MAX_CELL_LENGTH else text[: MAX_CELL_LENGTH - 1] + "…"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from parameters import CONFIG_FILES, format_settings, specs
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
 from utils_alg1.base.files import make_folder, read_json_object, write_atomically
-from utils_alg1.console.table import Column, format_columns, to_csv
+from utils_alg1.console.table import format_table, to_csv
 from utils_alg1.run_directory import RunFolder
 from utils_alg1.search.space import RESERVED_PARAMETERS
 from utils_alg1.search.study import (
@@ -107,11 +107,8 @@ def write_markdown(study: Study) -> None:
 
 def show_table(study: Study, console: Console) -> None:
     """Print a table of the best trials."""
-    columns = [
-        Column(heading, list(cells))
-        for heading, *cells in zip(*table(study, ranked(study)[:N_PRINTED_TRIALS]), strict=True)
-    ]
-    lines, _ = format_columns(columns)
+    headings, *rows = table(study, ranked(study)[:N_PRINTED_TRIALS])
+    lines = format_table(headings, rows)
     for line in ("", *lines, ""):
         console.say(line)
 

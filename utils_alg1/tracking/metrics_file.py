@@ -81,42 +81,6 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
             yield row
 
 
-def read_outline(path: Path) -> Iterator[dict[str, float]]:
-    """Yield the rows of a metrics file, but of the rows of training steps only the last row of the file.
-
-    Faster than `read_metrics`, because rows of training steps are not parsed: only their first and last
-    characters are checked. A last line without a newline is still being written, and is left out.
-
-    Raises:
-        ValueError: a row is damaged.
-        OSError: the file cannot be read.
-    """
-    key = f'"{EACH_STEP}"'.encode()
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        newest: bytes | None = None
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            if key not in line:
-                yield _parse_or_raise(line, path)
-                newest = None
-            elif line.startswith(b"{") and line.endswith(b"}\n"):
-                newest = line
-            else:
-                raise ValueError(f"{path}: a damaged row")
-        if newest:
-            yield _parse_or_raise(newest, path)
-
-
-def _parse_or_raise(line: bytes, path: Path) -> dict[str, float]:
-    row = _parse_row(line)
-    if row is None:
-        raise ValueError(f"{path}: a damaged row")
-    return row
-
-
 @dataclass
 class Curves:
     """The curves of a metrics file, as points of (step, value) with finite values."""
