@@ -12,49 +12,83 @@ is listed with the values that are known. Runs are only read.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
+from parameters import build_parts, part_problems, specs
 from utils_alg1.base.errors import DONE, Alg1Error
-from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty
+from utils_alg1.base.files import read_json_object
+from utils_alg1.base.problems import nearest, raise_problems
+from utils_alg1.base.text import bits_per_character, format_number, perplexity
+from utils_alg1.console.command_line import Parser, add_runs_dir_flag
 from utils_alg1.console.messages import text_for_stream
 from utils_alg1.console.script import run_script
-from utils_alg1.console.table import to_csv
-from utils_alg1.report.compare import Row, find_column, format_rows, mark_best, read_run, sort_rows
-from utils_alg1.run_directory import NO_RUN_HINT, list_runs, no_folder
-from utils_alg1.utils_config_loader import ConfigLoader
+from utils_alg1.console.table import format_table, to_csv
+from utils_alg1.network.tensor_file import read_metadata
+from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, existing_runs, in_use
+from utils_alg1.tracking.metrics_file import EACH_STEP, read_metrics
+from utils_alg1.utils_config_loader import RESUMED, ConfigLoader
+
+Row = dict[str, Any]  # a run: the values of RESULTS and of all parameters by name; None if unknown
+
+FINAL_KEYS = {  # result -> key in eval/final.json
+    "step": "steps",
+    "best_val_loss": "best_val_loss",
+    "best_step": "best_step",
+    "val_loss": "val_loss",
+    "train_loss": "train_loss",
+    "tokens": "tokens",
+    "tokens_per_second": "tokens_per_second_overall",
+    "seconds": "seconds_in_loop",
+}
+DERIVED = ("best_perplexity", "best_bits_per_character", "n_parameters", "text", "text_sha256")
+RESULTS = ("run", "tag", "state", "resumed", "best", *FINAL_KEYS, *DERIVED)
+HEADINGS = {"tokens_per_second": "tok/s", "n_parameters": "parameters"}  # the others are the names
+TEXT_COLUMNS = ("run", "state", "text")  # aligned to the left
+MAIN_PARAMETERS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
+MAX_CELL_LENGTH = 40  # characters of a parameter or a text
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line of compare.py.
-
-    Raises:
-        Alg1Error: unknown flags, or a --sort column that does not exist.
-        SystemExit: after --help.
-    """
-    parser = Parser(
-        prog="python compare.py",
-        description="Compare runs: print a table of their parameters and results.",
-    )
+    """Parse the command line; raises Alg1Error for unknown flags and an unknown column of --sort."""
+    description = "Compare runs: print a table of their parameters and results."
+    parser = Parser(prog="python compare.py", description=description)
     add_runs_dir_flag(parser)
-    column = "a heading such as tok/s or 'val loss', a value of --json or a parameter, the best first"
-    parser.add_argument(
-        "--sort", type=not_empty, default="run", metavar="NAME", help=f"sort by {column} (%(default)s)"
-    )
+    column = "sort by a heading such as tok/s, a value of --json or a parameter, the best first (%(default)s)"
+    parser.add_argument("--sort", type=find_column, default="run", metavar="NAME", help=column)
     parser.add_argument("--reverse", action="store_true", help="reverse the order")
     parser.add_argument("--tag", metavar="TEXT", help="only the runs with this text in their tag")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print every value as JSON")
     output.add_argument("--csv", action="store_true", help="print every value as CSV")
-    arguments = parser.parse_args(argv)
-    arguments.sort = find_column(arguments.sort)
-    return arguments
+    return parser.parse_args(argv)
+
+
+def find_column(text: str) -> str:
+    """Return the name of the value that --sort names; raises Alg1Error with the nearest if there is none."""
+    aliases = {heading: name for name, heading in HEADINGS.items()}
+    key = text.strip().lower().replace(" ", "_")
+    name = aliases.get(key, key)
+    if name not in (*RESULTS, *specs()):
+        suggestion = nearest(key, [*RESULTS, *specs(), *aliases])
+        known = f"{', '.join(RESULTS)}, or any parameter of train.py"
+        raise Alg1Error(f"--sort {text}: no such column{suggestion}", known)
+    return name
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
-    rows = read_runs(ConfigLoader.runs_dir(arguments.runs_dir), arguments.tag)
+    runs_dir, tag = ConfigLoader.runs_dir(arguments.runs_dir), arguments.tag
+    rows = [read_run(path) for path in reversed(existing_runs(runs_dir))]
+    if tag is not None:
+        rows = [row for row in rows if tag.casefold() in row["tag"].casefold()]
+        if not rows:
+            raise Alg1Error(f"no run in {runs_dir} has {tag!r} in its tag", "--tag left out lists them all")
+    mark_best(rows)
     rows = sort_rows(rows, arguments.sort, arguments.reverse)
     if arguments.json:
         text = json.dumps(rows, indent=2, ensure_ascii=False)
@@ -67,25 +101,146 @@ def main(argv: list[str] | None = None) -> int:
     return DONE
 
 
-def read_runs(runs_dir: str, tag: str | None) -> list[Row]:
-    """Read the runs in a folder, or those with `tag` in their tag, the newest first, and mark the best.
+def read_run(path: Path) -> Row:
+    """Read a run directory.
 
-    Raises:
-        Alg1Error: there is no such run.
+    The state is "running" if a process holds the lock of the run, else "damaged" if one of its files is
+    invalid, "done" if the results are those of the newest step, or "unfinished". The training time of an
+    unfinished run is that of its newest checkpoint.
     """
-    paths = list_runs(runs_dir)
-    if not paths:
-        raise Alg1Error(f"there is no run in {runs_dir}{no_folder(runs_dir)}", NO_RUN_HINT)
-    rows = [read_run(path) for path in reversed(paths)]
-    if tag is not None:
-        rows = [row for row in rows if tag.casefold() in row["tag"].casefold()]
-        if not rows:
-            raise Alg1Error(
-                f"none of the {len(paths)} runs in {runs_dir} has {tag!r} in its tag",
-                "python compare.py without --tag lists them all",
-            )
-    mark_best(rows)
-    return rows
+    match = RUN_ID.fullmatch(path.name)
+    row: Row = dict.fromkeys((*RESULTS, *specs()))
+    row |= {"run": path.name, "tag": (match and match[3]) or "", "resumed": False, "best": False}
+    row["state"] = "unfinished"
+    damaged = False
+    for read in (read_record, read_evaluations, read_final):
+        try:
+            read(RunFolder(path), row)
+        except (Alg1Error, OSError, AttributeError, KeyError, TypeError, ValueError):
+            damaged = True
+    if row["state"] == "unfinished":
+        with contextlib.suppress(Alg1Error, IndexError, KeyError, TypeError, ValueError):
+            newest = checkpoint_paths(RunFolder(path).checkpoint_dir)[-1]
+            row["seconds"] = check(read_metadata(newest)["progress"]["seconds"])
+    if row["best_val_loss"] is not None:
+        row["best_perplexity"] = perplexity(row["best_val_loss"])
+        row["best_bits_per_character"] = bits_per_character(row["best_val_loss"])
+    if in_use(path):
+        row["state"] = "running"
+    elif damaged:
+        row["state"] = "damaged"
+    return row
+
+
+def read_record(run: RunFolder, row: Row) -> None:
+    """Add the parameters and the text of a run; values that train.py would refuse are damage."""
+    record = read_json_object(run.record_path)
+    corpus = record["corpus"]
+    given = {name: value for name, value in record["parameters"].items() if name in specs()}
+    sized = build_parts(given | {"vocab_size": check(corpus["vocab_size"])})
+    raise_problems(part_problems(build_parts(given), {}) + part_problems(sized, {}))
+    row |= given | {"n_parameters": sized["model"].n_parameters}
+    row["resumed"] = RESUMED in record["origins"].values()
+    row["text"], row["text_sha256"] = Path(corpus["path"]).name, str(corpus["sha256"])
+
+
+def read_evaluations(run: RunFolder, row: Row) -> None:
+    """Add the newest step, the speed and the evaluations of a run."""
+    n_rows = 0
+    for values in read_metrics(run.metrics_path):
+        n_rows += 1
+        # A training loss is logged before the update of its step, everything else after it.
+        row["step"] = check(values["step"]) + (EACH_STEP in values)
+        if "tokens_per_second" in values:
+            row["tokens_per_second"] = check(values["tokens_per_second"])
+        if "loss/val" in values:
+            loss, row["train_loss"] = check(values["loss/val"]), check(values["loss/train"])
+            row["val_loss"] = loss
+            if loss is not None and (row["best_val_loss"] is None or loss < row["best_val_loss"]):
+                row["best_val_loss"], row["best_step"] = loss, row["step"]
+    if run.metrics_path.exists() and run.metrics_path.read_bytes().count(b"\n") > n_rows:
+        raise ValueError("a row is damaged")  # a last line without its end may still be being written
+
+
+def read_final(run: RunFolder, row: Row) -> None:
+    """Add the results of a run that is done. If the metrics are newer, it was resumed and is not done."""
+    if run.final_path.exists():
+        final = read_json_object(run.final_path)
+        values = {name: check(final[key]) for name, key in FINAL_KEYS.items() if final[key] is not None}
+        if values["step"] >= (row["step"] or 0):
+            row |= values | {"state": "done"}
+
+
+def check(value: Any) -> Any:
+    """Return a number, None for NaN and infinity, as of a diverged run; raises ValueError for all else."""
+    if type(value) not in (int, float) or value < 0:
+        raise ValueError(f"{value!r} is not a non-negative number")
+    return value if value <= sys.float_info.max else None
+
+
+def mark_best(rows: list[Row]) -> None:
+    """Mark the lowest validation loss on each text; losses on different texts are not comparable."""
+    by_text: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["state"] != "damaged" and row["text_sha256"] and row["best_val_loss"] is not None:
+            by_text.setdefault(row["text_sha256"], []).append(row)
+    for group in by_text.values():
+        lowest = min(row["best_val_loss"] for row in group)
+        for row in group:
+            row["best"] = row["best_val_loss"] == lowest
+
+
+def sort_rows(rows: list[Row], key: str, reverse: bool) -> list[Row]:
+    """Sort rows, which come with the newest run first, by one value, the best first or in ascending order.
+
+    Rows without the value come last, in the reverse order too.
+    """
+    if key == "run":
+        return rows[::-1] if reverse else rows
+    known = [row for row in rows if row[key] is not None]
+    known.sort(key=lambda row: row[key], reverse=(key in ("best", "tokens_per_second")) != reverse)
+    return known + [row for row in rows if row[key] is None]
+
+
+def format_rows(rows: list[Row], width: int | None = None) -> list[str]:
+    """Format rows as the lines of a table for so many terminal columns; None is unlimited.
+
+    The columns are the results, the main parameters and all other parameters that differ between the runs,
+    but not those that a resumed run may change, since they do not affect the training steps. What tells the
+    runs apart stands first: it stays longest in a narrow terminal.
+    """
+    n_texts = len({row["text_sha256"] for row in rows if row["text_sha256"]})
+    differing = [
+        name
+        for name, spec in specs().items()
+        if not spec.limits.may_change and len({row[name] for row in rows if row[name] is not None}) > 1
+    ]
+    names = ["run", "best_val_loss", *["text"] * (n_texts > 1), "state", *differing, "step", "val_loss"]
+    names += ["seconds", "tokens_per_second", "n_parameters"]
+    names += [name for name in MAIN_PARAMETERS if name not in differing]
+    headings = [HEADINGS.get(name, name) for name in names]
+    cells = [[format_cell(row, name) for name in names] for row in rows]
+    lines = format_table(headings, cells, width, right=set(headings).difference(TEXT_COLUMNS))
+    if any(row["best"] for row in rows):
+        lines.append("* the lowest" + (" on its text" if n_texts > 1 else " of these runs"))
+    return lines
+
+
+def format_cell(row: Row, name: str) -> str:
+    """Format one value of a run; "-" if it is unknown."""
+    value = row[name]
+    if value is None or value == "":
+        return "-"
+    if name in ("best_val_loss", "val_loss"):
+        return "* " * (name == "best_val_loss" and row["best"]) + format_number(value)
+    if name in ("seconds", "tokens_per_second", "n_parameters"):
+        return f"{value:,.0f}" if value < 1e12 else f"{value:.3g}"
+    if name == "state":
+        return value + ", resumed" * row["resumed"]
+    if name == "step" and row["state"] != "done" and row["max_iters"] is not None:
+        return f"{value} of {row['max_iters']}"
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if name == "run" or len(text) <= MAX_CELL_LENGTH else text[: MAX_CELL_LENGTH - 1] + "…"
 
 
 if __name__ == "__main__":

@@ -944,7 +944,7 @@ def test_a_runs_folder_that_is_none_holds_no_runs(workdir, runs_dir):
 @pytest.mark.parametrize(
     ("made", "name", "message", "hint"),
     [
-        ([], "latest", "there is no run in runs", NO_RUN_HINT),
+        ([], "latest", "there is no run in runs: no such folder", NO_RUN_HINT),
         ([], "x", "x: no such run in runs, and no run directory", NO_RUN_HINT),
         (
             ["2026-01-01_001_a"],

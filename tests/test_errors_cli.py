@@ -20,13 +20,13 @@ import safetensors.numpy
 import torch
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, printed_config, run_process, runner
 
+from compare import RESULTS
 from parameters import TrainConfig
 from utils_alg1.base.errors import Alg1Error, Guard, disk_error
 from utils_alg1.base.files import JSON_EXAMPLE, JSON_HINT
 from utils_alg1.base.text import format_loss
 from utils_alg1.console.script import run_script
 from utils_alg1.network.tensor_file import WHERE_WEIGHTS_ARE
-from utils_alg1.report.compare import RESULTS
 from utils_alg1.run_directory import LOCK_NAME, NO_RUN_HINT, lock_run
 from utils_alg1.search.space import PATH_HINT as SPACE_PATH_HINT
 from utils_alg1.search.space import SPACE_HINT
@@ -145,7 +145,7 @@ TRAIN_MISTAKES = [
         PATH_HINT,
     ),
     ("--config notes.txt", "notes.txt: line 1, column 1: not JSON: Expecting value", PATH_HINT),
-    ("--resume latest", "there is no run in runs", NO_RUN_HINT),
+    ("--resume latest", "there is no run in runs: no such folder", NO_RUN_HINT),
     (
         "--resume 2026-01-01_001 --runs-dir folder",
         "2026-01-01_001: no such run in folder, and no run directory",
@@ -269,26 +269,26 @@ FLAG_MISTAKES = [
 ]
 
 SAMPLING_MISTAKES = [
-    ("", "no run in runs has any weights yet", HAS_WEIGHTS),
-    ("--runs-dir notes.txt", "no run in notes.txt has any weights yet: it is a file", NO_RUN_HINT),
-    ("--runs-dir folder", "no run in folder has any weights yet", HAS_WEIGHTS),
+    ("", "there is no run in runs: no such folder", NO_RUN_HINT),
+    ("--runs-dir notes.txt", "there is no run in notes.txt: no such folder", NO_RUN_HINT),
+    ("--runs-dir folder", "there is no run in folder", NO_RUN_HINT),
     (
         "--run 2026-01-01_001",
         "2026-01-01_001: no such run in runs, and no run directory",
         NO_RUN_HINT,
     ),
     ("--run folder", "folder: no such run in runs, and no run directory", NO_RUN_HINT),
-    ("--run latest", "no run in runs has any weights yet", HAS_WEIGHTS),
+    ("--run latest", "there is no run in runs: no such folder", NO_RUN_HINT),
     ("--model nowhere", "nowhere: no such file", WHERE_WEIGHTS_ARE),
     ("--model folder", "folder: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE),
-    ("--prompt=--", "no run in runs has any weights yet", HAS_WEIGHTS),
+    ("--prompt=--", "there is no run in runs: no such folder", NO_RUN_HINT),
     ("--run notes.txt", "notes.txt: this is a file, not a run", NAMES_WEIGHTS),
     (
         "--model https://example.com/m.safetensors",
         "https://example.com/m.safetensors: must be a file on this machine",
         "download it first",
     ),
-    ("--runs-dir nowhere", "no run in nowhere has any weights yet: no such folder", NO_RUN_HINT),
+    ("--runs-dir nowhere", "there is no run in nowhere: no such folder", NO_RUN_HINT),
     ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
     ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
     (
@@ -299,10 +299,10 @@ SAMPLING_MISTAKES = [
 ]
 
 COMPARING_MISTAKES = [
-    ("", "there is no run in runs", NO_RUN_HINT),
+    ("", "there is no run in runs: no such folder", NO_RUN_HINT),
     (
         "--runs-dir notes.txt",
-        "there is no run in notes.txt: it is a file",
+        "there is no run in notes.txt: no such folder",
         NO_RUN_HINT,
     ),
     ("--runs-dir nowhere", "there is no run in nowhere: no such folder", NO_RUN_HINT),

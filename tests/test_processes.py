@@ -198,7 +198,7 @@ MISTAKES = {
     "an unknown flag": (["--max-iterss", "3"], 2, "error: unknown flag --max-iterss; did you mean"),
     "a wrong value": (["--batch-size", "0"], 2, "error: batch_size = 0 must be above 0"),
     "no such text": (["--data", "nothing.txt"], 2, "error: nothing.txt: no such text file"),
-    "no such run": (["--resume", "latest"], 2, "error: there is no run in runs"),
+    "no such run": (["--resume", "latest"], 2, "error: there is no run in runs: no such folder"),
     "a loss that explodes": ([*RUN, "--learning-rate", "1e30"], 3, "error: the loss is not finite at step"),
 }
 

@@ -14,11 +14,9 @@ import re
 import shutil
 import time
 import unicodedata
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parameters import specs
 from utils_alg1.base.errors import Alg1Error, disk_error
 
 if TYPE_CHECKING:
@@ -32,70 +30,37 @@ LOCK_NAME = ".lock"
 LOCK_TIMEOUT = 1.0  # seconds: `in_use` takes the lock of a run for an instant
 
 
-@dataclass
 class RunFolder:
     """A run directory: the paths of its files."""
 
-    path: Path
-
-    @property
-    def run_id(self) -> str:
-        return self.path.name
-
-    @property
-    def meta_dir(self) -> Path:
-        return self.path / "meta"
-
-    @property
-    def record_path(self) -> Path:
-        return self.meta_dir / "full_config.json"
-
-    @property
-    def log_path(self) -> Path:
-        return self.path / "logs" / "train.log"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "logs" / "metrics.jsonl"
-
-    @property
-    def tensorboard_dir(self) -> Path:
-        return self.path / "logs" / "tensorboard"
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        return self.path / "artifacts" / "checkpoints"
-
-    @property
-    def export_path(self) -> Path:
-        return self.path / "artifacts" / "export" / "model.safetensors"
-
-    @property
-    def eval_dir(self) -> Path:
-        return self.path / "eval"
-
-    @property
-    def final_path(self) -> Path:
-        return self.eval_dir / "final.json"
-
-    @property
-    def report_path(self) -> Path:
-        return self.eval_dir / "report.html"
+    def __init__(self, path: Path):
+        self.path = path
+        self.run_id = path.name
+        self.meta_dir = path / "meta"
+        self.record_path = path / "meta" / "full_config.json"
+        self.log_path = path / "logs" / "train.log"
+        self.metrics_path = path / "logs" / "metrics.jsonl"
+        self.tensorboard_dir = path / "logs" / "tensorboard"
+        self.checkpoint_dir = path / "artifacts" / "checkpoints"
+        self.export_path = path / "artifacts" / "export" / "model.safetensors"
+        self.eval_dir = path / "eval"
+        self.final_path = path / "eval" / "final.json"
+        self.report_path = path / "eval" / "report.html"
 
 
-@dataclass
 class RunDirectory(RunFolder):
     """A run directory that this process holds the lock of until the `with` block ends.
 
     Attributes:
-        lock: the lock.
         is_new: remove the directory at the end, unless `keep` is called.
         opened: the time.monotonic() at which this process took it.
     """
 
-    lock: FileLock
-    is_new: bool = False
-    opened: float = field(default_factory=time.monotonic)
+    def __init__(self, path: Path, lock: FileLock, is_new: bool = False):
+        super().__init__(path)
+        self.lock = lock
+        self.is_new = is_new
+        self.opened = time.monotonic()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -117,9 +82,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoint_paths(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first; files with other names are left out."""
-    return sorted(
-        (path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=checkpoint_step
-    )
+    paths = [path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(paths, key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -142,12 +106,20 @@ def list_runs(runs_dir: str | Path) -> list[Path]:
         paths = list(Path(runs_dir).iterdir())
     except (OSError, ValueError):  # ValueError: the name has a null character
         return []
-    runs = [(match, path) for path in paths if (match := RUN_ID.fullmatch(path.name))]
-    runs = [(match, path) for match, path in runs if path.is_dir()]
-    return [path for match, path in sorted(runs, key=lambda r: (r[0][1], int(r[0][2]), r[1].name))]
+    runs = [path for path in paths if RUN_ID.fullmatch(path.name) and path.is_dir()]
+    return sorted(runs, key=lambda run: (run.name[:10], int(run.name.split("_")[1]), run.name))
 
 
 NO_RUN_HINT = "start one: python train.py, or name another --runs-dir"
+
+
+def existing_runs(runs_dir: str | Path) -> list[Path]:
+    """Return the run directories in a folder, oldest first; raises Alg1Error if there is none."""
+    runs = list_runs(runs_dir)
+    if not runs:
+        reason = "" if os.path.isdir(runs_dir) else ": no such folder"
+        raise Alg1Error(f"there is no run in {runs_dir}{reason}", NO_RUN_HINT)
+    return runs
 
 
 def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
@@ -156,11 +128,9 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
     Raises:
         Alg1Error: there is none.
     """
-    runs = list_runs(runs_dir)
     if name == "latest":
-        if not runs:
-            raise Alg1Error(f"there is no run in {runs_dir}{no_folder(runs_dir)}", NO_RUN_HINT)
-        return runs[-1]
+        return existing_runs(runs_dir)[-1]
+    runs = list_runs(runs_dir)
     for run in runs:
         if run.name == name or (run.name.startswith(f"{name}_") and RUN_ID.fullmatch(name)):
             return run  # the tag may be left out: no two runs of a day have the same number
@@ -172,16 +142,6 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
         raise Alg1Error(f"{name}: this is a file, not a run", hint)
     hint = f"the latest is {runs[-1].name}" if runs else NO_RUN_HINT
     raise Alg1Error(f"{name}: no such run in {runs_dir}, and no run directory", hint)
-
-
-def no_folder(runs_dir: str | Path) -> str:
-    """Return the end of a message about missing runs if their folder does not exist, else "".
-
-    The default folder is created by the first run, so its absence is not worth a word.
-    """
-    if os.path.isdir(runs_dir) or str(runs_dir) == specs()["runs_dir"].default:
-        return ""
-    return ": it is a file" if os.path.exists(runs_dir) else ": no such folder"
 
 
 def lock_run(path: Path) -> RunDirectory:

@@ -18,15 +18,14 @@ from utils_alg1.data.sources import find_corpus
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
-    NO_RUN_HINT,
     RunDirectory,
     RunFolder,
     checkpoint_path,
     checkpoint_paths,
+    existing_runs,
     find_run,
     list_runs,
     lock_run,
-    no_folder,
 )
 from utils_alg1.training.checkpoint import (
     FORMAT,
@@ -210,15 +209,12 @@ def find_weights(runs_dir: str, name: str | None = None) -> Path:
         Alg1Error: there is no such run, or nothing to sample from.
     """
     newest = name in (None, "latest")
-    runs = list_runs(runs_dir)[::-1] if newest else [find_run(runs_dir, str(name))]
+    runs = existing_runs(runs_dir)[::-1] if newest else [find_run(runs_dir, str(name))]
     for run_dir in runs:
         if path := weights_of(run_dir):
             return path
-    if not newest:
-        raise Alg1Error(f"{name} has no weights yet", NO_WEIGHTS_HINT)
-    missing = no_folder(runs_dir)
-    hint = NO_RUN_HINT if missing else NO_WEIGHTS_HINT
-    raise Alg1Error(f"no run in {runs_dir} has any weights yet{missing}", hint)
+    nothing = f"no run in {runs_dir} has any weights yet" if newest else f"{name} has no weights yet"
+    raise Alg1Error(nothing, NO_WEIGHTS_HINT)
 
 
 def weights_of(run_dir: Path) -> Path | None:
