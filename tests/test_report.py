@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import fnmatch
+import hashlib
 import io
 import json
 import logging
@@ -10,15 +13,14 @@ import math
 import re
 import shutil
 import subprocess
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET_TRACKERS, TINY
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -28,15 +30,14 @@ from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base import text as text_module
 from utils_alg1.base.files import write_or_warn
-from utils_alg1.base.summaries import Image
 from utils_alg1.report import page as page_module
 from utils_alg1.report import pictures as pictures_module
-from utils_alg1.report.charts import Line, chart, downsample, tick_labels, ticks
-from utils_alg1.report.page import build_page, escape
+from utils_alg1.report.page import MAX_POINTS, build_page, downsample
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_curves
 from utils_alg1.tracking.observer import attention_weights
 
+TEMPLATES = Path(page_module.__file__).parent / "templates"
 HOSTILE = (
     "</script><img src=x onerror=alert(1)></pre></main><style>*{display:none}</style>\n"
     "<!-- &amp; &#0; \"quotes\" 'more' 中文字 🙂👩‍🚀 \u202eback\u202c ا ب\n\ttab <svg/onload=alert(2)>"
@@ -49,6 +50,27 @@ def start(train, text_file, monkeypatch):
     """Starts a tiny run without loss.png, which these tests do not need."""
     monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
     return lambda *flags: train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run with some parameters that are not the defaults."""
+    import train as script
+
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        flags = ["--run-tag", "my try", "--dropout", "0.25", "--learning-rate", "0.01", "--quiet"]
+        assert script.main(["--data", "text.txt", *TINY, *QUIET_TRACKERS, *flags]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, workdir):
+    """A copy of the finished run, in the working folder."""
+    shutil.copytree(finished, workdir, dirs_exist_ok=True)
+    return only_run()
 
 
 def only_run() -> Path:
@@ -78,7 +100,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
-        if tag in VOID or (self._open and self._open[-1] in ("path", "polyline")):
+        if tag in VOID:
             return
         self._open.append(tag)
         self.texts.setdefault(tag, []).append("")
@@ -104,10 +126,10 @@ class Page(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
 
-    def curve(self, kind: str) -> list[tuple[float, float]]:
-        """Return the points of the first curve of a kind, in SVG coordinates."""
-        (points, *_) = [a["points"] for a in self.all("polyline") if kind in a["class"].split()]
-        return [tuple(map(float, point.split(","))) for point in points.split()]
+    @property
+    def data(self) -> dict:
+        """What the script draws."""
+        return json.loads(self.texts["script"][0])
 
 
 def page_of(run: Path) -> Page:
@@ -155,19 +177,25 @@ def test_a_perplexity_past_every_number_is_none():
 
 
 @pytest.fixture
-def draw_loss(tmp_path, monkeypatch):
-    """Draws the loss picture of metrics rows and returns the axes."""
+def saved_figures(monkeypatch):
+    """The figures that were saved, in their order."""
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k)
     )
+    return figures
+
+
+@pytest.fixture
+def draw_loss(tmp_path, saved_figures):
+    """Draws the loss picture of metrics rows and returns the axes."""
 
     def draw(rows, title="2026-01-31_001"):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         pictures_module.draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title)
         assert decoded((tmp_path / "loss.png").read_bytes()).shape == (540, 960, 3)
-        return figures[-1].axes[0]
+        return saved_figures[-1].axes[0]
 
     return draw
 
@@ -201,125 +229,75 @@ def test_the_loss_picture_holds_what_the_font_lacks_and_what_looks_like_mathemat
     assert recwarn.list == [] == [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("loss", [0.0, 1e-9, 5e-324, 1e30, 1.7e308])
+@pytest.mark.parametrize("loss", [0.0, 1e-45, 1e100])
 def test_the_loss_picture_holds_any_loss(draw_loss, recwarn, loss):
     axes = draw_loss([evaluated(0, -loss, 0.0), evaluated(9, loss, loss)])
-    assert (
-        axes.lines[1].get_ydata().tolist() == [-min(loss, 1e100), min(loss, 1e100)]
-        if loss > 1e-300
-        else [0, 0]
-    )
+    assert axes.lines[1].get_ydata().tolist() == [-loss, loss]
     assert np.isfinite(axes.get_ylim()).all() and recwarn.list == []
 
 
-def test_no_loss_picture_of_before_a_resume_stays(train, text_file):
-    assert train("--data", text_file, *TINY, *QUIET_TRACKERS).code == 0
-    run = only_run()
-    before = (run / "eval/loss.png").read_bytes()
-    assert train("--resume", "latest", "--max-iters", 8).code == 0
-    assert (run / "eval/loss.png").read_bytes() != before
-
-    class Done:
-        run_id, eval_dir, metrics_path = run.name, run / "eval", run / "gone.jsonl"
-
-    warnings: list[str] = []
-
-    class FakeConsole:
-        warn = staticmethod(warnings.append)
-
-    pictures_module.try_loss_curve(Done, FakeConsole)
-    assert warnings == [f"no loss curve was drawn: {run / 'gone.jsonl'}: no evaluation in it"]
-    assert not (run / "eval/loss.png").exists()
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_in_no_curve(draw_loss, tmp_path, value):
-    each = {"step": 4, "loss/train_step": value, "learning_rate": 0.1, "gradient_norm": value}
-    axes = draw_loss([evaluated(0, 4.1, 4.2), evaluated(4, value, value), each, evaluated(9, 3.1, 3.2)])
+def test_what_no_curve_can_show_is_in_none(draw_loss, tmp_path):
+    rows = [evaluated(0, 4.1, 4.2), evaluated(9, 3.1, 3.2)]
+    for step, value in enumerate([math.nan, math.inf, -math.inf, 1.7e308, 10**400], start=1):
+        each = {"step": step, "loss/train_step": value, "learning_rate": 0.1, "gradient_norm": value}
+        rows[-1:-1] = [evaluated(step, value, value), each]
+    axes = draw_loss(rows)
     assert [line.get_xydata().tolist() for line in axes.lines] == [
         [],
         [[0, 4.1], [9, 3.1]],
         [[0, 4.2], [9, 3.2]],
     ]
     curves = read_curves(tmp_path / "metrics.jsonl")
-    assert (curves.val, curves.each_step, curves.gradient_norm) == ([(0, 4.2), (9, 3.2)], [], [])
+    assert curves.keys() == {"loss/train", "loss/val", "learning_rate"}
 
 
 # --- the attention picture ----------------------------------------------------------------------------
-
-
-def colours(weights: np.ndarray, side: int) -> np.ndarray:
-    """Return the expected pixels of a square of weights: (side, side, 3) uint8."""
-    table = (colormaps["magma"](np.arange(256))[:, :3] * 255 + 0.5).astype(np.uint8)
-    rows = [[table[round(255 * math.sqrt(w))] for w in row] for row in weights.tolist()]
-    factor = side // len(weights)
-    return np.array(rows).repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def decoded(png: bytes) -> np.ndarray:
     return (imread(io.BytesIO(png), format="png")[..., :3] * 255 + 0.5).astype(np.uint8)
 
 
-def test_the_attention_picture_holds_every_weight_at_its_place():
+def test_the_attention_picture_holds_every_weight_at_its_place(saved_figures):
     weights = np.tril(np.random.default_rng(0).random((2, 3, 5, 5)))
     weights /= weights.sum(axis=-1, keepdims=True)
-    pictures = [
-        Image("attention", {"layer": str(layer), "head": str(head)}, weights[layer, head])
-        for layer in range(2)
-        for head in range(3)
-    ]
-    picture = decoded(pictures_module.draw_attention(pictures, "2026-01-31_001 中 $x$"))
-    side = 160  # 5 weights of 32 pixels; 16 between two squares, 40 to the left of them, 80 above them
-    assert picture.shape == (80 + 2 * (side + 16), 40 + 3 * (side + 16), 3)
-    for layer in range(2):
-        for head in range(3):
-            top, left = 80 + layer * (side + 16), 40 + head * (side + 16)
-            found = picture[top : top + side, left : left + side].astype(int)
-            assert np.abs(found - colours(weights[layer, head], side)).max() <= 1
-            assert (picture[top - 1, left : left + side] == (0x11, 0x13, 0x18)).all()
+    picture = decoded(pictures_module.draw_attention(weights, "2026-01-31_001 中 $x$")).astype(int)
+    (axes,) = saved_figures[-1].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["head 0", "head 1", "head 2"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["layer 0", "layer 1"]
+
+    def pixel(x: float, y: float) -> np.ndarray:
+        across, up = axes.transData.transform((x, y))
+        return picture[len(picture) - 1 - int(up), int(across)]
+
+    for (layer, head, row, column), weight in np.ndenumerate(weights):
+        x, y = axes.get_xticks()[head] - 2 + column, axes.get_yticks()[layer] - 2 + row
+        expected = np.array(colormaps["magma"](math.sqrt(weight))[:3]) * 255
+        assert np.abs(pixel(x, y) - expected).max() <= 2
+    between = (axes.get_xticks()[0] + axes.get_xticks()[1]) / 2
+    assert pixel(between, 2).tolist() == [0x11, 0x13, 0x18]
 
 
-def test_of_many_layers_some_are_shown_with_the_first_and_the_last():
+def test_of_many_layers_some_are_shown_with_the_first_and_the_last(saved_figures):
     assert pictures_module.evenly_spaced(1) == [0]
     assert pictures_module.evenly_spaced(12) == list(range(12))
     assert pictures_module.evenly_spaced(23) == list(range(0, 23, 2))
-    pictures = [Image("attention", {"layer": str(i), "head": "0"}, np.eye(4)) for i in range(30)]
-    assert decoded(pictures_module.draw_attention(pictures, "")).shape == (80 + 12 * 176, 40 + 176, 3)
+    pictures_module.draw_attention(np.eye(4)[None, None].repeat(30, axis=0), "long " * 60)
+    (axes,) = saved_figures[-1].axes
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(shown) == 12 and (shown[0], shown[-1]) == ("layer 0", "layer 29")
 
 
-def test_a_title_wider_than_the_attention_picture_is_cut_short():
-    pictures = [Image("attention", {"layer": "0", "head": "0"}, np.eye(4))]
-    picture = decoded(pictures_module.draw_attention(pictures, "2026-01-31_001_" + 60 * "e"))
-    assert picture.shape == (80 + 176, 40 + 176, 3)
-    beside = (picture[:40] == (0x11, 0x13, 0x18)).all(axis=(0, 2))
-    assert beside[-8:].all() and not beside[-40:].all()  # all that there is ends near the right edge
-
-
-def test_the_attention_picture_is_that_of_the_exported_weights_and_the_text_on_the_page(start):
-    assert start("--learning-rate", 0.01).code == 0
-    run = only_run()
+def test_the_attention_picture_is_that_of_the_exported_weights_and_the_text_on_the_page(run):
     text = page_of(run).texts["pre"][-1].removeprefix("\n")
     assert len(text) == 8
     model = BigramLanguageModel().load_safetensors(run / "artifacts/export/model.safetensors").eval()
     idx = torch.tensor([Tokenizer(model.vocabulary).encode(text)])
-    picture = decoded((run / "eval/attention.png").read_bytes())
-    assert picture.shape == (80 + 176, 40 + 2 * 176, 3)
-    for head, weights in enumerate(attention_weights(model, idx)[0]):
-        left = 40 + head * 176
-        found = picture[80:240, left : left + 160].astype(int)
-        assert (
-            np.abs(found - colours(weights, 160)).max() <= 2
-        )  # where the root is half-way between two greys
+    expected = pictures_module.draw_attention(attention_weights(model, idx), run.name)
+    assert (run / "eval/attention.png").read_bytes() == expected
 
 
 # --- the page -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(start):
-    """A finished run with some parameters that are not the defaults."""
-    assert start("--run-tag", "my try", "--dropout", 0.25).code == 0
-    return only_run()
 
 
 def test_the_page_holds_every_parameter_and_first_those_that_differ(run):
@@ -342,11 +320,12 @@ def test_the_page_holds_every_parameter_and_first_those_that_differ(run):
     assert page.texts["summary"][0] == f"all {len(specs())} parameters"
 
 
-def test_a_run_of_defaults_says_so():
-    values = {name: spec.default for name, spec in specs().items()}
-    record = {"parameters": values, "origins": dict.fromkeys(values, "default")}
-    page = Page(page_module.parameter_tables(record))
-    assert page.texts["p"] == ["Every value is the default."] and len(page.tables) == 1
+def test_a_run_of_defaults_says_so(run):
+    record = json.loads((run / "meta/full_config.json").read_text())
+    record["parameters"] = {name: spec.default for name, spec in specs().items()}
+    (run / "meta/full_config.json").write_text(json.dumps(record))
+    page = Page(build_page(run, [], None))
+    assert "Every value is the default." in page.texts["p"] and len(page.tables[0]) == 1 + len(specs())
 
 
 def test_the_page_holds_results_samples_and_provenance(run):
@@ -369,7 +348,7 @@ def test_the_page_holds_results_samples_and_provenance(run):
     assert [row[:3] for row in page.tables[2][1:]] == [
         [f"{row['step']:,}", f"{row['loss/train']:.4f}", f"{row['loss/val']:.4f}"] for row in evaluations
     ]
-    origin = dict(page.tables[3][1:])
+    origin = dict(page.tables[3])
     commit = (run / "meta/git.txt").read_text().splitlines()[0].removeprefix("commit: ")
     assert origin["git commit"] == commit and origin["torch"] == torch.__version__
     record = json.loads((run / "meta/full_config.json").read_text())
@@ -382,11 +361,11 @@ def test_one_of_a_thing_is_no_plural(start):
     assert result.code == 0 and "device   cpu, float32, 1 thread\n" in result.out
     assert "steps    1 of 1 x 1 character\n" in result.out
     page = page_of(only_run())
-    lead, *_ = page.texts["p"]
+    lead = " ".join(page.texts["p"][0].split())
     assert " (1 layer, 1 head, width 16, context 1), trained for 1 step on text.txt (" in lead
     assert [text for text in page.texts["small"] if text.endswith(" read")] == ["1 character read"]
     assert page.texts["summary"][1] == "2 evaluations"
-    assert dict(page.tables[3][1:])["device"] == "cpu, float32, 1 thread"
+    assert dict(page.tables[3])["device"] == "cpu, float32, 1 thread"
     said = "\n".join([result.out.partition("a sample")[0], lead, *page.texts["small"], *page.texts["td"]])
     assert re.findall(r"(?<![\d.,])1 (?!of\b)\w+s\b", said) == []
 
@@ -407,11 +386,6 @@ def test_a_number_has_at_most_eight_digits():
     assert [text_module.format_number(value) for value in values] == expected
 
 
-def figures_of(final: dict) -> dict[str, str]:
-    page = Page(page_module.cards(final))
-    return dict(zip(page.texts["dt"], page.texts["b"], strict=True))
-
-
 @pytest.mark.parametrize(
     "values, expected",
     [
@@ -426,112 +400,121 @@ def figures_of(final: dict) -> dict[str, str]:
     ],
 )
 def test_the_figures_on_the_page_stay_figures(run, values, expected):
-    figures = figures_of(json.loads((run / "eval/final.json").read_text()) | values)
+    final = json.loads((run / "eval/final.json").read_text()) | values
+    (run / "eval/final.json").write_text(json.dumps(final))
+    page = Page(build_page(run, [], None))
+    figures = dict(zip(page.texts["dt"], page.texts["b"], strict=True))
     assert {name: figures[name] for name in expected} == expected
 
 
-def test_a_page_of_absurd_losses_is_whole(run):
-    final = json.loads((run / "eval/final.json").read_text())
-    huge = {"best_val_loss": 1.7e308, "val_loss": 1.7e308, "train_loss": 1.7e308, "best_perplexity": None}
-    (run / "eval/final.json").write_text(json.dumps(final | huge))
-    rows = [row | {key: 1e30 for key in row if key.startswith("loss/")} for row in metrics(run)]
-    (run / "logs/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = Page(build_page(run, ["a"], None))
-    assert page.texts["b"][0] == "1.7e+308" and len(page.all("svg")) >= 3
-    assert page.tables[2][1][1:3] == ["1e+30", "1e+30"]
+def sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def assert_harmless(page: Page) -> None:
-    """Check that the page runs no code and requests nothing."""
-    assert not {"script", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
+    """Check that the page runs no code but its own script, which its policy names, and requests nothing."""
+    assert not {"iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
     for tag, attributes in page.elements:
-        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
         for name in ("src", "href", "srcset", "data", "action", "poster", "background"):
             assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
-        assert "url(" not in (attributes.get("style") or "")
-    assert all("url(" not in text and "@import" not in text for text in page.texts["style"])
+    data, script = page.texts["script"]
+    (style,) = page.texts["style"]
+    assert page.all("script") == [{"type": "application/json", "id": "data"}, {}] and json.loads(data)
+    assert script == (TEMPLATES / "report.js").read_text("utf-8").rstrip("\n")
+    assert "url(" not in style and "@import" not in style
     (policy,) = [a["content"] for a in page.all("meta") if "http-equiv" in a]
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{sha256(style)}';"
+        f" script-src 'sha256-{sha256(script)}'"
+    )
 
 
 def test_hostile_text_stays_text(run):
     record = json.loads((run / "meta/full_config.json").read_text())
     record["parameters"]["run_tag"] = record["origins"]["seed"] = record["corpus"]["path"] = HOSTILE
+    record["parameters"]["<script>alert(3)</script>"] = 1
     record["corpus"]["path"] += "/<img src=x onerror=y>.txt"
     (run / "meta/full_config.json").write_text(json.dumps(record))
     (run / "meta/env.txt").write_text("command: <b onclick=x>&lt;</b>\n")
+    with (run / "logs/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, HOSTILE: 1.0}) + "\n")
     page = Page(build_page(run, [HOSTILE, "\n\nbegins with lines"], HOSTILE))
     assert_harmless(page)
+    assert page.data["curves"][HOSTILE] == [[6, 1.0]]
     assert page.texts["pre"] == ["\n" + HOSTILE, "\n\n\nbegins with lines", "\n" + HOSTILE]
     cells = [cell for table in page.tables for row in table for cell in row]
     assert cells.count(HOSTILE) == 3  # the tag in both tables of parameters, and the origin of the seed
-    assert "<b onclick=x>&lt;</b>" in cells
+    assert "<b onclick=x>&lt;</b>" in cells and "<script>alert(3)</script>" in cells
 
 
-def test_what_no_page_can_hold_is_shown_by_a_symbol():
-    assert escape("a\0b\rc\x1bd\x7fe\x85f\ud800g\n\t🙂<&\"'") == (
-        "a\u2400b\u240dc\u241bd\u2421e\ufffdf\ufffdg\n\t🙂&lt;&amp;&quot;&#x27;"
-    )
+def test_what_no_page_can_hold_is_shown_by_a_symbol(run):
+    page = Page(build_page(run, ["a\0b\rc\x1bd\x7fe\x85f\ud800g\n\t🙂<&\"'"], None))
+    assert page.texts["pre"] == ["\na\u2400b\u240dc\u241bd\u2421e\ufffdf\ufffdg\n\t🙂<&\"'"]
+    assert "Attention" not in page.texts["h2"] and page.all("img") == []
 
 
-def test_the_page_of_a_run_is_harmless(run):
+def test_a_value_that_is_missing_is_no_blank(run):
+    record = json.loads((run / "meta/full_config.json").read_text())
+    del record["corpus"]["sha256"]
+    (run / "meta/full_config.json").write_text(json.dumps(record))
+    with pytest.raises(Exception, match="sha256"):
+        build_page(run, [], None)
+
+
+def test_a_resumed_run_shows_the_whole_curve(run, train):
+    picture = (run / "eval/loss.png").read_bytes()
     assert_harmless(page_of(run))
+    result = train("--resume", "latest", "--max-iters", 10)
+    assert result.code == 0 and f"report    {run / 'eval' / 'report.html'}\n" in result.out
+    data = page_of(run).data
+    assert data["steps"] == 10 and [step for step, _ in data["curves"]["loss/val"]] == [0, 2, 4, 6, 8, 10]
+    losses = [[row["step"], row["loss/train_step"]] for row in metrics(run) if "loss/train_step" in row]
+    assert data["curves"]["loss/train_step"] == losses and len(losses) == 10
+    assert data["curves"]["best"] == [min(data["curves"]["loss/val"], key=lambda point: point[1])]
+    assert (run / "eval/loss.png").read_bytes() != picture
 
 
-def test_the_page_of_a_resumed_run_shows_the_whole_curve(run, train):
-    first = page_of(run)
-    assert [x for x, _ in first.curve("each")] == [round(1000 * step / 6, 1) for step in range(6)]
-    assert train("--resume", "latest", "--max-iters", 10).code == 0
-    page = page_of(run)
-    assert [x for x, _ in page.curve("each")] == [100 * step for step in range(10)]
-    assert [x for x, _ in page.curve("val")] == [0, 200, 400, 600, 800, 1000]
-    losses = [row["loss/train_step"] for row in metrics(run) if "loss/train_step" in row]
-    heights = [y for _, y in page.curve("each")]
-    assert np.argmin(losses) == np.argmax(heights) and np.argmax(losses) == np.argmin(heights)
-
-
-def test_a_page_that_cannot_be_made_costs_one_line_and_no_stale_page_stays(run, train, monkeypatch):
+def test_what_cannot_be_made_costs_one_line_each_and_nothing_outdated_stays(run, train, monkeypatch):
     def fail(*_):
-        raise KeyError("n_parameters")
+        raise ImportError("no matplotlib\nand so on")
 
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", fail)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_attention", fail)
     monkeypatch.setattr(page_module, "build_page", fail)
     result = train("--resume", "latest", "--max-iters", 8)
-    assert (result.code, result.err) == (0, "warning: no report was written: 'n_parameters'\n")
-    assert not (run / "eval/report.html").exists() and "report.html" not in result.out
+    assert result.code == 0 and "report.html" not in result.out
+    assert result.err.splitlines() == [
+        "warning: no loss curve was drawn: no matplotlib",
+        "warning: no attention picture was drawn: no matplotlib",
+        "warning: no report was written: no matplotlib",
+    ]
+    assert sorted(path.name for path in (run / "eval").iterdir()) == ["final.json", "samples.txt"]
 
 
-def test_what_a_run_can_do_without_is_new_or_costs_one_line(tmp_path):
+def test_an_optional_file_that_cannot_be_written_costs_one_line(tmp_path):
     path, warnings = tmp_path / "picture.png", []
-
-    def fail(path: Path) -> None:
-        assert not path.exists()
-        raise ValueError("two lines:\nof which one is told")
-
     path.write_text("old")
-    assert write_or_warn(path, fail, "no picture", warnings.append) is None
-    assert warnings == ["no picture: two lines:"] and not path.exists()
     assert write_or_warn(path, lambda path: path.write_text("new"), "no picture", warnings.append) == 3
-    assert len(warnings) == 1 and path.read_text() == "new"
+    assert warnings == [] and path.read_text() == "new"
     (tmp_path / "folder").mkdir()
-    assert write_or_warn(tmp_path / "folder", fail, "no folder", warnings.append) is None
-    assert len(warnings) == 2 and warnings[1].startswith("no folder: [Errno ")
+    assert write_or_warn(tmp_path / "folder", Path.touch, "no folder", warnings.append) is None
+    assert len(warnings) == 1 and warnings[0].startswith("no folder: [Errno ")
 
 
-def test_a_run_ends_with_where_its_page_is(start):
-    result = start()
-    assert f"report    {only_run() / 'eval' / 'report.html'}\n" in result.out
+def test_a_loss_picture_without_an_evaluation_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no evaluation in it"):
+        pictures_module.draw_loss_curve(tmp_path / "gone.jsonl", tmp_path / "loss.png", "")
 
 
-def test_an_attention_picture_that_cannot_be_drawn_costs_one_line(run, train, monkeypatch):
-    def fail(*_):
-        raise ImportError("no matplotlib")
-
-    monkeypatch.setattr("utils_alg1.report.pictures.draw_attention", fail)
-    result = train("--resume", "latest", "--max-iters", 8)
-    assert (result.code, result.err) == (0, "warning: no attention picture was drawn: no matplotlib\n")
-    assert not (run / "eval/attention.png").exists()
-    page = page_of(run)
-    assert "Attention" not in page.texts["h2"] and page.all("img") == []
+def test_the_files_of_the_page_are_in_the_wheel():
+    settings = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["utils_alg1.report"]
+    files = [path for path in TEMPLATES.parent.rglob("*.*") if path.suffix not in (".py", ".pyc")]
+    assert {path.name for path in files} == {"report.html", "report.css", "report.js"}
+    for path in files:
+        name = path.relative_to(TEMPLATES.parent).as_posix()
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 # --- curves -------------------------------------------------------------------------------------------
@@ -542,127 +525,21 @@ def test_a_downsampled_curve_keeps_its_peaks_and_its_order():
     points[70_001] = (70_001, 50.0)
     points[3] = (3, -50.0)
     kept = downsample(points)
-    assert len(kept) <= 800 and kept == sorted(kept)
+    assert len(kept) <= MAX_POINTS and kept == sorted(kept)
     assert (70_001, 50.0) in kept and (3, -50.0) in kept and set(kept) <= set(points)
     assert downsample(points[:800]) == points[:800]
 
 
-@pytest.mark.parametrize(
-    "low, high, max_ticks, expected",
-    [
-        (0, 600, 5, [0, 200, 400, 600]),
-        (1.93, 4.2, 6, [2.0, 2.5, 3.0, 3.5, 4.0]),
-        (0, 1, 3, [0, 0.5, 1]),
-        (9563, 12140, 4, [10000, 11000, 12000]),
-        (5200, 14000, 4, [6000, 8000, 10000, 12000, 14000]),  # in steps of 5,000 there would be one
-        (2, 2, 4, [2]),
-        (3.0, 3.0000000000000004, 6, [3.0]),
-    ],
-)
-def test_ticks_are_round_numbers(low, high, max_ticks, expected):
-    assert ticks(low, high, max_ticks) == pytest.approx(expected)
-
-
-def test_the_steps_of_a_run_are_whole_numbers():
-    assert ticks(0, 1, 5, min_spacing=1) == ticks(0, 1, 3, min_spacing=1) == [0, 1]
-    assert ticks(0, 2, 5, min_spacing=1) == [0, 1, 2]
-    assert ticks(0, 3, 3, min_spacing=1) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("low, high, min_spacing", [(0, 0.5, 1), (0.2, 1.9, 1), (7, 9.5, 3), (-0.5, 0.4, 1)])
-def test_two_numbers_too_close_for_two_ticks_have_one(low, high, min_spacing):
-    assert ticks(low, high, 3, min_spacing) == [low]
-
-
-@pytest.mark.parametrize(
-    "values, expected",
-    [
-        ([0, 2.0, 2.5], "0 2.0 2.5"),
-        ([0.0, 0.0005, 0.001], "0 0.0005 0.0010"),
-        ([1e-5, 2e-5], "1e-5 2e-5"),
-        ([0.0, 5e-10, 1e-9], "0 0.5e-9 1.0e-9"),
-        ([10_000, 12_000], "10,000 12,000"),
-        ([12_000.0, 12_000.5, 12_001.0], "12,000.0 12,000.5 12,001.0"),
-        ([0, 1e6, 2e6], "0 1M 2M"),
-        ([1e7, 1.25e7], "10.0M 12.5M"),
-        ([5e29, 1e30], "0.5e30 1.0e30"),
-        ([-1e100, 0, 1e100], "-1e100 0 1e100"),
-        ([-0.3, -0.2, -0.1, 0.0], "-0.3 -0.2 -0.1 0"),
-        ([0], "0"),
-        ([2.97], "2.97"),
-        ([0.00123456], "0.001235"),
-        ([12_345.6], "12,346"),
-    ],
-)
-def test_labels_have_the_fewest_digits_that_tell_them_apart(values, expected):
-    assert tick_labels(values) == expected.split()
-
-
-finite = st.floats(allow_nan=False, allow_infinity=False)
-close = st.builds(lambda x, part: x * (1 + part), st.just(12_345.678), st.floats(-1e-3, 1e-3))
-curves = st.one_of(st.lists(finite, min_size=1), st.lists(close, min_size=1))
-
-
-def number_of(label: str) -> float:
-    return float(label.replace(",", "").replace("M", "e6"))
-
-
-@settings(max_examples=500)
-@given(curves, curves, st.integers(0, 10**12), st.booleans())
-@example([1.7e308, -1.7e308], [1e308], 1, False)
-@example([0.30001, 0.30002], [0.0], 1, True)
-@example([12_000.0, 12_002.0], [12_001.0], 3, False)
-@example([1e30, 2e30], [1e30], 300, True)
-@example([5e-324, 0.0], [-5e-324], 2, False)
-def test_a_chart_of_any_curve_has_numbers_that_tell_its_places(first, second, n_steps, large):
-    lines = [Line("a", "train", [*enumerate(first)]), Line("b", "val", [*enumerate(second)])]
-    source = chart("T", "", lines, n_steps, large)
-    drawing, _, numbers = source.partition("</svg>")
-    assert "nan" not in drawing and "inf" not in drawing
-    for kind, values in ("train", first), ("val", second):
-        points = Page(source).curve(kind)
-        assert len(points) == max(2, len(values))
-        assert all(0 <= x <= 1000 and 0 <= y <= 1000 for x, y in points)
-    for side in "x", "y":
-        found = re.findall(rf'<span class={side} style="[a-z]+:([0-9.]+)%">([^<]+)</span>', numbers)
-        places, labels = [float(place) for place, _ in found], [label for _, label in found]
-        assert 1 <= len(labels) == len(set(labels)) <= 7 and max(map(len, labels)) <= 12
-        assert len(labels) >= 2 or side == "y"
-        assert all(0 <= place <= 100 for place in places)
-        values = [number_of(label) for label in labels]
-        assert values == sorted(values)
-        if side == "x":
-            assert all(value == int(value) for value in values)
-        for value, place in zip(values, places, strict=True):  # each stands where its number belongs
-            share = (place - places[0]) / (places[-1] - places[0] or 1)
-            expected = values[0] + share * (values[-1] - values[0])
-            assert abs(value - expected) <= 0.02 * abs(values[-1] - values[0])
-
-
-def test_a_chart_places_its_points():
-    source = chart("T", "", [Line("a", "train", [(0, 1.0), (50, 3.0), (100, 2.0)])], 200)
+def test_the_page_of_a_long_run_is_small(run):
+    rows = [{"step": step, "loss/train_step": math.sin(step), "gradient_norm": 1.5} for step in range(50_000)]
+    rows += [evaluated(step, math.cos(step), math.sin(step)) for step in range(0, 50_000, 50)]
+    (run / "logs/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = build_page(run, ["a"], None)
     page = Page(source)
-    # The lowest and the highest value are a twentieth of their distance, 0.1, from the edges: 2.2 in all.
-    assert page.curve("train") == [(0, 954.5), (250, 45.5), (500, 500)]
-    assert chart("T", "", [Line("a", "train", [])], 200) == ""
-
-
-def test_values_past_every_float32_are_drawn_at_the_edge():
-    source = chart("T", "", [Line("a", "train", [(0, -1e308), (1, 0.0), (2, 1e300)])], 2)
-    assert Page(source).curve("train") == [(0, 954.5), (500, 500), (1000, 45.5)]
-    assert re.findall(r"<span class=y [^>]*>([^<]+)<", source) == [
-        "-1.0e100",
-        "-0.5e100",
-        "0",
-        "0.5e100",
-        "1.0e100",
-    ]
-
-
-def test_values_that_hardly_differ_make_a_level_line_with_one_number():
-    source = chart("T", "", [Line("a", "train", [(0, 0.30001), (1, 0.30002)])], 1)
-    assert Page(source).curve("train") == [(0, 500), (1000, 500)]
-    assert re.findall(r"<span class=y [^>]*>([^<]+)<", source) == ["0.3"]
+    assert len(source) < 250_000
+    assert {name: len(points) <= MAX_POINTS for name, points in page.data["curves"].items()}
+    assert len(page.tables[2]) == 1 + 200 and page.tables[2][-1][0] == "49,950"
+    assert page.texts["summary"][1].strip() == "200 of 1,000 evaluations"
 
 
 # --- in a browser -------------------------------------------------------------------------------------
@@ -701,42 +578,160 @@ def browse(page: Path, folder: Path, *flags: str) -> tuple[str, list[str], list[
 
 @needs_chromium
 def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path):
+    source = build_page(run, [HOSTILE], HOSTILE)
     page = tmp_path / "report.html"
-    page.write_text(build_page(run, [HOSTILE], HOSTILE), encoding="utf-8")
+    page.write_text(source, encoding="utf-8")
     document, said, asked = browse(page, tmp_path)
-    assert "中文字 🙂👩‍🚀" in document and document.count("<section ") == 5
+    assert "中文字 🙂👩‍🚀" in document and document.count("<section") == 5
+    assert document.count("<svg ") == 3  # losses, learning rate and gradient norm: no speed in six steps
+    assert document.count("<polyline ") == 4 and document.count("<circle ") == 2
     assert (said, asked) == ([], [])
 
-    # The same page with what it must not have: the browser would have told.
-    bad = page.read_text(encoding="utf-8").replace(page_module.POLICY, "img-src *")
-    page.write_text(bad.replace("</main>", "<img src='https://a.test/x.png'><script>no()</script></main>"))
+    # What its policy forbids does not happen, and the browser tells.
+    page.write_text(source.replace("</main>", "<img src='https://a.test/x.png'><script>no()</script></main>"))
     _, said, asked = browse(page, tmp_path)
-    assert len(said) >= 1 and asked == ["https://a.test/x.png"]
+    assert len(said) >= 2 and all("Content Security Policy" in line for line in said) and asked == []
+
+    page.write_text(page.read_text("utf-8").replace("img-src data:", "img-src *"))
+    assert browse(page, tmp_path)[2] == ["https://a.test/x.png"]  # else it would have been asked for
+
+
+def in_browser(folder: Path, code: str) -> list:
+    """Run code in a page with the report's script and style but no curves; return what its `result` holds.
+
+    There, `place()` returns an empty <svg> of 600 x 300 pixels.
+    """
+    script, style = ((TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
+    page = f"""<!doctype html><meta charset=utf-8>
+        <style>{style} main {{ width: 600px; padding: 0 }} main svg {{ height: 300px }}</style>
+        <main></main><pre></pre>
+        <script id=data type="application/json">{{"steps": 1, "curves": {{}}}}</script>
+        <script>{script}
+        const place = () => add(document.querySelector("main"), "svg");
+        const result = [];
+        {code}
+        document.querySelector("pre").textContent = JSON.stringify(result);
+        </script>"""
+    (folder / "test.html").write_text(page, encoding="utf-8")
+    document, said, _ = browse(folder / "test.html", folder)
+    assert said == []
+    (text,) = re.findall("<pre>(.*)</pre>", document)
+    return json.loads(text)
+
+
+LABELS = [  # lowest and highest value, number of ticks, least distance; the labels
+    ((0, 600, 5, 0), "0 200 400 600"),
+    ((1.93, 4.2, 7, 0), "2.0 2.5 3.0 3.5 4.0"),
+    ((9563, 12140, 5, 0), "10,000 11,000 12,000"),
+    ((5200, 14000, 5, 0), "6,000 8,000 10,000 12,000 14,000"),
+    ((0, 1, 5, 1), "0 1"),
+    ((0, 3, 3, 1), "0 1 2 3"),
+    ((0, 1e6, 3, 1), "0 500,000 1,000,000"),
+    ((0, 5e-4, 5, 0), "0 1e-4 2e-4 3e-4 4e-4 5e-4"),
+    ((0, 1e30, 2, 0), "0 5e29 1e30"),
+    ((-1e100, 1e100, 2, 0), "-1e100 0 1e100"),
+    ((12000.0, 12002.0, 5, 0), "12,000.0 12,000.5 12,001.0 12,001.5 12,002.0"),
+    ((2.97, 2.97, 5, 0), "2.97"),
+    ((0.30001, 0.30002, 5, 0), "0.30001"),
+    ((0, 0, 5, 0), "0"),
+    ((12345.6, 12345.6, 5, 0), "12,346"),
+    ((0, 5e-324, 5, 0), "0"),
+]
 
 
 @needs_chromium
-def test_a_curve_of_one_point_is_a_dot(tmp_path):
-    source = chart("T", "", [Line("a", "train", [(50, 3.0)])], 100)
-    page, picture = tmp_path / "dot.html", tmp_path / "dot.png"
-    page.write_text(f"<style>{page_module.STYLE} figure {{ width: 600px }}</style>{source}")
-    browse(page, tmp_path, f"--screenshot={picture}", "--window-size=800,400")
-    blue = (np.abs(decoded(picture.read_bytes()).astype(int) - (0x25, 0x63, 0xEB)).max(axis=2) < 8).nonzero()
-    height, width = (np.ptp(axis) + 1 for axis in blue)
-    assert 7 <= height <= 10 and 7 <= width <= 10 and len(blue[0]) >= 0.7 * height * width
+def test_the_script_labels_the_axes_with_round_numbers(tmp_path):
+    cases = json.dumps([arguments for arguments, _ in LABELS])
+    found = in_browser(tmp_path, f"for (const a of {cases}) result.push(labels(ticks(...a)).join(' '))")
+    assert found == [expected for _, expected in LABELS]
+
+
+def random_curves() -> list[list[list[float]]]:
+    """Curves of values of every size, some of which hardly differ."""
+    draw = np.random.default_rng(0)
+    curves = [[[0, -1e100], [1, 0.0], [2, 1e100]], [[3, 5e-324]], [[0, 0.30001], [1, 0.30002]], [[0, 12.5]]]
+    for _ in range(200):
+        n, size = int(draw.integers(1, 20)), 10.0 ** draw.integers(-12, 40)
+        spread = draw.choice([1.0, 1e-3, 1e-5])
+        curves.append([[step, size * (draw.normal() * spread + 1)] for step in range(n)])
+    return curves
+
+
+@needs_chromium
+def test_a_chart_of_any_curve_has_numbers_that_tell_its_places(tmp_path):
+    curves = random_curves()
+    code = f"""
+      for (const points of {json.dumps(curves)}) {{
+        const svg = place();
+        draw(svg, [{{ name: "a", kind: "val", points }}], Math.max(1, points.at(-1)[0]));
+        const attribute = (element, name) => Number(element.getAttribute(name));
+        const texts = [...svg.querySelectorAll("text")];
+        const numbers = texts.map(t => [t.textContent, attribute(t, "x"), attribute(t, "y")]);
+        const left = Math.min(...texts.map(t => t.getBoundingClientRect().left));
+        const circle = svg.querySelector("circle");
+        const line = svg.querySelector("polyline");
+        const dot = () => [attribute(circle, "cx"), attribute(circle, "cy")].join();
+        const drawn = line ? line.getAttribute("points") : dot();
+        result.push({{ numbers, left: left - svg.getBoundingClientRect().left, points: drawn }});
+        svg.remove();
+      }}"""
+    for curve, drawn in zip(curves, in_browser(tmp_path, code), strict=True):
+        numbers = list(map(float, drawn["points"].replace(" ", ",").split(",")))
+        points = list(zip(numbers[::2], numbers[1::2], strict=True))
+        assert len(points) == len(curve) and drawn["left"] >= 0
+        assert all(0 <= x <= 600 and 0 <= y <= 300 for x, y in points)
+        values = np.array([value for _, value in curve])
+        heights = np.array([-y for _, y in points])
+        assert heights[values.argmax()] == heights.max() and heights[values.argmin()] == heights.min()
+        across = [n for n in drawn["numbers"] if n[2] == 294]
+        up = [n for n in drawn["numbers"] if n[2] != 294]
+        assert 2 <= len(across) <= 7 and 1 <= len(up) <= 9
+        for numbers, axis in (across, 1), (up, 2):
+            labels = [label for label, *_ in numbers]
+            assert len(set(labels)) == len(labels) and max(map(len, labels)) <= 12
+            values = [float(label.replace(",", "")) for label in labels]
+            assert values == sorted(values)
+            places = [number[axis] for number in numbers]
+            for value, place in zip(values, places, strict=True):  # each stands where its number belongs
+                share = (place - places[0]) / (places[-1] - places[0] or 1)
+                expected = values[0] + share * (values[-1] - values[0])
+                assert abs(value - expected) <= 0.02 * abs(values[-1] - values[0])
+
+
+@needs_chromium
+def test_a_chart_places_its_points_and_tells_their_values(tmp_path):
+    code = """
+      const svg = place();
+      const lines = [
+        { name: "a", kind: "train", points: [[0, 1], [50, 3], [100, 2]] },
+        { name: "b", kind: "best", points: [[100, 2]] },
+      ];
+      const stepAt = draw(svg, lines, 200);
+      result.push(svg.querySelector("polyline").getAttribute("points"));
+      result.push(svg.querySelectorAll("circle").length, Math.round(stepAt(44)), Math.round(stepAt(584)));
+      result.push(valuesAt(lines, 60));"""
+    # The plot is 540 pixels wide from 44 on and 268 high from 6 on; the lowest and the highest value are a
+    # twentieth of their distance, 0.1, from its edges: 2.2 in all.
+    assert in_browser(tmp_path, code) == ["44.0,261.8 179.0,18.2 314.0,140.0", 1, 0, 200, "a 3 at step 50"]
 
 
 @needs_chromium
 def test_the_page_is_as_wide_as_a_phone(run, tmp_path):
     source = build_page(run, ["x" * 2000, HOSTILE], "y" * 64).replace("<details>", "<details open>")
-    wide = chart("wide", "", [Line("", "train", [(0, -1.127874e-5), (1, -1.128074e-5)])], 1)
-    source = source.replace("</main>", f"{wide}</main>")
     (tmp_path / "report.html").write_text(source, encoding="utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(
         "<iframe src=report.html style='width:400px;height:800px;border:0' onload='"
         "const page = this.contentDocument.documentElement;"
-        'const left = [...page.querySelectorAll(".plot span")].map(s => s.getBoundingClientRect().left);'
-        'document.title = [page.scrollWidth, page.clientWidth, Math.min(...left) >= 0].join(" ")\'></iframe>'
+        'const places = [...page.querySelectorAll("svg text")].map(t => t.getBoundingClientRect());'
+        'page.querySelector("svg").dispatchEvent(new PointerEvent("pointermove", { clientX: 200 }));'
+        "document.title = [page.scrollWidth, page.clientWidth, places.length > 10,"
+        " places.every(place => place.left >= 0 && place.right <= 400),"
+        ' page.querySelector("output").textContent]'
+        "'></iframe>"
     )
     document, _, _ = browse(frame, tmp_path, "--allow-file-access-from-files", "--hide-scrollbars")
-    assert re.search(r"<title>([^<]*)</title>", document)[1] == "400 400 true"
+    title = re.search(r"<title>([^<]*)</title>", document)[1]
+    assert title.startswith("400,400,true,true,train, each step ") and re.search(
+        r"val [\d.]+ at step ", title
+    )

@@ -114,7 +114,7 @@ def boom(error: BaseException):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Nothing here looks at the picture of the loss curve, which takes a while to draw."""
-    monkeypatch.setattr("utils_alg1.report.pictures.try_loss_curve", lambda *_: None)
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
 
 
 @pytest.fixture

@@ -38,20 +38,20 @@ def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any],
     """
     progress, evaluation = trainer.progress, trainer.progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
-    tokens = trainer.tokens_per_step * progress.step
+    tokens, last, best = trainer.tokens_per_step * progress.step, evaluation.val_loss, progress.best_val
     final = {
         "run_id": run.run_id,
         "finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "n_parameters": trainer.model.config.n_parameters,
         "steps": progress.step,
         "train_loss": evaluation.train_loss,
-        "val_loss": evaluation.val_loss,
-        "perplexity": perplexity(evaluation.val_loss),
-        "bits_per_character": bits_per_character(evaluation.val_loss),
-        "best_val_loss": progress.best_val,
+        "val_loss": last,
+        "perplexity": perplexity(last),
+        "bits_per_character": bits_per_character(last),
+        "best_val_loss": best,
         "best_step": progress.best_step,
-        "best_perplexity": perplexity(progress.best_val),
-        "best_bits_per_character": bits_per_character(progress.best_val),
+        "best_perplexity": perplexity(best),
+        "best_bits_per_character": bits_per_character(best),
         "tokens": tokens,
         "seconds_in_loop": round(progress.seconds, 3),
         "wall_seconds": round(time.monotonic() - run.opened, 3),
@@ -67,22 +67,21 @@ def check_output(output: str | None) -> None:
     """Check before training that --output can be written and that this overwrites nothing but an export.
 
     Raises:
-        Alg1Error: its folder does not exist or is not writable (exit code 4), or the path is a folder, a file
-            that is not an export, or inside a run directory.
+        Alg1Error: it cannot (exit code 4 if the file system refuses), or it is in a run directory.
     """
     if output is None:
         return
-    if not Path(output).absolute().parent.is_dir():
+    path, hint = Path(output).absolute(), "name another file: an export would take its place"
+    if not path.parent.is_dir():
         raise Alg1Error(f"--output {output}: there is no folder {Path(output).parent}", "create it")
-    if Path(output).is_dir():
+    if path.is_dir():
         raise Alg1Error(f"--output {output}: this is a folder", "name a file in it")
-    hint = "name another file: an export would take its place"
-    if any(RunFolder(folder).record_path.is_file() for folder in Path(output).resolve().parents):
+    if any(RunFolder(folder).record_path.is_file() for folder in path.resolve().parents):
         raise Alg1Error(f"--output {output}: this is in the directory of a run", hint)
-    if Path(output).exists() and not is_export(Path(output)):
+    if path.exists() and not is_export(path):
         raise Alg1Error(f"--output {output}: this file is not an export", hint)
     try:
-        with tempfile.TemporaryFile(dir=Path(output).absolute().parent):
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise disk_error(f"write --output {output}", error) from error
@@ -97,11 +96,7 @@ def is_export(path: Path) -> bool:
 
 
 def export_weights(
-    trainer: Trainer,
-    store: CheckpointStore,
-    run: RunDirectory,
-    params: Parameters,
-    console: Console,
+    trainer: Trainer, store: CheckpointStore, run: RunDirectory, params: Parameters, console: Console
 ) -> dict[str, Any]:
     """Write the best or the last weights to artifacts/export/, where inference.py finds them.
 
@@ -117,8 +112,7 @@ def export_weights(
         try:
             if progress.best_step != progress.step:
                 store.load_best(progress).load_model(model)
-            best = {"weights": "best", "step": progress.best_step, "val_loss": progress.best_val}
-            exported = best
+            exported = {"weights": "best", "step": progress.best_step, "val_loss": progress.best_val}
         except Alg1Error as error:
             console.warn(f"{error.message}; exporting the last weights instead of the best")
     model.provenance = {"run_id": run.run_id, **exported}

@@ -29,42 +29,40 @@ if TYPE_CHECKING:
 def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, trainer: Trainer) -> LabelledLines:
     """Return the lines printed at the start of a run: device, model, text, steps, folder and parameters."""
     model, train, runtime, step = params.model, params.train, trainer.runtime, trainer.step
-    n_parameters = trainer.model.config.n_parameters
     sequences = trainer.tokens_per_step // model.block_size
-    steps = f"{step} to {train.max_iters}," if step else f"{train.max_iters}"
+    device = f"{runtime.device}, {runtime.dtype_name}, {format_count(runtime.threads, 'thread')}"
+    if runtime.compile:
+        device += ", compiled"
+    if runtime.dist.world_size > 1:
+        device += f", in each of {runtime.dist.world_size} processes"
+    folder = f"{run.path}: meta/, logs/, artifacts/, eval/"
+    if train.output:
+        folder += f"; the export also to {train.output}"
+    if train.aim:
+        folder += f"; Aim's copy in {AIM_FOLDER}"
     lines = {
         "run": run.run_id,
-        "device": f"{runtime.device}, {runtime.dtype_name}, {format_count(runtime.threads, 'thread')}",
-        "model": f"{format_count(n_parameters, 'parameter')}: n_embd {model.n_embd}, n_head {model.n_head},"
-        f" n_layer {model.n_layer}, block_size {model.block_size}",
+        "device": device,
+        "model": f"{format_count(trainer.model.config.n_parameters, 'parameter')}: n_embd {model.n_embd},"
+        f" n_head {model.n_head}, n_layer {model.n_layer}, block_size {model.block_size}",
         "text": f"{corpus.path}: {format_count(len(corpus.tokens), 'character')},"
         f" vocabulary of {corpus.tokenizer.vocab_size}",
-        "steps": f"{steps} of {sequences} x {format_count(model.block_size, 'character')}",
-        "folder": f"{run.path}: meta/, logs/, artifacts/, eval/",
+        "steps": (f"{step} to {train.max_iters}, of" if step else f"{train.max_iters} of")
+        + f" {sequences} x {format_count(model.block_size, 'character')}",
+        "folder": folder,
     }
-    if runtime.compile:
-        lines["device"] += ", compiled"
-    if runtime.dist.world_size > 1:
-        lines["device"] += f", in each of {runtime.dist.world_size} processes"
-    if train.output:
-        lines["folder"] += f"; the export also to {train.output}"
-    if train.aim:
-        lines["folder"] += f"; Aim's copy in {AIM_FOLDER}"
     changed = describe_changes(params)
-    if changed:
-        lines["changed"] = changed
-    return lines
+    return lines | {"changed": changed} if changed else lines
 
 
 def describe_changes(params: Parameters) -> str:
     """Return the parameters that differ from their defaults, grouped by where the value came from."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {"": []}  # the command line first
     for name, value in params.changed().items():
         origin = params.origins[name]
-        source = {specs()[name].flag: "", RESUMED: "as before"}.get(origin, origin)
+        source = {specs()[name].flag: "", RESUMED: " (as before)"}.get(origin, f" ({origin})")
         groups.setdefault(source, []).append(f"{name}={value}")
-    ordered = sorted(groups.items(), key=lambda group: group[0] != "")  # the command line first
-    return "; ".join(", ".join(values) + (f" ({source})" if source else "") for source, values in ordered)
+    return "; ".join(", ".join(values) + source for source, values in groups.items() if values)
 
 
 def describe_end(
@@ -78,16 +76,12 @@ def describe_end(
     """Return the lines printed at the end of a run: its results, its files and the next commands.
 
     Args:
-        run: the finished run.
-        params: its parameters.
-        progress: its state after the last step.
+        run, params, progress, dist: the finished run.
         exported: which weights were exported, as returned by `export_weights`.
         trackers: the names of the trackers that recorded the run.
-        dist: this process among those that trained it.
     """
     evaluation = progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
-    runs_dir = str(run.path.parent)
     copy = f"; also {params.train.output}" if params.train.output else ""
     lines: dict[str, str | ShellCommand] = {
         "reached": f"step {progress.step}: train loss {format_number(evaluation.train_loss)},"
@@ -99,7 +93,8 @@ def describe_end(
         lines["report"] = str(run.report_path)
     lines["sample"] = ShellCommand(f"python inference.py --run {run_argument(run)}")
     if "tensorboard" in trackers:
-        lines["curves"] = ShellCommand(*tensorboard_instructions(runs_dir, params.tensorboard.port))
+        curves = tensorboard_instructions(str(run.path.parent), params.tensorboard.port)
+        lines["curves"] = ShellCommand(*curves)
     if "aim" in trackers:
         lines["compare"] = ShellCommand(*aim_instructions())
     lines["continue"] = ShellCommand(longer_training_command(run, params, progress, dist))
@@ -117,20 +112,13 @@ def longer_training_command(
     has_schedule = params.train.lr_schedule != "constant"
     if has_schedule and any(learning_rate(params.train, s) != learning_rate(longer, s) for s in range(steps)):
         # A longer schedule has other learning rates from the start, so it needs a new run.
-        paths = {"--config": run.record_path, "--init-from": run.export_path}
-        flags = " ".join(f"{flag} {quote_path(path)}" for flag, path in paths.items())
-        return f"{launch_command(dist)} {flags}"
+        config, weights = quote_path(run.record_path), quote_path(run.export_path)
+        return f"{launch_command(dist)} --config {config} --init-from {weights}"
     return f"{resume_command(run, dist)} --max-iters {longer.max_iters}"
 
 
 def resume_notice(newest_step: int | None, run: RunDirectory, dist: Distributed) -> bytes:
-    """Return what is printed when a second signal ends the process without saving.
-
-    Args:
-        newest_step: the step of the newest checkpoint; None if there is none.
-        run: the run.
-        dist: this process among those that train it.
-    """
+    """Return what is printed when a second signal ends the process; None: there is no checkpoint."""
     if newest_step is None:
         return b"\nleft at once: nothing had been saved\n"
     hint = f"go on from step {newest_step} with: {resume_command(run, dist)}"
@@ -140,17 +128,13 @@ def resume_notice(newest_step: int | None, run: RunDirectory, dist: Distributed)
 def add_resume_hint(
     error: Alg1Error, newest_checkpoint: Path | None, run: RunDirectory, dist: Distributed
 ) -> Alg1Error:
-    """Return an error that ended the training, with a hint added on how to use the newest checkpoint.
-
-    Without a checkpoint the error is returned unchanged.
-    """
+    """Return an error that ended the training, with a hint on how to use the newest checkpoint if any."""
     if newest_checkpoint is None:
         return error
     hint = f"then go on: {resume_command(run, dist)}"
     if error.exit_code == CANNOT_TRAIN:  # its fix is a parameter value that a resumed run would refuse
         hint = f"its newest weights, for --init-from: {newest_checkpoint}"
-    if error.hint:
-        hint = f"{error.hint}; {hint}"
+    hint = f"{error.hint}; {hint}" if error.hint else hint
     return Alg1Error(error.message, hint, error.exit_code)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.console.signals import StopSignals
-from utils_alg1.report import page, pictures, results, summary
+from utils_alg1.report import page, results, summary
 from utils_alg1.run.job import Job
 from utils_alg1.tracking.metrics_file import cut_metrics
 from utils_alg1.tracking.observer import Observer
@@ -233,9 +233,7 @@ class MainRun(Run):
         self._exported = results.export_weights(self.trainer, self.store, run, params, console)
         self._samples = results.draw_samples(self.trainer.model, params.train.seed)
         results.write_results(run, self.trainer, self._exported, self._samples)
-        pictures.try_loss_curve(run, console)
-        attention_text = pictures.try_attention_picture(run, self.trainer, console)
-        page.try_page(run, self._samples, attention_text, console)
+        page.write_report(run, self.trainer, self._samples, console)
         results.copy_export(run, params.train.output)
         self.trackers.flush(self.trainer.step)
         self._shown_in = self.trackers.working

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from utils_alg1.base.summaries import Kind, Tracker
 Point = tuple[float, float]  # step, value
 
 EACH_STEP = "loss/train_step"  # marks the row of a training step; other rows are much rarer
+MAX_VALUE = 1e100  # of a curve: sums and quotients of such values stay finite
 
 
 class MetricsFile(Tracker):
@@ -81,34 +80,16 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
             yield row
 
 
-@dataclass
-class Curves:
-    """The curves of a metrics file, as points of (step, value) with finite values."""
+def read_curves(path: Path) -> dict[str, list[Point]]:
+    """Read the curves of a metrics file, by the name of the metric, up to its first damaged row.
 
-    each_step: list[Point] = field(default_factory=list)
-    train: list[Point] = field(default_factory=list)
-    val: list[Point] = field(default_factory=list)
-    learning_rate: list[Point] = field(default_factory=list)
-    gradient_norm: list[Point] = field(default_factory=list)
-    speed: list[Point] = field(default_factory=list)
-
-
-def read_curves(path: Path) -> Curves:
-    """Read the curves of a metrics file, up to its first damaged row."""
-    curves = Curves()
-    points = {
-        EACH_STEP: curves.each_step,
-        "loss/train": curves.train,
-        "loss/val": curves.val,
-        "learning_rate": curves.learning_rate,
-        "gradient_norm": curves.gradient_norm,
-        "tokens_per_second": curves.speed,
-    }
+    Values that are not finite are left out, and so are those larger than any float32: no curve can show them.
+    """
+    curves: dict[str, list[Point]] = {}
     for row in read_metrics(path):
-        for key in points.keys() & row.keys():
-            value = row[key]
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                points[key].append((row["step"], value))
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)) and abs(value) <= MAX_VALUE:
+                curves.setdefault(name, []).append((row["step"], value))
     return curves
 
 

@@ -1,8 +1,7 @@
 """What a run logs, and at which steps: metrics, histograms, attention, embeddings and samples.
 
 To add a metric, add it to the values that `Observer.log_step`, `log_evaluation` or `log_model` logs: every
-tracker shows it under its name. A curve in report.html needs a field of `Curves`
-(tracking/metrics_file.py) and a chart in report/page.py.
+tracker shows it under its name. A curve in report.html is a line of `CHARTS` (report/templates/report.js).
 
 Logging the model changes no byte of a run: nothing here changes the global random state, the gradients or
 the model's training mode, and samples are drawn with seeds of their own.

@@ -1,0 +1,122 @@
+"use strict";
+// Draws the curves of the page's JSON as SVG, each chart as wide as its place on the page.
+
+// Of each line: its name, its class in report.css and its metric.
+const CHARTS = [
+  {
+    title: "Loss",
+    unit: "nats per character, over the steps",
+    lines: [
+      ["train, each step", "each", "loss/train_step"],
+      ["train", "train", "loss/train"],
+      ["val", "val", "loss/val"],
+      ["best", "best", "best"],
+    ],
+  },
+  { title: "Learning rate", unit: "", lines: [["", "train", "learning_rate"]] },
+  { title: "Gradient norm", unit: "", lines: [["", "train", "gradient_norm"]] },
+  { title: "Speed", unit: "characters per second", lines: [["", "train", "tokens_per_second"]] },
+];
+
+/** Adds an element to `parent` and returns it; inside an <svg> it is an SVG element. */
+function add(parent, name, attributes = {}, text = "") {
+  const isSvg = name === "svg" || parent instanceof SVGElement;
+  const element = document.createElementNS(`http://www.w3.org/${isSvg ? "2000/svg" : "1999/xhtml"}`, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.textContent = text;
+  return parent.appendChild(element);
+}
+
+/** Returns round numbers from `low` to `high`: about `count`, `minStep` or more apart; `low` alone if it is as good as `high`. */
+function ticks(low, high, count, minStep = 0) {
+  if (isFlat(low, high)) return [low];
+  const raw = Math.max((high - low) / count, minStep);
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map(factor => factor * power).find(step => step >= raw * 0.999);
+  const first = Math.ceil(low / step - 1e-9);
+  const last = Math.floor(high / step + 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
+}
+
+/** Returns whether two numbers are too close for labels that tell them apart. */
+function isFlat(low, high) {
+  return !(high - low > 1e-4 * Math.max(Math.abs(low), Math.abs(high), 1e-100));
+}
+
+/** Formats tick values with as many digits as tell them apart: all plain, or all with a power of ten. */
+function labels(values) {
+  const exact = values.map(value => Number(value.toPrecision(values.length > 1 ? 12 : 5)));
+  const largest = Math.max(...exact.map(Math.abs));
+  if (largest && (largest < 0.001 || largest >= 1e9)) {
+    return exact.map(value => (value ? value.toExponential().replace("e+", "e") : "0"));
+  }
+  const decimals = Math.max(...exact.map(value => (String(value).split(".")[1] ?? "").length));
+  const digits = { minimumFractionDigits: decimals, maximumFractionDigits: decimals };
+  return exact.map(value => (value ? value.toLocaleString("en", digits) : "0"));
+}
+
+/** Draws a chart over the steps from 0 to `steps` into an <svg>; returns the step at a horizontal position. */
+function draw(svg, lines, steps) {
+  const { clientWidth: width, clientHeight: height } = svg;
+  const isLarge = height > 250;
+  const values = lines.flatMap(line => line.points.map(([, value]) => value));
+  const low = Math.min(...values);
+  const high = Math.max(...values);
+  const yTicks = ticks(low, high, isLarge ? 7 : 5);
+  const yLabels = labels(yTicks);
+  const xTicks = ticks(0, steps, isLarge ? 5 : 3, 1);
+  const xLabels = labels(xTicks);
+
+  const margin = isFlat(low, high) ? Math.abs(high) || 1 : 0.05 * (high - low);
+  const left = Math.max(44, 12 + 7 * Math.max(...yLabels.map(label => label.length)));
+  const right = width - 16;
+  const top = 6;
+  const bottom = height - 26;
+  const x = step => left + ((right - left) * step) / steps;
+  const y = value => bottom - ((bottom - top) * (value - low + margin)) / (high - low + 2 * margin);
+
+  svg.replaceChildren();
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  yTicks.forEach((value, i) => {
+    add(svg, "path", { class: "grid", d: `M${left} ${y(value)}H${right}` });
+    add(svg, "text", { x: left - 8, y: y(value), "text-anchor": "end", "dominant-baseline": "central" }, yLabels[i]);
+  });
+  xTicks.forEach((step, i) => add(svg, "text", { x: x(step), y: height - 6, "text-anchor": "middle" }, xLabels[i]));
+  for (const { kind, points } of lines) {
+    const places = points.map(([step, value]) => [x(step).toFixed(1), y(value).toFixed(1)]);
+    if (places.length > 1) add(svg, "polyline", { class: kind, points: places.join(" ") });
+    else add(svg, "circle", { class: kind, cx: places[0][0], cy: places[0][1], r: 4.5 });
+  }
+  return position => ((position - left) / (right - left)) * steps;
+}
+
+/** Returns the values of the curves nearest to a step, with the step of each. */
+function valuesAt(lines, wanted) {
+  const nearest = points => points.reduce((a, b) => (Math.abs(b[0] - wanted) < Math.abs(a[0] - wanted) ? b : a));
+  const curves = lines.filter(line => line.points.length > 1);
+  const found = curves.map(line => [line.name, ...nearest(line.points)]);
+  return found.map(([name, step, value]) => `${name} ${Number(value.toPrecision(5))} at step ${step}`).join(", ");
+}
+
+/** Adds a figure with a chart, its legend and a line that shows the values under the pointer. */
+function addChart(parent, title, unit, lines, steps) {
+  const figure = add(parent, "figure");
+  add(add(figure, "figcaption", {}, `${title} `), "small", {}, unit);
+  const svg = add(figure, "svg", { role: "img", "aria-label": `${title} over the steps` });
+  if (lines.length > 1) {
+    const legend = add(figure, "ul", { class: "legend" });
+    for (const { name, kind } of lines) add(legend, "li", { class: kind }, name);
+  }
+  const output = add(figure, "output");
+  let stepAt = draw(svg, lines, steps);
+  new ResizeObserver(() => (stepAt = draw(svg, lines, steps))).observe(svg);
+  svg.addEventListener("pointermove", event => (output.textContent = valuesAt(lines, stepAt(event.offsetX))));
+  svg.addEventListener("pointerleave", () => (output.textContent = ""));
+}
+
+const { steps, curves } = JSON.parse(document.getElementById("data").textContent);
+for (const { title, unit, lines } of CHARTS) {
+  const found = lines.map(([name, kind, metric]) => ({ name, kind, points: curves[metric] ?? [] }));
+  const drawn = found.filter(line => line.points.length > 0);
+  if (drawn.length) addChart(document.getElementById("charts"), title, unit, drawn, Math.max(steps, 1));
+}
