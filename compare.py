@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from parameters import build_parts, part_problems, specs
+from parameters import Parameters, specs
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.files import read_json_object
 from utils_alg1.base.problems import nearest, raise_problems
@@ -82,7 +82,7 @@ def find_column(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
-    runs_dir, tag = ConfigLoader.runs_dir(arguments.runs_dir), arguments.tag
+    runs_dir, tag = arguments.runs_dir or ConfigLoader().runs_dir, arguments.tag
     rows = [read_run(path) for path in reversed(existing_runs(runs_dir))]
     if tag is not None:
         rows = [row for row in rows if tag.casefold() in row["tag"].casefold()]
@@ -137,9 +137,9 @@ def read_record(run: RunFolder, row: Row) -> None:
     record = read_json_object(run.record_path)
     corpus = record["corpus"]
     given = {name: value for name, value in record["parameters"].items() if name in specs()}
-    sized = build_parts(given | {"vocab_size": check(corpus["vocab_size"])})
-    raise_problems(part_problems(build_parts(given), {}) + part_problems(sized, {}))
-    row |= given | {"n_parameters": sized["model"].n_parameters}
+    sized = Parameters.from_values(given | {"vocab_size": check(corpus["vocab_size"])}, {})
+    raise_problems(Parameters.from_values(given, {}).problems() + sized.problems())
+    row |= given | {"n_parameters": sized.model.n_parameters}
     row["resumed"] = RESUMED in record["origins"].values()
     row["text"], row["text_sha256"] = Path(corpus["path"]).name, str(corpus["sha256"])
 
@@ -213,7 +213,7 @@ def format_rows(rows: list[Row], width: int | None = None) -> list[str]:
     differing = [
         name
         for name, spec in specs().items()
-        if not spec.limits.may_change and len({row[name] for row in rows if row[name] is not None}) > 1
+        if not spec.may_change and len({row[name] for row in rows if row[name] is not None}) > 1
     ]
     names = ["run", "best_val_loss", *["text"] * (n_texts > 1), "state", *differing, "step", "val_loss"]
     names += ["seconds", "tokens_per_second", "n_parameters"]

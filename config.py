@@ -10,6 +10,7 @@ from typing import Any
 
 from parameters import Parameters, coerce_all
 from utils_alg1.base.files import read_json_object
+from utils_alg1.base.problems import raise_problems
 
 
 def load_config(path: str | Path = "config.json") -> dict[str, Any]:
@@ -28,4 +29,4 @@ def validate_config(config: dict[str, Any]) -> None:
         Alg1Error: listing every problem: unknown names, wrong types, values out of range.
     """
     values, problems = coerce_all(config)
-    Parameters.from_values(values, {}, problems)
+    raise_problems([*problems, *Parameters.from_values(values, {}).problems()])

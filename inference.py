@@ -58,7 +58,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         type=not_empty,
         default=device.default,
         metavar="NAME",
-        help=f"{device.limits.help} (%(default)s)",
+        help=f"{device.help} (%(default)s)",
     )
     vocabulary = "the text that the weights were trained on, if they come without a vocabulary"
     parser.add_argument("--vocabulary", type=not_empty, metavar="PATH", help=vocabulary)
@@ -115,7 +115,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[BigramLanguageModel, Path
     if arguments.model is not None:
         path = Path(arguments.model)
     else:
-        path = find_weights(ConfigLoader.runs_dir(arguments.runs_dir), arguments.run)
+        path = find_weights(arguments.runs_dir or ConfigLoader().runs_dir, arguments.run)
     model = load_model_file(path)
     if model.vocabulary is None:
         model.vocabulary = read_vocabulary(arguments.vocabulary, model, path)

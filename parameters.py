@@ -13,33 +13,17 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Container, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import read_json_object
-from utils_alg1.base.problems import (
-    Problem,
-    joint_problem,
-    named_origin,
-    names_in,
-    nearest,
-    raise_problems,
-    shown,
-)
-from utils_alg1.base.settings import (
-    TYPE_NAMES,
-    Spec,
-    coerce,
-    column_width,
-    field_names,
-    setting,
-    yaml_lines,
-    yaml_value,
-)
+from utils_alg1.base.problems import Problem, names_in, nearest, raise_problems, shown
+from utils_alg1.base.settings import Spec, coerce, field_names, setting, yaml_line, yaml_value
 
+DEFAULT = "default"  # the origin of a value that nothing sets
 CONFIG_DIR = "configs"  # its files are read at every start, unless --config names another folder
 CONFIG_FILES = {  # part -> file name, in merging order. A key may be in any file; the last one wins.
     "model": "model.json",
@@ -50,7 +34,29 @@ CONFIG_FILES = {  # part -> file name, in merging order. A key may be in any fil
 
 
 @dataclass
-class ModelConfig:
+class Part:
+    """A group of parameters, each of them a field made with `setting`."""
+
+    def problems(self) -> list[Problem]:
+        """Return what is wrong with the values; an empty list if nothing is."""
+        values = dataclasses.asdict(self)
+        complaints = {name: specs()[name].violation(value) for name, value in values.items()}
+        found = [
+            Problem(f"{name} = {shown(values[name])} {complaint}", (name,))
+            for name, complaint in complaints.items()
+            if complaint
+        ]
+        wrong = names_in(found)
+        usable = dataclasses.replace(self, **{name: specs()[name].default for name in wrong})
+        return found + [problem for problem in usable.joint_problems() if not wrong & set(problem.names)]
+
+    def joint_problems(self) -> Iterator[Problem]:
+        """Yield what is wrong with several values taken together, each of which is good by itself."""
+        yield from ()
+
+
+@dataclass
+class ModelConfig(Part):
     """The network: a decoder-only transformer."""
 
     n_embd: int = setting(64, "embedding dimension", above=0)
@@ -88,8 +94,10 @@ class ModelConfig:
             values["vocab_size"] = vocab_size
         good, problems = coerce_all(values)
         config = cls(**{name: value for name, value in good.items() if name in field_names(cls)})
-        missing = values.get("vocab_size") is None  # a wrong one is a problem already
-        raise_problems([*problems, *config.problems(need_vocab_size=missing)])
+        missing = (
+            [NO_VOCAB_SIZE] if values.get("vocab_size") is None else []
+        )  # a wrong one is a problem already
+        raise_problems([*problems, *config.problems(), *missing])
         return config
 
     @property
@@ -117,33 +125,20 @@ class ModelConfig:
             if name not in MODEL_OPTIONS or value != MODEL_OPTIONS[name]
         }
 
-    def problems(self, need_vocab_size: bool = False) -> list[Problem]:
-        """Return what is wrong with the values, with `need_vocab_size` also if it is missing."""
-        found = range_problems(self)
-        wrong = names_in(found)
-        if not wrong & {"n_embd", "n_head"} and self.n_embd % self.n_head:
+    def joint_problems(self) -> Iterator[Problem]:
+        if self.n_embd % self.n_head:
             width = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            found += joint_problem(
+            yield Problem(
                 f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head} (n_embd = {width} is)",
-                "n_embd",
-                "n_head",
+                ("n_embd", "n_head"),
             )
-        elif (
-            not wrong & {"n_embd", "n_head", "positions"}
-            and self.positions == "rotary"
-            and self.head_size % 2
-        ):
+        elif self.positions == "rotary" and self.head_size % 2:
             even = max(2, round(self.n_embd / self.n_head / 2) * 2) * self.n_head
-            found += joint_problem(
+            yield Problem(
                 f"positions = rotary rotates pairs, but a head of n_embd / n_head = {self.head_size} is odd"
                 f" (n_embd = {even} makes it even)",
-                "n_embd",
-                "n_head",
-                "positions",
+                ("n_embd", "n_head", "positions"),
             )
-        if need_vocab_size and self.vocab_size is None:
-            found += joint_problem("vocab_size is missing", "vocab_size")
-        return found
 
     def validate(self) -> None:
         """Check every value.
@@ -151,7 +146,7 @@ class ModelConfig:
         Raises:
             Alg1Error: listing every problem.
         """
-        raise_problems(self.problems(need_vocab_size=True))
+        raise_problems(self.problems() + ([NO_VOCAB_SIZE] if self.vocab_size is None else []))
 
     def check_vocab_size(self, vocab_size: int) -> None:
         """Check that vocab_size, if set, is that of the text.
@@ -171,6 +166,7 @@ class ModelConfig:
             setattr(model, name, getattr(self, name))
 
 
+NO_VOCAB_SIZE = Problem("vocab_size is missing", ("vocab_size",))
 # Options of the model that are not in the reference model, with the value that is the reference model. Files
 # from before an option existed do not contain it, and have that value. A new option is added here too.
 MODEL_OPTIONS: dict[str, Any] = {
@@ -179,7 +175,7 @@ MODEL_OPTIONS: dict[str, Any] = {
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Part):
     """Training, and what a run keeps."""
 
     batch_size: int = setting(4, "sequences per micro-batch", above=0)
@@ -259,36 +255,27 @@ class TrainConfig:
     run_tag: str = setting("", "text to append to the run's name", may_be_empty=True, may_change=True)
     aim: bool = setting(True, "log to Aim", may_change=True)
 
-    def problems(self) -> list[Problem]:
-        """Return what is wrong with the values; an empty list if nothing is."""
-        found = range_problems(self)
-        wrong = names_in(found)
-        if not wrong & {"warmup_iters", "max_iters"} and self.warmup_iters > self.max_iters:
-            found += joint_problem(
+    def joint_problems(self) -> Iterator[Problem]:
+        if self.warmup_iters > self.max_iters:
+            yield Problem(
                 f"warmup_iters = {self.warmup_iters} is longer than the run, max_iters = {self.max_iters}",
-                "warmup_iters",
-                "max_iters",
+                ("warmup_iters", "max_iters"),
             )
-        if not wrong & {"min_lr", "learning_rate"} and self.min_lr > self.learning_rate:
-            found += joint_problem(
+        if self.min_lr > self.learning_rate:
+            yield Problem(
                 f"min_lr = {self.min_lr:g} is above learning_rate = {self.learning_rate:g}",
-                "min_lr",
-                "learning_rate",
+                ("min_lr", "learning_rate"),
             )
-        evaluations = {"patience", "eval_interval", "max_iters"}
-        if not wrong & evaluations and self.patience and self.eval_interval > self.max_iters:
-            found += joint_problem(
+        if self.patience and self.eval_interval > self.max_iters:
+            yield Problem(
                 f"patience = {self.patience} needs evaluations on the way, but"
                 f" eval_interval = {self.eval_interval} is longer than max_iters = {self.max_iters}",
-                "patience",
-                "eval_interval",
-                "max_iters",
+                ("patience", "eval_interval", "max_iters"),
             )
-        return found
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Part):
     """The text, and how it is split."""
 
     data_path: str = setting(
@@ -300,25 +287,18 @@ class DataConfig:
     train_split: float = setting(0.9, "fraction of the text for training", above=0, below=1)
     val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)
 
-    def problems(self) -> list[Problem]:
-        """Return what is wrong with the values; an empty list if nothing is."""
-        found = range_problems(self)
-        wrong = names_in(found)
-        if wrong & {"train_split", "val_split"}:
-            return found
+    def joint_problems(self) -> Iterator[Problem]:
         total = self.train_split + self.val_split
         if total > 1 + 1e-9:
-            found += joint_problem(
+            yield Problem(
                 f"train_split = {self.train_split:g} and val_split = {self.val_split:g}"
                 f" make {total:g}, more than the whole text",
-                "train_split",
-                "val_split",
+                ("train_split", "val_split"),
             )
-        return found
 
 
 @dataclass
-class TensorBoardConfig:
+class TensorBoardConfig(Part):
     """TensorBoard, and how often both trackers log what."""
 
     tensorboard: bool = setting(True, "log to TensorBoard", may_change=True)
@@ -345,10 +325,6 @@ class TensorBoardConfig:
     )
     port: int = setting(6006, "port of --serve-tensorboard", minimum=1, maximum=65535, may_change=True)
 
-    def problems(self) -> list[Problem]:
-        """Return what is wrong with the values; an empty list if nothing is."""
-        return range_problems(self)
-
 
 def due(step: int, interval: int) -> bool:
     """Return whether something that happens every `interval` steps happens at `step`; never if 0."""
@@ -366,22 +342,27 @@ class Parameters:
     origins: dict[str, str]
 
     @classmethod
-    def from_values(
-        cls, values: Mapping[str, Any], origins: Mapping[str, str], problems: list[Problem]
-    ) -> Parameters:
-        """Build and validate all parameters.
+    def from_values(cls, values: Mapping[str, Any], origins: Mapping[str, str]) -> Parameters:
+        """Build all parameters without checking them; those without a value take their defaults.
 
         Args:
-            values: of the right types (see `coerce_all`); the others take their defaults.
+            values: of the right types (see `coerce_all`).
             origins: where each of the values came from.
-            problems: found so far.
-
-        Raises:
-            Alg1Error: `problems` and all further ones, in one message.
         """
-        parts = build_parts(values)
-        raise_problems([*problems, *part_problems(parts, origins)])
-        return cls(**parts, origins={name: origins.get(name, "default") for name in specs()})
+        parts = {
+            part: config_class(**{n: values[n] for n in field_names(config_class) if n in values})
+            for part, config_class in PARTS.items()
+        }
+        return cls(**parts, origins={name: origins.get(name, DEFAULT) for name in specs()})
+
+    def problems(self) -> list[Problem]:
+        """Return what is wrong with the values, with their origins."""
+        found = [problem for part in PARTS for problem in getattr(self, part).problems()]
+        return [Problem(text + self._origins_of(names), names) for text, names in found]
+
+    def _origins_of(self, names: tuple[str, ...]) -> str:
+        given = {name: origin for name in names if (origin := self.origins[name]) != DEFAULT}
+        return f" ({', '.join(f'{name} from {origin}' for name, origin in given.items())})" if given else ""
 
     def flops_per_step(self) -> float:
         """Estimate the floating-point operations of a training step of one process.
@@ -404,15 +385,15 @@ class Parameters:
 
     def to_yaml(self, ascii_only: bool = False) -> str:
         """Format every value, with its origin and its help as a comment, as YAML that --config takes."""
-        origins = {name: yaml_value(origin, ascii_only) for name, origin in self.origins.items()}
-        width = column_width(origins.values())
-        helps = {name: spec.limits.explanation for name, spec in specs().items()}
-        comments = {name: f"{origins[name]:{width}}  {text}" for name, text in helps.items()}
-        lines = yaml_lines(self.flat(), comments, ascii_only)
-        sections = {part: [f"# --- {part}: {config_class.__doc__}"] for part, config_class in PARTS.items()}
-        for spec, line in zip(specs().values(), lines, strict=True):
-            sections[spec.part].append(line)
-        return "\n\n".join("\n".join(section) for section in sections.values()) + "\n"
+        sections = []
+        for part, config_class in PARTS.items():
+            lines = [f"# --- {part}: {config_class.__doc__}"]
+            for name, value in dataclasses.asdict(getattr(self, part)).items():
+                origin = yaml_value(self.origins[name], ascii_only)
+                comment = f"{origin:<24}  {specs()[name].explanation}"
+                lines.append(yaml_line(name, value, comment, ascii_only))
+            sections.append("\n".join(lines) + "\n")
+        return "\n".join(sections)
 
 
 PARTS: dict[str, Any] = {
@@ -423,20 +404,6 @@ PARTS: dict[str, Any] = {
 }
 
 
-def build_parts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the dataclasses of PARTS, by their keys there, without checking the values."""
-    return {
-        part: config_class(**{n: values[n] for n in field_names(config_class) if n in values})
-        for part, config_class in PARTS.items()
-    }
-
-
-def part_problems(parts: Mapping[str, Any], origins: Mapping[str, str]) -> list[Problem]:
-    """Return what is wrong with the dataclasses of `build_parts`, with the origins of the values."""
-    found = [problem for config in parts.values() for problem in config.problems()]
-    return [named_origin(problem, origins) for problem in found]
-
-
 @functools.cache
 def specs() -> dict[str, Spec]:
     """Return the specification of every parameter, by name, in the order of the dataclasses."""
@@ -444,26 +411,17 @@ def specs() -> dict[str, Spec]:
     for part, config_class in PARTS.items():
         hints = typing.get_type_hints(config_class)
         for f in dataclasses.fields(config_class):
-            kinds = [kind for kind in typing.get_args(hints[f.name]) if kind is not type(None)]
-            found[f.name] = Spec(
-                name=f.name,
-                part=part,
-                type=kinds[0] if kinds else hints[f.name],
-                optional=bool(kinds),
-                default=f.default,
-                limits=f.metadata["limits"],
-            )
+            kind = (typing.get_args(hints[f.name]) or (hints[f.name],))[0]  # int of int | None
+            options = {"flag": "--" + f.name.replace("_", "-"), **f.metadata}
+            found[f.name] = Spec(f.name, part, kind, f.default, **options)
     return found
 
 
-def coerce_all(
-    values: Mapping[str, Any], origin: str | None = None, flags_only: Container[str] = ()
-) -> tuple[dict[str, Any], list[Problem]]:
+def coerce_all(values: Mapping[str, Any], origin: str = "") -> tuple[dict[str, Any], list[Problem]]:
     """Convert the values of a dictionary to the types of the parameters.
 
     Args:
         origin: where the values come from, for the messages.
-        flags_only: names that are not parameters but flags of train.py.
 
     Returns:
         The values that could be converted, and a problem for each of the others.
@@ -475,38 +433,17 @@ def coerce_all(
     for name, value in values.items():
         if name == "_comment":  # JSON has no comments
             continue
-        if name not in known:
-            text = f"{where}unknown name {shown(name)}{nearest(str(name), known)}"
-            if str(name).replace("-", "_") in flags_only:
-                text = f"{where}{shown(name)} is a flag of train.py only"
-            elif isinstance(value, dict):
-                text = (
-                    f"{where}{shown(name)} is a section, and there are none: move its names to the top level"
-                )
-            problems.append(Problem(text, ()))
-            continue
-        try:
-            good[name] = coerce(known[name], value)
-        except ValueError as error:
-            problems.append(Problem(f"{where}{name} = {shown(value)} {error}", (name,)))
+        if name in known:
+            try:
+                good[name] = coerce(known[name], value)
+            except ValueError as error:
+                problems.append(Problem(f"{where}{name} = {shown(value)} {error}", (name,)))
+        elif isinstance(value, dict):
+            what = "is a section, and there are none: move its names to the top level"
+            problems.append(Problem(f"{where}{shown(name)} {what}"))
+        else:
+            problems.append(Problem(f"{where}unknown name {shown(name)}{nearest(str(name), known)}"))
     return good, problems
-
-
-def range_problems(config: Any) -> list[Problem]:
-    """Return a problem for each field of a dataclass with a value of the wrong type or out of range."""
-    problems = []
-    for name in field_names(type(config)):
-        spec, value = specs()[name], getattr(config, name)
-        fitting = (int, float) if spec.type is float else spec.type
-        try:
-            complaint = spec.limits.violation(coerce(spec, value))
-            if value is not None and not isinstance(value, fitting):  # such as "64" for 64
-                complaint = f"must be {TYPE_NAMES[spec.type]}"
-        except ValueError as error:
-            complaint = str(error)
-        if complaint:
-            problems.append(Problem(f"{name} = {shown(value)} {complaint}", (name,)))
-    return problems
 
 
 def format_settings(file_name: str | Path, about: str, values: Mapping[str, Any]) -> str:
@@ -515,8 +452,10 @@ def format_settings(file_name: str | Path, about: str, values: Mapping[str, Any]
     Args:
         about: what the file is, in one or more lines, for a comment at the top.
     """
-    helps = {name: specs()[name].limits.explanation for name in values}
+    helps = {name: specs()[name].explanation for name in values}
     if Path(file_name).suffix == ".json":
         comment = [*about.splitlines(), *(f"{name}: {text}" for name, text in helps.items())]
         return json.dumps({"_comment": comment, **values}, indent=2, ensure_ascii=False) + "\n"
-    return "\n".join([*(f"# {line}" for line in about.splitlines()), *yaml_lines(values, helps)]) + "\n"
+    lines = [f"# {line}" for line in about.splitlines()]
+    lines += [yaml_line(name, value, helps[name]) for name, value in values.items()]
+    return "\n".join(lines) + "\n"

@@ -141,7 +141,7 @@ def parameters(text: Path, **values: Any) -> Any:
     """Return the parameters of a run on a text, without the configuration files of the working folder."""
     from parameters import Parameters
 
-    return Parameters.from_values({"data_path": str(text), **values}, {}, [])
+    return Parameters.from_values({"data_path": str(text), **values}, {})
 
 
 class Steps:

@@ -25,7 +25,7 @@ PEAK, FLOOR = 1e-3, 5e-5
 def main() -> None:
     figure = Figure(figsize=(10, 2.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    schedules = specs()["lr_schedule"].limits.choices
+    schedules = specs()["lr_schedule"].choices
     for axes, schedule in zip(figure.subplots(1, len(schedules), sharey=True), schedules, strict=True):
         config = TrainConfig(
             max_iters=STEPS, warmup_iters=WARMUP, learning_rate=PEAK, min_lr=FLOOR, lr_schedule=schedule

@@ -21,14 +21,13 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parameters import CONFIG_FILES, PARTS, Parameters, build_parts, coerce_all, specs
+from parameters import CONFIG_FILES, PARTS, Parameters, coerce_all, specs
 from utils_alg1 import utils_run_manager
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.files import JSON_HINT
 from utils_alg1.base.settings import field_names
 from utils_alg1.console.command_line import Options, parse_command_line
 from utils_alg1.run_directory import LOCK_NAME, NO_RUN_HINT, RUN_ID, find_run, list_runs, lock_run
-from utils_alg1.utils_config_loader import PATH_HINT, ConfigLoader
+from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_run_manager import (
     MetadataCapture,
     RunDirectoryCreator,
@@ -107,7 +106,7 @@ def write(path: str | Path, values: object) -> None:
 
 
 def resolve(*words: str):
-    return ConfigLoader.resolve(parse_command_line(list(words)))
+    return ConfigLoader(parse_command_line(list(words))).resolve()
 
 
 def flags(values: dict[str, object]) -> list[str]:
@@ -204,14 +203,14 @@ def test_priority_and_origins_are_shown_line_by_line(workdir, train):
     assert result.code == 0
     assert result.err == ""
     names = ("batch_size", "eval_iters", "seed", "threads", "patience", "output")
-    helps = {name: specs()[name].limits.help for name in names}
+    helps = {name: specs()[name].help for name in names}
     assert [line for line in result.out.splitlines() if line.split(":")[0] in names] == [
-        f"batch_size: 4               # default             {helps['batch_size']}",
-        f"eval_iters: 1               # config.json         {helps['eval_iters']}",
-        f"seed: 4                     # --seed              {helps['seed']}",
-        f"threads: 3                  # more.yaml           {helps['threads']}",
-        f"patience: 2                 # configs/train.yaml  {helps['patience']}",
-        f"output: null                # default             {helps['output']}",
+        f"batch_size: 4                 # default                   {helps['batch_size']}",
+        f"eval_iters: 1                 # config.json               {helps['eval_iters']}",
+        f"seed: 4                       # --seed                    {helps['seed']}",
+        f"threads: 3                    # more.yaml                 {helps['threads']}",
+        f"patience: 2                   # configs/train.yaml        {helps['patience']}",
+        f"output: null                  # default                   {helps['output']}",
     ]
 
 
@@ -249,9 +248,9 @@ def any_value(name: str) -> st.SearchStrategy:
         int: st.integers(0, 2**63 - 1),
         float: st.floats(allow_nan=False, allow_infinity=False),
         bool: st.booleans(),
-        str: st.sampled_from(spec.limits.choices) if spec.limits.choices else ANY_TEXT,
+        str: st.sampled_from(spec.choices) if spec.choices else ANY_TEXT,
     }[spec.type]
-    return of_type | st.none() if spec.optional else of_type
+    return of_type | st.none() if spec.default is None else of_type
 
 
 some_parameters = st.lists(
@@ -276,14 +275,14 @@ def check_reading_back(params: Parameters, ascii_only: bool) -> None:
 @pytest.mark.parametrize("ascii_only", [True, False])
 @pytest.mark.parametrize("text", ODD_TEXTS, ids=short)
 def test_the_listing_of_an_odd_text_gives_the_same_text(workdir, text, ascii_only):
-    params = Parameters(**build_parts({"run_tag": text}), origins=dict.fromkeys(specs(), text))
+    params = Parameters.from_values({"run_tag": text}, dict.fromkeys(specs(), text))
     check_reading_back(params, ascii_only)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(some_parameters, ANY_TEXT, st.booleans())
 def test_the_listing_of_any_parameters_gives_the_same_values(workdir, some, origin, ascii_only):
-    params = Parameters(**build_parts(some), origins=dict.fromkeys(specs(), origin))
+    params = Parameters.from_values(some, dict.fromkeys(specs(), origin))
     check_reading_back(params, ascii_only)
 
 
@@ -383,7 +382,7 @@ def test_a_resumed_run_takes_the_place_of_the_files(workdir):
     write("more.json", {"max_iters": 900})
     options = parse_command_line(["--config", "more.json", "--patience", "3"])
     resumed = {"seed": 5, "max_iters": 100, "patience": 0, "batch_size": 16}
-    params = ConfigLoader.resolve(options, resumed=resumed)
+    params = ConfigLoader(options).resolve(resumed=resumed)
     assert {name: (params.flat()[name], params.origins[name]) for name in [*resumed, "threads"]} == {
         "seed": (5, "resumed run"),
         "batch_size": (16, "resumed run"),
@@ -396,7 +395,7 @@ def test_a_resumed_run_takes_the_place_of_the_files(workdir):
 def test_the_sizes_of_an_initial_model_stand_above_the_files(workdir):
     write("configs/model.json", {"n_embd": 32, "n_layer": 1, "dropout": 0.5})
     options = parse_command_line(["--n-layer", "3"])
-    params = ConfigLoader.resolve(options, initial={"n_embd": 16, "n_layer": 2})
+    params = ConfigLoader(options).resolve(initial={"n_embd": 16, "n_layer": 2})
     assert {
         name: (params.flat()[name], params.origins[name]) for name in ("n_embd", "n_layer", "dropout")
     } == {
@@ -506,13 +505,13 @@ def test_files_used_are_those_that_count(workdir):
         (["--config", "a.json"], "config.json configs/train.yaml", "a.json"),
     ):
         for resume, expected in (([], f"{used} {named}"), (["--resume", "latest"], named)):
-            sources = ConfigLoader.read(parse_command_line([*config, *resume]))
+            sources = ConfigLoader(parse_command_line([*config, *resume]))
             assert sources.files == {Path(name): Path(name).read_bytes() for name in expected.split()}
 
 
 def test_a_file_is_read_once_and_kept_as_it_was_then(workdir):
     write("configs/train.yaml", "runs_dir: here\n")
-    sources = ConfigLoader.read(Options())
+    sources = ConfigLoader(Options())
     write("configs/train.yaml", "runs_dir: there\n")
     assert (sources.runs_dir, sources.resolve().train.runs_dir) == ("here", "here")
     assert sources.files == {Path("configs/train.yaml"): b"runs_dir: here\n"}
@@ -548,20 +547,19 @@ def test_the_runs_folder_is_known_before_the_parameters_are(workdir, words, expe
     write("configs/train.yaml", {"runs_dir": "from-configs", "no_such_name": 1})
     write("a.json", {"runs_dir": "from-a"})
     write("preset/train.yaml", {"seed": 1})
-    assert ConfigLoader.read(parse_command_line(words)).runs_dir == expected
+    assert ConfigLoader(parse_command_line(words)).runs_dir == expected
 
 
 def test_the_runs_folder_is_the_default_when_nothing_names_one(workdir):
-    assert ConfigLoader.runs_dir(None) == "runs"
+    assert ConfigLoader().runs_dir == "runs"
 
 
 def test_a_script_without_parameters_finds_the_runs_folder_too(workdir):
     write("configs/train.yaml", {"runs_dir": "from-configs"})
-    assert (ConfigLoader.runs_dir(None), ConfigLoader.runs_dir("here")) == ("from-configs", "here")
+    assert ConfigLoader().runs_dir == "from-configs"
     write("configs/train.yaml", "- 1\n")
     with pytest.raises(Alg1Error, match=r"^configs/train.yaml: must hold names and values$"):
-        ConfigLoader.runs_dir(None)
-    assert ConfigLoader.runs_dir("here") == "here"
+        _ = ConfigLoader().runs_dir
 
 
 # --- what is wrong with a file ---
@@ -616,17 +614,9 @@ def test_a_broken_file_is_one_error_line_that_names_it(workdir, train, path, con
         ("configs/train.yaml", "batch_size: [1, 2]", "batch_size = [1, 2] must be a whole number"),
         ("configs/train.yaml", "batch_size: {2020-01-01: 3}", "batch_size = (dict) must be a whole number"),
         ("configs/train.yaml", "batch_size: &a [*a]", "batch_size = (list) must be a whole number"),
-        ("configs/train.yaml", "learning_rate: .nan", "learning_rate = NaN must be finite"),
-        ("configs/train.yaml", "learning_rate: .inf", "learning_rate = Infinity must be finite"),
         ("configs/train.yaml", "aim: 1", "aim = 1 must be true or false"),
         ("configs/train.yaml", "run_tag: 2024", "run_tag = 2024 must be text"),
-        ("configs/model.json", '{"dropout": 1e999}', "dropout = Infinity must be finite"),
         ("configs/model.json", '{"n_layer": true}', "n_layer = true must be a whole number"),
-        (
-            "configs/data.yaml",
-            'data_path: "a\\0b"',
-            r"data_path = 'a\x00b' must not contain a null character",
-        ),
     ],
     ids=short,
 )
@@ -647,7 +637,7 @@ def test_the_problems_of_all_sources_come_in_one_message(workdir, train):
         "error: 7 problems:\n"
         "  - config.json: unknown name 'batchsize'; did you mean batch_size?\n"
         "  - configs/train.yaml: seed = 'x' must be a whole number\n"
-        "  - batch_size = 'two' must be a whole number (from --batch-size)\n"
+        "  - --batch-size: batch_size = 'two' must be a whole number\n"
         "  - dropout = 1.0 must be below 1 (dropout from config.json)\n"
         "  - n_embd = 30 must be divisible by n_head = 4 (n_embd = 32 is) (n_embd from a.json)\n"
         "  - lr_schedule = 'cosin' must be one of constant, cosine, linear, step, wsd"
@@ -657,36 +647,24 @@ def test_the_problems_of_all_sources_come_in_one_message(workdir, train):
     )
 
 
-def test_files_that_cannot_be_read_are_problems_among_the_others(workdir, train):
-    """What a missing file's values would go with is unknown: only what is wrong by itself is told."""
-    write("configs/model.json", "{")
+@pytest.mark.parametrize("start", ["", "--resume latest", "--init-from nowhere.safetensors"])
+def test_a_file_that_cannot_be_read_is_reported_first(workdir, train, start):
+    """What its values would go with is unknown."""
     write("configs/train.yaml", "seed: 1\nseed: 2\n")
-    write("config.json", {"tensorboard": False})
-    flags = "--config nowhere --max-iters five --n-embd 6 --batch-size 0".split()
-    json_error = "configs/model.json: line 1, column 2: not JSON: Expecting property name enclosed in double"
-    expected = (
-        "error: 5 problems:\n"
-        f"  - {json_error} quotes ({JSON_HINT})\n"
-        "  - configs/train.yaml: 'seed' stands there twice (keep one of them)\n"
-        f"  - --config nowhere: no such file or folder ({PATH_HINT})\n"
-        "  - max_iters = 'five' must be a whole number (from --max-iters)\n"
-        "  - batch_size = 0 must be above 0 (batch_size from --batch-size)\n" + CONFIG_HINT
-    )
-    for start in ([], ["--resume", "latest"], ["--init-from", "nowhere.safetensors"]):
-        result = train(*flags, "--serve-tensorboard", *start)
-        assert (result.code, result.out, result.err) == (2, "", expected)
+    result = train("--max-iters", "five", "--n-embd", 6, *start.split())
+    expected = "error: configs/train.yaml: 'seed' stands there twice\nhint: keep one of them\n"
+    assert (result.code, result.out, result.err) == (2, "", expected)
 
 
 @pytest.mark.parametrize("start", ["--resume latest", "--init-from nowhere.safetensors"])
-def test_flags_are_checked_before_a_run_or_a_model_is_read(workdir, train, start):
+def test_names_and_types_are_checked_before_a_run_or_a_model_is_read(workdir, train, start):
     write("more.json", {"n_layr": 2})
-    flags = "--config more.json --max-iters five --dropout 1 --n-embd 30 --serve-tensorboard --no-tensorboard"
+    flags = "--config more.json --max-iters five --serve-tensorboard --no-tensorboard"
     assert train(*start.split(), *flags.split()).err == (
-        "error: 4 problems:\n"
+        "error: 3 problems:\n"
         "  - more.json: unknown name 'n_layr'; did you mean n_layer?\n"
-        "  - max_iters = 'five' must be a whole number (from --max-iters)\n"
-        "  - --serve-tensorboard has nothing to show: tensorboard is off (--tensorboard)\n"
-        "  - dropout = 1.0 must be below 1 (dropout from --dropout)\n" + CONFIG_HINT
+        "  - --max-iters: max_iters = 'five' must be a whole number\n"
+        "  - --serve-tensorboard has nothing to show: tensorboard is off (--tensorboard)\n" + CONFIG_HINT
     )
 
 
@@ -742,7 +720,7 @@ def test_the_shipped_files_hold_every_parameter_at_its_default(workdir):
         for name, value in values.items():
             spec = specs()[name]
             assert repr(value) == repr(spec.default)
-            assert re.search(rf"\b{name}: .*{re.escape(spec.limits.explanation)}", text)
+            assert re.search(rf"\b{name}: .*{re.escape(spec.explanation)}", text)
     assert resolve("--config", str(PROJECT / "configs")).changed() == {}
 
 
@@ -831,7 +809,7 @@ def test_help_names_every_flag_with_its_default(capsys, monkeypatch):
     for spec in specs().values():
         default = "" if spec.default in (None, "") else f" ({spec.default})"
         assert f" {spec.flag}" in text
-        assert f" {spec.limits.help}{default}" in text
+        assert f" {spec.help}{default}" in text
 
 
 # --- run ids ---

@@ -161,11 +161,11 @@ def test_changed_values_stand_with_where_they_came_from():
         "dropout": "a/model.json",
         "max_iters": "a/train.yaml",
     }
-    params = Parameters.from_values(values, origins, [])
+    params = Parameters.from_values(values, origins)
     assert params.changed() == {"n_embd": 128, "max_iters": 7, "seed": 5}
     shown = "seed=5; n_embd=128 (a/model.json); max_iters=7 (a/train.yaml)"
     assert summary_module.describe_changes(params) == shown
-    assert summary_module.describe_changes(Parameters.from_values({}, {}, [])) == ""
+    assert summary_module.describe_changes(Parameters.from_values({}, {})) == ""
 
 
 @pytest.mark.parametrize(

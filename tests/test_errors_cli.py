@@ -52,12 +52,12 @@ def flip_last_bit(data: bytes) -> bytes:
 # (command line, error, hint); text.txt is a text, folder/ is empty, notes.txt is no configuration or model.
 TRAIN_MISTAKES = [
     # values
-    ("--max-iters five", "max_iters = 'five' must be a whole number (from --max-iters)", SHOWS),
-    ("--max-iters 1.5", "max_iters = '1.5' must be a whole number (from --max-iters)", SHOWS),
-    ("--max-iters=", "max_iters = '' must be a whole number (from --max-iters)", SHOWS),
+    ("--max-iters five", "--max-iters: max_iters = 'five' must be a whole number", SHOWS),
+    ("--max-iters 1.5", "--max-iters: max_iters = '1.5' must be a whole number", SHOWS),
+    ("--max-iters=", "--max-iters: max_iters = '' must be a whole number", SHOWS),
     ("--max-iters 0", "max_iters = 0 must be above 0 (max_iters from --max-iters)", SHOWS),
     ("--batch-size -5", "batch_size = -5 must be above 0 (batch_size from --batch-size)", SHOWS),
-    ("--learning-rate nan", "learning_rate = 'nan' must be finite (from --learning-rate)", SHOWS),
+    ("--learning-rate nan", "learning_rate = NaN must be finite (learning_rate from --learning-rate)", SHOWS),
     ("--learning-rate 0", "learning_rate = 0.0 must be above 0 (learning_rate from --learning-rate)", SHOWS),
     ("--dropout 1", "dropout = 1.0 must be below 1 (dropout from --dropout)", SHOWS),
     ("--device ''", "device = '' must not be empty (device from --device)", SHOWS),
@@ -129,7 +129,7 @@ TRAIN_MISTAKES = [
         "--config nano.yaml",
         "3 problems:"
         "\n  - nano.yaml: unknown name 'gradient_accumulation_steps'; did you mean grad_accum_steps?"
-        "\n  - nano.yaml: 'init_from' is a flag of train.py only"
+        "\n  - nano.yaml: unknown name 'init_from'"
         "\n  - nano.yaml: unknown name 'N_EMBD'; did you mean n_embd?",
         SHOWS,
     ),
@@ -253,7 +253,7 @@ FLAG_MISTAKES = [
     ("inference", "--max-new-tokens -1", "--max-new-tokens: -1 must be at least 0"),
     ("inference", "--num-samples 1e10", "--num-samples: 10000000000 must be at most 2147483647"),
     ("inference", "--temperature hot", "--temperature: 'hot' must be a number"),
-    ("inference", "--temperature nan", "--temperature: 'nan' must be finite"),
+    ("inference", "--temperature nan", "--temperature: nan must be finite"),
     ("inference", "--top-k 0", "--top-k: 0 must be at least 1"),
     ("inference", "--top-p 0", "--top-p: 0.0 must be above 0"),
     ("inference", "--top-p 1.5", "--top-p: 1.5 must be at most 1"),

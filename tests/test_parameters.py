@@ -82,7 +82,7 @@ def test_names_and_flags_are_unique_over_all_parts():
 
 
 def test_every_parameter_says_what_it_is():
-    assert [name for name, spec in specs().items() if not spec.limits.help.strip()] == []
+    assert [name for name, spec in specs().items() if not spec.help.strip()] == []
 
 
 @pytest.mark.parametrize("config_class", PARTS.values())
@@ -139,15 +139,12 @@ def test_coercion(name, given, expected):
         ("batch_size", True, "must be a whole number"),
         ("batch_size", None, "must be a whole number"),
         ("batch_size", [8], "must be a whole number"),
-        ("batch_size", math.inf, "must be finite"),
-        ("batch_size", "nan", "must be finite"),
+        ("batch_size", math.inf, "must be a whole number"),
+        ("batch_size", "nan", "must be a whole number"),
         ("learning_rate", "fast", "must be a number"),
         ("learning_rate", False, "must be a number"),
         ("learning_rate", None, "must be a number"),
         ("learning_rate", {"a": 1}, "must be a number"),
-        ("learning_rate", math.nan, "must be finite"),
-        ("learning_rate", "inf", "must be finite"),
-        ("learning_rate", "1e999", "must be finite"),
         pytest.param("learning_rate", 10**400, "must be a number", id="beyond a float"),
         ("aim", 1, "must be true or false"),
         ("aim", "yes", "must be true or false"),
@@ -155,8 +152,6 @@ def test_coercion(name, given, expected):
         ("run_tag", 5, "must be text"),
         ("run_tag", False, "must be text"),
         ("device", None, "must be text"),
-        ("output", "a\0b", "must not contain a null character"),
-        ("output", "\ud800", "must not contain half a surrogate pair"),
     ],
 )
 def test_refused_types(name, given, complaint):
@@ -289,6 +284,9 @@ def test_limits(name, last_good, first_bad, complaint):
         (TrainConfig, "aim", 1, "aim = 1 must be true or false"),
         (DataConfig, "data_path", None, "data_path = null must be text"),
         (TensorBoardConfig, "port", True, "port = true must be a whole number"),
+        (TrainConfig, "learning_rate", math.inf, "learning_rate = Infinity must be finite"),
+        (TrainConfig, "output", "a\0b", r"output = 'a\x00b' must not contain a null character"),
+        (TrainConfig, "output", "\ud800", r"output = '\ud800' must not contain half a surrogate pair"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_a_problem(config_class, name, value, complaint):
@@ -418,20 +416,16 @@ def test_no_problem_raises_nothing():
 def test_problems_of_all_parts_come_together_with_their_origins():
     values = {"n_layer": 0, "max_iters": 5, "warmup_iters": 6, "val_split": 0.5, "port": 0}
     origins = {"n_layer": "model.json", "warmup_iters": "--warmup-iters", "port": "tensorboard.json"}
-    with pytest.raises(Alg1Error) as caught:
-        Parameters.from_values(values, origins, [Problem("unknown flag --x", ())])
-    assert caught.value.message.splitlines() == [
-        "5 problems:",
-        "  - unknown flag --x",
-        "  - n_layer = 0 must be above 0 (n_layer from model.json)",
-        "  - warmup_iters = 6 is longer than the run, max_iters = 5 (warmup_iters from --warmup-iters)",
-        "  - train_split = 0.9 and val_split = 0.5 make 1.4, more than the whole text",
-        "  - port = 0 must be at least 1 (port from tensorboard.json)",
+    assert [problem.text for problem in Parameters.from_values(values, origins).problems()] == [
+        "n_layer = 0 must be above 0 (n_layer from model.json)",
+        "warmup_iters = 6 is longer than the run, max_iters = 5 (warmup_iters from --warmup-iters)",
+        "train_split = 0.9 and val_split = 0.5 make 1.4, more than the whole text",
+        "port = 0 must be at least 1 (port from tensorboard.json)",
     ]
 
 
 def test_parameters_know_every_value_and_its_origin():
-    params = Parameters.from_values({"n_layer": 2, "port": 7000}, {"n_layer": "--n-layer", "port": "f"}, [])
+    params = Parameters.from_values({"n_layer": 2, "port": 7000}, {"n_layer": "--n-layer", "port": "f"})
     defaults = {name: spec.default for name, spec in specs().items()}
     assert params.flat() == defaults | {"n_layer": 2, "port": 7000}
     assert (params.model.n_layer, params.tensorboard.port) == (2, 7000)
@@ -528,7 +522,7 @@ def test_a_model_config_is_valid_exactly_when_the_rules_hold(
         and 0 <= dropout < 1
         and n_embd % n_head == 0
     )
-    assert (config.problems(need_vocab_size=True) == []) == follows_the_rules
+    assert (config.problems() == [] and config.vocab_size is not None) == follows_the_rules
 
 
 @given(n_head=st.integers(1, 16), width=st.integers(1, 16), dropout=st.floats(0, 1, exclude_max=True))

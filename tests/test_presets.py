@@ -26,7 +26,7 @@ def test_the_presets_are_these():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_loads_and_differs_from_the_defaults(preset, workdir):
     folder = PROJECT / "configs" / preset
-    params = ConfigLoader.resolve(Options(config=str(folder)))
+    params = ConfigLoader(Options(config=str(folder))).resolve()
     values, flat = load(preset), params.flat()
     assert values
     for name, value in values.items():
@@ -65,7 +65,7 @@ def test_a_preset_is_copied_with_the_folder_it_lies_in(workdir, train, text_file
 def test_what_is_edited_in_the_folder_changes_no_preset(preset, workdir):
     shutil.copytree(PROJECT / "configs", workdir / "configs")
     folder = f"configs/{preset}"
-    before = ConfigLoader.resolve(Options(config=folder)).flat()
+    before = ConfigLoader(Options(config=folder)).resolve().flat()
     (workdir / "configs/train.yaml").write_text("beta1: 0.5\npatience: 7\n")
-    assert ConfigLoader.resolve(Options()).changed() == {"beta1": 0.5, "patience": 7}
-    assert ConfigLoader.resolve(Options(config=folder)).flat() == before
+    assert ConfigLoader().resolve().changed() == {"beta1": 0.5, "patience": 7}
+    assert ConfigLoader(Options(config=folder)).resolve().flat() == before

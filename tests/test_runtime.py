@@ -290,7 +290,7 @@ def test_a_closed_terminal_is_no_signal_under_nohup(monkeypatch):
 
 @pytest.mark.parametrize("more, fits", [(0, True), (1, False)])
 def test_a_model_that_cannot_fit_is_refused(more, fits, monkeypatch):
-    params = Parameters.from_values({"n_embd": 8, "n_head": 2, "n_layer": 1, "block_size": 4}, {}, [])
+    params = Parameters.from_values({"n_embd": 8, "n_head": 2, "n_layer": 1, "block_size": 4}, {})
     n_parameters = 5 * 8 + 4 * 8 + (12 * 64 + 10 * 8) + 2 * 8 + 5 * 8 + 5
     monkeypatch.setattr(runtime_module, "memory_of", lambda _: 12 * n_parameters - more)
     if fits:

@@ -50,7 +50,7 @@ options = parse_command_line()
 if options.resume:
     run, loss = lock_run(Path(options.resume)), 0.125
 else:
-    values = ConfigLoader.resolve(options).flat()
+    values = ConfigLoader(options).resolve().flat()
     loss = abs(values["learning_rate"] - 0.01)
     if values["dropout"] == 0.5:
         print("training")

@@ -12,19 +12,11 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from parameters import (
-    CONFIG_DIR,
-    CONFIG_FILES,
-    Parameters,
-    build_parts,
-    coerce_all,
-    part_problems,
-    specs,
-)
+from parameters import CONFIG_DIR, CONFIG_FILES, Parameters, coerce_all, specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import decode, parse_json_object, read_bytes, refuse_repeats
 from utils_alg1.base.problems import Problem, raise_problems
-from utils_alg1.console.command_line import FLAGS_ONLY, Options
+from utils_alg1.console.command_line import Options
 from utils_alg1.run_directory import RunFolder
 
 LOGGER = logging.getLogger("alg1")
@@ -43,124 +35,25 @@ class Source(NamedTuple):
     data: bytes = b""
 
 
-class Sources:
-    """The command line and the configuration files that it reads, each of them once.
+class ConfigLoader:
+    """Reads the configuration files that a command line uses, each once, and merges them with it.
 
-    A file that cannot be read is a problem that is reported together with the others.
+    Args:
+        options: the command line of train.py; by default one without flags.
+
+    Raises:
+        Alg1Error: a file is missing or cannot be read.
     """
 
-    def __init__(self, options: Options):
-        self._options = options
-        self._unreadable: list[Problem] = []
-        self._default_sources = self._read(_default_files(options.config))
-        try:
-            named = _config_files(options.config) if options.config else []
-        except Alg1Error as error:
-            self._add_unreadable(error)
-            named = []
-        self._config_sources = self._read(named)
-
-    def _read(self, paths: list[Path]) -> list[Source]:
-        sources = []
-        for path in paths:
-            try:
-                data = read_bytes(path)
-                source = Source(str(path), _parse(path, data), data)
-            except Alg1Error as error:
-                self._add_unreadable(error)
-            else:
-                LOGGER.debug("%s: %s", path, ", ".join(map(str, source.values)) or "no settings")
-                sources.append(source)
-        return sources
-
-    def _add_unreadable(self, error: Alg1Error) -> None:
-        self._unreadable.append(Problem(error.message, (), error.hint))
-
-    @property
-    def files(self) -> dict[Path, bytes]:
-        """The content of the files whose values are used, for the run's records."""
-        resumes = self._options.resume is not None
-        used = self._config_sources if resumes else [*self._default_sources, *self._config_sources]
-        return {Path(source.origin): source.data for source in used}
-
-    @property
-    def runs_dir(self) -> str:
-        """The folder in which --resume finds its run, whose own parameters are not known yet.
-
-        Raises:
-            Alg1Error: a file that may name it cannot be read.
-        """
-        raise_problems(self._unreadable)
-        files = [*self._default_sources, *self._config_sources]
-        values = [*(source.values for source in files), self._options.values]
-        named = [source["runs_dir"] for source in values if "runs_dir" in source]
-        return str(named[-1]) if named else specs()["runs_dir"].default
-
-    def check(self) -> None:
-        """Check each value by itself, before the run or the model that it is for has been read.
-
-        Raises:
-            Alg1Error: every problem of the parameters and of the files that are used, in one message.
-        """
-        values, origins, problems = self._merge({} if self._options.resume is not None else None, None)
-        of_values = part_problems(build_parts(values), origins)
-        raise_problems([*problems, *(problem for problem in of_values if len(problem.names) == 1)])
-
-    def resolve(
-        self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
-    ) -> Parameters:
-        """Merge every source into validated parameters; see `ConfigLoader.resolve`."""
-        return Parameters.from_values(*self.merge(resumed, initial))
-
-    def merge(
-        self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-        """Return the arguments of `Parameters.from_values`: values, their origins and the problems so far.
-
-        Raises:
-            Alg1Error: a file cannot be read. Whether the other values fit to those in it is unknown, so the
-                message lists only what is wrong by itself.
-        """
-        if self._unreadable:
-            self.check()
-        return self._merge(resumed, initial)
-
-    def _merge(
-        self, resumed: dict[str, Any] | None, initial: dict[str, Any] | None
-    ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-        sources = self._default_sources if resumed is None else [Source(RESUMED, resumed)]
-        sources = [*sources, *self._config_sources]
-        if initial is not None:
-            sources.append(Source("--init-from", initial))
-
-        values: dict[str, Any] = {}
-        origins: dict[str, str] = {}
-        problems = list(self._unreadable)
-        for origin, source, _ in sources:
-            good, faults = coerce_all(source, origin, FLAGS_ONLY)
-            values.update(good)
-            origins.update(dict.fromkeys(good, origin))
-            problems += faults
-        for name, value in self._options.values.items():
-            flag = specs()[name].flag
-            good, faults = coerce_all({name: value})
-            values.update(good)
-            origins.update(dict.fromkeys(good, flag))
-            problems += [fault._replace(text=f"{fault.text} (from {flag})") for fault in faults]
-        off = values.get("tensorboard") is False and not self._unreadable  # an unread file may turn it on
-        if self._options.serve_tensorboard and off:
-            text = f"--serve-tensorboard has nothing to show: tensorboard is off ({origins['tensorboard']})"
-            problems.append(Problem(text, ()))
-        return values, origins, problems
-
-
-class ConfigLoader:
-    """Reads configuration files and merges them with the command line."""
+    def __init__(self, options: Options | None = None):
+        self._options = options or Options()
+        self._defaults = [_read(path) for path in _default_files(self._options.config)]
+        self._named = [_read(path) for path in _named_files(self._options.config)]
 
     @staticmethod
     def load_file(path: str | Path) -> dict[str, Any]:
         """Read a YAML or JSON file without checking its values. Raises Alg1Error with file and fault."""
-        return _parse(Path(path), read_bytes(path))
+        return _read(Path(path)).values
 
     load_model_config = load_file
     load_train_config = load_file
@@ -177,45 +70,64 @@ class ConfigLoader:
         if not Path(config_dir).is_dir():
             names = ", ".join(CONFIG_FILES.values())
             raise Alg1Error(f"{config_dir}: no such folder", f"name one that holds {names}")
-        merged: dict[str, Any] = {}
-        for path in _files_in(Path(config_dir)):
-            merged.update(_parse(path, read_bytes(path)))
-        return merged
+        return _merged([_read(path) for path in _files_in(Path(config_dir))])
 
-    @staticmethod
-    def read(options: Options) -> Sources:
-        """Read every file that the command line uses, once."""
-        return Sources(options)
+    @property
+    def files(self) -> dict[Path, bytes]:
+        """The content of the files whose values are used, for the run's records."""
+        used = self._named if self._options.resume is not None else [*self._defaults, *self._named]
+        return {Path(source.origin): source.data for source in used}
 
-    @staticmethod
+    @property
+    def runs_dir(self) -> str:
+        """The folder of the runs, also where --resume finds its run, whose parameters are not known yet."""
+        values = _merged([*self._defaults, *self._named]) | self._options.values
+        return str(values.get("runs_dir", specs()["runs_dir"].default))
+
+    def merge(
+        self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
+    ) -> tuple[Parameters, list[Problem]]:
+        """Merge every source into parameters; see `resolve` for the arguments.
+
+        Returns:
+            The parameters, whose values have the right types but are not checked further, and the problems of
+            the sources: unknown names and wrong types.
+        """
+        sources = self._defaults if resumed is None else [Source(RESUMED, resumed)]
+        sources = [*sources, *self._named]
+        if initial is not None:
+            sources.append(Source("--init-from", initial))
+        flags = self._options.values.items()
+        sources += [Source(specs()[name].flag, {name: value}) for name, value in flags]
+
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        problems: list[Problem] = []
+        for origin, given, _ in sources:
+            good, faults = coerce_all(given, origin)
+            values |= good
+            origins |= dict.fromkeys(good, origin)
+            problems += faults
+        if self._options.serve_tensorboard and values.get("tensorboard") is False:
+            off = f"tensorboard is off ({origins['tensorboard']})"
+            problems.append(Problem(f"--serve-tensorboard has nothing to show: {off}"))
+        return Parameters.from_values(values, origins), problems
+
     def resolve(
-        options: Options,
-        resumed: dict[str, Any] | None = None,
-        initial: dict[str, Any] | None = None,
+        self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
     ) -> Parameters:
-        """Merge every source into validated parameters.
+        """Merge every source into valid parameters.
 
         Args:
-            options: the command line.
             resumed: the parameters of the run to resume; they replace config.json and configs/.
             initial: the parameters of the model that --init-from names; they override the files.
 
         Raises:
             Alg1Error: every problem of every source, in one message.
         """
-        return Sources(options).resolve(resumed, initial)
-
-    @staticmethod
-    def runs_dir(given: str | None) -> str:
-        """Return the folder of the runs for a script without train.py's flags.
-
-        Args:
-            given: the script's own --runs-dir; None for the folder that train.py uses by default.
-
-        Raises:
-            Alg1Error: a configuration file cannot be read.
-        """
-        return Sources(Options()).runs_dir if given is None else given
+        params, problems = self.merge(resumed, initial)
+        raise_problems([*problems, *params.problems()])
+        return params
 
 
 def _default_files(config: str | None) -> list[Path]:
@@ -224,30 +136,30 @@ def _default_files(config: str | None) -> list[Path]:
     A folder named by --config takes the place of configs/.
     """
     legacy = [Path(LEGACY_FILE)] if Path(LEGACY_FILE).exists() else []
-    replaced = config and Path(config).is_dir()
-    return legacy if replaced else legacy + _files_in(Path(CONFIG_DIR))
+    return legacy if config and Path(config).is_dir() else legacy + _files_in(Path(CONFIG_DIR))
 
 
 def _files_in(folder: Path) -> list[Path]:
     return [folder / name for name in CONFIG_FILES.values() if (folder / name).exists()]
 
 
-def _config_files(config: str) -> list[Path]:
+def _named_files(config: str | None) -> list[Path]:
     """Return the files of --config PATH.
 
     Raises:
         Alg1Error: there are none.
     """
+    if config is None:
+        return []
     path = Path(config)
     if path.is_dir():
-        paths = _files_in(path)
-        if not paths:
-            record = RunFolder(path).record_path
-            raise Alg1Error(
-                f"--config {path}: none of {', '.join(CONFIG_FILES.values())} is in this folder",
-                f"for the parameters of this run: --config {record}" if record.is_file() else PATH_HINT,
-            )
-        return paths
+        if paths := _files_in(path):
+            return paths
+        record = RunFolder(path).record_path
+        raise Alg1Error(
+            f"--config {path}: none of {', '.join(CONFIG_FILES.values())} is in this folder",
+            f"for the parameters of this run: --config {record}" if record.is_file() else PATH_HINT,
+        )
     if not path.exists():
         presets = [folder.name for folder in Path(CONFIG_DIR).glob("*") if folder.is_dir()]
         close = difflib.get_close_matches(path.name, presets, n=1)
@@ -256,6 +168,17 @@ def _config_files(config: str) -> list[Path]:
     if path.suffix == ".safetensors":
         raise Alg1Error(f"--config {path}: these are weights", f"to start from them: --init-from {path}")
     return [path]
+
+
+def _merged(sources: list[Source]) -> dict[str, Any]:
+    return {name: value for source in sources for name, value in source.values.items()}
+
+
+def _read(path: Path) -> Source:
+    data = read_bytes(path)
+    source = Source(str(path), _parse(path, data), data)
+    LOGGER.debug("%s: %s", path, ", ".join(map(str, source.values)) or "no settings")
+    return source
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:

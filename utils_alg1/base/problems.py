@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from utils_alg1.base.errors import Alg1Error
@@ -16,18 +16,12 @@ class Problem(NamedTuple):
     """A problem with one parameter, or with several taken together."""
 
     text: str
-    names: tuple[str, ...]  # of the parameters that are wrong
-    hint: str | None = None  # how to fix it, if there is more to say than for the others
+    names: tuple[str, ...] = ()  # of the parameters that are wrong
 
 
 def names_in(problems: list[Problem]) -> set[str]:
     """Return the names of the parameters with problems."""
     return {name for problem in problems for name in problem.names}
-
-
-def joint_problem(text: str, *names: str) -> list[Problem]:
-    """Return a list with one problem of several parameters taken together."""
-    return [Problem(text, names)]
 
 
 def shown(value: Any) -> str:
@@ -39,31 +33,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def named_origin(problem: Problem, origins: Mapping[str, str]) -> Problem:
-    """Return the problem with the origins of its values, except for defaults."""
-    given = [f"{name} from {origins[name]}" for name in problem.names if name in origins]
-    return problem._replace(text=f"{problem.text} ({', '.join(given)})") if given else problem
-
-
 def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:
     """Raise one Alg1Error that lists every problem; do nothing if there is none.
 
     A problem of several parameters is left out if one of them has a problem of its own: it may be the cause.
-
-    Args:
-        hint: for the problems without a hint of their own.
     """
-    wrong = {problem.names for problem in problems if len(problem.names) == 1}
-    kept = [
-        problem
-        for problem in problems
-        if len(problem.names) < 2 or not any((name,) in wrong for name in problem.names)
-    ]
+    wrong = names_in([problem for problem in problems if len(problem.names) == 1])
+    kept = [text for text, names in problems if len(names) < 2 or not wrong & set(names)]
     if len(kept) == 1:
-        raise Alg1Error(kept[0].text, kept[0].hint or hint)
+        raise Alg1Error(kept[0], hint)
     if kept:
-        listed = "".join(f"\n  - {text}{f' ({own})' if own else ''}" for text, _, own in kept)
-        raise Alg1Error(f"{len(kept)} problems:{listed}", hint)
+        raise Alg1Error("\n  - ".join([f"{len(kept)} problems:", *kept]), hint)
 
 
 # Names in other programs, above all nanoGPT, of what is a parameter, a key in a file or a flag here.
@@ -100,17 +80,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
     In this order: the same name, an alias, the only name that begins with `word`, the most similar name.
     """
-    by_name = {name.lstrip("-:").replace("-", "_"): name for name in known}
-    bare = word.lstrip("-:").replace("-", "_").lower()
-    begun = [name for name in by_name if bare and name.startswith(bare)]
+    by_name = {_bare(name): name for name in known}
+    bare = _bare(word).lower()
+    same = [name for name in by_name if name == bare]
     aliased = [name for name in by_name if bare in ALIASES.get(name, ())]
-    if bare in by_name:
-        found = by_name[bare]
-    elif aliased:
-        found = by_name[aliased[0]]
-    elif len(begun) == 1:
-        found = by_name[begun[0]]
-    else:
-        close = difflib.get_close_matches(bare, list(by_name), n=1, cutoff=0.65)
-        found = by_name[close[0]] if close else ""
-    return f"; did you mean {found}?" if found else ""
+    begun = [name for name in by_name if bare and name.startswith(bare)]
+    close = difflib.get_close_matches(bare, list(by_name), n=1, cutoff=0.65)
+    for found in (same, aliased[:1], begun, close):
+        if len(found) == 1:
+            return f"; did you mean {by_name[found[0]]}?"
+    return ""
+
+
+def _bare(name: str) -> str:
+    return name.lstrip("-:").replace("-", "_")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from parameters import PARTS, specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.problems import Problem, nearest, raise_problems, shown
-from utils_alg1.base.settings import Limits, as_number
+from utils_alg1.base.settings import Spec, coerce
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -33,10 +33,6 @@ class Options:
     def starts_from_weights(self) -> bool:
         """Whether some parameters come from a run or a model that must be read first."""
         return self.resume is not None or self.init_from is not None
-
-
-# Flags that are not parameters: no file can set them.
-FLAGS_ONLY = {option.name for option in fields(Options)} - {"values"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         flags = [word.partition("=")[0] for word in unknown if re.match("--?[A-Za-z]", word)]
         known = self._option_string_actions
-        problems = [Problem(f"unknown flag {flag}{nearest(flag, known)}", ()) for flag in flags]
+        problems = [Problem(f"unknown flag {flag}{nearest(flag, known)}") for flag in flags]
         raise_problems(problems, self.hint)
         words = " ".join(shown(word) for word in unknown if word != "--")
         if words:
@@ -76,15 +72,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, **limits: Any) -> Callable[[str], Any]:
-    """Return an argparse type: an int or a float within limits (see `Limits`)."""
-    allowed = Limits("", **limits)
+    """Return an argparse type: an int or a float within limits (see `Spec`)."""
+    spec = Spec("", "", kind, 0, **limits)
 
     def convert(text: str) -> Any:
         try:
-            value = as_number(kind, text)
+            value = coerce(spec, text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{shown(text)} {error}") from None
-        if wrong := allowed.violation(value):
+        if wrong := spec.violation(value):
             raise argparse.ArgumentTypeError(f"{value} {wrong}")
         return value
 
@@ -147,12 +143,12 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each parameter, in the groups of PARTS. Only given flags appear in the namespace."""
     groups = {part: parser.add_argument_group(part, config.__doc__) for part, config in PARTS.items()}
     for spec in specs().values():
-        text = spec.limits.help + ("" if spec.default in (None, "") else f" ({spec.default})")
+        text = spec.help + ("" if spec.default in (None, "") else f" ({spec.default})")
         options: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "help": text}
         if spec.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["metavar"] = "|".join(spec.limits.choices) or METAVARS[spec.type]
+            options["metavar"] = "|".join(spec.choices) or METAVARS[spec.type]
         groups[spec.part].add_argument(spec.flag, **options)
 
 

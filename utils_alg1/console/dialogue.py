@@ -25,44 +25,21 @@ def add_settings(group: Any, prefix: str = "--", length: str = "max-new-tokens")
         prefix: of every name.
         length: the name of max_new_tokens.
     """
-    add, seed = group.add_argument, specs()["seed"]
-    add(
-        prefix + length,
-        dest="max_new_tokens",
-        type=number(int, minimum=0),
-        default=500,
-        metavar="N",
-        help="number of characters (%(default)s)",
-    )
-    add(
-        prefix + "temperature",
-        type=number(float, minimum=0),
-        default=1.0,
-        metavar="X",
-        help="sampling temperature; 0: greedy (%(default)s)",
-    )
-    add(
-        prefix + "top-k",
-        type=or_off(number(int, minimum=1)),
-        default="off",
-        metavar="N",
-        help="sample from the N most likely characters (%(default)s)",
-    )
-    add(
-        prefix + "top-p",
-        type=or_off(number(float, above=0, maximum=1)),
-        default="off",
-        metavar="X",
-        help="sample from the most likely characters with total probability X (%(default)s)",
-    )
-    add(
-        prefix + "seed",
-        type=number(int, minimum=0, maximum=seed.limits.maximum),
-        default=seed.default,
-        metavar="N",
-        help="random seed, from which sampling starts (%(default)s)",
-    )
-    add(
+    seed = specs()["seed"]
+    seeds = number(int, minimum=0, maximum=seed.maximum)
+    shares = or_off(number(float, above=0, maximum=1))
+    settings: list[tuple[str, Any, Any, str, str]] = [
+        (length, number(int, minimum=0), 500, "N", "number of characters"),
+        ("temperature", number(float, minimum=0), 1.0, "X", "sampling temperature; 0: greedy"),
+        ("top-k", or_off(number(int, minimum=1)), "off", "N", "sample from the N most likely characters"),
+        ("top-p", shares, "off", "X", "sample from the most likely characters with total probability X"),
+        ("seed", seeds, seed.default, "N", "random seed, from which sampling starts"),
+    ]
+    for name, kind, default, metavar, text in settings:
+        dest = "max_new_tokens" if name == length else name.replace("-", "_")
+        text += " (%(default)s)"
+        group.add_argument(prefix + name, dest=dest, type=kind, default=default, metavar=metavar, help=text)
+    group.add_argument(
         prefix + "unknown",
         choices=("error", "skip", "replace"),
         default="error",

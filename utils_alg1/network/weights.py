@@ -140,7 +140,7 @@ def config_from_shapes(
         vocab_size=token_table.shape[0],
         **{name: stored[name] for name in ("dropout", *MODEL_OPTIONS) if name in stored},
     )
-    problems = config.problems(need_vocab_size=True)
+    problems = config.problems()
     if problems:
         raise Alg1Error(f"{path}: its tensors make no model: {problems[0].text}", OTHER_WEIGHTS)
     return config

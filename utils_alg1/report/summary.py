@@ -146,7 +146,7 @@ def resume_command(run: RunDirectory, dist: Distributed) -> str:
 def run_argument(run: RunDirectory) -> str:
     """Return a run as a command line names it: the id if the run is in the default folder, else the path."""
     try:
-        default_folder = Path(ConfigLoader.runs_dir(None))
+        default_folder = Path(ConfigLoader().runs_dir)
     except Alg1Error:  # a configuration file was damaged while the run was training
         return quote_path(run.path)
     return run.run_id if run.path.parent == default_folder else quote_path(run.path)

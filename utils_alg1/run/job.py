@@ -75,7 +75,7 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
     Raises:
         Alg1Error: a parameter, a file, the device or the text is wrong; nothing has been created.
     """
-    sources = ConfigLoader.read(options)
+    sources = ConfigLoader(options)
     start = find_start(options, sources, console)
     with contextlib.ExitStack() as after_failure:
         if start.run is not None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.problems import raise_problems
 from utils_alg1.console.command_line import Options
 from utils_alg1.console.script import importing
-from utils_alg1.utils_config_loader import Sources
+from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Start:
         return self.checkpoint.metadata.get("compiled") if self.checkpoint else None
 
 
-def find_start(options: Options, sources: Sources, console: Console) -> Start:
+def find_start(options: Options, sources: ConfigLoader, console: Console) -> Start:
     """Read what --resume or --init-from names.
 
     Raises:
@@ -71,7 +72,8 @@ def find_start(options: Options, sources: Sources, console: Console) -> Start:
     """
     if not options.starts_from_weights:
         return Start()
-    sources.check()
+    # Nothing is known of the run yet, but wrong words should not have to wait until its checkpoint is read.
+    raise_problems(sources.merge(resumed={} if options.resume is not None else None)[1])
     with importing():
         from utils_alg1.training.resume import load_model_file, reopen_run
 

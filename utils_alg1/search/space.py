@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parameters import TensorBoardConfig, build_parts, part_problems, specs
+from parameters import TensorBoardConfig, specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.problems import Problem, nearest, raise_problems, shown
 from utils_alg1.base.settings import Spec, coerce, field_names
@@ -217,7 +217,7 @@ def read_value(spec: Spec, value: Any, errors: list[str]) -> Any:
     """Convert a value to the type of the parameter; on failure return None and append the reason."""
     try:
         coerced = coerce(spec, value)
-        reason = "must have a value" if coerced is None else spec.limits.violation(coerced)
+        reason = "must have a value" if coerced is None else spec.violation(coerced)
     except ValueError as error:
         reason = str(error)
     if reason is None:
@@ -273,7 +273,7 @@ class Plan:
     def invalid_reason(self, parameters: dict[str, Any]) -> str | None:
         """Return why train.py would refuse a combination of values; None if it is valid."""
         try:
-            ConfigLoader.resolve(self.trial_options(parameters))
+            ConfigLoader(self.trial_options(parameters)).resolve()
         except Alg1Error as error:
             return " ".join(error.message.split())
         return None
@@ -322,14 +322,13 @@ def make_plan(space: Space, base_options: Options) -> Plan:
         if name in base_options.values
     ]
     raise_problems([*both, *reserved], "leave the flag out, or take the name out of the space file")
-    values, origins, problems = ConfigLoader.read(base_options).merge()
-    parts = build_parts(values)
-    of_parts = part_problems(parts, origins)
+    params, problems = ConfigLoader(base_options).merge()
+    of_parts = params.problems()
     # A problem that involves a searched parameter excludes the default values, not the whole search.
     of_defaults = [problem for problem in of_parts if set(problem.names) & space.keys()]
     raise_problems([*problems, *(problem for problem in of_parts if problem not in of_defaults)])
 
-    flat = {name: getattr(parts[spec.part], name) for name, spec in specs().items()}
+    flat = params.flat()
     fixed = {name: value for name, value in flat.items() if name not in space}
     outside = [f"{name} = {flat[name]}" for name, domain in space.items() if not domain.contains(flat[name])]
     reasons = [problem.text for problem in of_defaults] or ([", ".join(outside)] if outside else [])

@@ -172,9 +172,7 @@ def comparable_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters that affect the training, without intervals and paths, for a table of runs."""
     known = specs()
     return {
-        name: value
-        for name, value in hparams.items()
-        if name in ALSO_COMPARED or not known[name].limits.may_change
+        name: value for name, value in hparams.items() if name in ALSO_COMPARED or not known[name].may_change
     }
 
 

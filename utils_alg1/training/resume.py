@@ -154,7 +154,7 @@ def check_resumable(
     changed = [
         f"{name}: {shown(old[name])} -> {shown(now[name])}"
         for name, spec in specs().items()
-        if name in old and old[name] != now[name] and not spec.limits.may_change
+        if name in old and old[name] != now[name] and not spec.may_change
     ]
     step = checkpoint.progress.step
     old_train = TrainConfig(**{n: v for n, v in old.items() if n in field_names(TrainConfig)})
