@@ -14,19 +14,11 @@ from utils_alg1.base.problems import raise_problems
 
 
 def load_config(path: str | Path = "config.json") -> dict[str, Any]:
-    """Read a legacy file without checking its values.
-
-    Raises:
-        Alg1Error: the file is missing or not a JSON object.
-    """
+    """Read a legacy file without checking its values. Raises Alg1Error if it is no JSON object."""
     return read_json_object(path)
 
 
 def validate_config(config: dict[str, Any]) -> None:
-    """Check every value; missing names take their defaults.
-
-    Raises:
-        Alg1Error: listing every problem: unknown names, wrong types, values out of range.
-    """
+    """Raise Alg1Error that lists every problem: unknown names, wrong types, values out of range."""
     values, problems = coerce_all(config)
     raise_problems([*problems, *Parameters.from_values(values, {}).problems()])

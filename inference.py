@@ -33,12 +33,7 @@ if TYPE_CHECKING:
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line of inference.py.
-
-    Raises:
-        Alg1Error: unknown flags, or values out of range.
-        SystemExit: after --help.
-    """
+    """Read the command line of inference.py. Raises Alg1Error, or SystemExit after --help."""
     parser = Parser(prog="python inference.py", description="Sample text from a trained model.")
     source = parser.add_mutually_exclusive_group()
     run = "a run id or directory (default: the latest)"
@@ -52,13 +47,9 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     samples = "number of texts to draw (%(default)s)"
     text.add_argument("--num-samples", type=number(int, minimum=1), default=1, metavar="N", help=samples)
     text.add_argument("--stop", metavar="TEXT", help="end a text after it has drawn this string")
-    device = specs()["device"]
+    device, shown = specs()["device"], " (%(default)s)"
     parser.add_argument(
-        "--device",
-        type=not_empty,
-        default=device.default,
-        metavar="NAME",
-        help=f"{device.help} (%(default)s)",
+        "--device", type=not_empty, default=device.default, metavar="NAME", help=device.help + shown
     )
     vocabulary = "the text that the weights were trained on, if they come without a vocabulary"
     parser.add_argument("--vocabulary", type=not_empty, metavar="PATH", help=vocabulary)
@@ -105,17 +96,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[BigramLanguageModel, Path]:
-    """Load the model that the flags name, with its vocabulary, on the CPU; return it and its file.
-
-    Raises:
-        Alg1Error: there is no such file or run, it is damaged, or its vocabulary is unknown.
-    """
+    """Load the model that the flags name, with its vocabulary, on the CPU; return it and its file."""
     from utils_alg1.training.resume import find_weights, load_model_file
 
-    if arguments.model is not None:
-        path = Path(arguments.model)
-    else:
-        path = find_weights(arguments.runs_dir or ConfigLoader().runs_dir, arguments.run)
+    named = arguments.model and Path(arguments.model)
+    path = named or find_weights(arguments.runs_dir or ConfigLoader().runs_dir, arguments.run)
     model = load_model_file(path)
     if model.vocabulary is None:
         model.vocabulary = read_vocabulary(arguments.vocabulary, model, path)
@@ -125,11 +110,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[BigramLanguageModel, Path
 
 
 def read_vocabulary(text_path: str | None, model: BigramLanguageModel, path: Path) -> list[str]:
-    """Collect the characters of a text, for weights of another program that come without a vocabulary.
-
-    Raises:
-        Alg1Error: no text was named, or its number of characters is not the model's vocab_size.
-    """
+    """Return the characters of a text, for weights of another program that come without a vocabulary."""
     from utils_alg1.data.corpus import open_corpus
     from utils_alg1.data.sources import find_corpus
 
@@ -142,11 +123,8 @@ def read_vocabulary(text_path: str | None, model: BigramLanguageModel, path: Pat
         raise Alg1Error(error.message, hint) from None
     vocabulary = open_corpus(path_of_text).tokenizer.vocabulary
     if len(vocabulary) != model.config.vocab_size:
-        raise Alg1Error(
-            f"{text_path}: the text has {len(vocabulary)} characters,"
-            f" {path} is for {model.config.vocab_size}",
-            "name the text that it was trained on",
-        )
+        of_model = f"{path} is for {model.config.vocab_size}"
+        raise Alg1Error(f"{text_path}: the text has {len(vocabulary)} characters, {of_model}", hint)
     return vocabulary
 
 
@@ -162,12 +140,8 @@ def check_stop(stop: str | None, tokenizer: Tokenizer) -> None:
 def handle_unknown(prompt: str, tokenizer: Tokenizer, unknown: str, flag: str = "--unknown") -> str:
     """Skip or replace the characters of a prompt that the model does not know.
 
-    Args:
-        unknown: "error", "skip" or "replace".
-        flag: what the hint of the error names.
-
     Raises:
-        Alg1Error: there are such characters, and `unknown` is "error".
+        Alg1Error: there are such characters, and `unknown` is "error"; the hint names `flag`.
     """
     unseen = set(tokenizer.unseen(prompt))
     if unseen and unknown == "error":

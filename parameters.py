@@ -39,7 +39,7 @@ class Part:
 
     def problems(self) -> list[Problem]:
         """Return what is wrong with the values; an empty list if nothing is."""
-        values = dataclasses.asdict(self)
+        values = vars(self)
         complaints = {name: specs()[name].violation(value) for name, value in values.items()}
         found = [
             Problem(f"{name} = {shown(values[name])} {complaint}", (name,))
@@ -73,31 +73,24 @@ class ModelConfig(Part):
 
     @classmethod
     def from_json(cls, path: str | Path, vocab_size: int | None = None) -> ModelConfig:
-        """Read a JSON file of parameters; see `from_dict`.
-
-        Raises:
-            Alg1Error: the file is missing or not a JSON object, or a value in it is wrong.
-        """
+        """Read a JSON file of parameters; see `from_dict`. Raises Alg1Error if that is not possible."""
         return cls.from_dict(read_json_object(path), vocab_size)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], vocab_size: int | None = None) -> ModelConfig:
-        """Build and validate a config from a dictionary, which may contain other parameters of a run too.
+        """Build a config from a dictionary, which may contain other parameters of a run too.
 
-        `vocab_size`, if given, replaces the dictionary's.
-
-        Raises:
-            Alg1Error: listing every problem: unknown names, wrong types, values out of range or missing.
+        `vocab_size`, if given, replaces the dictionary's. Raises Alg1Error that lists every problem.
         """
         values = dict(config_dict)
         if vocab_size is not None:
             values["vocab_size"] = vocab_size
         good, problems = coerce_all(values)
         config = cls(**{name: value for name, value in good.items() if name in field_names(cls)})
-        missing = (
-            [NO_VOCAB_SIZE] if values.get("vocab_size") is None else []
-        )  # a wrong one is a problem already
-        raise_problems([*problems, *config.problems(), *missing])
+        problems += config.problems()
+        if values.get("vocab_size") is None:  # a wrong one is a problem already
+            problems.append(NO_VOCAB_SIZE)
+        raise_problems(problems)
         return config
 
     @property
@@ -115,10 +108,7 @@ class ModelConfig(Part):
         return tables + self.n_layer * block + 2 * C + head  # 2 C: the final LayerNorm
 
     def stored(self) -> dict[str, Any]:
-        """Return the values for a file, without the MODEL_OPTIONS that are at their defaults.
-
-        So the files of the reference model are the same as before these options existed.
-        """
+        """Return the values for a file, as in older ones without the MODEL_OPTIONS at their defaults."""
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
@@ -141,19 +131,11 @@ class ModelConfig(Part):
             )
 
     def validate(self) -> None:
-        """Check every value.
-
-        Raises:
-            Alg1Error: listing every problem.
-        """
+        """Raise Alg1Error that lists every problem, if there is one."""
         raise_problems(self.problems() + ([NO_VOCAB_SIZE] if self.vocab_size is None else []))
 
     def check_vocab_size(self, vocab_size: int) -> None:
-        """Check that vocab_size, if set, is that of the text.
-
-        Raises:
-            Alg1Error: naming both.
-        """
+        """Raise Alg1Error if vocab_size is set, and not that of the text."""
         if self.vocab_size not in (None, vocab_size):
             raise Alg1Error(
                 f"vocab_size = {self.vocab_size}, but the text has {vocab_size} distinct characters",
@@ -297,32 +279,23 @@ class DataConfig(Part):
             )
 
 
+def interval(default: int, what: str) -> Any:
+    """Return the setting of how many steps lie between two of what is logged now and then."""
+    return setting(default, f"steps between {what}; 0: never", minimum=0, may_change=True)
+
+
 @dataclass
 class TensorBoardConfig(Part):
     """TensorBoard, and how often both trackers log what."""
 
     tensorboard: bool = setting(True, "log to TensorBoard", may_change=True)
-    histogram_interval: int = setting(
-        500, "steps between histograms of parameters and gradients; 0: never", minimum=0, may_change=True
-    )
-    activation_interval: int = setting(
-        500, "steps between histograms of activations; 0: never", minimum=0, may_change=True
-    )
-    attention_interval: int = setting(
-        1000, "steps between images of the attention weights; 0: never", minimum=0, may_change=True
-    )
-    embedding_interval: int = setting(
-        1000, "steps between snapshots of the token embeddings; 0: never", minimum=0, may_change=True
-    )
-    sample_interval: int = setting(
-        1000, "steps between samples of generated text; 0: never", minimum=0, may_change=True
-    )
-    gradient_norm_interval: int = setting(
-        10, "steps between values of the gradient norm; 0: never", minimum=0, may_change=True
-    )
-    speed_interval: int = setting(
-        100, "steps between values of tokens per second; 0: never", minimum=0, may_change=True
-    )
+    histogram_interval: int = interval(500, "histograms of parameters and gradients")
+    activation_interval: int = interval(500, "histograms of activations")
+    attention_interval: int = interval(1000, "images of the attention weights")
+    embedding_interval: int = interval(1000, "snapshots of the token embeddings")
+    sample_interval: int = interval(1000, "samples of generated text")
+    gradient_norm_interval: int = interval(10, "values of the gradient norm")
+    speed_interval: int = interval(100, "values of tokens per second")
     port: int = setting(6006, "port of --serve-tensorboard", minimum=1, maximum=65535, may_change=True)
 
 
@@ -343,12 +316,7 @@ class Parameters:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], origins: Mapping[str, str]) -> Parameters:
-        """Build all parameters without checking them; those without a value take their defaults.
-
-        Args:
-            values: of the right types (see `coerce_all`).
-            origins: where each of the values came from.
-        """
+        """Build all parameters without checking them; `values` are of the right types (see `coerce_all`)."""
         parts = {
             part: config_class(**{n: values[n] for n in field_names(config_class) if n in values})
             for part, config_class in PARTS.items()
@@ -369,9 +337,9 @@ class Parameters:
 
         6 x weights of the blocks x characters (Kaplan et al. 2020, Scaling Laws for Neural Language Models).
         """
-        weights = 12 * self.model.n_layer * self.model.n_embd**2
-        characters = self.train.batch_size * self.train.grad_accum_steps * self.model.block_size
-        return 6.0 * weights * characters
+        model, train = self.model, self.train
+        characters = train.batch_size * train.grad_accum_steps * model.block_size
+        return 6.0 * 12 * model.n_layer * model.n_embd**2 * characters
 
     def changed(self) -> dict[str, Any]:
         """Return the values that differ from the defaults, by name."""
@@ -379,16 +347,14 @@ class Parameters:
 
     def flat(self) -> dict[str, Any]:
         """Return every parameter by name."""
-        return {
-            name: value for part in PARTS for name, value in dataclasses.asdict(getattr(self, part)).items()
-        }
+        return {name: getattr(getattr(self, spec.part), name) for name, spec in specs().items()}
 
     def to_yaml(self, ascii_only: bool = False) -> str:
         """Format every value, with its origin and its help as a comment, as YAML that --config takes."""
         sections = []
         for part, config_class in PARTS.items():
             lines = [f"# --- {part}: {config_class.__doc__}"]
-            for name, value in dataclasses.asdict(getattr(self, part)).items():
+            for name, value in vars(getattr(self, part)).items():
                 origin = yaml_value(self.origins[name], ascii_only)
                 comment = f"{origin:<24}  {specs()[name].explanation}"
                 lines.append(yaml_line(name, value, comment, ascii_only))
@@ -418,10 +384,7 @@ def specs() -> dict[str, Spec]:
 
 
 def coerce_all(values: Mapping[str, Any], origin: str = "") -> tuple[dict[str, Any], list[Problem]]:
-    """Convert the values of a dictionary to the types of the parameters.
-
-    Args:
-        origin: where the values come from, for the messages.
+    """Convert values from `origin` to the types of the parameters.
 
     Returns:
         The values that could be converted, and a problem for each of the others.
@@ -438,20 +401,15 @@ def coerce_all(values: Mapping[str, Any], origin: str = "") -> tuple[dict[str, A
                 good[name] = coerce(known[name], value)
             except ValueError as error:
                 problems.append(Problem(f"{where}{name} = {shown(value)} {error}", (name,)))
-        elif isinstance(value, dict):
-            what = "is a section, and there are none: move its names to the top level"
-            problems.append(Problem(f"{where}{shown(name)} {what}"))
         else:
-            problems.append(Problem(f"{where}unknown name {shown(name)}{nearest(str(name), known)}"))
+            section = "; there are no sections: move its names to the top level"
+            meant = section if isinstance(value, dict) else nearest(str(name), known)
+            problems.append(Problem(f"{where}unknown name {shown(name)}{meant}"))
     return good, problems
 
 
 def format_settings(file_name: str | Path, about: str, values: Mapping[str, Any]) -> str:
-    """Format a configuration file with these parameters and their help, as JSON or YAML by its suffix.
-
-    Args:
-        about: what the file is, in one or more lines, for a comment at the top.
-    """
+    """Format parameters with their help as JSON or YAML, by the suffix; `about` is a comment at the top."""
     helps = {name: specs()[name].explanation for name in values}
     if Path(file_name).suffix == ".json":
         comment = [*about.splitlines(), *(f"{name}: {text}" for name, text in helps.items())]

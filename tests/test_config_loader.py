@@ -606,7 +606,7 @@ def test_a_broken_file_is_one_error_line_that_names_it(workdir, train, path, con
         (
             "config.json",
             '{"model": {"n_embd": 32}}',
-            "'model' is a section, and there are none: move its names to the top level",
+            "unknown name 'model'; there are no sections: move its names to the top level",
         ),
         ("configs/train.yaml", "1: 2", "unknown name 1"),
         ("configs/train.yaml", "yes: 2", "unknown name true"),

@@ -135,7 +135,7 @@ TRAIN_MISTAKES = [
     ),
     (
         "--config nested.yaml",
-        "nested.yaml: 'train' is a section, and there are none: move its names to the top level",
+        "nested.yaml: unknown name 'train'; there are no sections: move its names to the top level",
         SHOWS,
     ),
     # files

@@ -62,11 +62,7 @@ class ConfigLoader:
 
     @staticmethod
     def load_configs(config_dir: str | Path = CONFIG_DIR) -> dict[str, Any]:
-        """Merge the files of a folder that exist, later ones over earlier ones; see CONFIG_FILES.
-
-        Raises:
-            Alg1Error: the folder does not exist, or a file in it cannot be read.
-        """
+        """Merge the CONFIG_FILES of a folder that exist, later ones over earlier ones."""
         if not Path(config_dir).is_dir():
             names = ", ".join(CONFIG_FILES.values())
             raise Alg1Error(f"{config_dir}: no such folder", f"name one that holds {names}")
@@ -90,8 +86,7 @@ class ConfigLoader:
         """Merge every source into parameters; see `resolve` for the arguments.
 
         Returns:
-            The parameters, whose values have the right types but are not checked further, and the problems of
-            the sources: unknown names and wrong types.
+            The parameters, not yet checked, and the problems so far: unknown names and wrong types.
         """
         sources = self._defaults if resumed is None else [Source(RESUMED, resumed)]
         sources = [*sources, *self._named]
@@ -131,10 +126,7 @@ class ConfigLoader:
 
 
 def _default_files(config: str | None) -> list[Path]:
-    """Return config.json and the files of configs/ that exist, weakest first.
-
-    A folder named by --config takes the place of configs/.
-    """
+    """Return config.json and the files of configs/ that exist; a folder as --config replaces configs/."""
     legacy = [Path(LEGACY_FILE)] if Path(LEGACY_FILE).exists() else []
     return legacy if config and Path(config).is_dir() else legacy + _files_in(Path(CONFIG_DIR))
 
@@ -144,11 +136,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _named_files(config: str | None) -> list[Path]:
-    """Return the files of --config PATH.
-
-    Raises:
-        Alg1Error: there are none.
-    """
+    """Return the files of --config PATH; there is at least one, or Alg1Error is raised."""
     if config is None:
         return []
     path = Path(config)
@@ -182,11 +170,7 @@ def _read(path: Path) -> Source:
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
-    """Parse the content of a configuration file, or the parameters of a run's meta/full_config.json.
-
-    Raises:
-        Alg1Error: naming file and fault.
-    """
+    """Parse the content of a configuration file, or the parameters of a run's meta/full_config.json."""
     if path.suffix in YAML_SUFFIXES:
         return _parse_yaml(path, data)
     try:

@@ -29,11 +29,6 @@ class Options:
     verbose: bool = False
     serve_tensorboard: bool = False
 
-    @property
-    def starts_from_weights(self) -> bool:
-        """Whether some parameters come from a run or a model that must be read first."""
-        return self.resume is not None or self.init_from is not None
-
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises Alg1Error instead of printing its usage and exiting.
@@ -97,9 +92,7 @@ def not_empty(text: str) -> str:
 def parse_command_line(argv: list[str] | None = None) -> Options:
     """Parse train.py's command line. Parameters stay text, which ConfigLoader checks with the files.
 
-    Raises:
-        Alg1Error: unknown flags, or another mistake.
-        SystemExit: after --help.
+    Raises Alg1Error, or SystemExit after --help.
     """
     parser = Parser(
         prog="python train.py",
@@ -128,7 +121,6 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
 
 
 def add_config_flag(group: Any) -> None:
-    """Add --config."""
     text = "JSON or YAML file of parameters, or a folder (a preset) in place of configs/"
     group.add_argument("--config", type=not_empty, metavar="PATH", help=text)
 

@@ -18,22 +18,23 @@ INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a t
 COMMANDS = (":length", ":temperature", ":top-k", ":top-p", ":seed", ":unknown", ":help", ":quit")
 
 
-def add_settings(group: Any, prefix: str = "--", length: str = "max-new-tokens") -> None:
-    """Add the sampling settings to a parser or a group of it: as flags, or as commands of the dialogue.
-
-    Args:
-        prefix: of every name.
-        length: the name of max_new_tokens.
-    """
+def add_settings(group: Any, prefix: str = "--") -> None:
+    """Add the sampling settings to a parser or a group: as flags, or with the prefix ":" as commands."""
+    length = "max-new-tokens" if prefix == "--" else "length"
     seed = specs()["seed"]
-    seeds = number(int, minimum=0, maximum=seed.maximum)
-    shares = or_off(number(float, above=0, maximum=1))
+    share = or_off(number(float, above=0, maximum=1))
     settings: list[tuple[str, Any, Any, str, str]] = [
         (length, number(int, minimum=0), 500, "N", "number of characters"),
         ("temperature", number(float, minimum=0), 1.0, "X", "sampling temperature; 0: greedy"),
         ("top-k", or_off(number(int, minimum=1)), "off", "N", "sample from the N most likely characters"),
-        ("top-p", shares, "off", "X", "sample from the most likely characters with total probability X"),
-        ("seed", seeds, seed.default, "N", "random seed, from which sampling starts"),
+        ("top-p", share, "off", "X", "sample from the most likely characters with total probability X"),
+        (
+            "seed",
+            number(int, minimum=0, maximum=seed.maximum),
+            seed.default,
+            "N",
+            "random seed, from which sampling starts",
+        ),
     ]
     for name, kind, default, metavar, text in settings:
         dest = "max_new_tokens" if name == length else name.replace("-", "_")
@@ -55,12 +56,10 @@ def or_off(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 def interact(
     arguments: argparse.Namespace, answer: Callable[[str], None], seed: Callable[[int], object]
 ) -> int:
-    """Read prompts and continue them; commands change the settings in between (see COMMANDS).
-
-    Ctrl-C ends a text, Ctrl-D the program.
+    """Read prompts until Ctrl-D; Ctrl-C ends a text.
 
     Args:
-        arguments: the settings of `add_settings`; commands change them.
+        arguments: the settings of `add_settings`, which commands change.
         answer: writes a prompt and its continuation.
         seed: restarts sampling from a seed.
     """
@@ -89,7 +88,7 @@ def interact(
 
 
 def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]) -> str:
-    """Execute a line such as ":temperature 0.7" and return what to print: the value of the setting, or help.
+    """Execute a line such as ":temperature 0.7" and return what to print: the value, or help.
 
     Raises:
         Alg1Error: there is no such command, or its value is wrong; nothing has changed.
@@ -110,7 +109,7 @@ def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]
         add_help=False,
         epilog="::TEXT is the prompt :TEXT. Ctrl-C stops a text; :quit or Ctrl-D ends.",
     )
-    add_settings(parser, ":", "length")
+    add_settings(parser, ":")
     if value:
         parser.parse_args([word, *value], arguments)
         if word == ":seed":

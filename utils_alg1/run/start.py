@@ -70,7 +70,7 @@ def find_start(options: Options, sources: ConfigLoader, console: Console) -> Sta
         Alg1Error: a parameter is wrong by itself; or the run or file is not there, in use, damaged, or has no
             checkpoint.
     """
-    if not options.starts_from_weights:
+    if options.resume is None and options.init_from is None:
         return Start()
     # Nothing is known of the run yet, but wrong words should not have to wait until its checkpoint is read.
     raise_problems(sources.merge(resumed={} if options.resume is not None else None)[1])
