@@ -30,7 +30,6 @@ from compare import (
     sort_rows,
 )
 from parameters import ModelConfig, specs
-from utils_alg1 import run_directory
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.console.table import to_csv
 from utils_alg1.run_directory import RunFolder, checkpoint_paths, in_use, lock_run
@@ -189,11 +188,10 @@ def test_a_resume_waits_for_somebody_who_looks(workdir, monkeypatch):
     assert len(waits) == 1 and not in_use(run)
 
 
-def test_a_run_that_stays_in_use_is_refused_after_the_wait(workdir, monkeypatch):
-    monkeypatch.setattr(run_directory, "LOCK_TIMEOUT", 0.01)
+def test_a_run_that_stays_in_use_is_refused_after_the_wait(workdir):
     run = make_run("2026-01-31_001", {0: 4.0})
     with FileLock(run / ".lock"), pytest.raises(Alg1Error, match="in use by another process"):
-        lock_run(run)
+        lock_run(run, timeout=0.01)
 
 
 def test_a_finished_run_that_went_on_and_was_interrupted_is_unfinished(workdir):

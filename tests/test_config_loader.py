@@ -1121,17 +1121,17 @@ def test_outside_a_repository_git_is_unknown(checkout, workdir):
     assert Path("git.txt").read_text() == "commit: unknown\nbranch: unknown\ndirty: unknown\n"
 
 
-def test_without_git_git_is_unknown(checkout, monkeypatch):
+def test_without_git_git_is_unknown(checkout, workdir, monkeypatch):
     monkeypatch.setenv("PATH", str(checkout))
-    assert MetadataCapture.git_info() == NO_GIT
+    assert MetadataCapture.capture_git_info("git.txt") == NO_GIT
 
 
-def test_a_git_that_hangs_is_unknown(checkout, monkeypatch):
+def test_a_git_that_hangs_is_unknown(checkout, workdir, monkeypatch):
     def hang(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
     monkeypatch.setattr(subprocess, "run", hang)
-    assert MetadataCapture.git_info() == NO_GIT
+    assert MetadataCapture.capture_git_info("git.txt") == NO_GIT
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -1145,7 +1145,7 @@ def test_commit_branch_and_changes_of_the_checkout_are_recorded(checkout, workdi
 
     git("init", "-q")
     git("checkout", "-q", "-b", "trunk")
-    assert MetadataCapture.git_info() == NO_GIT | {"dirty": "no"}
+    assert MetadataCapture.capture_git_info("git.txt") == NO_GIT | {"dirty": "no"}
     (checkout / "file").write_text("1")
     git("add", "file")
     git("commit", "-q", "-m", "one")
@@ -1153,7 +1153,7 @@ def test_commit_branch_and_changes_of_the_checkout_are_recorded(checkout, workdi
     assert MetadataCapture.capture_git_info("git.txt") == clean
     assert Path("git.txt").read_text() == f"commit: {clean['commit']}\nbranch: trunk\ndirty: no\n"
     (checkout / "file").write_text("2")
-    assert MetadataCapture.git_info() == clean | {"dirty": "yes"}
+    assert MetadataCapture.capture_git_info("git.txt") == clean | {"dirty": "yes"}
 
 
 def test_the_environment_names_versions_and_the_command(workdir, monkeypatch):
@@ -1167,10 +1167,10 @@ def test_the_environment_names_versions_and_the_command(workdir, monkeypatch):
     assert Path("env.txt").read_text().splitlines()[2] == r"command: train.py --run-tag caf\udce9"
 
 
-def test_a_package_that_is_missing_is_said_so(monkeypatch):
+def test_a_package_that_is_missing_is_said_so(workdir, monkeypatch):
     def version(package):
         raise utils_run_manager.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(utils_run_manager.metadata, "version", version)
-    info = MetadataCapture.env_info()
+    info = MetadataCapture.capture_env_info("env.txt")
     assert {info[package] for package in ("torch", "tensorboard", "aim")} == {"not installed"}

@@ -768,8 +768,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, function: str, ending: str, number: 
     monkeypatch.setattr(os, function, refusing)
 
 
-ELSEWHERE = "allow writing there, or choose another folder"
-READ_ONLY = "the file system is read-only; choose another folder"
+ELSEWHERE = "change its permissions, or choose another place"
+READ_ONLY = "the file system is read-only; choose another place"
 FULL = "free some space"
 
 
@@ -790,7 +790,7 @@ def test_a_runs_folder_that_cannot_be_made_ends_with_4(place, train, monkeypatch
 @pytest.mark.parametrize(
     ("function", "ending", "action"),
     [
-        ("mkdir", "_001", "create runs/{run_id}"),
+        ("mkdir", "_001", "create a run in runs"),
         ("mkdir", "eval", "create runs/{run_id}/eval"),
         ("mkdir", "checkpoints", "create runs/{run_id}/artifacts/checkpoints"),
         ("open", f"_001/{LOCK_NAME}", "lock runs/{run_id}"),
@@ -852,7 +852,7 @@ def raising(error: BaseException):
             4,
             f"error: cannot use f: No space left on device\nhint: {FULL}\n",
         ),
-        (OSError("odd"), 4, "error: cannot go on: odd\nhint: check the disk, or choose another folder\n"),
+        (OSError("odd"), 4, "error: cannot go on: odd\nhint: check the disk, or choose another place\n"),
         (
             OSError(errno.ENAMETOOLONG, "File name too long", "f"),
             2,
@@ -923,7 +923,7 @@ def test_a_terminal_without_the_character_gets_a_stand_in(workdir):
         (errno.EDQUOT, "free some of your quota", 4),
         (errno.EFBIG, "raise the file-size limit (ulimit -f)", 4),
         (errno.EROFS, READ_ONLY, 4),
-        (errno.EIO, "check the disk, or choose another folder", 4),
+        (errno.EIO, "check the disk, or choose another place", 4),
         (errno.ENAMETOOLONG, "choose a shorter name", 2),
     ],
 )

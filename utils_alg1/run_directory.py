@@ -17,7 +17,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils_alg1.base.errors import Alg1Error, disk_error
+from utils_alg1.base.errors import BAD_INPUT, Alg1Error, disk_error
 
 if TYPE_CHECKING:
     from filelock import FileLock  # imported when it is needed: it takes longer than all of --help
@@ -95,9 +95,7 @@ def sanitise_tag(tag: str) -> str:
     """Reduce a tag to letters, digits, `-`, `_` and `.`, so that it can be part of a directory's name."""
     text = unicodedata.normalize("NFC", tag)
     text = re.sub(r"[^\w.-]+", "-", text).strip(".-_")[:MAX_TAG_LENGTH]
-    while len(text.encode("utf-8", "replace")) > MAX_TAG_BYTES:
-        text = text[:-1]
-    return text.strip(".-_")
+    return text.encode()[:MAX_TAG_BYTES].decode(errors="ignore").strip(".-_")
 
 
 def list_runs(runs_dir: str | Path) -> list[Path]:
@@ -144,15 +142,15 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
     raise Alg1Error(f"{name}: no such run in {runs_dir}, and no run directory", hint)
 
 
-def lock_run(path: Path) -> RunDirectory:
-    """Lock a run directory for this process; wait for the lock up to LOCK_TIMEOUT.
+def lock_run(path: Path, timeout: float = LOCK_TIMEOUT) -> RunDirectory:
+    """Lock a run directory for this process; wait for the lock so many seconds.
 
     Raises:
         Alg1Error: another process holds it (exit code 2), or the file system refused (exit code 4).
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path / LOCK_NAME, timeout=LOCK_TIMEOUT)
+    lock = FileLock(path / LOCK_NAME, timeout=timeout)
     try:
         lock.acquire()
     except Timeout:
@@ -164,15 +162,9 @@ def lock_run(path: Path) -> RunDirectory:
 
 def in_use(path: Path) -> bool:
     """Return whether a process holds the run. A free lock is taken for an instant to find out."""
-    from filelock import FileLock, Timeout
-
-    lock = path / LOCK_NAME
     try:
-        if lock.exists():
-            with FileLock(lock, timeout=0):
-                return False
-    except Timeout:
-        return True
-    except OSError:  # no permission, or a read-only file system: it cannot be known
-        pass
+        if os.path.exists(path / LOCK_NAME):
+            lock_run(path, timeout=0).lock.release()
+    except Alg1Error as error:
+        return error.exit_code == BAD_INPUT  # not for a read-only file system, where it cannot be known
     return False

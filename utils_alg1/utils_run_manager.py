@@ -19,23 +19,10 @@ from parameters import CONFIG_DIR, CONFIG_FILES, Parameters
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import make_folder, write_atomically, write_json
 from utils_alg1.data.corpus import Corpus
-from utils_alg1.run_directory import (
-    LOCK_NAME,
-    RUN_ID,
-    RunDirectory,
-    RunFolder,
-    list_runs,
-    lock_run,
-    sanitise_tag,
-)
+from utils_alg1.run_directory import LOCK_NAME, RunDirectory, RunFolder, list_runs, lock_run, sanitise_tag
 
-SUBDIRECTORIES = (
-    "meta",
-    "logs/tensorboard",
-    "artifacts/checkpoints",
-    "artifacts/export",
-    "eval",
-)
+SUBDIRECTORIES = ("meta", "logs/tensorboard", "artifacts/checkpoints", "artifacts/export", "eval")
+PACKAGES = ("torch", "safetensors", "numpy", "tensorboard", "aim")  # whose versions are recorded
 UNKNOWN = "unknown"  # without git, or without a repository
 NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
 
@@ -55,11 +42,8 @@ class RunIDGenerator:
 
     def get_next_counter(self, date: str) -> int:
         """Return one more than the highest counter of `date` (YYYY-MM-DD)."""
-        matches = (RUN_ID.fullmatch(path.name) for path in list_runs(self.runs_dir))
-        return 1 + max((int(m[2]) for m in matches if m and m[1] == date), default=0)
-
-
-# --- directories --------------------------------------------------------------------------------------
+        names = [path.name for path in list_runs(self.runs_dir) if path.name.startswith(f"{date}_")]
+        return int(names[-1].split("_")[1]) + 1 if names else 1
 
 
 class RunDirectoryCreator:
@@ -73,28 +57,19 @@ class RunDirectoryCreator:
 
         Raises:
             FileExistsError: it exists already.
-            Alg1Error: the file system refused (exit code 4), or `runs_dir` is not a folder.
+            OSError, Alg1Error: the file system refused, or `runs_dir` is not a folder.
         """
         run_dir = self.runs_dir / run_id
         if run_dir.parent != self.runs_dir:
             raise Alg1Error(f"{run_id!r} is not the name of a run", "leave out what makes it a path")
         make_folder(self.runs_dir)
-        try:
-            run_dir.mkdir()
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise disk_error(f"create {run_dir}", error) from error
+        run_dir.mkdir()
         with _removed_on_failure(run_dir):
             self.create_subdirectories(run_dir)
         return run_dir
 
     def create_subdirectories(self, run_dir: str | Path) -> None:
-        """Create meta, logs, artifacts and eval in a run directory, unless they exist.
-
-        Raises:
-            Alg1Error: the file system refused (exit code 4).
-        """
+        """Create meta, logs, artifacts and eval in a run directory, unless they exist."""
         for name in SUBDIRECTORIES:
             make_folder(Path(run_dir) / name)
 
@@ -114,28 +89,22 @@ def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
     Two runs that start at the same time get different numbers: `runs_dir` is locked meanwhile.
 
     Raises:
-        Alg1Error: see RunDirectoryCreator.create.
+        Alg1Error: the file system refused (exit code 4), or `runs_dir` is not a folder or stays locked.
     """
-    runs_dir = Path(runs_dir)
-    make_folder(runs_dir)
+    lock = Path(runs_dir) / LOCK_NAME
+    make_folder(lock.parent)
     try:
-        (runs_dir / LOCK_NAME).touch()  # FileLock would retry forever if it cannot be created
-        with FileLock(runs_dir / LOCK_NAME, timeout=60):
-            run_id = RunIDGenerator(runs_dir).generate(tag)
-            path = RunDirectoryCreator(runs_dir).create(run_id)
+        lock.touch()  # FileLock would retry forever if it cannot be created
+        with FileLock(lock, timeout=60):
+            path = RunDirectoryCreator(runs_dir).create(RunIDGenerator(runs_dir).generate(tag))
             with _removed_on_failure(path):
                 run = lock_run(path)
-            run.is_new = True
-            return run
+        run.is_new = True
+        return run
     except Timeout:
-        raise Alg1Error(
-            f"{runs_dir / LOCK_NAME} was not free for a minute", "end the process that holds it"
-        ) from None
+        raise Alg1Error(f"{lock} was not free for a minute", "end the process that holds it") from None
     except OSError as error:
         raise disk_error(f"create a run in {runs_dir}", error) from error
-
-
-# --- records ------------------------------------------------------------------------------------------
 
 
 class MetadataCapture:
@@ -145,9 +114,8 @@ class MetadataCapture:
     def _git(*arguments: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             folder = Path(__file__).resolve().parent
-            result = subprocess.run(
-                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10
-            )
+            command = ["git", *arguments]
+            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
             if result.returncode == 0:
                 return result.stdout.strip()
         return None
@@ -173,36 +141,22 @@ class MetadataCapture:
         return platform.python_version()
 
     @classmethod
-    def git_info(cls) -> dict[str, str]:
-        return {
-            "commit": cls.get_git_commit(),
-            "branch": cls.get_git_branch(),
-            "dirty": cls.get_git_dirty(),
-        }
-
-    @classmethod
-    def env_info(cls) -> dict[str, str]:
-        info = {
-            "python": cls.get_python_version(),
-            "platform": platform.platform(),
-            "command": " ".join(sys.argv),
-        }
-        for package in ("torch", "safetensors", "numpy", "tensorboard", "aim"):
-            try:
-                info[package] = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                info[package] = "not installed"
-        return info
-
-    @classmethod
     def capture_git_info(cls, path: str | Path) -> dict[str, str]:
         """Write commit, branch and dirty flag to a file, and return them."""
-        return _write_lines(path, cls.git_info())
+        commit, branch, dirty = cls.get_git_commit(), cls.get_git_branch(), cls.get_git_dirty()
+        return _write_lines(path, {"commit": commit, "branch": branch, "dirty": dirty})
 
     @classmethod
     def capture_env_info(cls, path: str | Path) -> dict[str, str]:
         """Write the versions of Python, PyTorch and the rest to a file, and return them."""
-        return _write_lines(path, cls.env_info())
+        info = {"python": cls.get_python_version(), "platform": platform.platform()}
+        info["command"] = " ".join(sys.argv)
+        for package in PACKAGES:
+            try:
+                info[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                info[package] = "not installed"
+        return _write_lines(path, info)
 
     @staticmethod
     def copy_configs(config_dir: str | Path, meta_dir: str | Path) -> list[Path]:
@@ -243,11 +197,7 @@ def write_records(
     corpus: Corpus,
     runtime: dict[str, Any],
 ) -> dict[str, Any]:
-    """Fill meta/, and return the origin of the run for the trackers.
-
-    Args:
-        config_files: the configuration files that were read, with their bytes.
-        runtime: device, dtype and threads.
+    """Fill meta/, also with copies of `config_files` (path -> bytes); return the origin for the trackers.
 
     Raises:
         Alg1Error: the file system refused (exit code 4).

@@ -33,32 +33,29 @@ class Alg1Error(Exception):
         self.exit_code = exit_code
 
 
+HINTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the file-size limit (ulimit -f)",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "this is a folder; name a file in it",
+    errno.ENOTDIR: "check its path: a part of it is a file and no folder",
+}
+
+
 def disk_error(action: str, error: OSError) -> Alg1Error:
     """Return the Alg1Error for an OSError raised by `action`, such as "write runs/x"."""
-    hints = {
-        errno.ENOSPC: "free some space",
-        errno.EDQUOT: "free some of your quota",
-        errno.EFBIG: "raise the file-size limit (ulimit -f)",
-        errno.EACCES: "allow writing there, or choose another folder",
-        errno.EPERM: "allow writing there, or choose another folder",
-        errno.EROFS: "the file system is read-only; choose another folder",
-        errno.ENAMETOOLONG: "choose a shorter name",
-    }
-    reason = error.strerror or str(error)
-    hint = hints.get(error.errno or 0, "check the disk, or choose another folder")
+    hint = HINTS.get(error.errno or 0, "check the disk, or choose another place")
     exit_code = BAD_INPUT if error.errno == errno.ENAMETOOLONG else DISK_FAILED
-    return Alg1Error(f"cannot {action}: {reason}", hint, exit_code)
+    return Alg1Error(f"cannot {action}: {error.strerror or error}", hint, exit_code)
 
 
 def unreadable(path: object, error: OSError) -> Alg1Error:
     """Return the Alg1Error for an OSError raised while reading a file that the user named."""
-    hints = {
-        errno.EISDIR: "this is a folder; name a file in it",
-        errno.ENOTDIR: "check its path: a part of it is a file and no folder",
-        errno.EACCES: "allow reading it: chmod +r",
-        errno.ENAMETOOLONG: "choose a shorter name",
-    }
-    hint = hints.get(error.errno or 0, "use another copy of it")
+    hint = HINTS.get(error.errno or 0, "use another copy of it")
     return Alg1Error(f"{path}: cannot be read: {error.strerror or error}", hint)
 
 
@@ -87,7 +84,7 @@ class Guard:
         try:
             return function(*args, **kwargs)
         except (Exception, SystemExit) as error:  # third-party trackers raise anything
-            self.fail(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            self.fail(f"{type(error).__name__}: {error}".removesuffix(": "))
             return None
 
     def fail(self, reason: str) -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,15 +17,6 @@ from utils_alg1.base.errors import Alg1Error, disk_error, first_line, unreadable
 T = TypeVar("T")
 LOGGER = logging.getLogger("alg1")
 TEMPORARY_SUFFIX = ".tmp"
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to disk: a renamed file survives a power loss only after that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -42,20 +34,23 @@ def atomic_file(path: Path) -> Iterator[int]:
         temporary.unlink(missing_ok=True)  # left by a killed process that had the same process ID
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            try:
-                yield descriptor
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.rename(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the renamed file survives a power loss only after this
+        finally:
+            os.close(folder)
         LOGGER.debug("wrote %s", path)
-    except OSError as error:
-        raise disk_error(f"write {path}", error) from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise disk_error(f"write {path}", error) from error
+        raise
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -80,18 +75,9 @@ def write_json(path: Path | str, value: Any) -> None:
 def write_or_warn(
     path: Path, write: Callable[[Path], T], failure: str, warn: Callable[[str], None]
 ) -> T | None:
-    """Create an optional file with `write(path)` and return its result; turn any failure into a warning.
+    """Create an optional file with `write(path)` and return its result.
 
-    An existing file is removed first, so that no outdated one remains after a failure.
-
-    Args:
-        path: the file to create.
-        write: creates it.
-        failure: the beginning of the warning; the reason is appended.
-        warn: receives the warning.
-
-    Returns:
-        The result of `write`, or None if it failed.
+    Any failure is a warning that begins with `failure`; then None is returned, and no older file remains.
     """
     try:
         path.unlink(missing_ok=True)
@@ -122,8 +108,6 @@ def remove_temporary_files(folder: Path) -> None:
             path.unlink()
 
 
-# --- files written by users -----------------------------------------------------------------------------
-
 JSON_EXAMPLE = '{"batch_size": 8, "n_embd": 128}'
 JSON_HINT = f"as in {JSON_EXAMPLE}: double quotes, no comment, no comma behind the last value"
 
@@ -138,20 +122,14 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json_object(data: bytes, path: str | Path) -> dict[str, Any]:
-    """Parse the content of a JSON file that holds one object; raises like `read_json_object`.
-
-    Args:
-        data: the content.
-        path: the file, for error messages.
-    """
+    """Parse the content of such a file, which was read from `path`."""
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         refuse_repeats(path, [name for name, _ in pairs])
         return dict(pairs)
 
-    text = decode(data, path)
     try:
-        value = json.loads(text, object_pairs_hook=unique_keys)
+        value = json.loads(decode(data, path), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise Alg1Error(f"{path}: {where}: not JSON: {error.msg}", JSON_HINT) from None
@@ -166,28 +144,18 @@ def parse_json_object(data: bytes, path: str | Path) -> dict[str, Any]:
 
 def refuse_repeats(path: str | Path, names: Iterable[str]) -> None:
     """Raise Alg1Error if a file defines a name twice: one of the two values would be dropped silently."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise Alg1Error(f"{path}: {name!r} stands there twice", "keep one of them")
-        seen.add(name)
 
 
 def read_text(path: str | Path) -> str:
-    """Read a small UTF-8 file; a byte order mark is dropped.
-
-    Raises:
-        Alg1Error: the file does not exist, cannot be read or is not UTF-8.
-    """
+    """Read a small UTF-8 file; raises Alg1Error like `read_bytes` and `decode`."""
     return decode(read_bytes(path), path)
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Read a small file named by the user.
-
-    Raises:
-        Alg1Error: the file does not exist or cannot be read.
-    """
+    """Read a small file named by the user; raises Alg1Error if it does not exist or cannot be read."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:

@@ -28,11 +28,6 @@ def terminal_safe(text: str) -> str:
     return replace_control_characters(text.replace("\r\n", "\n"))
 
 
-def single_line(text: str) -> str:
-    """Replace everything that is not printable, line ends and tabs included, by U+FFFD."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
 def format_number(value: float | None, decimals: int = 4) -> str:
     """Format a loss or a similar number: with fewer decimals from 10,000 on, and "-" for None."""
     if value is None:
