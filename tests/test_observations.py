@@ -432,23 +432,23 @@ def test_speed_leaves_out_evaluations_and_looks(monkeypatch):
         now[0] += seconds
 
     clock.start(progress)
-    assert clock.training_speed(3) is None
+    assert clock.speed("metric", 3) is None
     with clock.pause():
         spend(7)
     for _ in range(4):
         spend(0.5)
         progress.step += 1
-    assert clock.overall_speed(progress.step) == pytest.approx(40 / 9)
-    with clock.pause(overall=True):
-        spend(50)  # an evaluation
-    assert clock.overall_speed(progress.step) is None
+    assert clock.speed("evaluation", progress.step) == pytest.approx(20)
+    with clock.pause():
+        spend(50)
+    assert clock.speed("evaluation", progress.step) is None
     spend(0.5)
     progress.step += 1
-    assert clock.training_speed(8) == pytest.approx(50 / 2.5)
+    assert clock.speed("metric", 8) == pytest.approx(50 / 2.5)
     spend(1)
     progress.step += 1
-    assert clock.training_speed(9) == pytest.approx(10)
-    assert clock.overall_speed(9) == pytest.approx(20 / 1.5)
+    assert clock.speed("metric", 9) == pytest.approx(10)
+    assert clock.speed("evaluation", 9) == pytest.approx(20 / 1.5)
     for _ in range(2):
         clock.measure(progress)
         assert progress.seconds == pytest.approx(20 + now[0] - 100)

@@ -17,6 +17,7 @@ from utils_alg1.network.tensor_file import read_metadata
 from utils_alg1.network.weights import FORMAT
 from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.observer import draw_texts
+from utils_alg1.training.checkpoint import read_checkpoint
 from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ def export_weights(
     exported: dict[str, Any] = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
     if params.train.export == "best":
         try:
-            if progress.best_step != progress.step:
-                store.load_best(progress).load_model(model)
+            if progress.best_step is not None and progress.best_step != progress.step:
+                read_checkpoint(store.path(progress.best_step)).load_model(model)
             exported = {"weights": "best", "step": progress.best_step, "val_loss": progress.best_val}
         except Alg1Error as error:
             console.warn(f"{error.message}; exporting the last weights instead of the best")

@@ -179,7 +179,7 @@ class Observer:
     def log_model(self, step: int) -> None:
         """Log the model as it is after `step` updates, and the training speed."""
         if due(step, self._config.speed_interval):
-            speed = self._trainer.clock.training_speed(step)
+            speed = self._trainer.clock.speed("metric", step)
             if speed is not None:
                 self.trackers.log("scalars", {"tokens_per_second": speed}, step)
         for interval, log_view in self._views:

@@ -3,7 +3,7 @@
 A checkpoint is a tensor file (network/tensor_file.py), step_NNNNNNNNN.safetensors. Its float32 tensors are
 
     model.<parameter>               as in BigramLanguageModel.state_dict()
-    optimizer.<state>.<parameter>   as in Optimizer.state_keys(): exp_avg, exp_avg_sq, step, momentum_buffer
+    optimizer.<state>.<parameter>   as in Optimizer.state: exp_avg, exp_avg_sq, step, momentum_buffer
 
 and its metadata, as JSON, are `CheckpointMetadata`. There is no random state: see training/seeds.py.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,13 @@ from utils_alg1.utils_output import LOGGER
 FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1
 OTHER_CHECKPOINT = "use another checkpoint, written by train.py"
-MAX_FIGURE = 1e300  # no loss or time of a run comes near
+
+
+class TrackerState(TypedDict):
+    """What a checkpoint holds of the copy of a run in a tracker."""
+
+    run: str | None  # its id there
+    synced: int  # the step that it is flushed to
 
 
 class CheckpointMetadata(TypedDict, total=False):
@@ -54,8 +62,8 @@ class CheckpointMetadata(TypedDict, total=False):
     progress: dict[str, Any]  # Progress: step, best loss, newest evaluation, seconds
     scaler: dict[str, Any]  # GradScaler.state_dict(): empty unless float16
     world_size: int  # the number of processes
-    compiled: bool  # whether the training steps were compiled
-    trackers: dict[str, dict[str, Any]]  # by name: "run", its id there; "synced", the step it is flushed to
+    compiled: bool | None  # whether the training steps were compiled; None if that is not known
+    trackers: dict[str, TrackerState]  # by name
 
 
 @dataclass
@@ -75,26 +83,13 @@ class Checkpoint:
         """The run's parameters, by name."""
         return self.metadata["parameters"]
 
-    @property
-    def world_size(self) -> int:
-        """The number of processes that took the steps."""
-        return self.metadata.get("world_size", 1)
-
     def load_model(self, model: BigramLanguageModel) -> None:
         """Load these weights into the model.
 
         Raises:
             Alg1Error: they are for another model.
         """
-        prefix = "model."
-        weights = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise Alg1Error(
-                f"{self.path}: not the weights of this model: {reason}", OTHER_CHECKPOINT
-            ) from None
+        self._copy_to({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, "model.")
 
     def load_trainer(self, trainer: Trainer) -> None:
         """Load the state of model, optimizer, loss scaler and progress.
@@ -102,35 +97,26 @@ class Checkpoint:
         Raises:
             Alg1Error: it is for another model or optimizer.
         """
-        self.load_model(trainer.model)
-        for parameter, state in self._optimizer_states(trainer).items():
-            trainer.optimizer.state[parameter] = state
+        stateless = not any(name.startswith("optimizer.") for name in self.tensors)
+        if stateless and (self.progress.step == 0 or trainer.scaler.is_enabled()):
+            self.load_model(trainer.model)  # earlier releases saved no optimizer before its first update
+        else:
+            self._copy_to(trainer_tensors(trainer))
         if self.metadata["scaler"]:
             trainer.scaler.load_state_dict(self.metadata["scaler"])
         trainer.progress = self.progress
 
-    def _optimizer_states(self, trainer: Trainer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
-        """Return the optimizer's state of each parameter, checked for the shapes that the update reads."""
-        keys_of = trainer.optimizer.keys_by_parameter()
-        unused = {name for name in self.tensors if name.startswith("optimizer.")}
-        # Before the first update there is no state. (A loss scaler may have skipped all updates so far.)
-        if not unused and (self.progress.step == 0 or trainer.scaler.is_enabled()):
-            return {}
-        states: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
-        for name, parameter in trainer.model.named_parameters():
-            states[parameter] = {}
-            unused -= {f"optimizer.{key}.{name}" for key in keys_of[parameter]}
-            for key in sorted(keys_of[parameter]):
-                tensor = self.tensors.get(f"optimizer.{key}.{name}")
-                shape = () if key == "step" else parameter.shape
-                if tensor is None or tensor.shape != shape or tensor.dtype != parameter.dtype:
-                    raise Alg1Error(
-                        f"{self.path}: the optimizer's {key} of {name} does not fit", OTHER_CHECKPOINT
-                    )
-                states[parameter][key] = tensor.to(parameter.device)
-        if unused:
-            raise Alg1Error(f"{self.path}: unknown optimizer state {sorted(unused)[0]}", OTHER_CHECKPOINT)
-        return states
+    def _copy_to(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+        """Copy the tensors of this prefix to those of the same names."""
+        saved = {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        for name in sorted(tensors.keys() | saved.keys()):
+            pair = [side[name] for side in (tensors, saved) if name in side]
+            if len({(tensor.shape, tensor.dtype) for tensor in pair}) != 1 or len(pair) != 2:
+                raise Alg1Error(
+                    f"{self.path}: its {name} does not fit this model or optimizer", OTHER_CHECKPOINT
+                )
+        for name, tensor in tensors.items():
+            tensor.detach().copy_(saved[name])
 
     def build_model(self) -> BigramLanguageModel:
         """Return a new model with these weights, to sample from."""
@@ -138,6 +124,15 @@ class Checkpoint:
         self.load_model(model)
         model.vocabulary = self.metadata["vocabulary"]
         return model
+
+
+def trainer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return the tensors of the state of a trainer, by their names in a checkpoint."""
+    tensors = {f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()}
+    for name, parameter in trainer.model.named_parameters():
+        for key, value in trainer.optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    return tensors
 
 
 class CheckpointStore:
@@ -188,10 +183,6 @@ class CheckpointStore:
         """
         self.wait()
         model, progress = trainer.model, trainer.progress
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        for name, parameter in model.named_parameters():
-            for key, value in trainer.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
         assert model.vocabulary is not None
         metadata: CheckpointMetadata = {
             "format": FORMAT,
@@ -204,6 +195,7 @@ class CheckpointStore:
             "compiled": trainer.backward.compiled,
             **run_metadata,
         }
+        tensors = trainer_tensors(trainer)
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._writing = self._writer.submit(self._write, copies, metadata, progress.step, progress.best_step)
         return self.path(progress.step)
@@ -241,15 +233,6 @@ class CheckpointStore:
                     path.unlink()
                     LOGGER.debug("removed %s", path)
 
-    def load_best(self, progress: Progress) -> Checkpoint:
-        """Read the checkpoint with the lowest validation loss.
-
-        Raises:
-            Alg1Error: it is missing or damaged.
-        """
-        assert progress.best_step is not None  # a run ends with an evaluation
-        return read_checkpoint(self.path(progress.best_step))
-
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
@@ -275,6 +258,7 @@ def parse_checkpoint(
             f"{path}: checkpoint format {metadata.get('format_version')!r} is not known",
             "use the release of ALG1 that wrote it",
         )
+    metadata = {"world_size": 1, "compiled": None} | metadata
     checkpoint = Checkpoint(path, tensors, metadata)  # type: ignore[arg-type]
     try:
         valid = _is_valid(checkpoint)
@@ -287,38 +271,37 @@ def parse_checkpoint(
 
 def _is_valid(checkpoint: Checkpoint) -> bool:
     """Return whether every value has its type and the sizes are those of the tensors; or raise."""
-    metadata = checkpoint.metadata
+    metadata, progress, vocabulary = (
+        checkpoint.metadata,
+        checkpoint.progress,
+        checkpoint.metadata["vocabulary"],
+    )
     config = ModelConfig(**metadata["model"])
     config.validate()
-    tokens = checkpoint.tensors["model.token_embedding_table.weight"].shape
-    table = checkpoint.tensors.get("model.position_embedding_table.weight")
-    positions = None if table is None else tuple(table.shape)
-    layers = {name.split(".")[2] for name in checkpoint.tensors if name.startswith("model.blocks.")}
-    progress = checkpoint.progress
-    evaluation = progress.evaluation or Evaluation(0, 0.0, 0.0, 0.0)
-    steps = [progress.step, progress.evaluations_since_best, evaluation.step, progress.best_step or 0]
-    figures = [*dataclasses.astuple(evaluation), progress.seconds, progress.best_val or 0]
+    weights = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")]
     named = CHECKPOINT_NAME.fullmatch(checkpoint.path.name)
-    vocabulary = metadata["vocabulary"]
     return (
-        tokens == (config.vocab_size, config.n_embd)
-        and positions == ((config.block_size, config.n_embd) if config.positions == "learned" else None)
-        and len(layers) == config.n_layer
-        and all(type(step) is int and step >= 0 for step in steps)
-        and all(isinstance(figure, (int, float)) and abs(figure) < MAX_FIGURE for figure in figures)
-        and (named is None or int(named[1]) == progress.step)
+        _has_types(metadata, CheckpointMetadata)
+        and all(_has_types(state, TrackerState) for state in metadata["trackers"].values())
+        and _has_types(vars(progress), Progress)
+        and (progress.evaluation is None or _has_types(vars(progress.evaluation), Evaluation))
+        and progress.step == (int(named[1]) if named else max(0, progress.step))
         and not coerce_all(checkpoint.parameters)[1]
+        and sum(tensor.numel() for tensor in weights) == config.n_parameters
         and all(isinstance(character, str) for character in vocabulary)
         and vocabulary == sorted(set(vocabulary))
         and len(vocabulary) == config.vocab_size
-        and isinstance(metadata["corpus_sha256"], str)
-        and type(checkpoint.world_size) is int
-        and checkpoint.world_size > 0
-        and isinstance(metadata.get("compiled"), (bool, type(None)))
-        and all(isinstance(tracker["synced"], int) for tracker in metadata["trackers"].values())
-        and all(isinstance(tracker["run"], (str, type(None))) for tracker in metadata["trackers"].values())
-        and isinstance(metadata["scaler"], dict)
+        and metadata["world_size"] > 0
     )
+
+
+def _has_types(values: Mapping[str, Any], schema: type) -> bool:
+    """Return whether each value has the type that a dataclass or TypedDict declares; KeyError if missing."""
+    for name, hint in typing.get_type_hints(schema).items():
+        kind = hint if isinstance(hint, types.UnionType) else typing.get_origin(hint) or hint
+        if not isinstance(values[name], kind):
+            return False
+    return True
 
 
 def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:

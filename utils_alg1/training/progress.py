@@ -63,61 +63,42 @@ class Progress:
         return cls(**{**values, "evaluation": Evaluation(**evaluation) if evaluation else None})
 
 
-class _SpeedMeter:
-    """Measures tokens per second between two readings, without the time that was paused."""
-
-    def __init__(self, tokens_per_step: int):
-        self._tokens_per_step = tokens_per_step
-        self._time, self._step, self.paused = 0.0, 0, 0.0
-
-    def read(self, now: float, step: int) -> float | None:
-        """Return the tokens per second since the last reading, or None if no step was taken."""
-        seconds, tokens = now - self._time - self.paused, (step - self._step) * self._tokens_per_step
-        self._time, self._step, self.paused = now, step, 0.0
-        return tokens / seconds if tokens else None
-
-
 class Clock:
-    """Measures the training loop: its seconds, and its speed in tokens per second.
+    """Measures the training loop: its seconds, and the speed of its steps in tokens per second.
 
     Args:
         synchronize: waits for the device, so that the time read next is true.
     """
 
     def __init__(self, synchronize: Callable[[], None], tokens_per_step: int):
-        self._synchronize = synchronize
-        self._began = 0.0
-        self._training = _SpeedMeter(tokens_per_step)
-        self._overall = _SpeedMeter(tokens_per_step)
+        self._synchronize, self._tokens_per_step = synchronize, tokens_per_step
+        self._began = self._paused = 0.0
+        self._start = (0.0, 0)
+        self._readings: dict[str, tuple[float, int]] = {}
 
     def start(self, progress: Progress) -> None:
         """Start at the beginning of the loop; `progress.seconds` were spent before a resume."""
         now = self._now()
         self._began = now - progress.seconds
-        self._training.read(now, progress.step)
-        self._overall.read(now, progress.step)
+        self._start = now, progress.step
 
     def measure(self, progress: Progress) -> None:
         """Set progress.seconds to the time spent in the loop so far."""
         progress.seconds = self._now() - self._began
 
-    def training_speed(self, step: int) -> float | None:
-        """Return the tokens/s of training alone since the last call, or None if no step was taken."""
-        return self._training.read(self._now(), step)
-
-    def overall_speed(self, step: int) -> float | None:
-        """Return the tokens/s since the last call with all but evaluations, or None if no step was taken."""
-        return self._overall.read(self._now(), step)
+    def speed(self, reader: str, step: int) -> float | None:
+        """Return the tokens/s of training since this reader asked last, or None if no step was taken."""
+        now = self._now() - self._paused
+        before, step_before = self._readings.get(reader, self._start)
+        self._readings[reader] = now, step
+        return (step - step_before) * self._tokens_per_step / (now - before) if step > step_before else None
 
     @contextlib.contextmanager
-    def pause(self, overall: bool = False) -> Iterator[None]:
-        """Leave the time of this block out of training_speed; if `overall`, out of overall_speed too."""
+    def pause(self) -> Iterator[None]:
+        """Leave the time of this block out of the speed."""
         began = self._now()
         yield
-        seconds = self._now() - began
-        self._training.paused += seconds
-        if overall:
-            self._overall.paused += seconds
+        self._paused += self._now() - began
 
     def _now(self) -> float:
         self._synchronize()

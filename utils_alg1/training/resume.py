@@ -159,7 +159,10 @@ def check_resumable(
     step = checkpoint.progress.step
     old_train = TrainConfig(**{n: v for n, v in old.items() if n in field_names(TrainConfig)})
     changed += micro_batches_changed(
-        old_train.grad_accum_steps, checkpoint.world_size, params.train.grad_accum_steps, world_size
+        old_train.grad_accum_steps,
+        checkpoint.metadata["world_size"],
+        params.train.grad_accum_steps,
+        world_size,
     )
     if step > params.train.max_iters:
         raise Alg1Error(

@@ -147,9 +147,9 @@ class Trainer:
         Raises:
             Alg1Error: a loss is not finite (exit code 3).
         """
-        self.speed = self.clock.overall_speed(self.step)
+        self.speed = self.clock.speed("evaluation", self.step)
         if not self.progress.evaluated:
-            with self.clock.pause(overall=True):
+            with self.clock.pause():
                 train_loss, val_loss = self._mean_losses()
             if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                 self._raise_not_finite(f"the evaluation loss is not finite after step {self.step}")
