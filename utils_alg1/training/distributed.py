@@ -93,10 +93,11 @@ class TorchDistributed(Distributed):
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if kind is None or (isinstance(error, SystemExit) and error.code in (None, DONE)):
-            with contextlib.suppress(RuntimeError):
+            # Leave together: torchrun takes a process that ends early for a failure, and ends the others.
+            with contextlib.suppress(RuntimeError), signal_handler(signal.SIG_DFL):
                 if not self._connected:  # after --help, say: the others wait for a job
                     self.broadcast(None)
-                self._barrier()
+                self.all_reduce_max(0)
         if self._connected:
             import torch
 
@@ -107,49 +108,36 @@ class TorchDistributed(Distributed):
             message = f"process {self.rank} of 0 to {self.world_size - 1}: {error.message}"
             raise Alg1Error(message, error.hint, error.exit_code) from error
 
-    def _barrier(self) -> None:
-        """Leave together: torchrun takes a process that ends early for a failure, and ends the others."""
-        with signal_handler(signal.SIG_DFL):
-            self.all_reduce_max(0)
-
     @property
     def launcher_died(self) -> bool:
         return os.getppid() != self._launcher
-
-    def _connect(self) -> None:
-        import torch
-
-        if not self._connected:
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backend, timeout=TIMEOUT)
-            self._connected = True
 
     def broadcast(self, value: Any) -> Any:
         import torch
 
         # While a process only waits, a signal ends it at once: Python's handlers would run after the wait.
         with signal_handler(signal.SIG_DFL), self.connection_guard():
-            self._connect()
+            if not self._connected:
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+                self._connected = True
             values = [value]
             torch.distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
-    def _all_reduce(self, values: list, dtype: torch.dtype, operation: Any) -> list:
-        import torch
-
-        tensor = torch.tensor(values, dtype=dtype)
-        torch.distributed.all_reduce(tensor, operation)
-        return tensor.tolist()
-
     def all_reduce_sum(self, values: list[float]) -> list[float]:
         import torch
 
-        return self._all_reduce(values, torch.float64, torch.distributed.ReduceOp.SUM)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(tensor)
+        return tensor.tolist()
 
     def all_reduce_max(self, value: int) -> int:
         import torch
 
-        return self._all_reduce([value], torch.int64, torch.distributed.ReduceOp.MAX)[0]
+        tensor = torch.tensor(value)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return int(tensor)
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from model import BigramLanguageModel
-from parameters import MODEL_OPTIONS, ModelConfig, Parameters, TrainConfig, coerce_all, specs
+from parameters import ModelConfig, Parameters, coerce_all, specs
 from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import remove_temporary_files
 from utils_alg1.base.problems import shown
-from utils_alg1.base.settings import field_names
 from utils_alg1.data.sources import find_corpus
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import (
@@ -114,27 +113,17 @@ def check_initial(
         asked = getattr(config, name)
         if asked != value:
             raise Alg1Error(f"{path}: its {name} is {value}, not {asked}", f"leave {name} out")
-    check_vocabulary(initial, tokenizer, path)
-
-
-def check_vocabulary(model: BigramLanguageModel, tokenizer: Tokenizer, path: str) -> None:
-    """Check that a model and a text have the same characters.
-
-    Raises:
-        Alg1Error: listing the characters that differ.
-    """
-    if model.vocabulary is None and model.config.vocab_size == tokenizer.vocab_size:
-        return  # weights of another program, which do not hold their vocabulary
-    if model.vocabulary is None:
-        raise Alg1Error(
-            f"{path}: it does not hold its vocabulary, and is for {model.config.vocab_size} characters;"
-            f" the text has {tokenizer.vocab_size}",
-            "use the text that it was trained on",
-        )
-    ours, theirs = set(tokenizer.vocabulary), set(model.vocabulary)
-    if ours != theirs:
-        parts = {"only in the text": ours - theirs, "only in the model": theirs - ours}
-        listed = "; ".join(f"{w}: {show_characters(c)}" for w, c in parts.items() if c)
+    if initial.vocabulary is None:  # weights of another program
+        if initial.config.vocab_size != tokenizer.vocab_size:
+            raise Alg1Error(
+                f"{path}: it does not hold its vocabulary, and is for {initial.config.vocab_size} characters;"
+                f" the text has {tokenizer.vocab_size}",
+                "use the text that it was trained on",
+            )
+        return
+    ours, theirs = set(tokenizer.vocabulary), set(initial.vocabulary)
+    parts = {"only in the text": ours - theirs, "only in the model": theirs - ours}
+    if listed := "; ".join(f"{where}: {show_characters(found)}" for where, found in parts.items() if found):
         raise Alg1Error(
             f"{path}: the vocabularies differ: {listed}",
             "bring the text to the model's characters, or train without --init-from",
@@ -149,31 +138,28 @@ def check_resumable(
     Raises:
         Alg1Error: listing every changed parameter (old -> new) that affected the steps already taken.
     """
-    now = params.flat()
-    old = MODEL_OPTIONS | coerce_all(checkpoint.parameters)[0]
+    # What a run from before a parameter existed does not name is at its default.
+    old = Parameters.from_values(coerce_all(checkpoint.parameters)[0], {})
+    old_train, train, step = old.train, params.train, checkpoint.progress.step
+    before, now = old.flat(), params.flat()
     changed = [
-        f"{name}: {shown(old[name])} -> {shown(now[name])}"
+        f"{name}: {shown(before[name])} -> {shown(now[name])}"
         for name, spec in specs().items()
-        if name in old and old[name] != now[name] and not spec.may_change
+        if before[name] != now[name] and not spec.may_change
     ]
-    step = checkpoint.progress.step
-    old_train = TrainConfig(**{n: v for n, v in old.items() if n in field_names(TrainConfig)})
     changed += micro_batches_changed(
-        old_train.grad_accum_steps,
-        checkpoint.metadata["world_size"],
-        params.train.grad_accum_steps,
-        world_size,
+        old_train.grad_accum_steps, checkpoint.metadata["world_size"], train.grad_accum_steps, world_size
     )
-    if step > params.train.max_iters:
+    if step > train.max_iters:
         raise Alg1Error(
-            f"the run is at step {step} already, past max_iters = {params.train.max_iters}",
+            f"the run is at step {step} already, past max_iters = {train.max_iters}",
             f"use --max-iters {step} or more",
         )
-    longer = old_train.max_iters != params.train.max_iters and not changed
-    if longer and any(learning_rate(old_train, s) != learning_rate(params.train, s) for s in range(step)):
+    longer = old_train.max_iters != train.max_iters and not changed
+    if longer and any(learning_rate(old_train, s) != learning_rate(train, s) for s in range(step)):
         changed.append(
-            f"max_iters: {old_train.max_iters} -> {params.train.max_iters}"
-            f" (it moves the {params.train.lr_schedule} schedule of the steps already taken)"
+            f"max_iters: {old_train.max_iters} -> {train.max_iters}"
+            f" (it moves the {train.lr_schedule} schedule of the steps already taken)"
         )
     if changed:
         raise Alg1Error(

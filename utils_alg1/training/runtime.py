@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from parameters import Parameters, TrainConfig
-from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
+from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
 from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
 
 BYTES_PER_PARAMETER = 12  # at least: float32 weight, gradient and one optimizer moment
@@ -104,22 +104,12 @@ def start_runtime(
             f"--dtype float16 needs CUDA, and the device is {device}",
             "use --dtype float32 or --dtype bfloat16",
         )
-    compile_it = config.compile == "on"
-    if config.compile == "auto" and compiled_before is not None:
-        compile_it = compiled_before
-    elif config.compile == "auto":
-        compile_it = compiling_pays(device, flops_per_step * config.max_iters)
+    compile_it = {"on": True, "off": False}.get(config.compile, compiled_before)
+    if compile_it is None:
+        # By figures, not by the clock, so that the same run always decides the same. On a CPU compiling pays
+        # after some ten thousand steps, and needs a C++ compiler that may be missing: it has to be asked for.
+        compile_it = device.type == "cuda" and flops_per_step * config.max_iters >= COMPILE_FLOPS
     return Runtime(device, DTYPES[dtype_name], torch.get_num_threads(), dist, compile_it)
-
-
-def compiling_pays(device: torch.device, flops: float) -> bool:
-    """Return whether a run of so many floating-point operations ends sooner if it is compiled.
-
-    On a CPU compiling pays after some ten thousand steps, and needs a C++ compiler that may be missing:
-    there it has to be asked for. The decision depends on figures, not on the clock, so that the same run
-    always decides the same.
-    """
-    return device.type == "cuda" and flops >= COMPILE_FLOPS
 
 
 def device_of_process(device: torch.device, dist: Distributed) -> torch.device:
@@ -155,16 +145,11 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        count = {"cpu": 1, "cuda": n_gpus, "mps": int(torch.backends.mps.is_available())}[device.type]
+    except (RuntimeError, KeyError):
         hint = "use --device cuda for an NVIDIA GPU, --device cpu, or leave it out"
-        raise Alg1Error(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps", hint)
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-    }[device.type]
+        raise Alg1Error(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps", hint) from None
     if (device.index or 0) >= count:
         raise Alg1Error(
             f"--device {name}: this machine has no such device", "use --device auto or --device cpu"
@@ -186,33 +171,20 @@ class Compiled:
         self, function: Callable, say: Callable[[str], None], options: dict[str, Any] | None = None
     ) -> None:
         self._function, self._say, self._options = function, say, options
-        self._chosen: Callable | None = None  # set by the first call
+        self._compiled: Callable | None = None  # set by the first call
         self.failed = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._chosen is not None:
-            return self._chosen(*args, **kwargs)
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is not None:
+            return self._compiled(*args)
         self._say("compiling the training step, which can take a minute")
         try:
-            fast = torch.compile(self._function, options=self._options)
-            result = fast(*args, **kwargs)
+            self._compiled = torch.compile(self._function, options=self._options)
+            return self._compiled(*args)
         except Exception as error:  # a compiler fails in many ways, none of which may end the run
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self._say(f"torch.compile does not work here ({reason[:120]}); going on without it")
-            self.failed, self._chosen = True, self._function
-            return self._function(*args, **kwargs)
-        self._chosen = fast
-        return result
-
-
-# --- memory -------------------------------------------------------------------------------------------
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether PyTorch or Python ran out of memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+            self._say(f"torch.compile does not work here ({first_line(error)[:120]}); going on without it")
+            self.failed, self._compiled = True, self._function
+            return self._function(*args)
 
 
 @contextlib.contextmanager
@@ -220,8 +192,9 @@ def memory_guard(params: Parameters) -> Iterator[None]:
     """Turn running out of memory into an Alg1Error (exit code 3) that names settings with less."""
     try:
         yield
-    except Exception as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):  # what PyTorch says on a CPU
             raise
         raise Alg1Error("out of memory", smaller_settings(params), CANNOT_TRAIN) from error
 
