@@ -279,7 +279,7 @@ def test_the_listing_of_an_odd_text_gives_the_same_text(workdir, text, ascii_onl
     check_reading_back(params, ascii_only)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(some_parameters, ANY_TEXT, st.booleans())
 def test_the_listing_of_any_parameters_gives_the_same_values(workdir, some, origin, ascii_only):
     params = Parameters.from_values(some, dict.fromkeys(specs(), origin))
@@ -421,7 +421,7 @@ NAMED = {"": "more preset", "more.yaml": "preset", "preset": "more configs"}
 some_values = st.fixed_dictionaries({}, optional=CHOICES)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([*NAMED]), st.fixed_dictionaries(dict.fromkeys(SOURCES, some_values)))
 def test_the_strongest_source_wins_and_is_named(workdir, named, assignment):
     expected = {name: (spec.default, "default") for name, spec in specs().items()}
@@ -523,14 +523,12 @@ def test_a_resumed_run_keeps_the_copies_of_the_files_that_it_read(text_file, tra
     assert train("--data", text_file, *without("--batch-size", TINY), *QUIET_TRACKERS).code == 0
     (run,) = list_runs("runs")
     write("configs/train.yaml", "batch_size: 7\n")
-    for more in ([], ["--config", "more"], ["--config", "more"]):
-        result = train("--resume", "latest", "--max-iters", 7, *more)
+    for _ in range(2):  # the second time, nothing is copied
+        result = train("--resume", "latest", "--max-iters", 7, "--config", "more")
         assert result.code == 0, result.err
         assert json.loads((run / "meta/full_config.json").read_text())["parameters"]["batch_size"] == 2
         copies = {path.name: path.read_text() for path in (run / "meta/configs").iterdir()}
-        assert copies == {"train.yaml": "batch_size: 2\n"} | (
-            {"train-2.yaml": "eval_iters: 1\n"} if more else {}
-        )
+        assert copies == {"train.yaml": "batch_size: 2\n", "train-2.yaml": "eval_iters: 1\n"}
 
 
 @pytest.mark.parametrize(
@@ -1057,19 +1055,19 @@ print(create_run(sys.argv[1]).run_id)
 """
 
 
-def test_runs_created_by_eight_processes_get_eight_numbers(workdir):
+def test_runs_created_by_four_processes_get_four_numbers(workdir):
     command = [sys.executable, "-c", CREATE_ON_COMMAND, str(workdir / "runs")]
     processes = [
         subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(8)
+        for _ in range(4)
     ]
     pipes: list[Any] = [(process.stdin, process.stdout) for process in processes]
-    assert [output.readline() for _, output in pipes] == ["ready\n"] * 8
+    assert [output.readline() for _, output in pipes] == ["ready\n"] * 4
     for go, _ in pipes:
         go.close()
     run_ids = [output.read().strip() for _, output in pipes]
-    assert [process.wait(60) for process in processes] == [0] * 8
-    assert sorted(map(counter_of, run_ids)) == list(range(1, 9))
+    assert [process.wait(60) for process in processes] == [0] * 4
+    assert sorted(map(counter_of, run_ids)) == list(range(1, 5))
     for _, output in pipes:
         output.close()
 

@@ -39,7 +39,20 @@ def test_a_preset_loads_and_differs_from_the_defaults(preset, workdir):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_trains(preset, train, text_file, workdir):
     """Some steps of it, on less: the sizes of the 6-layer model are not for a test."""
-    small = ["--n-embd", 24, "--block-size", 16, "--batch-size", 2, "--max-iters", 101, "--eval-iters", 1]
+    small = [
+        "--n-embd",
+        24,
+        "--n-layer",
+        1,
+        "--block-size",
+        16,
+        "--batch-size",
+        2,
+        "--max-iters",
+        101,
+        "--eval-iters",
+        1,
+    ]
     arguments = ["--config", PROJECT / "configs" / preset, "--data", text_file, *small, *QUIET_TRACKERS]
     result = train(*arguments, "--device", "cpu", "--threads", 1)
     assert result.code == 0, result.err
