@@ -38,7 +38,7 @@ class Part:
     """A group of parameters, each of them a field made with `setting`."""
 
     def problems(self) -> list[Problem]:
-        """Return what is wrong with the values; an empty list if nothing is."""
+        """Return what is wrong with the values, for `raise_problems`; wrong ones count as their defaults."""
         values = vars(self)
         complaints = {name: specs()[name].violation(value) for name, value in values.items()}
         found = [
@@ -46,9 +46,8 @@ class Part:
             for name, complaint in complaints.items()
             if complaint
         ]
-        wrong = names_in(found)
-        usable = dataclasses.replace(self, **{name: specs()[name].default for name in wrong})
-        return found + [problem for problem in usable.joint_problems() if not wrong & set(problem.names)]
+        usable = dataclasses.replace(self, **{name: specs()[name].default for name in names_in(found)})
+        return [*found, *usable.joint_problems()]
 
     def joint_problems(self) -> Iterator[Problem]:
         """Yield what is wrong with several values taken together, each of which is good by itself."""
