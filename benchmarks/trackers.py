@@ -40,9 +40,9 @@ def main() -> None:
 
 def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
     text = text_or_docs(args.data, folder)
-    off = Tracked(text, folder, name, args, on=False)
-    on = Tracked(text, folder, name, args, on=True)
-    try:
+    with contextlib.ExitStack() as stack:
+        off = Tracked(text, folder, name, args, stack, on=False)
+        on = Tracked(text, folder, name, args, stack, on=True)
         for warm_up in (off, on):
             warm_up()
         on.late.clear()
@@ -61,15 +61,14 @@ def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
             "then behind, ms/step": 1e3 * statistics.median(on.late) / args.steps,
             "still on": ", ".join(on.trackers.working) or "none",
         }
-    finally:
-        on.trackers.close()
-        off.trackers.close()
 
 
 class Tracked:
     """Steps of a run of train.py, told to its trackers as its loop does it."""
 
-    def __init__(self, text: Path, folder: Path, name: str, args: Any, on: bool):
+    def __init__(
+        self, text: Path, folder: Path, name: str, args: Any, stack: contextlib.ExitStack, on: bool
+    ):
         from utils_alg1.tracking.observer import Observer
         from utils_alg1.tracking.trackers import start_trackers
         from utils_alg1.utils_run_manager import create_run
@@ -77,7 +76,7 @@ class Tracked:
         size = {**SIZES[name], "threads": args.threads}
         params = parameters(text, **size, aim=on, tensorboard=on, gradient_norm_interval=1)
         run = create_run(folder / "runs")
-        self.trackers = start_trackers(run, params, params.flat(), {}, print)
+        self.trackers = stack.enter_context(start_trackers(run, params, params.flat(), {}, print))
         self.steps = Steps(build_trainer(text, **size), args.steps)
         self.observer = Observer(self.steps.trainer, self.trackers, params.tensorboard, print)
         self.count = args.steps
@@ -92,8 +91,11 @@ class Tracked:
             self.observer.log_step(loss, step)
             trainer.optimizer_step()
         began = time.perf_counter()
-        for done in [tracker.start_flush() for tracker in self.trackers.background.values()]:
-            done.wait()
+        for tracker in self.trackers.background.values():
+            tracker.ready.wait()
+            tracker.start_flush(trainer.step)
+        for tracker in self.trackers.background.values():
+            tracker.ready.wait()
         self.late.append(time.perf_counter() - began)
 
 

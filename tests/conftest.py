@@ -196,11 +196,12 @@ def recorded_run(folder: Path, *arguments: str) -> Path:
     import numpy as np
 
     import train as script
+    from parameters import due
     from utils_alg1.run_directory import list_runs
     from utils_alg1.tracking.observer import Observer
     from utils_alg1.tracking.trackers import Trackers
 
-    log, log_parameters = Trackers.log, Observer._log_parameters
+    log, log_step = Trackers.log, Observer.log_step
     values, logged = {}, {}
 
     def keep_payload(trackers, kind, payload, step):
@@ -208,16 +209,17 @@ def recorded_run(folder: Path, *arguments: str) -> Path:
             logged[kind, step] = payload
         log(trackers, kind, payload, step)
 
-    def keep_parameters(observer, step):
-        for name, p in observer._trainer.model.named_parameters():
-            values[f"{name} parameter {step}"] = p.detach().numpy().copy()
-            values[f"{name} gradient {step}"] = p.grad.numpy().copy()
-        log_parameters(observer, step)
+    def keep_parameters(observer, loss, step):
+        if due(step, observer._config.histogram_interval):
+            for name, p in observer._trainer.model.named_parameters():
+                values[f"{name} parameter {step}"] = p.detach().numpy().copy()
+                values[f"{name} gradient {step}"] = p.grad.numpy().copy()
+        log_step(observer, loss, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(Trackers, "log", keep_payload)
-        patch.setattr(Observer, "_log_parameters", keep_parameters)
+        patch.setattr(Observer, "log_step", keep_parameters)
         Path("text.txt").write_text(TEXT, encoding="utf-8")
         assert script.main([*arguments, "--quiet"]) == 0
         (path,) = list_runs("runs")

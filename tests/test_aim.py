@@ -17,14 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train as script
 from parameters import specs
 from utils_aim.instructions import instructions
-from utils_aim.logger import AimLogger
 from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
 from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Image
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_metrics
-from utils_alg1.tracking.trackers import Trackers
 from utils_alg1.training.trainer import Trainer
 
 aim = pytest.importorskip("aim", reason="Aim is not installed (it has no wheels for Python 3.13 or Windows)")
@@ -35,22 +33,6 @@ LOOKS = (
     " --gradient-norm-interval 2 --speed-interval 3"
 ).split()
 WITH_AIM = ["--data", "text.txt", *TINY, *LOOKS, "--no-tensorboard"]
-
-
-def test_a_repository_that_another_run_opens_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils_aim.tracker.LOCK_POLL", 0.01)
-    open_at_once, tries = AimTracker._open_at_once, []
-
-    def busy(*arguments):
-        tries.append(arguments)
-        if len(tries) < 3:
-            raise RuntimeError("IO error: While lock file: index/LOCK: Resource temporarily unavailable")
-        return open_at_once(*arguments)
-
-    monkeypatch.setattr(AimTracker, "_open_at_once", staticmethod(busy))
-    tracker = AimTracker("run", tmp_path, tmp_path, warn=pytest.fail)
-    assert tracker.enabled and len(tries) == 3
-    tracker.close()
 
 
 def query(folder: Path, kind: str) -> dict[tuple, dict[int, object]]:
@@ -177,14 +159,6 @@ def test_pictures_and_texts_are_those_that_were_shown(run, repo):
     }
 
 
-def test_with_every_interval_at_0_there_are_only_the_losses(train, text_file, workdir):
-    off = [value if value.startswith("--") else "0" for value in LOOKS]
-    assert train(*WITH_AIM, *off, "--histogram-interval", 0).code == 0
-    assert {name for _, name, _ in query(workdir, "metrics")} == {"loss", "learning_rate"}
-    for kind in ("images", "texts", "distributions"):
-        assert query(workdir, kind) == {}
-
-
 def test_aim_keeps_all_parameters_and_where_the_run_came_from(run, repo):
     kept = only_run(repo)
     assert kept.name == run.name
@@ -213,8 +187,7 @@ def test_a_run_without_aim_makes_no_repository(train, text_file, workdir):
 # --- a run that was interrupted -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["open-at-the-checkpoint", "opened-after-it"])
-def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, run, monkeypatch, known):
+def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, run, monkeypatch):
     optimizer_step, loop = Trainer.optimizer_step, script.train
 
     def stop(trainer):
@@ -223,26 +196,19 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
         optimizer_step(trainer)
 
     def wait_and_train(trainer, run):
-        run.trackers.background["aim"].start_flush().wait(60)
-        assert run.trackers.background["aim"].started
+        assert run.trackers.background["aim"].ready.wait(60)
         loop(trainer, run)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "optimizer_step", stop)
-        if known:
-            patch.setattr(script, "train", wait_and_train)
-            patch.setattr("utils_alg1.tracking.background.FLUSH_TIMEOUT", 60)
-        else:
-            never = property(lambda _: False, lambda *_: None)
-            patch.setattr("utils_alg1.tracking.background.BackgroundTracker.started", never, raising=False)
-            patch.setattr(Trackers, "state", lambda _: {"aim": {"run": None, "synced": 0}})
+        patch.setattr(script, "train", wait_and_train)
+        patch.setattr("utils_alg1.tracking.background.FLUSH_TIMEOUT", 60)
         assert train(*WITH_AIM).code == 130
     first_hash = only_run(workdir).hash
     (path,) = list_runs("runs")
     assert (path / "meta/aim.txt").read_text() == f"{first_hash}\n"
     _, checkpoint = read_tensors(path / "artifacts/checkpoints/step_000000003.safetensors")
-    synced = {"run": first_hash, "synced": 3} if known else {"run": None, "synced": 0}
-    assert checkpoint["trackers"] == {"aim": synced}
+    assert checkpoint["trackers"] == {"aim": {"run": first_hash, "synced": 3}}
     assert train("--resume", "latest").code == 0
     found = query(workdir, "metrics")
     assert {key[0] for key in found} == {first_hash}
@@ -267,8 +233,10 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> tuple[Path, str]:
-    """A repository with one run that was tracked by hand, and its hash."""
-    folder = tmp_path_factory.mktemp("alone")
+    """A repository, inside the folder of another, with two runs tracked by hand; the hash of the first."""
+    folder = tmp_path_factory.mktemp("outer") / "inner"
+    folder.mkdir()
+    aim.Repo.from_path(str(folder.parent), init=True)
     streams = sys.stdout.write, sys.stderr.write
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -279,12 +247,10 @@ def alone(tmp_path_factory) -> tuple[Path, str]:
         tracker.track_metadata("git_commit", "abc")
         for step in range(3):
             tracker.track_metric("loss", step + 0.5, step, {"subset": "train"})
-        tracker.track_metric("speed", 9.0, 7)
         tracker.track_metric("loss", 5.0, 2, {"subset": "train"})
         nan, inf = float("nan"), float("inf")
         tracker.track_distribution("weights", np.array([[1.0, nan], [3.0, inf]]), 4, {"kind": "parameter"})
         tracker.track_distribution("weights", [nan, -inf], 5, {"kind": "parameter"})
-        tracker.track_distribution("counted", (np.array([1, 0, 2]), np.array([0.0, 1.0, 2.0, 3.0])), 4)
         tracker.track_distribution("large", [-1e30, 1e30], 4)
         tracker.track_distribution("constant", [2.0] * 5, 4)
         tracker.track_distribution("empty", [], 4)
@@ -292,130 +258,147 @@ def alone(tmp_path_factory) -> tuple[Path, str]:
         tracker.track_image("grey", np.full((2, 3), 8, np.uint8), 4)
         tracker.track_image("coloured", np.arange(12, dtype=np.uint8).reshape(2, 2, 3), 5, {"a": "b"})
         tracker.track_text("said", "one\n\ttwo 日", 6, {"c": "d"})
+        # What no table names keeps its name, and an unknown kind is ignored.
+        tracker.log("scalars", {"new/metric": 1.5, "loss/val": 2.5}, 3)
+        tracker.log("histograms", [Histogram("p", "update", np.array([1, 0, 2]), np.arange(4.0))], 4)
+        tracker.log("images", [Image("mask", {"layer": "0"}, np.eye(2))], 4)
+        tracker.log("texts", {"notes": "a"}, 6)
+        tracker.log("embedding", Embedding("positions", np.eye(2, dtype=np.float32), ["a", "b"]), 4)
+        tracker.log("a kind of the future", object(), 3)
         run_hash = tracker.run_hash
         tracker.close()
         assert not tracker.enabled
         assert tracker.run_hash is None
-        for call in (tracker.track_config, lambda _: tracker.track_metric("late", 1.0, 0)):
-            call({"late": True})
-        tracker.track_distribution("late", [1.0], 0)
-        tracker.track_image("late", np.zeros((2, 2), np.uint8), 0)
-        tracker.track_text("late", "late", 0)
+        tracker.track_config({"late": True})
+        tracker.track_metric("late", 1.0, 0)
+        tracker.log("texts", {"late": "late"}, 0)
         tracker.close()
+        again = AimTracker("my run", "runs/my-run", run_hash=run_hash, warn=pytest.fail)
+        assert again.run_hash == run_hash
+        again.track_metric("loss", 6.0, 3, {"subset": "train"})
+        again.close()
+        new = AimTracker("two", "runs/two", run_hash="0" * 24, warn=pytest.fail)
+        assert new.enabled
+        assert new.run_hash not in (run_hash, "0" * 24)
+        new.close()
     return folder, run_hash
 
 
-def test_the_tracker_keeps_configuration_and_metadata(alone):
+def test_the_tracker_keeps_configuration_and_metadata_in_the_folder_named_and_no_parent(alone):
     folder, run_hash = alone
-    run = only_run(folder)
-    assert (run.hash, run.name, run["run_dir"], run["git_commit"]) == (
-        run_hash,
-        "my run",
-        "runs/my-run",
-        "abc",
-    )
+    runs = {run.name: run for run in aim.Repo(str(folder)).iter_runs()}
+    assert runs.keys() == {"my run", "two"}
+    run = runs["my run"]
+    assert (run.hash, run["run_dir"], run["git_commit"]) == (run_hash, "runs/my-run", "abc")
     assert run["hparams"] == {"n_embd": 64, "lr": 1e-3, "output": None, "list": [1, "two"]}
+    assert list(aim.Repo(str(folder.parent)).iter_runs()) == []
 
 
-def test_the_tracker_keeps_points_and_the_last_of_one_step(alone):
-    folder, _ = alone
-    assert without_run(query(folder, "metrics")) == {
-        ("loss", (("subset", "train"),)): {0: 0.5, 1: 1.5, 2: 5.0},
-        ("speed", ()): {7: 9.0},
+def test_the_tracker_keeps_points_the_last_of_one_step_and_those_of_a_continued_run(alone):
+    assert without_run(query(alone[0], "metrics")) == {
+        ("loss", (("subset", "train"),)): {0: 0.5, 1: 1.5, 2: 5.0, 3: 6.0},
+        ("loss", (("subset", "val"),)): {3: 2.5},
+        ("new/metric", ()): {3: 1.5},
     }
 
 
 def test_the_tracker_keeps_distributions_of_the_finite_values(alone):
-    folder, _ = alone
-    found = without_run(query(folder, "distributions"))
-    assert set(found) == {
-        ("weights", (("kind", "parameter"),)),
-        ("counted", ()),
-        ("large", ()),
-        ("constant", ()),
-    }
     spans = {}
-    for (name, _), points in found.items():
+    for (name, context), points in without_run(query(alone[0], "distributions")).items():
         assert list(points) == [4]
         counts, edges = points[4].to_np_histogram()
-        spans[name] = counts.sum(), edges[0], edges[-1]
-    assert spans["weights"] == (2, 1, 3)
-    assert spans["counted"] == (3, 0, 3)
-    assert spans["large"] == pytest.approx((2, -1e30, 1e30))
-    assert spans["constant"][0] == 5
-    assert spans["constant"][1] <= 2 <= spans["constant"][2]
+        spans[name, context] = counts.sum(), edges[0], edges[-1]
+    _, low, high = spans.pop(("constant", ()))
+    assert low <= 2 <= high
+    assert spans == {
+        ("weights", (("kind", "parameter"),)): (2, 1, 3),
+        ("p", (("kind", "update"),)): (3, 0, 3),
+        ("large", ()): pytest.approx((2, -1e30, 1e30)),
+    }
 
 
 def test_the_tracker_keeps_pictures_and_texts_and_the_last_of_one_step(alone):
-    folder, _ = alone
-    found = without_run(query(folder, "images"))
+    found = without_run(query(alone[0], "images"))
     assert {key: list(points) for key, points in found.items()} == {
         ("grey", ()): [4],
         ("coloured", (("a", "b"),)): [5],
+        ("mask", (("layer", "0"),)): [4],
+        ("positions", ()): [4],
     }
     assert pixels(found["grey", ()][4]).tolist() == [[8, 8, 8]] * 2
     assert pixels(found["coloured", (("a", "b"),)][5]).ravel().tolist() == list(range(12))
-    ((key, points),) = without_run(query(folder, "texts")).items()
-    assert (key, points[6].data) == (("said", (("c", "d"),)), "one\n\ttwo 日")
-
-
-def test_a_name_that_no_table_has_keeps_it_and_an_unknown_kind_is_ignored(workdir):
-    tracker = AimTracker("run", "run", warn=pytest.fail)
-    logger = AimLogger(tracker, {}, {})
-    logger.log("scalars", {"new/metric": 1.5, "loss/val": 2.5}, 3)
-    logger.log("histograms", [Histogram("p", "update", np.array([1, 2]), np.arange(3.0))], 3)
-    logger.log("images", [Image("mask", {"layer": "0"}, np.eye(2))], 3)
-    logger.log("texts", {"notes": "a"}, 3)
-    logger.log("embedding", Embedding("positions", np.eye(2, dtype=np.float32), ["a", "b"]), 3)
-    logger.log("a kind of the future", object(), 3)
-    assert tracker.enabled
-    logger.close()
-    assert without_run(query(workdir, "metrics")) == {
-        ("new/metric", ()): {3: 1.5},
-        ("loss", (("subset", "val"),)): {3: 2.5},
-    }
-    names = {kind: set(without_run(query(workdir, kind))) for kind in ("distributions", "images", "texts")}
-    assert names == {
-        "distributions": {("p", (("kind", "update"),))},
-        "images": {("mask", (("layer", "0"),)), ("positions", ())},
-        "texts": {("notes", ())},
+    texts = without_run(query(alone[0], "texts"))
+    assert {key: [text.data for text in points.values()] for key, points in texts.items()} == {
+        ("said", (("c", "d"),)): ["one\n\ttwo 日"],
+        ("notes", ()): ["a"],
     }
 
 
 @pytest.fixture
-def broken(monkeypatch):
-    """`broken(error)` makes Aim raise when a run is opened."""
+def aim_run(monkeypatch):
+    """`aim_run(function)` lets Aim call the function where it opens a run, in no repository."""
 
-    def arrange(error: BaseException):
-        def fail(*_, **__):
-            raise error
-
-        monkeypatch.setattr(aim, "Run", fail)
+    def arrange(function):
+        monkeypatch.setattr(aim.Repo, "from_path", lambda *_, **__: None)
+        monkeypatch.setattr(aim, "Run", function)
 
     return arrange
 
 
-def test_a_tracker_that_cannot_open_is_one_warning_and_does_nothing(workdir, broken):
-    broken(PermissionError(13, "Permission denied"))
+def fail(error: BaseException):
+    def run(*_, **__):
+        raise error
+
+    return run
+
+
+def test_a_repository_that_another_run_opens_is_waited_for(tmp_path, monkeypatch, aim_run):
+    monkeypatch.setattr("utils_aim.tracker.LOCK_POLL", 0.01)
+    tries = []
+
+    def busy(*arguments, **_):
+        tries.append(arguments)
+        if len(tries) < 3:
+            raise RuntimeError("IO error: While lock file: index/LOCK: Resource temporarily unavailable")
+        return MagicMock()
+
+    aim_run(busy)
+    assert AimTracker("run", tmp_path, tmp_path, "hash", pytest.fail).enabled
+    assert tries == [("hash",)] * 3
+    monkeypatch.setattr("utils_aim.tracker.LOCK_TIMEOUT", 0)
+    tries.clear()
+    warnings: list[str] = []
+    AimTracker("run", tmp_path, tmp_path, "hash", warnings.append)
+    assert len(warnings) == 1
+
+
+def test_a_tracker_that_cannot_open_is_one_warning_and_does_nothing(workdir, aim_run, monkeypatch):
+    from aim.ext.cleanup import AutoClean
+
+    forgotten: list[object] = []
+    monkeypatch.setattr("atexit.unregister", forgotten.append)
+    aim_run(fail(PermissionError(13, "Permission denied")))
     warnings: list[str] = []
     tracker = AimTracker("name", "run", repo=workdir, warn=warnings.append)
     tracker.track_config({"a": 1})
     tracker.track_metric("loss", 1.0, 0)
     tracker.track_distribution("w", [1.0], 0)
+    monkeypatch.setattr("utils_aim.pictures.draw_embedding", lambda _: pytest.fail("drawn"))
+    tracker.log("embedding", object(), 0)
     tracker.close()
     assert not tracker.enabled
     assert tracker.run_hash is None
-    (warning,) = warnings
-    assert warning == ("Aim is switched off, training goes on: PermissionError: [Errno 13] Permission denied")
+    assert warnings == [
+        "Aim is switched off, training goes on: PermissionError: [Errno 13] Permission denied"
+    ]
+    assert forgotten == [AutoClean.cleanup]  # otherwise Aim may hang at exit
 
 
 class Broken:
     """Raises in every method that is used of an aim.Run."""
 
-    def fail(self, *_, **__):
-        raise RuntimeError("boom")
-
-    track = close = __setitem__ = fail
+    name = hash = "x"
+    track = close = __setitem__ = fail(RuntimeError("boom"))
 
 
 @pytest.mark.parametrize(
@@ -427,13 +410,14 @@ class Broken:
         ("track_distribution", ("w", [1.0], 0)),
         ("track_image", ("i", np.zeros((2, 2), np.uint8), 0)),
         ("track_text", ("t", "text", 0)),
+        ("log", ("scalars", {"loss/val": 1.0}, 0)),
         ("close", ()),
     ],
 )
 def test_no_method_of_the_tracker_raises_and_the_first_failure_is_the_only_warning(
-    monkeypatch, method, arguments
+    aim_run, method, arguments
 ):
-    monkeypatch.setattr(AimTracker, "_open", lambda *_: MagicMock())
+    aim_run(lambda *_, **__: MagicMock())
     warnings: list[str] = []
     tracker = AimTracker("name", "run", warn=warnings.append)
     tracker._run = Broken()
@@ -443,45 +427,10 @@ def test_no_method_of_the_tracker_raises_and_the_first_failure_is_the_only_warni
     assert warnings == ["Aim is switched off, training goes on: RuntimeError: boom"]
 
 
-def test_used_on_its_own_a_failure_is_a_python_warning(workdir, broken):
-    broken(RuntimeError("boom"))
+def test_used_on_its_own_a_failure_is_a_python_warning(aim_run):
+    aim_run(fail(RuntimeError("boom")))
     with pytest.warns(UserWarning, match="Aim is switched off, training goes on: RuntimeError: boom"):
         AimTracker("name", "run").close()
-
-
-def test_a_run_is_continued_by_its_hash_and_begun_anew_where_it_is_gone(workdir):
-    first = AimTracker("one", "run", warn=pytest.fail)
-    first.track_metric("loss", 1.0, 0)
-    run_hash = first.run_hash
-    first.close()
-    again = AimTracker("one", "run", run_hash=run_hash, warn=pytest.fail)
-    again.track_metric("loss", 2.0, 1)
-    assert again.run_hash == run_hash
-    again.close()
-    assert without_run(query(workdir, "metrics")) == {("loss", ()): {0: 1.0, 1: 2.0}}
-    new = AimTracker("two", "run", run_hash="0" * 24, warn=pytest.fail)
-    assert new.enabled
-    assert new.run_hash not in (run_hash, "0" * 24)
-    new.close()
-
-
-def test_the_repository_is_the_folder_named_and_no_parent(workdir):
-    aim.Repo.from_path(str(workdir), init=True)
-    inner = workdir / "inner"
-    inner.mkdir()
-    AimTracker("inner", "run", repo=inner, warn=pytest.fail).close()
-    assert [run.name for run in aim.Repo(str(inner)).iter_runs()] == ["inner"]
-    assert list(aim.Repo(str(workdir)).iter_runs()) == []
-
-
-def test_aim_is_kept_from_cleaning_up_at_exit_even_after_it_could_not_open(workdir, broken, monkeypatch):
-    from aim.ext.cleanup import AutoClean
-
-    forgotten: list[object] = []
-    monkeypatch.setattr("atexit.unregister", forgotten.append)
-    broken(OSError(28, "No space left on device"))
-    AimTracker("name", "run", warn=str).close()
-    assert forgotten == [AutoClean.cleanup]
 
 
 def test_the_instructions_name_command_and_address():

@@ -10,31 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY, Notes, at, lasting_metrics
+from conftest import TEXT, TINY, at, lasting_metrics
 
 import train as script
 from model import BigramLanguageModel
 from parameters import ModelConfig, TensorBoardConfig, TrainConfig, due
 from utils_aim.pictures import draw_embedding, in_font, principal_components
 from utils_alg1.base.settings import field_names
-from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Image, Tracker
+from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Image
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.report.results import draw_samples
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking import observer as observer_module
-from utils_alg1.tracking.background import BackgroundTracker
-from utils_alg1.tracking.metrics_file import MetricsFile
 from utils_alg1.tracking.observer import (
     SAMPLE_LENGTH,
     Observer,
     activation_histograms,
     attention_pictures,
-    attention_weights,
     character_label,
-    sample_text,
+    sample,
     token_embedding,
 )
-from utils_alg1.tracking.trackers import Trackers
 from utils_alg1.training.backward import create_backward
 from utils_alg1.training.progress import Clock, Progress
 from utils_alg1.training.runtime import Runtime
@@ -96,8 +92,9 @@ def test_activations_are_those_of_every_attention_relu_and_block(model, idx):
 
 
 def test_attention_is_that_of_each_head_on_what_its_block_is_given(model, idx):
-    weights = attention_weights(model, idx)
-    assert weights.shape == (LAYERS, HEADS, T, T)
+    weights = np.reshape(
+        [picture.weights for picture in attention_pictures(model, idx)], (LAYERS, HEADS, T, T)
+    )
     with torch.no_grad():
         values = inner_values(model, idx)
         for layer, block in enumerate(model.blocks):
@@ -110,17 +107,16 @@ def test_attention_is_that_of_each_head_on_what_its_block_is_given(model, idx):
 
 
 def test_a_picture_shows_each_weight_as_a_square_with_its_root_as_brightness(model, idx):
-    weights = attention_weights(model, idx)
     pictures = attention_pictures(model, idx)
     assert [p.context for p in pictures] == [
         {"layer": str(layer), "head": str(head)} for layer in range(LAYERS) for head in range(HEADS)
     ]
-    for picture, expected in zip(pictures, weights.reshape(-1, T, T), strict=True):
+    for picture in pictures:
         pixels = picture.pixels()
         assert (pixels.shape, pixels.dtype) == ((256, 256), np.uint8)
         blocks = pixels.reshape(T, 256 // T, T, 256 // T)
         assert (blocks == blocks[:, :1, :, :1]).all()
-        np.testing.assert_array_equal(blocks[:, 0, :, 0], np.rint(255 * np.sqrt(expected)))
+        np.testing.assert_array_equal(blocks[:, 0, :, 0], np.rint(255 * np.sqrt(picture.weights)))
 
 
 @pytest.mark.parametrize(("size", "pixels"), [(1, 256), (3, 255), (100, 200), (256, 256), (300, 300)])
@@ -142,7 +138,8 @@ def test_a_weight_that_is_not_finite_is_black():
 def test_the_attention_of_a_long_context_is_cut_to_a_picture(idx):
     config = ModelConfig(n_embd=4, n_head=1, n_layer=1, block_size=300, vocab_size=9)
     long = torch.zeros(1, 300, dtype=torch.int64)
-    assert attention_weights(BigramLanguageModel(config), long).shape == (1, 1, 256, 256)
+    (picture,) = attention_pictures(BigramLanguageModel(config), long)
+    assert picture.weights.shape == (256, 256)
 
 
 def test_the_embedding_is_a_copy_of_the_table_with_a_label_for_each_character(model):
@@ -166,13 +163,13 @@ def test_labels_differ():
     assert len(set(map(character_label, characters))) == len(characters)
 
 
-def test_a_sample_depends_on_the_weights_and_the_seed_alone(model):
-    text = sample_text(model, 7)
+def test_a_sample_depends_on_the_weights_and_the_seed_alone(model, idx):
+    text = sample(model, idx, 7)["samples"]
     assert len(text) == SAMPLE_LENGTH
     assert set(text) <= set(VOCABULARY)
     torch.manual_seed(99)
-    assert sample_text(model, 7) == text
-    assert sample_text(model, 8) != text
+    assert sample(model, idx[:1], 7) == {"samples": text}
+    assert sample(model, idx, 8) != {"samples": text}
     assert len(draw_samples(model, 7)) == 3
 
 
@@ -180,7 +177,7 @@ def test_looking_leaves_model_gradients_and_random_state_as_they_were(model, idx
     model(idx, idx)[1].backward()
     before = {name: (p.clone(), p.grad.clone()) for name, p in model.named_parameters()}
     state = torch.get_rng_state()
-    looks = [activation_histograms, attention_pictures, lambda m, _: sample_text(m, 1)]
+    looks = [activation_histograms, attention_pictures, lambda m, i: sample(m, i, 1)]
     for training in (True, False):
         model.train(training)
         for look in [*looks, lambda m, _: token_embedding(m)]:
@@ -247,17 +244,18 @@ def test_characters_that_the_font_lacks_are_escaped():
 # --- when it is seen ----------------------------------------------------------------------------------
 
 
-class Noting(Tracker):
-    """Notes what is logged and when."""
+class Noting:
+    """Trackers that note what is logged and when."""
 
-    def __init__(self, folder: Path):
-        self.notes = Notes(folder / "logged.pkl")
+    working = ("x",)
 
-    @property
-    def logged(self) -> list[tuple]:
-        return self.notes.read()
+    def __init__(self):
+        self.logged: list[tuple] = []
+        self.rows: list[dict] = []
 
     def log(self, kind, payload, step):
+        if kind == "scalars":
+            self.rows.append({"step": step, **payload})
         summaries = {
             "scalars": lambda: tuple(payload),
             "histograms": lambda: tuple(sorted({h.kind for h in payload})),
@@ -265,11 +263,7 @@ class Noting(Tracker):
             "texts": lambda: tuple(payload),
             "embedding": lambda: (payload.name,),
         }
-        self.notes.append((step, *summaries[kind]()))
-
-
-def in_background(tracker: Tracker) -> BackgroundTracker:
-    return BackgroundTracker("X", lambda _: tracker, pytest.fail).start()
+        self.logged.append((step, *summaries[kind]()))
 
 
 def make_trainer(model) -> Trainer:
@@ -284,26 +278,20 @@ def all_intervals(interval: int) -> TensorBoardConfig:
 
 
 @pytest.fixture
-def observe(model, tmp_path):
-    """`observe(config, steps)`: trains that long; what one tracker got, and what was warned."""
+def observe(model):
+    """`observe(config, steps)`: trains that long; what the trackers got, and what was warned."""
 
     def run(config, steps, prepare=lambda trainer: None):
-        trainer, noting, warnings = make_trainer(model), Noting(tmp_path), []
+        trainer, trackers, warnings = make_trainer(model), Noting(), []
         prepare(trainer)
-        path = tmp_path / "metrics.jsonl"
-        with Trackers(MetricsFile(path), {"x": in_background(noting)}) as trackers:
-            observer = Observer(trainer, trackers, config, warnings.append)
-            trainer.clock.start(Progress())
-            for step in range(steps):
-                observer.log_model(step)
-                observer.log_step(at(trainer, step).forward_backward(), step)
-                trainer.optimizer_step()
-            observer.log_model(steps)
-        return types.SimpleNamespace(
-            logged=noting.logged,
-            warnings=warnings,
-            rows=[json.loads(line) for line in path.read_text().splitlines()],
-        )
+        observer = Observer(trainer, trackers, config, warnings.append)
+        trainer.clock.start(Progress())
+        for step in range(steps):
+            observer.log_model(step)
+            observer.log_step(at(trainer, step).forward_backward(), step)
+            trainer.optimizer_step()
+        observer.log_model(steps)
+        return types.SimpleNamespace(logged=trackers.logged, rows=trackers.rows, warnings=warnings)
 
     return run
 
@@ -340,17 +328,16 @@ def test_with_every_interval_at_0_there_is_nothing_but_the_loss(observe, monkeyp
     assert [row.keys() for row in result.rows] == [{"step", "loss/train_step"}] * 3
 
 
-def test_without_a_tracker_the_model_is_not_logged_but_the_scalars_are_kept(model, tmp_path, monkeypatch):
-    trainer = make_trainer(model)
+def test_without_a_tracker_the_model_is_not_logged_but_the_scalars_are_kept(observe, monkeypatch):
     monkeypatch.setattr(observer_module, "model_histograms", lambda _: pytest.fail("counted"))
-    monkeypatch.setattr(trainer, "validation_batch", lambda: pytest.fail("looked"))
-    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {}) as trackers:
-        observer = Observer(trainer, trackers, all_intervals(1), pytest.fail)
-        for step in range(2):
-            observer.log_model(step)
-            observer.log_step(at(trainer, step).forward_backward(), step)
-    rows = [json.loads(line) for line in lasting_metrics(tmp_path / "m.jsonl").splitlines()]
-    assert [row.keys() for row in rows] == [{"step", "loss/train_step", "gradient_norm"}] * 2
+    monkeypatch.setattr(Noting, "working", ())
+    result = observe(
+        all_intervals(1),
+        2,
+        lambda trainer: monkeypatch.setattr(trainer, "validation_batch", lambda: pytest.fail("looked")),
+    )
+    rows = [row.keys() for row in result.rows if "tokens_per_second" not in row]
+    assert rows == [{"step", "loss/train_step", "gradient_norm"}] * 2
 
 
 def test_the_gradient_norm_is_that_of_all_gradients_before_clipping(observe):
@@ -365,12 +352,11 @@ def test_the_gradient_norm_is_that_of_all_gradients_before_clipping(observe):
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_a_norm_that_is_not_finite_is_no_point(model, tmp_path, norm):
-    trainer = make_trainer(model)
+def test_a_norm_that_is_not_finite_is_no_point(model, norm):
+    trainer, trackers = make_trainer(model), Noting()
     trainer.gradient_norm = torch.tensor(norm)
-    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {}) as trackers:
-        Observer(trainer, trackers, all_intervals(1), pytest.fail).log_step(1.5, 0)
-    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0, "loss/train_step": 1.5}\n'
+    Observer(trainer, trackers, all_intervals(1), pytest.fail).log_step(1.5, 0)
+    assert trackers.rows == [{"step": 0, "loss/train_step": 1.5}]
 
 
 def test_a_look_that_fails_is_one_warning(observe):
@@ -384,13 +370,12 @@ def test_a_look_that_fails_is_one_warning(observe):
     assert [row["step"] for row in result.rows if "loss/train_step" in row] == [0, 1, 2]
 
 
-def test_no_sample_is_drawn_from_a_model_that_is_not_finite(model, tmp_path):
-    trainer, noting = make_trainer(model), Noting(tmp_path)
+def test_no_sample_is_drawn_from_a_model_that_is_not_finite(model):
+    trackers = Noting()
     model.lm_head.bias.data[0] = math.nan
-    with Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": in_background(noting)}) as trackers:
-        Observer(trainer, trackers, all_intervals(1), pytest.fail).log_model(0)
-    assert (0, "samples") not in noting.logged
-    assert (0, "activation") in noting.logged
+    Observer(make_trainer(model), trackers, all_intervals(1), pytest.fail).log_model(0)
+    assert (0, "samples") not in trackers.logged
+    assert (0, "activation") in trackers.logged
 
 
 def test_what_is_looked_at_is_the_first_batch_of_every_evaluation(model, monkeypatch):

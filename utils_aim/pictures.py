@@ -23,7 +23,6 @@ def draw_embedding(embedding: Embedding) -> np.ndarray:
 
     points = principal_components(embedding.vectors)[:MAX_LABELS]
     figure = Figure(figsize=(SIZE, SIZE), dpi=DPI)
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
     axes.margins(MARGIN)
@@ -31,6 +30,7 @@ def draw_embedding(embedding: Embedding) -> np.ndarray:
     size = min(FONT_SIZE, 10 * FONT_SIZE / len(points) ** 0.5)  # smaller if there are many labels
     for (x, y), label in zip(points, embedding.labels, strict=False):
         axes.text(x, y, in_font(label), ha="center", va="center", size=size, weight="bold", parse_math=False)
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -42,10 +42,9 @@ def principal_components(vectors: np.ndarray) -> np.ndarray:
     """
     centred = np.nan_to_num(vectors.astype(np.float64))
     centred -= centred.mean(axis=0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
     points = np.zeros((len(vectors), 2))
-    found = centred @ directions[:2].T
-    points[:, : found.shape[1]] = found
+    points[:, : len(s)] = (u * s)[:, :2]
     largest = np.abs(points).argmax(axis=0)
     return points * np.where(points[largest, [0, 1]] < 0, -1.0, 1.0)
 

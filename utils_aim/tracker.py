@@ -1,4 +1,4 @@
-"""A wrapper of an Aim run that never raises."""
+"""Tracks a run in Aim: each kind of data under the name and context that Aim's pages group by."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from utils_alg1.base.errors import Guard, guarded
+from utils_alg1.base.summaries import Kind, Tracker
 
 LOCK_TIMEOUT = 10.0  # seconds
 LOCK_POLL = 0.2  # seconds
 
 Context = dict[str, str] | None  # tells curves of one name apart, such as {"subset": "train"}
 
+# Name and context in Aim. A scalar that is not listed keeps its own name and has no context.
+NAMES: dict[str, tuple[str, Context]] = {
+    "loss/train_step": ("loss", {"subset": "train_step"}),
+    "loss/train": ("loss", {"subset": "train"}),
+    "loss/val": ("loss", {"subset": "val"}),
+}
 
-class AimTracker:
+
+class AimTracker(Tracker):
     """Tracks one run in the Aim repository of a folder (its subfolder `.aim`).
 
     The first failure (Aim not installed, disk full, anything that Aim raises) is one warning; after it,
@@ -42,41 +50,10 @@ class AimTracker:
         warn: Callable[[str], None] = warnings.warn,
     ):
         self._guard = Guard("Aim", warn)
-        self._run = self._guard.attempt(self._open, Path(repo).absolute(), run_hash)
+        self._run = self._guard.attempt(_open_run, Path(repo).absolute(), run_hash)
         if self._run is not None:
             self._guard.attempt(setattr, self._run, "name", run_name)
         self.track_metadata("run_dir", str(run_dir))
-
-    def _open(self, repo: Path, run_hash: str | None) -> Any:
-        """Open the run. Waits while another process holds Aim's lock to open its own."""
-        end = time.monotonic() + LOCK_TIMEOUT
-        while True:
-            try:
-                return self._open_at_once(repo, run_hash)
-            except Exception as error:  # RocksDB's error has no public type
-                if "lock file" not in str(error) or time.monotonic() > end:
-                    raise
-            time.sleep(LOCK_POLL)
-
-    @staticmethod
-    def _open_at_once(repo: Path, run_hash: str | None) -> Any:
-        import aim
-        from aim.sdk.errors import MissingRunError
-
-        # System tracking takes a thread and disk space; terminal capture replaces sys.stdout.
-        options: dict[str, Any] = {
-            "repo": str(repo),
-            "system_tracking_interval": None,
-            "capture_terminal_logs": False,
-            "log_system_params": False,
-        }
-        aim.Repo.from_path(str(repo), init=True)
-        if run_hash is not None:
-            try:
-                return aim.Run(run_hash, **options)
-            except MissingRunError:
-                pass  # it was deleted: start a new run
-        return aim.Run(**options)
 
     @property
     def enabled(self) -> bool:
@@ -84,9 +61,30 @@ class AimTracker:
         return self._guard.enabled and self._run is not None
 
     @property
-    def run_hash(self) -> str | None:
+    def run_hash(self) -> str | None:  # type: ignore[override]
         """The run's hash in Aim, to continue it by."""
         return self._run.hash if self._run is not None else None
+
+    @guarded
+    def log(self, kind: Kind, payload: Any, step: int) -> None:
+        match kind:
+            case "scalars":
+                for key, value in payload.items():
+                    name, context = NAMES.get(key, (key, None))
+                    self.track_metric(name, value, step, context)
+            case "histograms":
+                for h in payload:
+                    self.track_distribution(h.name, (h.counts, h.edges), step, {"kind": h.kind})
+            case "images":
+                for image in payload:
+                    self.track_image(image.name, image.pixels(), step, image.context)
+            case "texts":
+                for name, text in payload.items():
+                    self.track_text(name, text, step)
+            case "embedding":
+                from utils_aim.pictures import draw_embedding
+
+                self.track_image(payload.name, draw_embedding(payload), step)
 
     def track_config(self, config: dict[str, Any]) -> None:
         """Keep all parameters, as `run["hparams"]`."""
@@ -114,10 +112,9 @@ class AimTracker:
 
         if isinstance(values, tuple):
             counts, edges = values
-            bin_range = (float(edges[0]), float(edges[-1]))
-            distribution = aim.Distribution(hist=counts, bin_range=bin_range)
+            distribution = aim.Distribution(hist=counts, bin_range=(float(edges[0]), float(edges[-1])))
         else:
-            samples = np.asarray(values, dtype=np.float64).ravel()
+            samples = np.asarray(values, dtype=np.float64)
             samples = samples[np.isfinite(samples)]
             if not samples.size:
                 return
@@ -140,16 +137,44 @@ class AimTracker:
         self._run.track(aim.Text(text), name=name, step=step, context=context)
 
     def close(self) -> None:
-        """Close the run; later calls do nothing."""
+        """Close the run; later calls do nothing. (There is nothing to flush: Aim writes at once.)"""
         run, self._run = self._run, None
         if run is not None and self._guard.enabled:
             self._guard.attempt(run.close)
             with contextlib.suppress(Exception):  # otherwise `aim up` does it later
                 _update_index(run)
-        _unregister_exit_hook()
         if run is not None and not self._guard.enabled:
             with contextlib.suppress(Exception, SystemExit):  # the failure was reported already
                 run.close()  # try again, to release Aim's locks
+        # All is closed: Aim must not clean up at exit. After a full disk its hook can hang forever, and from
+        # Python 3.12 on it fails to start a thread. (To import Aim now could fail or hang.)
+        if cleanup := sys.modules.get("aim.ext.cleanup"):
+            atexit.unregister(cleanup.AutoClean.cleanup)
+
+
+def _open_run(repo: Path, run_hash: str | None) -> Any:
+    """Open a run in Aim. Waits while another process holds Aim's lock to open its own."""
+    import aim
+    from aim.sdk.errors import MissingRunError
+
+    end = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            aim.Repo.from_path(str(repo), init=True)
+            # System tracking takes a thread and disk space; terminal capture replaces sys.stdout.
+            return aim.Run(
+                run_hash,
+                repo=str(repo),
+                system_tracking_interval=None,
+                capture_terminal_logs=False,
+                log_system_params=False,
+            )
+        except MissingRunError:  # it was deleted: start a new run
+            run_hash = None
+        except Exception as error:  # RocksDB's error has no public type
+            if "lock file" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(LOCK_POLL)
 
 
 def _update_index(run: Any) -> None:
@@ -158,13 +183,3 @@ def _update_index(run: Any) -> None:
 
     RepoIndexManager.get_index_manager(run.repo).index(run.hash)
     run.repo.container_pool.clear()  # releases the index's lock
-
-
-def _unregister_exit_hook() -> None:
-    """Keep Aim from cleaning up at exit, where all is closed already.
-
-    After a full disk the hook can hang forever, and from Python 3.12 on it fails to start a thread.
-    """
-    cleanup = sys.modules.get("aim.ext.cleanup")  # importing it now could fail or hang
-    if cleanup is not None:
-        atexit.unregister(cleanup.AutoClean.cleanup)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from utils_alg1.base.summaries import Kind, Tracker, model_histograms
+from utils_alg1.base.summaries import Histogram, Kind, Tracker, model_histograms
 from utils_tensorboard.writer import TensorBoardWriter
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.tensorboard import SummaryWriter
 
 # Tags in TensorBoard. A name that is not listed is its own tag.
 TAGS = {
@@ -34,7 +34,7 @@ def tag(name: str) -> str:
 
 
 class MetricLogger(Tracker):
-    """Logs the metrics of training through a `TensorBoardWriter`."""
+    """Logs the metrics of training to the event files of a `TensorBoardWriter`."""
 
     def __init__(self, writer: TensorBoardWriter):
         self.writer = writer
@@ -45,22 +45,10 @@ class MetricLogger(Tracker):
         return self.writer.enabled
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
-        match kind:
-            case "scalars":
-                for name, value in payload.items():
-                    self.writer.add_scalar(tag(name), value, step)
-            case "histograms":
-                for h in payload:
-                    self.writer.add_histogram(f"{tag(h.kind)}/{h.name}", h.counts, h.edges, step)
-            case "images":
-                for image in payload:
-                    context = [f"{key}_{value}" for key, value in image.context.items()]
-                    self.writer.add_image("/".join([tag(image.name), *context]), image.pixels(), step)
-            case "texts":
-                for name, text in payload.items():
-                    self.writer.add_text(tag(name), text, step)
-            case "embedding":
-                self.writer.add_embedding(tag(payload.name), payload.vectors, payload.labels, step)
+        if kind == "embedding":
+            self.writer.add_embedding(tag(payload.name), payload.vectors, payload.labels, step)
+        else:
+            self.writer.attempt(_log, kind, payload, step)
 
     def log_training_loss(self, loss: float, step: int) -> None:
         """Log the loss of one training step."""
@@ -74,12 +62,43 @@ class MetricLogger(Tracker):
         """Log a histogram of each parameter and each gradient."""
         self.log("histograms", model_histograms(model), step)
 
-    def log_hyperparameters(self, run_name: str, values: Mapping[str, Any]) -> None:
-        """Log the run's parameters, as the row `run_name` of the table on TensorBoard's page HParams."""
-        self.writer.add_hparams(run_name, values)
-
     def flush(self) -> None:
         self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _log(events: SummaryWriter, kind: Kind, payload: Any, step: int) -> None:
+    match kind:
+        case "scalars":
+            for name, value in payload.items():
+                events.add_scalar(tag(name), value, step)
+        case "histograms":
+            for histogram in payload:
+                _log_histogram(events, histogram, step)
+        case "images":
+            for image in payload:
+                context = [f"{key}_{value}" for key, value in image.context.items()]
+                name = "/".join([tag(image.name), *context])
+                events.add_image(name, image.pixels(), step, dataformats="HW")
+        case "texts":
+            for name, text in payload.items():
+                # TensorBoard renders Markdown, where indented lines are code and stay as they are.
+                events.add_text(tag(name), "    " + text.replace("\n", "\n    "), step)
+
+
+def _log_histogram(events: SummaryWriter, histogram: Histogram, step: int) -> None:
+    counts, edges = histogram.counts, histogram.edges
+    centers = (edges[:-1] + edges[1:]) / 2
+    events.add_histogram_raw(
+        f"{tag(histogram.kind)}/{histogram.name}",
+        min=edges[0],
+        max=edges[-1],
+        num=counts.sum(),
+        sum=counts @ centers,
+        sum_squares=counts @ centers**2,
+        bucket_limits=edges[1:],
+        bucket_counts=counts,
+        global_step=step,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import subprocess
 import sys
@@ -31,7 +30,6 @@ class TensorBoardServer:
         warn: Callable[[str], None] = print,
     ):
         self.log_dir, self.port = Path(log_dir), port
-        self.url = f"http://{HOST}:{port}/"
         self._say, self._warn = say, warn
         self._process: subprocess.Popen | None = None
 
@@ -44,24 +42,19 @@ class TensorBoardServer:
 
     def start(self) -> None:
         """Start the server, without waiting until it answers."""
-        if _is_listening(self.port):
-            self._warn(f"TensorBoard is not served: port {self.port} is busy; try --port N")
-            return
         command = [sys.executable, "-m", "tensorboard.main", f"--logdir={self.log_dir}"]
         command += [f"--host={HOST}", f"--port={self.port}"]
+        null = subprocess.DEVNULL
         try:
+            socket.create_server((HOST, self.port)).close()  # raises if the port is busy
             # In a session of its own: Ctrl-C goes to the training only, which then stops the server.
             self._process = subprocess.Popen(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                command, stdin=null, stdout=null, stderr=null, start_new_session=True
             )
         except OSError as error:
-            self._warn(f"TensorBoard is not served: {error}")
-            return
-        self._say(f"TensorBoard is at {self.url} while this run lasts")
+            self._warn(f"TensorBoard is not served on port {self.port}: {error.strerror}; try --port N")
+        else:
+            self._say(f"TensorBoard is at http://{HOST}:{self.port}/ while this run lasts")
 
     def kill(self) -> None:
         """Kill the server, without waiting for its end."""
@@ -77,14 +70,8 @@ class TensorBoardServer:
             self._warn(f"the TensorBoard server ended early (exit code {process.returncode})")
             return
         process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             process.wait(STOP_TIMEOUT)
-            return
-        process.kill()
-        process.wait()
-
-
-def _is_listening(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
-        return True
-    return False
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,21 +1,25 @@
-"""A wrapper of `SummaryWriter` that never raises."""
+"""The event files of TensorBoard in a folder, and the list of embeddings for its projector."""
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils_alg1.base.errors import Guard, guarded
 from utils_alg1.base.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 PROJECTOR_FOLDER = "projector"  # beside the event files
 
 
 class TensorBoardWriter:
-    """Writes TensorBoard event files.
+    """Opens a `SummaryWriter`, closes it, and never raises.
 
     The first failure (TensorBoard not installed, disk full, anything that it raises) is one warning; after
     it, `enabled` is False and every call does nothing.
@@ -34,23 +38,7 @@ class TensorBoardWriter:
     ):
         self._guard = Guard("TensorBoard", warn)
         self._log_dir = Path(log_dir)
-        self._writer = self._guard.attempt(self._open, self._log_dir, purge_step)
-        if purge_step is not None:
-            self._purge_embeddings(purge_step)
-
-    @staticmethod
-    def _open(log_dir: Path, purge_step: int | None) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Event files are read in the order of their names, which start with the time in whole seconds: an
-        # older file of this second could sort after ours, and its points would not be purged.
-        log_dir.mkdir(parents=True, exist_ok=True)
-        # Some readers ignore the purge of a folder that has not been purged before.
-        if not any(log_dir.glob("events.out.tfevents.*")):
-            purge_step = 0
-        while any(log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(0.02)
-        return SummaryWriter(str(log_dir), purge_step=purge_step)
+        self._writer: Any = self._guard.attempt(_open, self._log_dir, purge_step)
 
     @property
     def enabled(self) -> bool:
@@ -58,38 +46,9 @@ class TensorBoardWriter:
         return self._guard.enabled and self._writer is not None
 
     @guarded
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """Write one point of a curve."""
-        self._writer.add_scalar(tag, value, step)
-
-    @guarded
-    def add_histogram(self, tag: str, counts: Any, edges: Any, step: int) -> None:
-        """Write a histogram of n counts between n + 1 edges."""
-        import numpy as np
-
-        centers = (edges[:-1] + edges[1:]) / 2
-        self._writer.add_histogram_raw(
-            tag,
-            min=float(edges[0]),
-            max=float(edges[-1]),
-            num=int(counts.sum()),
-            sum=float(np.dot(counts, centers)),
-            sum_squares=float(np.dot(counts, centers**2)),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )
-
-    @guarded
-    def add_image(self, tag: str, pixels: Any, step: int) -> None:
-        """Write an image: (H, W) or (H, W, 3) uint8."""
-        self._writer.add_image(tag, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
-
-    @guarded
-    def add_text(self, tag: str, text: str, step: int) -> None:
-        """Write a text, shown with every line and space of it."""
-        # TensorBoard renders Markdown, where indented lines are code and stay as they are.
-        self._writer.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+    def attempt(self, write: Callable[..., None], *args: Any) -> None:
+        """Call `write(summary_writer, *args)`."""
+        write(self._writer, *args)
 
     @guarded
     def add_hparams(self, name: str, values: Mapping[str, Any]) -> None:
@@ -104,48 +63,15 @@ class TensorBoardWriter:
         known = {key: value for key, value in values.items() if value is not None}
         self._writer.file_writer.add_summary(hparams_pb(known, trial_id=name))
 
-    # SummaryWriter.add_embedding does not know, in a resumed run, which embeddings were written before. Here
-    # the projector's list is rebuilt from the files in the folder.
-
     @guarded
     def add_embedding(self, tag: str, vectors: Any, labels: list[str], step: int) -> None:
         """Write (V, C) vectors for the projector, with V labels without newlines or tabs."""
         folder = self._log_dir / PROJECTOR_FOLDER / tag
         folder.mkdir(parents=True, exist_ok=True)
         rows = ("\t".join(f"{value:.7g}" for value in row) for row in vectors.tolist())
-        write_atomically(folder / "labels.tsv", "".join(f"{label}\n" for label in labels).encode())
-        write_atomically(folder / f"step_{step:09d}.tsv", "".join(f"{row}\n" for row in rows).encode())
-        self._list_embeddings()
-
-    @guarded
-    def _purge_embeddings(self, purge_step: int) -> None:
-        for path in self._embedding_files():
-            if _step_of(path) >= purge_step:
-                path.unlink()
-        if (self._log_dir / PROJECTOR_FOLDER).exists():
-            self._list_embeddings()
-
-    def _embedding_files(self) -> list[Path]:
-        return sorted((self._log_dir / PROJECTOR_FOLDER).rglob("step_*.tsv"))
-
-    def _list_embeddings(self) -> None:
-        from google.protobuf import text_format
-        from tensorboard.plugins import projector
-        from tensorboard.plugins.projector.metadata import PROJECTOR_FILENAME
-
-        files = self._embedding_files()
-        newest = {path.parent: path for path in files}
-        config = projector.ProjectorConfig()
-        for path in files:
-            # The projector sorts the names and opens the first, so the newest gets one before "step".
-            last = path == newest[path.parent]
-            tag = path.parent.relative_to(self._log_dir / PROJECTOR_FOLDER).as_posix()
-            entry = config.embeddings.add()
-            entry.tensor_name = f"{tag}:{f'newest_step_{_step_of(path)}' if last else path.stem}"
-            entry.tensor_path = path.relative_to(self._log_dir).as_posix()
-            entry.metadata_path = (path.parent / "labels.tsv").relative_to(self._log_dir).as_posix()
-        text = text_format.MessageToString(config)
-        write_atomically(self._log_dir / PROJECTOR_FILENAME, text.encode())
+        for name, lines in (("labels", labels), (f"step_{step:09d}", rows)):
+            write_atomically(folder / f"{name}.tsv", "".join(f"{line}\n" for line in lines).encode())
+        _list_embeddings(self._log_dir)
 
     @guarded
     def flush(self) -> None:
@@ -154,11 +80,49 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         """Flush and close; later calls do nothing."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            self._guard.attempt(writer.close)
+        if self._writer is not None:
+            self._guard.attempt(self._writer.close)
+        self._writer = None
 
 
-def _step_of(path: Path) -> int:
-    """Return the step of an embedding's file."""
-    return int(path.stem.removeprefix("step_"))
+def _open(log_dir: Path, purge_step: int | None) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    log_dir.mkdir(parents=True, exist_ok=True)
+    if purge_step is not None and (log_dir / PROJECTOR_FOLDER).exists():
+        _list_embeddings(log_dir, purge_step)
+    # Some readers ignore the purge of a folder that has not been purged before.
+    if not any(log_dir.glob("events.out.tfevents.*")):
+        purge_step = 0
+    # Event files are read in the order of their names, which start with the time in whole seconds: an
+    # older file of this second could sort after ours, and its points would not be purged.
+    while any(log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
+        time.sleep(0.02)
+    return SummaryWriter(str(log_dir), purge_step=purge_step)
+
+
+def _list_embeddings(log_dir: Path, purge_step: int = sys.maxsize) -> None:
+    """Write the projector's list of the embeddings in a folder; those from `purge_step` on are deleted.
+
+    (SummaryWriter.add_embedding does not know, in a resumed run, which were written before.)
+    """
+    from google.protobuf import text_format
+    from tensorboard.plugins import projector
+    from tensorboard.plugins.projector.metadata import PROJECTOR_FILENAME
+
+    steps = {path: int(path.stem.removeprefix("step_")) for path in log_dir.rglob("step_*.tsv")}
+    for path in [path for path, step in steps.items() if step >= purge_step]:
+        path.unlink()
+        del steps[path]
+    newest = {path.parent: path for path in sorted(steps)}
+    config = projector.ProjectorConfig()
+    for path in sorted(steps):
+        # The projector sorts the names and opens the first, so the newest gets one before "step".
+        name = f"newest_step_{steps[path]}" if path == newest[path.parent] else path.stem
+        folder = path.parent.relative_to(log_dir)
+        config.embeddings.add(
+            tensor_name=f"{folder.relative_to(PROJECTOR_FOLDER).as_posix()}:{name}",
+            tensor_path=(folder / path.name).as_posix(),
+            metadata_path=(folder / "labels.tsv").as_posix(),
+        )
+    write_atomically(log_dir / PROJECTOR_FILENAME, text_format.MessageToString(config).encode())

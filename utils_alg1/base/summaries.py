@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,15 +22,18 @@ IMAGE_SIZE = 256  # pixels along a side, about
 
 
 class Tracker:
-    """Base class of trackers. This one discards everything; subclasses override what they need."""
+    """Base class of trackers. This one discards everything; subclasses override what they need.
+
+    Attributes:
+        run_hash: the tracker's own name of the run, if it has one: a resumed run gets it back.
+    """
+
+    run_hash: str | None = None
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
-        """Log data of a step.
+        """Log data of a step, which is the number of updates done before.
 
-        Args:
-            kind: what the payload is (see `Kind`). A tracker ignores the kinds that it does not handle.
-            payload: the data.
-            step: number of updates done before.
+        `kind` says what the payload is (see `Kind`). A tracker ignores the kinds that it does not handle.
         """
 
     def flush(self) -> None:
@@ -87,40 +89,33 @@ class Image:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Vectors with a label each.
-
-    Attributes:
-        name: what the vectors represent.
-        vectors: (V, C) float32.
-        labels: V labels without newlines or tabs.
-    """
+    """Vectors, (V, C) float32, with a label each, without newlines or tabs; `name` says what they are."""
 
     name: str
     vectors: np.ndarray
     labels: list[str]
 
 
-def compute_histogram(name: str, kind: str, tensor: Tensor) -> Histogram | None:
-    """Compute the histogram of a tensor of any shape; None if it has no finite value."""
+def compute_histogram(name: str, kind: str, tensor: Tensor | None) -> list[Histogram]:
+    """Compute the histogram of a tensor of any shape; none if it has no finite value."""
     import numpy as np
 
-    values = tensor.detach().float().cpu().numpy().ravel()
-    values = values[np.isfinite(values)].astype(np.float64)
+    values = np.empty(0) if tensor is None else tensor.detach().cpu().double().numpy()
+    values = values[np.isfinite(values)]
     if not values.size:
-        return None
+        return []
     low, high = float(values.min()), float(values.max())
     if low == high:  # widen the range of a constant tensor, in proportion to its value
         width = max(abs(low), 1e-6) * 0.5
         low, high = low - width, high + width
-    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=(low, high))
-    return Histogram(name, kind, counts, edges)
+    return [Histogram(name, kind, *np.histogram(values, bins=HISTOGRAM_BINS, range=(low, high)))]
 
 
-def model_histograms(model: nn.Module) -> Iterator[Histogram]:
-    """Yield a histogram of each parameter and each gradient that has a finite value."""
-    for name, parameter in model.named_parameters():
-        tensors = {"parameter": parameter, "gradient": parameter.grad}
-        for kind, tensor in tensors.items():
-            histogram = compute_histogram(name, kind, tensor) if tensor is not None else None
-            if histogram is not None:
-                yield histogram
+def model_histograms(model: nn.Module) -> list[Histogram]:
+    """Compute a histogram of each parameter and each gradient that has a finite value."""
+    return [
+        histogram
+        for name, parameter in model.named_parameters()
+        for kind, tensor in (("parameter", parameter), ("gradient", parameter.grad))
+        for histogram in compute_histogram(name, kind, tensor)
+    ]

@@ -27,36 +27,33 @@ class MetricsFile(Tracker):
 
     def __init__(self, path: Path):
         self.path = path
-        with self._disk_errors():
+        with _disk_errors(path):
             self._file = path.open("a", encoding="utf-8")
-
-    def _disk_errors(self) -> contextlib.AbstractContextManager:
-        return _as_disk_error(f"write {self.path}")
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         if kind != "scalars":
             return
-        with self._disk_errors():
+        with _disk_errors(self.path):
             self._file.write(json.dumps({"step": step, **payload}) + "\n")
             if EACH_STEP not in payload:  # rare rows are flushed, so that they can be read at once
                 self._file.flush()
 
     def flush(self) -> None:
-        with self._disk_errors():
+        with _disk_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with self._disk_errors():
+        with _disk_errors(self.path):
             self._file.close()
 
 
 @contextlib.contextmanager
-def _as_disk_error(action: str) -> Iterator[None]:
+def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise disk_error(action, error) from error
+        raise disk_error(f"write {path}", error) from error
 
 
 def _parse_row(line: bytes) -> dict[str, float] | None:
@@ -127,7 +124,7 @@ def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
     """
     keep, kept_step = 0, -1
     if path.exists():
-        with _as_disk_error(f"cut {path} back to step {step}"), path.open("r+b") as file:
+        with _disk_errors(path), path.open("r+b") as file:
             for line in file:
                 row = _parse_row(line)
                 if row is None or row["step"] >= step:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from utils_alg1.base.summaries import (
     Embedding,
     Histogram,
     Image,
+    Kind,
     compute_histogram,
     model_histograms,
 )
@@ -37,6 +39,8 @@ from utils_alg1.training.trainer import Trainer
 
 OBSERVED_TOKENS = 1024  # the model is run on so many tokens of a validation batch, or on one sequence
 SAMPLE_LENGTH = 200  # characters
+
+View = Callable[[BigramLanguageModel, Tensor], Any]  # computes what is logged, from tokens (B, T)
 
 
 @contextlib.contextmanager
@@ -53,20 +57,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _record_modules(
     model: BigramLanguageModel, idx: Tensor, types: tuple[type[nn.Module], ...]
-) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+) -> dict[str, tuple[Any, Tensor, Tensor]]:
     """Run the model on tokens (B, T); return the modules of these types, with input and output, by name."""
-    recorded: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+    recorded: dict[str, tuple[Any, Tensor, Tensor]] = {}
 
-    def record_as(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            recorded[name] = (module, inputs[0], output)
-
-        return hook
+    def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        recorded[name] = (module, inputs[0], output)
 
     with eval_mode(model), contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, types):
-                hooks.enter_context(module.register_forward_hook(record_as(name)))
+                hooks.enter_context(module.register_forward_hook(partial(record, name)))
         model(idx)
     return recorded
 
@@ -74,8 +75,7 @@ def _record_modules(
 def activation_histograms(model: BigramLanguageModel, idx: Tensor) -> list[Histogram]:
     """Compute histograms of the outputs of each attention, ReLU and block for tokens (B, T)."""
     recorded = _record_modules(model, idx, (MultiHeadAttention, nn.ReLU, Block))
-    histograms = [compute_histogram(name, "activation", output) for name, (_, _, output) in recorded.items()]
-    return [histogram for histogram in histograms if histogram is not None]
+    return [h for name, (_, _, out) in recorded.items() for h in compute_histogram(name, "activation", out)]
 
 
 def attention_weights(model: BigramLanguageModel, idx: Tensor) -> np.ndarray:
@@ -85,20 +85,16 @@ def attention_weights(model: BigramLanguageModel, idx: Tensor) -> np.ndarray:
     """
     recorded = _record_modules(model, idx[:1, :IMAGE_SIZE], (MultiHeadAttention,))
     with torch.no_grad():
-        layers = [
-            torch.cat([head.weights(x) for head in attention.heads])  # (H, T, T)
-            for attention, x, _ in recorded.values()
-            if isinstance(attention, MultiHeadAttention)
-        ]
+        layers = [torch.cat([head.weights(x) for head in layer.heads]) for layer, x, _ in recorded.values()]
         return torch.stack(layers).float().cpu().numpy()
 
 
 def attention_pictures(model: BigramLanguageModel, idx: Tensor) -> list[Image]:
     """Return `attention_weights` as an image per layer and head, with a row for each query position."""
+    weights = attention_weights(model, idx)
     return [
-        Image("attention", {"layer": str(layer), "head": str(head)}, weights)
-        for layer, heads in enumerate(attention_weights(model, idx))
-        for head, weights in enumerate(heads)
+        Image("attention", {"layer": str(layer), "head": str(head)}, weights[layer, head])
+        for layer, head in np.ndindex(weights.shape[:2])
     ]
 
 
@@ -111,11 +107,7 @@ def token_embedding(model: BigramLanguageModel) -> Embedding:
 
 def character_label(character: str) -> str:
     """Return a character as a label in a table; invisible ones are escaped as in a Python string."""
-    if character == " ":
-        return "\\x20"
-    if character.isprintable() and character != "\\":
-        return character
-    return character.encode("unicode_escape").decode("ascii")
+    return "\\x20" if character == " " else repr(character)[1:-1]
 
 
 def draw_texts(model: BigramLanguageModel, seed: int, n: int, length: int) -> list[str]:
@@ -130,9 +122,15 @@ def draw_texts(model: BigramLanguageModel, seed: int, n: int, length: int) -> li
     return [tokenizer.decode(row) for row in rows]
 
 
-def sample_text(model: BigramLanguageModel, seed: int) -> str:
-    """Generate a short text, which depends on the weights and the seed only."""
-    return draw_texts(model, seed, 1, SAMPLE_LENGTH)[0]
+def sample(model: BigramLanguageModel, idx: Tensor, seed: int) -> dict[str, str]:
+    """Generate a short text, which depends on the weights and the seed only.
+
+    There is none if the logits for the tokens (B, T) are not finite: sampling from such probabilities fails,
+    and on CUDA the whole process is lost.
+    """
+    with eval_mode(model):
+        finite = model(idx)[0].isfinite().all()
+    return {"samples": draw_texts(model, seed, 1, SAMPLE_LENGTH)[0]} if finite else {}
 
 
 class Observer:
@@ -149,11 +147,11 @@ class Observer:
     ):
         self.trackers, self._trainer, self._config = trackers, trainer, config
         self._guard = Guard("looking at the model", warn)
-        self._views = [
-            (config.activation_interval, self._log_activations),
-            (config.attention_interval, self._log_attention),
-            (config.embedding_interval, self._log_embedding),
-            (config.sample_interval, self._log_sample),
+        self._views: list[tuple[int, Kind, View]] = [
+            (config.activation_interval, "histograms", activation_histograms),
+            (config.attention_interval, "images", attention_pictures),
+            (config.embedding_interval, "embedding", lambda model, _: token_embedding(model)),
+            (config.sample_interval, "texts", partial(sample, seed=trainer.config.seed)),
         ]
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
@@ -173,8 +171,7 @@ class Observer:
             if math.isfinite(norm):  # with float16 it may overflow, and the update is skipped
                 values["gradient_norm"] = norm
         self.trackers.log("scalars", values, step)
-        if due(step, self._config.histogram_interval):
-            self._attempt(self._log_parameters, step)
+        self._log_view(step, self._config.histogram_interval, "histograms", lambda m, _: model_histograms(m))
 
     def log_model(self, step: int) -> None:
         """Log the model as it is after `step` updates, and the training speed."""
@@ -182,36 +179,14 @@ class Observer:
             speed = self._trainer.clock.speed("metric", step)
             if speed is not None:
                 self.trackers.log("scalars", {"tokens_per_second": speed}, step)
-        for interval, log_view in self._views:
-            if due(step, interval):
-                self._attempt(log_view, step)
+        for view in self._views:
+            self._log_view(step, *view)
 
-    def _attempt(self, log_view: Callable[[int], None], step: int) -> None:
-        if self.trackers.working:
+    def _log_view(self, step: int, interval: int, kind: Kind, view: View) -> None:
+        if due(step, interval) and self.trackers.working:
             with self._trainer.clock.pause():
-                self._guard.attempt(log_view, step)
+                self._guard.attempt(lambda: self.trackers.log(kind, self._look(view), step))
 
-    def _tokens(self) -> Tensor:
-        """Return the model's input for all views, the same at every step: (B, T)."""
-        idx = self._trainer.validation_batch()
-        return idx[: max(1, OBSERVED_TOKENS // idx.shape[1])]
-
-    def _log_parameters(self, step: int) -> None:
-        self.trackers.log("histograms", list(model_histograms(self._trainer.model)), step)
-
-    def _log_activations(self, step: int) -> None:
-        self.trackers.log("histograms", activation_histograms(self._trainer.model, self._tokens()), step)
-
-    def _log_attention(self, step: int) -> None:
-        self.trackers.log("images", attention_pictures(self._trainer.model, self._tokens()), step)
-
-    def _log_embedding(self, step: int) -> None:
-        self.trackers.log("embedding", token_embedding(self._trainer.model), step)
-
-    def _log_sample(self, step: int) -> None:
-        model = self._trainer.model
-        # Sampling from probabilities that are not finite fails; on CUDA the whole process is lost.
-        with eval_mode(model):
-            finite = model(self._tokens())[0].isfinite().all()
-        if finite:
-            self.trackers.log("texts", {"samples": sample_text(model, self._trainer.config.seed)}, step)
+    def _look(self, view: View) -> Any:
+        idx = self._trainer.validation_batch()  # the same at every step
+        return view(self._trainer.model, idx[: max(1, OBSERVED_TOKENS // idx.shape[1])])

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from parameters import Parameters, specs
-from utils_aim.logger import AimLogger
 from utils_aim.tracker import AimTracker
-from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import write_atomically
 from utils_alg1.base.summaries import Kind, Tracker
 from utils_alg1.run_directory import RunDirectory, RunFolder
@@ -48,12 +46,6 @@ class Trackers:
         self.metrics_file = metrics_file
         self.background = background
 
-    def __enter__(self) -> Trackers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         """Log data of a step to all trackers (see `Tracker.log`)."""
         self.metrics_file.log(kind, payload, step)
@@ -61,17 +53,14 @@ class Trackers:
             tracker.log(kind, payload, step)
 
     def flush(self, step: int) -> None:
-        """Make everything logged before `step` durable.
-
-        Waits for a slow tracker only briefly; until its flush is done, later calls do not wait for it at all.
-        """
+        """Make everything logged before `step` durable; a slow tracker is waited for only briefly."""
         self.metrics_file.flush()
-        flush_all([t for t in self.background.values() if t.started and t.flush_done], step)
+        flush_all(self.background.values(), step)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, so that a resumed run continues the same curves."""
         return {
-            name: {"run": tracker.identity, "synced": tracker.flushed_step}
+            name: {"run": tracker.run_hash, "synced": tracker.flushed_step}
             for name, tracker in self.background.items()
         }
 
@@ -88,6 +77,7 @@ class Trackers:
             close_all(self.background.values())
 
 
+@contextlib.contextmanager
 def start_trackers(
     run: RunDirectory,
     params: Parameters,
@@ -95,8 +85,8 @@ def start_trackers(
     metadata: dict[str, Any],
     warn: Callable[[str], None],
     state: dict[str, Any] | None = None,
-) -> Trackers:
-    """Start the trackers that the parameters ask for.
+) -> Iterator[Trackers]:
+    """Start the trackers that the parameters ask for; they are closed at the end of the `with` block.
 
     Args:
         run: the run, whose metrics file is already cut back if it was resumed.
@@ -110,86 +100,62 @@ def start_trackers(
     background: dict[str, BackgroundTracker] = {}
     if params.train.aim:
         known = (state or {}).get("aim", {})
-        old_hash = known.get("run")
-        flushed_step = known.get("synced", 0) if old_hash else 0
-        run_hash = old_hash or _read_aim_hash(run.meta_dir / AIM_HASH_NAME)
-        run_dir, rows = run.path.absolute(), run.metrics_path
-        create_aim = partial(open_aim, run_dir, rows, run_hash, old_hash, flushed_step, hparams, metadata)
+        run_hash, flushed_step = known.get("run"), known.get("synced", 0)
+        create_aim = partial(open_aim, run.path.absolute(), run_hash, flushed_step, hparams, metadata)
         background["aim"] = BackgroundTracker("Aim", create_aim, warn, flushed_step, run_hash)
     if params.tensorboard.tensorboard:
         flushed_step = (state or {}).get("tensorboard", {}).get("synced", 0)
         purge_step = None if state is None else flushed_step
-        values = comparable_hparams(hparams)
-        create_tensorboard = partial(open_tensorboard, run.path.name, run.tensorboard_dir, purge_step, values)
+        create_tensorboard = partial(open_tensorboard, run.path.absolute(), purge_step, hparams)
         background["tensorboard"] = BackgroundTracker("TensorBoard", create_tensorboard, warn, flushed_step)
     for tracker in background.values():
         tracker.start()
-    with contextlib.ExitStack() as on_failure:
-        trackers = on_failure.enter_context(Trackers(metrics_file, background))
+    with contextlib.closing(Trackers(metrics_file, background)) as trackers:
         for tracker in background.values():
             _log_rows(run.metrics_path, tracker, range(tracker.flushed_step, sys.maxsize))
-        on_failure.pop_all()
-    return trackers
+        yield trackers
 
 
 def open_aim(
     run_dir: Path,
-    metrics_path: Path,
-    run_hash: str | None,
     checkpoint_hash: str | None,
     flushed_step: int,
     hparams: dict[str, Any],
     metadata: dict[str, Any],
     warn: Callable[[str], None],
-) -> AimLogger:
+) -> AimTracker:
     """Open the run in Aim.
 
     The run named `checkpoint_hash` in Aim has the rows before `flushed_step`. If it is gone, a new one is
-    created there and these rows are logged again.
+    created there and these rows are logged again. meta/aim.txt names a run opened after the last checkpoint.
     """
-    aim = AimTracker(run_dir.name, run_dir, run_hash=run_hash, warn=warn)
-    _write_aim_hash(RunFolder(run_dir).meta_dir / AIM_HASH_NAME, aim.run_hash)
-    logger = AimLogger(aim, hparams, metadata)
-    if aim.run_hash != checkpoint_hash:
-        _log_rows(metrics_path, logger, range(flushed_step))
-    return logger
+    run = RunFolder(run_dir)
+    hash_path = run.meta_dir / AIM_HASH_NAME
+    run_hash = checkpoint_hash or (hash_path.read_text().strip() if hash_path.exists() else None)
+    aim = AimTracker(run.run_id, run_dir, run_hash=run_hash, warn=warn)
+    aim.track_config(hparams)
+    for key, value in metadata.items():
+        aim.track_metadata(key, value)
+    if aim.run_hash is not None and aim.run_hash != checkpoint_hash:
+        write_atomically(hash_path, f"{aim.run_hash}\n".encode())
+        _log_rows(run.metrics_path, aim, range(flushed_step))
+    return aim
 
 
 def open_tensorboard(
-    run_name: str,
-    log_dir: Path,
-    purge_step: int | None,
-    hparams: dict[str, Any],
-    warn: Callable[[str], None],
+    run_dir: Path, purge_step: int | None, hparams: dict[str, Any], warn: Callable[[str], None]
 ) -> MetricLogger:
     """Open TensorBoard's event file; after a resume, points of `purge_step` and later ones are hidden."""
-    logger = MetricLogger(TensorBoardWriter(log_dir, purge_step, warn))
-    logger.log_hyperparameters(run_name, hparams)
-    return logger
-
-
-def comparable_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters that affect the training, without intervals and paths, for a table of runs."""
+    run = RunFolder(run_dir)
+    writer = TensorBoardWriter(run.tensorboard_dir, purge_step, warn)
+    # The table of runs has the parameters that affect the training, without intervals and paths.
     known = specs()
-    return {
-        name: value for name, value in hparams.items() if name in ALSO_COMPARED or not known[name].may_change
-    }
+    compared = [n for n in hparams if n in ALSO_COMPARED or not known[n].may_change]
+    writer.add_hparams(run.run_id, {name: hparams[name] for name in compared})
+    return MetricLogger(writer)
 
 
-def _read_aim_hash(path: Path) -> str | None:
-    """Read the run's hash in Aim, for a run that was opened there after its last checkpoint."""
-    with contextlib.suppress(OSError, ValueError):
-        return path.read_text().strip() or None
-    return None
-
-
-def _write_aim_hash(path: Path, run_hash: str | None) -> None:
-    if run_hash is not None:
-        with contextlib.suppress(Alg1Error):  # a checkpoint keeps it too
-            write_atomically(path, f"{run_hash}\n".encode())
-
-
-def _log_rows(metrics_path: Path, tracker: Tracker, steps: range) -> None:
+def _log_rows(metrics_path: Path, tracker: Tracker | BackgroundTracker, steps: range) -> None:
     """Log the rows of the metrics file of those steps."""
     for row in read_metrics(metrics_path):
         step = int(row.pop("step"))
