@@ -85,6 +85,47 @@ def repo(run) -> Path:
     return run.parent.parent
 
 
+# First: a process that has opened a repository of Aim, as to query it, forks ones that open theirs slowly.
+def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, run, monkeypatch):
+    optimizer_step, loop = Trainer.optimizer_step, script.train
+
+    def stop(trainer):
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        optimizer_step(trainer)
+
+    def wait_and_train(trainer, run):
+        assert run.trackers.background["aim"].ready.wait(60)
+        loop(trainer, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "optimizer_step", stop)
+        patch.setattr(script, "train", wait_and_train)
+        patch.setattr("utils_alg1.tracking.background.FLUSH_TIMEOUT", 60)
+        assert train(*WITH_AIM).code == 130
+    (path,) = list_runs("runs")
+    first_hash = (path / "meta/aim.txt").read_text().strip()
+    _, checkpoint = read_tensors(path / "artifacts/checkpoints/step_000000003.safetensors")
+    assert checkpoint["trackers"] == {"aim": {"run": first_hash, "synced": 3}}
+    assert train("--resume", "latest").code == 0
+    found = query(workdir, "metrics")
+    assert {key[0] for key in found} == {first_hash}
+    ours, whole = (
+        {name: points for name, points in curves_.items() if name[0] != "tokens_per_second"}
+        for curves_ in (without_run(found), curves(run / "logs/metrics.jsonl"))
+    )
+    assert ours == whole
+    for (_, name, _), points in query(workdir, "images").items():
+        assert sorted(points) == [0, 3, 6], name
+    (samples,) = query(workdir, "texts").values()
+    assert [samples[step].data for step in (0, 2, 4, 6)] == [
+        text["samples"]
+        for (name, _), text in pickle.loads((run / "logged.pkl").read_bytes()).items()
+        if name == "texts"
+    ]
+    assert only_run(workdir).name == path.name
+
+
 def test_aim_shows_what_the_metrics_file_says(run, repo):
     expected = curves(run / "logs/metrics.jsonl")
     assert set(expected) == {
@@ -182,50 +223,6 @@ def test_a_finished_run_is_closed_in_aim(repo):
 def test_a_run_without_aim_makes_no_repository(train, text_file, workdir):
     assert train(*WITH_AIM, "--no-aim").code == 0
     assert not (workdir / ".aim").exists()
-
-
-# --- a run that was interrupted -----------------------------------------------------------------------
-
-
-def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, run, monkeypatch):
-    optimizer_step, loop = Trainer.optimizer_step, script.train
-
-    def stop(trainer):
-        if trainer.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        optimizer_step(trainer)
-
-    def wait_and_train(trainer, run):
-        assert run.trackers.background["aim"].ready.wait(60)
-        loop(trainer, run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", stop)
-        patch.setattr(script, "train", wait_and_train)
-        patch.setattr("utils_alg1.tracking.background.FLUSH_TIMEOUT", 60)
-        assert train(*WITH_AIM).code == 130
-    first_hash = only_run(workdir).hash
-    (path,) = list_runs("runs")
-    assert (path / "meta/aim.txt").read_text() == f"{first_hash}\n"
-    _, checkpoint = read_tensors(path / "artifacts/checkpoints/step_000000003.safetensors")
-    assert checkpoint["trackers"] == {"aim": {"run": first_hash, "synced": 3}}
-    assert train("--resume", "latest").code == 0
-    found = query(workdir, "metrics")
-    assert {key[0] for key in found} == {first_hash}
-    ours, whole = (
-        {name: points for name, points in curves_.items() if name[0] != "tokens_per_second"}
-        for curves_ in (without_run(found), curves(run / "logs/metrics.jsonl"))
-    )
-    assert ours == whole
-    for (_, name, _), points in query(workdir, "images").items():
-        assert sorted(points) == [0, 3, 6], name
-    (samples,) = query(workdir, "texts").values()
-    assert [samples[step].data for step in (0, 2, 4, 6)] == [
-        text["samples"]
-        for (name, _), text in pickle.loads((run / "logged.pkl").read_bytes()).items()
-        if name == "texts"
-    ]
-    assert only_run(workdir).name == path.name
 
 
 # --- the tracker on its own ---------------------------------------------------------------------------
