@@ -66,9 +66,7 @@ def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
 class Tracked:
     """Steps of a run of train.py, told to its trackers as its loop does it."""
 
-    def __init__(
-        self, text: Path, folder: Path, name: str, args: Any, stack: contextlib.ExitStack, on: bool
-    ):
+    def __init__(self, text: Path, folder: Path, name: str, args: Any, stack: contextlib.ExitStack, on: bool):
         from utils_alg1.tracking.observer import Observer
         from utils_alg1.tracking.trackers import start_trackers
         from utils_alg1.utils_run_manager import create_run

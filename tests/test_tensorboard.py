@@ -509,7 +509,7 @@ def test_a_purge_forgets_the_embeddings_of_that_step_and_later_ones(tmp_path, mo
     def write(purge_step: int | None, *steps: int) -> list[str]:
         writer = TensorBoardWriter(tmp_path, purge_step, pytest.fail)
         for step in steps:
-            writer.add_embedding("E", np.full((2, 3), step), ["a", "b"], step)
+            MetricLogger(writer).log("embedding", Embedding("E", np.full((2, 3), step), ["a", "b"]), step)
         writer.close()
         names = list(embeddings(tmp_path))
         # The projector opens with the first name of the alphabet.

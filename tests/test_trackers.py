@@ -726,7 +726,8 @@ class FakeRun:
 class FakeSummaryWriter:
     """As much of a SummaryWriter as is used."""
 
-    def __init__(self, *_, **__):
+    def __init__(self, log_dir, **__):
+        self.log_dir = log_dir
         self.file_writer = types.SimpleNamespace(add_summary=lambda *_: None)
 
     def add_scalar(self, *_): ...

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils_alg1.base.summaries import Histogram, Kind, Tracker, model_histograms
-from utils_tensorboard.writer import TensorBoardWriter
+from utils_tensorboard.writer import TensorBoardWriter, write_embedding
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,10 +46,7 @@ class MetricLogger(Tracker):
         return self.writer.enabled
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
-        if kind == "embedding":
-            self.writer.add_embedding(tag(payload.name), payload.vectors, payload.labels, step)
-        else:
-            self.writer.attempt(_log, kind, payload, step)
+        self.writer.attempt(_log, kind, payload, step)
 
     def log_training_loss(self, loss: float, step: int) -> None:
         """Log the loss of one training step."""
@@ -86,6 +84,8 @@ def _log(events: SummaryWriter, kind: Kind, payload: Any, step: int) -> None:
             for name, text in payload.items():
                 # TensorBoard renders Markdown, where indented lines are code and stay as they are.
                 events.add_text(tag(name), "    " + text.replace("\n", "\n    "), step)
+        case "embedding":
+            write_embedding(Path(events.log_dir), tag(payload.name), payload.vectors, payload.labels, step)
 
 
 def _log_histogram(events: SummaryWriter, histogram: Histogram, step: int) -> None:

@@ -64,16 +64,6 @@ class TensorBoardWriter:
         self._writer.file_writer.add_summary(hparams_pb(known, trial_id=name))
 
     @guarded
-    def add_embedding(self, tag: str, vectors: Any, labels: list[str], step: int) -> None:
-        """Write (V, C) vectors for the projector, with V labels without newlines or tabs."""
-        folder = self._log_dir / PROJECTOR_FOLDER / tag
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = ("\t".join(f"{value:.7g}" for value in row) for row in vectors.tolist())
-        for name, lines in (("labels", labels), (f"step_{step:09d}", rows)):
-            write_atomically(folder / f"{name}.tsv", "".join(f"{line}\n" for line in lines).encode())
-        _list_embeddings(self._log_dir)
-
-    @guarded
     def flush(self) -> None:
         """Flush the event file, so that readers see every point so far."""
         self._writer.flush()
@@ -99,6 +89,16 @@ def _open(log_dir: Path, purge_step: int | None) -> SummaryWriter:
     while any(log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
         time.sleep(0.02)
     return SummaryWriter(str(log_dir), purge_step=purge_step)
+
+
+def write_embedding(log_dir: Path, tag: str, vectors: Any, labels: list[str], step: int) -> None:
+    """Write (V, C) vectors for the projector, with V labels without newlines or tabs."""
+    folder = log_dir / PROJECTOR_FOLDER / tag
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ("\t".join(f"{value:.7g}" for value in row) for row in vectors.tolist())
+    for name, lines in (("labels", labels), (f"step_{step:09d}", rows)):
+        write_atomically(folder / f"{name}.tsv", "".join(f"{line}\n" for line in lines).encode())
+    _list_embeddings(log_dir)
 
 
 def _list_embeddings(log_dir: Path, purge_step: int = sys.maxsize) -> None:

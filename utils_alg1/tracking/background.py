@@ -129,27 +129,27 @@ class BackgroundTracker:
         self._calls: list[Call] = []  # the next batch
         self._send_time = 0.0
         self._batches: queue.Queue[tuple[str, bytes]] = queue.Queue(QUEUE_SIZE)
-        self._process: Any = None
         try:
             self._start_process(create)
         except Exception as error:  # not SystemExit: in this process it comes from a signal
             self._guard.fail(f"{type(error).__name__}: {error}")
+            self.ended.set()
 
     def _start_process(self, create: CreateTracker) -> None:
         context: Any = multiprocessing.get_context(START_METHOD)
         self._connection, theirs = context.Pipe()
         with theirs, block_signals(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # forking while PyTorch's threads sleep
-            process = context.Process(target=run_tracker, args=(theirs, self.name, create))
+            self._process = context.Process(target=run_tracker, args=(theirs, self.name, create))
             # Process.start() flushes the standard streams, which fails if their reader is gone.
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                process.start()
-            atexit.register(process.kill)  # in case an exception skips `close`
-        self._process = process
+                self._process.start()
+            atexit.register(self._process.kill)  # in case an exception skips `close`
 
     def start(self) -> BackgroundTracker:
         """Start to send and receive. Call it after all processes were forked: forks and threads mix badly."""
-        threading.Thread(target=self._attend, name=self.name, daemon=True).start()
+        if not self.ended.is_set():
+            threading.Thread(target=self._attend, name=self.name, daemon=True).start()
         return self
 
     @property
@@ -160,15 +160,13 @@ class BackgroundTracker:
     def _attend(self) -> None:
         """In a thread: exchange batches and answers with the tracker's process until it has ended."""
         try:
-            if self._process is not None:
-                self._exchange()
+            self._exchange()
         except (EOFError, OSError):
             self._process.join()
             self._guard.fail(f"its process has ended ({self._process.exitcode})")
         finally:
-            if self._process is not None:
-                self._process.join()
-                atexit.unregister(self._process.kill)
+            self._process.join()
+            atexit.unregister(self._process.kill)
             self.ended.set()
             self.ready.set()
 
@@ -222,6 +220,8 @@ class BackgroundTracker:
         """Kill the tracker's process."""
         self._guard.disable(f"{self.name} may lack the end of the run: {reason}")
         self._process.kill()
+        with contextlib.suppress(queue.Full):
+            self._batches.put_nowait(CLOSE)  # a signal may have kept `close` from being sent
         self.ended.wait(TIMEOUT)
 
 
