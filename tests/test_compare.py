@@ -329,7 +329,7 @@ def test_whatever_is_no_number_where_one_stands_is_damage(read_with, value):
     for place in NUMBERS:
         row = read_with(place, value)
         assert row["state"] == "damaged", place
-        show_in_every_form(row)
+    show_in_every_form(row)
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])

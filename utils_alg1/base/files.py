@@ -88,11 +88,7 @@ def write_or_warn(
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents where they do not exist.
-
-    Raises:
-        Alg1Error: a file of that name exists (exit code 2), or the file system refused (exit code 4).
-    """
+    """Create a folder and its parents where they do not exist; raises Alg1Error where it cannot be done."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -147,11 +143,6 @@ def refuse_repeats(path: str | Path, names: Iterable[str]) -> None:
     for name, count in Counter(names).items():
         if count > 1:
             raise Alg1Error(f"{path}: {name!r} stands there twice", "keep one of them")
-
-
-def read_text(path: str | Path) -> str:
-    """Read a small UTF-8 file; raises Alg1Error like `read_bytes` and `decode`."""
-    return decode(read_bytes(path), path)
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.files import read_json_object, read_text, write_atomically, write_or_warn
+from utils_alg1.base.files import decode, read_bytes, read_json_object, write_atomically, write_or_warn
 from utils_alg1.base.text import format_count, format_duration, format_number, replace_control_characters
 from utils_alg1.report import pictures
 from utils_alg1.run_directory import RunDirectory, RunFolder
@@ -138,7 +138,7 @@ def downsample(points: list[Point]) -> list[Point]:
 def read_lines(path: Path) -> dict[str, str]:
     """Read a file of `name: value` lines; return an empty dict if it cannot be read."""
     try:
-        pairs = (line.partition(": ") for line in read_text(path).splitlines())
+        pairs = (line.partition(": ") for line in decode(read_bytes(path), path).splitlines())
     except Alg1Error:
         return {}
     return {name: value for name, separator, value in pairs if separator}
