@@ -215,8 +215,10 @@ def format_rows(rows: list[Row], width: int | None = None) -> list[str]:
         for name, spec in specs().items()
         if not spec.may_change and len({row[name] for row in rows if row[name] is not None}) > 1
     ]
-    names = ["run", "best_val_loss", *["text"] * (n_texts > 1), "state", *differing, "step", "val_loss"]
+    names = ["run", "best_val_loss", "text", "state", *differing, "step", "val_loss"]
     names += ["seconds", "tokens_per_second", "n_parameters"]
+    if n_texts < 2:
+        names.remove("text")
     names += [name for name in MAIN_PARAMETERS if name not in differing]
     headings = [HEADINGS.get(name, name) for name in names]
     cells = [[format_cell(row, name) for name in names] for row in rows]
@@ -232,11 +234,11 @@ def format_cell(row: Row, name: str) -> str:
     if value is None or value == "":
         return "-"
     if name in ("best_val_loss", "val_loss"):
-        return "* " * (name == "best_val_loss" and row["best"]) + format_number(value)
+        return ("* " if name == "best_val_loss" and row["best"] else "") + format_number(value)
     if name in ("seconds", "tokens_per_second", "n_parameters"):
         return f"{value:,.0f}" if value < 1e12 else f"{value:.3g}"
     if name == "state":
-        return value + ", resumed" * row["resumed"]
+        return f"{value}, resumed" if row["resumed"] else value
     if name == "step" and row["state"] != "done" and row["max_iters"] is not None:
         return f"{value} of {row['max_iters']}"
     text = f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -59,7 +59,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 def _parse_row(line: bytes) -> dict[str, float] | None:
     """Parse a row of a metrics file; None if it is damaged, as after a kill or a power cut."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
+        row = json.loads(line.decode()) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
