@@ -587,13 +587,13 @@ def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path):
     assert document.count("<polyline ") == 4 and document.count("<circle ") == 2
     assert (said, asked) == ([], [])
 
-    # What its policy forbids does not happen, and the browser tells.
-    page.write_text(source.replace("</main>", "<img src='https://a.test/x.png'><script>no()</script></main>"))
+    # What its policy forbids does not happen, and the browser tells; what it would allow is seen here.
+    source = source.replace("</main>", "<img src='https://a.test/x.png'><script>no()</script></main>")
+    page.write_text(source, encoding="utf-8")
     _, said, asked = browse(page, tmp_path)
     assert len(said) >= 2 and all("Content Security Policy" in line for line in said) and asked == []
-
-    page.write_text(page.read_text("utf-8").replace("img-src data:", "img-src *"))
-    assert browse(page, tmp_path)[2] == ["https://a.test/x.png"]  # else it would have been asked for
+    page.write_text(source.replace("img-src data:", "img-src *"), encoding="utf-8")
+    assert browse(page, tmp_path)[2] == ["https://a.test/x.png"]
 
 
 def in_browser(folder: Path, code: str) -> list:
@@ -640,10 +640,24 @@ LABELS = [  # lowest and highest value, number of ticks, least distance; the lab
 
 
 @needs_chromium
-def test_the_script_labels_the_axes_with_round_numbers(tmp_path):
-    cases = json.dumps([arguments for arguments, _ in LABELS])
-    found = in_browser(tmp_path, f"for (const a of {cases}) result.push(labels(ticks(...a)).join(' '))")
+def test_a_chart_places_its_points_between_round_numbers(tmp_path):
+    code = f"""
+      for (const [a] of {json.dumps(LABELS)}) result.push(labels(ticks(...a)).join(" "));
+      const svg = place();
+      const lines = [
+        {{ name: "a", kind: "train", points: [[0, 1], [50, 3], [100, 2]] }},
+        {{ name: "b", kind: "best", points: [[100, 2]] }},
+      ];
+      const stepAt = draw(svg, lines, 200);
+      result.push(svg.querySelector("polyline").getAttribute("points"));
+      result.push(svg.querySelectorAll("circle").length, Math.round(stepAt(44)), Math.round(stepAt(584)));
+      result.push(valuesAt(lines, 60));"""
+    *found, points, n_circles, first_step, last_step, values = in_browser(tmp_path, code)
     assert found == [expected for _, expected in LABELS]
+    # The plot is 540 pixels wide from 44 on and 268 high from 6 on; the lowest and the highest value are a
+    # twentieth of their distance, 0.1, from its edges: 2.2 in all.
+    assert points == "44.0,261.8 179.0,18.2 314.0,140.0" and n_circles == 1
+    assert (first_step, last_step, values) == (0, 200, "a 3 at step 50")
 
 
 def random_curves() -> list[list[list[float]]]:
@@ -696,23 +710,6 @@ def test_a_chart_of_any_curve_has_numbers_that_tell_its_places(tmp_path):
                 share = (place - places[0]) / (places[-1] - places[0] or 1)
                 expected = values[0] + share * (values[-1] - values[0])
                 assert abs(value - expected) <= 0.02 * abs(values[-1] - values[0])
-
-
-@needs_chromium
-def test_a_chart_places_its_points_and_tells_their_values(tmp_path):
-    code = """
-      const svg = place();
-      const lines = [
-        { name: "a", kind: "train", points: [[0, 1], [50, 3], [100, 2]] },
-        { name: "b", kind: "best", points: [[100, 2]] },
-      ];
-      const stepAt = draw(svg, lines, 200);
-      result.push(svg.querySelector("polyline").getAttribute("points"));
-      result.push(svg.querySelectorAll("circle").length, Math.round(stepAt(44)), Math.round(stepAt(584)));
-      result.push(valuesAt(lines, 60));"""
-    # The plot is 540 pixels wide from 44 on and 268 high from 6 on; the lowest and the highest value are a
-    # twentieth of their distance, 0.1, from its edges: 2.2 in all.
-    assert in_browser(tmp_path, code) == ["44.0,261.8 179.0,18.2 314.0,140.0", 1, 0, 200, "a 3 at step 50"]
 
 
 @needs_chromium
