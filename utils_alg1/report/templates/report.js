@@ -58,13 +58,12 @@ function labels(values) {
 /** Draws a chart over the steps from 0 to `steps` into an <svg>; returns the step at a horizontal position. */
 function draw(svg, lines, steps) {
   const { clientWidth: width, clientHeight: height } = svg;
-  const isLarge = height > 250;
   const values = lines.flatMap(line => line.points.map(([, value]) => value));
   const low = Math.min(...values);
   const high = Math.max(...values);
-  const yTicks = ticks(low, high, isLarge ? 7 : 5);
+  const yTicks = ticks(low, high, height > 250 ? 7 : 5);
   const yLabels = labels(yTicks);
-  const xTicks = ticks(0, steps, isLarge ? 5 : 3, 1);
+  const xTicks = ticks(0, steps, Math.max(2.5, width / 110), 1);
   const xLabels = labels(xTicks);
 
   const margin = isFlat(low, high) ? Math.abs(high) || 1 : 0.05 * (high - low);
