@@ -27,7 +27,6 @@ from utils_alg1.base.text import format_loss
 from utils_alg1.console.script import run_script
 from utils_alg1.network.tensor_file import WHERE_WEIGHTS_ARE
 from utils_alg1.run_directory import LOCK_NAME, NO_RUN_HINT, lock_run
-from utils_alg1.search.space import PATH_HINT as SPACE_PATH_HINT
 from utils_alg1.search.space import SPACE_HINT
 from utils_alg1.search.study import STORAGE_HINT
 from utils_alg1.training.trainer import stability_hint
@@ -244,32 +243,36 @@ COMPARING_MISTAKES = [
     ("--sort 'best loss'", "--sort best loss: no such column; did you mean best_val_loss?", COLUMNS),
 ]
 
+OTHER_SPACE = ", or name another --space"
+
 SEARCHING_MISTAKES = [
-    ("--space nowhere.yaml", "nowhere.yaml: no such file", SPACE_PATH_HINT),
-    ("--space notes.txt", "notes.txt: line 1, column 1: not JSON: Expecting value", SPACE_PATH_HINT),
+    ("--space nowhere.yaml", "nowhere.yaml: no such file", f"check its path{OTHER_SPACE}"),
+    (
+        "--space notes.txt",
+        "notes.txt: line 1, column 1: not JSON: Expecting value",
+        f"{PATH_HINT}{OTHER_SPACE}",
+    ),
     (
         "--space tab.yaml",
         "tab.yaml: line 2, column 1: not YAML: found character '\\t' that cannot start any token",
-        YAML_HINT,
+        f"{YAML_HINT}{OTHER_SPACE}",
     ),
     (
         "--space minimum.yaml",
-        "2 problems:\n  - minimum.yaml: n_embd: unknown key 'min'; did you mean low?"
-        "\n  - minimum.yaml: n_embd: low is missing",
+        'minimum.yaml: n_embd: {"min": 4, "high": 8} must have low and high, and may have step, or log: true',
         SPACE_HINT,
     ),
     ("--runs-dir notes.txt", "--runs-dir notes.txt: this is a file", "name a folder"),
     ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
     ("--data nowhere.txt", "nowhere.txt: no such text file", CHECK_DATA),
     (
-        "--storage broken.json",
-        "--storage broken.json: not the journal of a search",
+        "--storage notes.txt",
+        "--storage notes.txt: cannot be used: Could not parse SQLAlchemy URL from given URL string",
         STORAGE_HINT,
     ),
-    ("--storage folder", "--storage folder: not the journal of a search", STORAGE_HINT),
     (
-        "--storage notes.txt",
-        "--storage notes.txt: not the journal of a search",
+        "--storage sqlite:///notes.txt",
+        "--storage sqlite:///notes.txt: cannot be used: (sqlite3.DatabaseError) file is not a database",
         STORAGE_HINT,
     ),
     (
@@ -563,18 +566,6 @@ def test_half_precision_is_named_where_a_loss_is_lost_to_it():
     config = TrainConfig(learning_rate=0.01, grad_clip=1.0)
     assert stability_hint(config, torch.float16) == "try a --learning-rate below 0.01, or --dtype float32"
     assert stability_hint(config, torch.bfloat16) == "try a --learning-rate below 0.01"
-
-
-def test_a_text_without_a_last_line_end_is_no_storage(place, capsys):
-    """Using it would damage it: Optuna appends to its journal, and an incomplete last line is cut off."""
-    pytest.importorskip("optuna", reason="searching is optional")
-    import search as script
-
-    Path("one.txt").write_bytes(b'{"batch_size": 8}')
-    result = runner(script.main, capsys)(*"--space space.yaml --data text.txt --storage one.txt".split())
-    error = "--storage one.txt: not the journal of a search"
-    assert (result.code, result.out, result.err) == (2, "", report(error, STORAGE_HINT))
-    assert Path("one.txt").read_bytes() == b'{"batch_size": 8}'
 
 
 @pytest.mark.parametrize(

@@ -156,13 +156,13 @@ def search(capsys, place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     from test_search import FAKE_TRAIN
 
     import search as script
-    from utils_alg1.search import report as report_module
-    from utils_alg1.search import trials as trials_module
+    from utils_alg1.search import results as results_module
+    from utils_alg1.search import study as study_module
 
     (place / "fake_train.py").write_text(FAKE_TRAIN)
-    monkeypatch.setattr(trials_module, "TRAIN_SCRIPT", place / "fake_train.py")
-    monkeypatch.setattr(trials_module, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(report_module, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(study_module, "TRAIN_SCRIPT", place / "fake_train.py")
+    monkeypatch.setattr(study_module, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(results_module, "draw_pictures", lambda *_: None)
     return runner(script.main, capsys)
 
 
@@ -217,7 +217,7 @@ def test_a_command_that_searches(command, place, search):
     assert (result.code, result.err) == (0, "")
     (name,) = os.listdir("searches")
     assert len(Path("searches", name, "results.csv").read_text().splitlines()) == 1 + 2
-    assert os.listdir(f"searches/{name}/best")
+    assert Path("searches", name, "best.yaml").exists()
 
 
 @pytest.mark.parametrize("command", OURS["compare.py"])

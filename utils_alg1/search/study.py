@@ -1,376 +1,308 @@
-"""The study of a hyperparameter search, stored in a folder.
+"""The Optuna study of a search, and its trials, each of them a process of train.py.
 
 searches/NAME/
-    journal.log   all trials, shared by all workers (unless --storage names another file or a database)
-    trials/       NUMBER.log: the output of the trial's train.py; NUMBER.lock: locked while the trial runs
-    results.csv   results.md   history.png   importance.png   slice.png   search.log
-    best/         the best parameters as a preset for train.py --config
+    study.db      the study, an SQLite database (unless --storage names another one)
+    trials/       NUMBER.log: what the train.py of a trial printed
+    results.csv   best.yaml   history.png   importance.png   slice.png   search.log
 
-The lock of a trial is held by its worker and by its process. A trial that is marked as running while its
-lock is free was therefore killed, on whichever machine; it is replaced by a new trial that resumes its run,
-and is not counted any more. Counting and claiming trials is protected by a lock of the study, so that two
-workers never claim the last trial.
+A trial whose process was killed stays marked as running. Once its heartbeat has stopped, Optuna marks it as
+failed and queues it again with its user attributes, so that its run is resumed. An interrupted search queues
+its trials in the same way. Failed trials do not count; a trial that cannot be trained is told as pruned.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+import argparse
+import math
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from filelock import FileLock
-
-from parameters import specs
-from utils_alg1.base.errors import Alg1Error, disk_error, first_line
-from utils_alg1.base.files import make_folder, write_atomically
+from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line
+from utils_alg1.base.files import make_folder, read_json_object
 from utils_alg1.base.problems import shown
-from utils_alg1.run_directory import LOCK_NAME
-from utils_alg1.search.space import CHANGEABLE_PARAMETERS, Plan, grid_points, round_float
+from utils_alg1.console.signals import StopSignals
+from utils_alg1.run_directory import RunFolder, checkpoint_paths, in_use
+from utils_alg1.search.results import describe_trial, rounded
+from utils_alg1.search.space import Plan, grid_values, suggest
+from utils_alg1.tracking.metrics_file import read_metrics
+from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
     import optuna
 
+TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
+POLL_SECONDS = 1.0  # interval at which the process and the metrics of a trial are checked
+HEARTBEAT_SECONDS = 5
+GRACE_SECONDS = 15  # without a heartbeat until a trial is queued again
 STARTUP_TRIALS = 5  # completed trials before the first one is pruned
 WARMUP_FRACTION = 0.25  # fraction of the steps of a run before it can be pruned
-STORAGE_HINT = "name a new file, or a database URL (sqlite:///a.db)"
+STORAGE_HINT = "name a database that SQLAlchemy knows, its driver installed: sqlite:///a.db, postgresql://..."
 
 
-# --- the study on disk --------------------------------------------------------------------------------
+class PutBack(Exception):
+    """Raised in a trial that is to be queued again."""
 
 
-class JournalLock:
-    """A lock for appending to the journal; acquiring it removes an incomplete last line of a killed process.
+def open_storage(url: str) -> optuna.storages.RDBStorage:
+    """Open a database, with heartbeats. Raises Alg1Error if that fails."""
+    import optuna
+    from sqlalchemy import event
+    from sqlalchemy.exc import DBAPIError
 
-    Optuna's own lock files outlast a killed process; this lock is released when its process ends.
-    """
+    is_sqlite = url.startswith("sqlite")
+    for attempts_left in (2, 1, 0):
+        try:
+            storage = optuna.storages.RDBStorage(
+                url,
+                {"connect_args": {"timeout": 60, "isolation_level": None}} if is_sqlite else None,
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+            )
+            break
+        except Exception as error:  # depends on the database driver
+            if not attempts_left or not isinstance(error, DBAPIError):
+                raise Alg1Error(
+                    f"--storage {url}: cannot be used: {first_line(error)}", STORAGE_HINT
+                ) from None
+            time.sleep(0.5)  # another process creates the tables of the new database
+    if is_sqlite:  # otherwise two workers may take the same trial out of the queue
+        event.listen(
+            storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
+        )
+    return storage
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._lock = FileLock(f"{path}.lock")
 
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        with self._path.open("r+b") as file:
-            whole = file.seek(0, os.SEEK_END)
-            while whole and file.seek(whole - 1) >= 0 and file.read(1) != b"\n":
-                whole -= 1
-            file.truncate(whole)
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-
-
-def open_storage(location: str) -> Any:
-    """Open an Optuna storage: a database for a URL, a journal for a path.
+def open_study(plan: Plan, folder: Path, options: argparse.Namespace, console: Console) -> optuna.Study:
+    """Create the study with the name of the folder, whose first trial is the defaults, or load it.
 
     Raises:
-        Alg1Error: the storage cannot be opened.
+        Alg1Error: the storage cannot be opened, or the study was begun with another plan.
     """
     import optuna
-    from optuna.storages.journal import JournalFileBackend
 
+    if options.storage is None:
+        make_folder(folder)
+    storage = open_storage(options.storage or f"sqlite:///{folder / 'study.db'}")
+    is_grid, seed = options.sampler == "grid", options.sampler_seed
+    lasting = plan.lasting() | {"grid": is_grid}
     try:
-        if "://" in location:
-            return optuna.storages.RDBStorage(location)
-        path = Path(location).absolute()
-        if not may_be_journal(path):
-            raise Alg1Error(f"--storage {location}: not the journal of a search", STORAGE_HINT)
-        make_folder(path.parent)
-        lock: Any = JournalLock(path)
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-    except Alg1Error:
-        raise
-    except Exception as error:  # depends on the database driver
-        raise Alg1Error(
-            f"--storage {location}: cannot be used: {first_line(error)}",
-            STORAGE_HINT,
-        ) from None
+        study = optuna.create_study(storage=storage, study_name=folder.name)
+        study.set_user_attr("plan", lasting)
+        if not is_grid:
+            queue_defaults(study, plan, console)
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(storage=storage, study_name=folder.name)
+        seed = None  # with the seed of the first process, this one would propose the same values
+    begun = study.user_attrs.get("plan", lasting)
+    changed = [name for name in begun if begun[name] != lasting.get(name)]
+    if changed:
+        changes = ", ".join(f"{n}: {shown(begun[n])} -> {shown(lasting.get(n))}" for n in changed)
+        hint = "name another --study" if options.storage else f"name another --study, or remove {folder}"
+        raise Alg1Error(f"the study {folder.name} has begun with other settings: {changes}", hint)
+    if is_grid:  # its points are numbered, so every process has the same seed
+        study.sampler = optuna.samplers.GridSampler({n: grid_values(d) for n, d in plan.space.items()}, 0)
+    else:
+        samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+        study.sampler = samplers[options.sampler](seed=seed)
+    warmup_steps = max(1, int(WARMUP_FRACTION * plan.fixed.get("max_iters", 0)))
+    pruner = optuna.pruners.MedianPruner(STARTUP_TRIALS, warmup_steps)
+    study.pruner = pruner if options.prune else optuna.pruners.NopPruner()
+    make_folder(folder / "trials")
+    return study
 
 
-def may_be_journal(path: Path) -> bool:
-    """Return whether a path is new or a journal. Any other file would be damaged by using it as one."""
-    if not path.is_file():
-        return not path.exists()
-    prefix = b'{"op_code":'
-    with path.open("rb") as file:
-        return prefix.startswith(file.read(len(prefix)))
+def queue_defaults(study: optuna.Study, plan: Plan, console: Console) -> None:
+    """Make the defaults the next trial of a study, unless they are outside the space."""
+    from optuna.trial import TrialState, create_trial
 
-
-def try_lock(path: Path) -> int | None:
-    """Lock a trial and return the file descriptor that holds the lock; None if it is already locked.
-
-    FileLock is not used, because a child process has to inherit the lock to keep it if its parent is killed.
-    """
-    import fcntl
-
+    state, mark = TrialState.WAITING, {"defaults": True}
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise disk_error(f"lock {path}", error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        trial = create_trial(state=state, params=plan.defaults, distributions=plan.space, user_attrs=mark)
+        study.add_trial(trial)
+    except ValueError as error:
+        console.say(f"the defaults are not tried: {first_line(error)}")
 
 
 @dataclass
-class ClaimedTrial:
-    """A trial that this process runs.
+class Search:
+    """Runs the trials of a study in threads; other processes may do the same."""
 
-    Attributes:
-        trial: Optuna's object.
-        parameters: the values of the searched parameters.
-        lock: the file descriptor that holds the lock of the trial.
-    """
-
-    trial: optuna.Trial
-    parameters: dict[str, Any]
-    lock: int
-
-
-def without_replaced(trials: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
-    """Return the trials that were not replaced by another one."""
-    replaced = {trial.user_attrs.get("replaces") for trial in trials}
-    return [trial for trial in trials if trial.number not in replaced]
-
-
-@dataclass
-class Settings:
-    """How a search is run. Unlike the plan, the settings may differ each time a study is continued."""
-
-    name: str
+    study: optuna.Study
+    plan: Plan
     folder: Path
-    storage: str | None
-    trials: int
-    sampler: str
-    seed: int
-    prune: bool
+    n_trials: int  # in total, in all processes and earlier starts
+    flags: list[str]  # further flags of every train.py
+    console: Console
+    failure: Exception | None = None  # ends the search
+    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.signals = StopSignals(lambda: "stopping: the trials save and leave", exit_callback=self.kill)
 
-class Study:
-    """An Optuna study in a folder shared by all workers; an existing study is continued.
-
-    Attributes:
-        plan: the search space and the fixed parameters.
-        settings: how the search is run.
-        folder: the folder of the study.
-        n_trials: the number of trials in total, at most that of the grid points.
-        optuna: Optuna's object.
-
-    Raises:
-        Alg1Error: the study was started with another plan or in another folder, or cannot be opened.
-    """
-
-    def __init__(self, plan: Plan, settings: Settings):
-        import optuna
-
-        self.plan, self.settings = plan, settings
-        self.folder = settings.folder
-        self.n_trials = settings.trials
-        self._grid: list[dict[str, Any]] = []
-        if settings.sampler == "grid":
-            self._grid = grid_points(plan.space, settings.seed)
-            self.n_trials = min(self.n_trials, len(self._grid))
-        # Opened first, so that no folder is created if it fails.
-        storage = open_storage(settings.storage) if settings.storage else None
-        make_folder(self.folder / "trials")
-        storage = storage or open_storage(str(self.folder / "journal.log"))
-        with self._exclusive():
-            self.optuna = optuna.create_study(
-                storage=storage,
-                study_name=settings.name,
-                direction="minimize",
-                load_if_exists=True,
-                pruner=self._pruner(),
-            )
-            self._check_folder()
-            self._check_plan()
-            if plan.defaults and not self._grid and not self.optuna.trials:
-                self._enqueue(plan.defaults, {"defaults": True})
-            if "plan" not in self.optuna.user_attrs:
-                self.optuna.set_user_attr("plan", plan.as_json())
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Hold the lock of the study."""
-        try:
-            with FileLock(self.folder / LOCK_NAME):
-                yield
-        except OSError as error:
-            raise disk_error(f"use {self.folder}", error) from error
-
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        import optuna
-
-        if not self.settings.prune:
-            return optuna.pruners.NopPruner()
-        steps = int(WARMUP_FRACTION * self.plan.fixed.get("max_iters", 0))
-        return optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=max(1, steps))
-
-    def _sampler(self, n_trials: int) -> optuna.samplers.BaseSampler:
-        """Return a sampler seeded for one trial; with one seed for all, each worker would sample the same."""
-        import optuna
-
-        seed = (self.settings.seed + n_trials) % 2**32
-        if self.settings.sampler == "tpe":
-            return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        return optuna.samplers.RandomSampler(seed=seed)
-
-    def _check_folder(self) -> None:
-        """Refuse to continue a study of a database in another folder: the locks are in its own folder."""
-        path = self.folder / "study.id"
-        if not path.exists():
-            write_atomically(path, uuid.uuid4().hex.encode())
-        own, other = path.read_text(), self.optuna.user_attrs.get("folder")
-        if other not in (None, own):
-            raise Alg1Error(
-                f"the study {self.settings.name} of --storage belongs to another folder than {self.folder}",
-                "run in the folder where it was begun (machines share it), or name another --study",
-            )
-        self.optuna.set_user_attr("folder", own)
-
-    def _check_plan(self) -> None:
-        """Refuse to continue a study with another plan."""
-        new, old = self.plan.as_json(), self.optuna.user_attrs.get("plan")
-        if old is None:
-            return
-        known = {name: spec.default for name, spec in specs().items()}  # the study may lack newer parameters
-        before, after = known | old, known | new
-        changes = [
-            f"{name}: {shown(before[name])} -> {shown(after.get(name))}"
-            for name in before
-            if before[name] != after.get(name) and name not in CHANGEABLE_PARAMETERS
-        ]
-        if changes:
-            raise Alg1Error(
-                f"the study {self.settings.name} has begun with other settings: {', '.join(changes)}",
-                f"name another --study, or remove {self.folder} to forget that one",
-            )
-
-    def _enqueue(self, parameters: dict[str, Any], attributes: dict[str, Any]) -> None:
-        self.optuna.enqueue_trial(parameters, user_attrs={**attributes, "parameters": parameters})
-
-    def trials(self) -> list[optuna.trial.FrozenTrial]:
-        """Return all trials except the replaced ones."""
-        return without_replaced(self.optuna.get_trials(deepcopy=False))
-
-    def finished(self) -> list[optuna.trial.FrozenTrial]:
-        """Return all trials that have ended, except the replaced ones."""
-        return [trial for trial in self.trials() if trial.state.is_finished()]
-
-    def has_running_trial(self) -> bool:
-        """Return whether any worker, of this process or another, is running a trial."""
-        return any(trial.state.name == "RUNNING" for trial in self.trials())
-
-    def claim_trial(self) -> ClaimedTrial | None:
-        """Claim the next trial; return None if all trials have been claimed.
+    def run(self, n_workers: int) -> int | None:
+        """Run trials until all have finished, and return the signal that ended this early, if one did.
 
         Raises:
-            Alg1Error: a process of a removed study still runs under the number of the trial.
-        """
-        with self._exclusive():
-            self._replace_dead_trials()
-            trials = self.trials()
-            waiting = [trial for trial in trials if trial.state.name == "WAITING"]
-            if len(trials) - len(waiting) >= self.n_trials:
-                return None
-            if self._grid and not waiting and not self._enqueue_from_grid():
-                return None
-            self.optuna.sampler = self._sampler(len(trials))
-            trial = self.optuna.ask()
-            lock = try_lock(self.trial_file(trial.number, "lock"))
-            if lock is None:
-                raise Alg1Error(
-                    f"trial {trial.number} of an earlier search in {self.folder} still runs",
-                    "wait for it, or end it",
-                )
-            parameters = {name: domain.suggest(trial, name) for name, domain in self.plan.space.items()}
-            return ClaimedTrial(trial, parameters, lock)
-
-    def trial_file(self, number: int, kind: str) -> Path:
-        """Return the path of the log ("log") or the lock file ("lock") of a trial."""
-        return self.folder / "trials" / f"{number}.{kind}"
-
-    def _enqueue_from_grid(self) -> bool:
-        """Enqueue the next grid point that has not been tried; return False if there is none."""
-        tried = [parameters_of(trial) for trial in self.optuna.get_trials(deepcopy=False)]
-        for point in self._grid:
-            if point not in tried:
-                self._enqueue(point, {})
-                return True
-        return False
-
-    def _replace_dead_trials(self) -> None:
-        """Mark each running trial whose lock is free as failed, and enqueue one that resumes its run.
-
-        If this process is killed between any two of these steps, the next worker completes them.
+            Alg1Error: the storage or the disk failed (exit code 4).
         """
         import optuna
 
-        trials = self.optuna.get_trials(deepcopy=False)
-        replaced = {trial.user_attrs.get("replaces") for trial in trials}
-        for trial in trials:
-            if trial.state.name != "RUNNING":
-                continue
-            lock = try_lock(self.trial_file(trial.number, "lock"))
-            if lock is None:
-                continue
+        awaited: set[int] = set()  # the running trials of other processes, by number
+        try:
+            with self.signals:
+                while not self.stopping:
+                    optuna.storages.fail_stale_trials(self.study)
+                    free = self.n_trials - self.n_taken()
+                    running = self.study.get_trials(False, (optuna.trial.TrialState.RUNNING,))
+                    if free > 0:
+                        self.optimize(min(n_workers, free))
+                    elif running:
+                        self.wait_for(running, awaited)
+                    else:
+                        break
+        except optuna.exceptions.StorageInternalError as error:
+            message = f"the storage failed: {first_line(error.__cause__ or error)}"
+            raise Alg1Error(message, "fix that and start again", DISK_FAILED) from error
+        if self.failure:
+            raise self.failure
+        return self.signals.received
+
+    @property
+    def stopping(self) -> bool:
+        return self.failure is not None or self.signals.received is not None
+
+    def kill(self) -> None:
+        """Kill every train.py of this process."""
+        for child in self.children:
+            child.kill()  # does nothing to one that has ended
+
+    def n_taken(self, before: float = math.inf) -> int:
+        """Return how many trials have finished, or run and have a number below `before`."""
+        states = [(trial.state.name, trial.number) for trial in self.study.get_trials(deepcopy=False)]
+        finished = sum(state in ("COMPLETE", "PRUNED") for state, _ in states)
+        return finished + sum(state == "RUNNING" and number < before for state, number in states)
+
+    def optimize(self, n_workers: int) -> None:
+        """Run trials until all places are taken."""
+        ended = [self.trial_ended]
+        try:
+            self.study.optimize(self.objective, n_jobs=n_workers, callbacks=ended, catch=(PutBack,))
+        except ValueError as error:  # the machine slept: another process took the trial for dead
+            if "Cannot tell" not in str(error):
+                raise
+
+    def wait_for(self, running: list[optuna.trial.FrozenTrial], awaited: set[int]) -> None:
+        """Wait a moment for the trials of other processes, each of which ends or is found to be dead."""
+        for trial in running:
+            if trial.number not in awaited:
+                awaited.add(trial.number)
+                self.console.say(f"waiting for trial {trial.number}, which another process began")
+                # Without any heartbeat, as if killed at its very start, it would never be found.
+                self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+        time.sleep(POLL_SECONDS)
+
+    def trial_ended(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        """Print a trial, or queue it again; stop if all places are taken."""
+        import optuna
+
+        if trial.state.name == "FAIL":
+            optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)
+        else:
+            self.console.say(describe_trial(study, trial))
+        if self.stopping or self.n_taken() >= self.n_trials:
+            study.stop()
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """Run a trial and return its best validation loss.
+
+        Raises:
+            TrialPruned: it was ended early, or cannot be trained.
+            PutBack: another process took the last place, or the search is to end.
+        """
+        if self.stopping or self.n_taken(before=trial.number) >= self.n_trials:
+            raise PutBack
+        parameters = rounded({name: suggest(trial, name, d) for name, d in self.plan.space.items()})
+        if reason := self.plan.invalid_reason(parameters):
+            give_up(trial, "refused", reason)
+        log = self.folder / "trials" / f"{trial.number}.log"
+        try:
+            code, pruned = self.train(trial, parameters, log)
+            if code == DONE:
+                trial.set_user_attr("state", "complete")  # raises if another process took the trial for dead
+                return read_json_object(RunFolder(Path(trial.user_attrs["run"])).final_path)["best_val_loss"]
+            reason = failure_reason(log, code)
+            if code == DISK_FAILED:
+                raise Alg1Error(f"trial {trial.number}: {reason}", "fix that and start again", DISK_FAILED)
+        except (Alg1Error, OSError) as error:
+            self.failure = self.failure or error
+        if self.stopping:
+            raise PutBack
+        give_up(trial, "pruned" if pruned else "failed", None if pruned else reason)
+
+    def train(self, trial: optuna.Trial, parameters: dict[str, Any], log: Path) -> tuple[int, bool]:
+        """Run train.py and report its losses; return its exit code and whether it was pruned.
+
+        A trial that was queued again resumes its run, even a finished one.
+        """
+        run = trial.user_attrs.get("run")
+        while run and in_use(Path(run)) and not self.stopping:  # by the train.py of a search that was killed
+            time.sleep(POLL_SECONDS)
+        if run and checkpoint_paths(RunFolder(Path(run)).checkpoint_dir):
+            arguments = ["--resume", run]
+        else:
+            tag = f"--run-tag={self.study.study_name}-{trial.number}"
+            arguments = [*self.plan.arguments(parameters), tag]
+        command = [sys.executable, str(TRAIN_SCRIPT), *arguments, *self.flags]
+        step, pruned = -1, False
+        with (
+            log.open("wb") as output,
+            # In a session of its own: Ctrl-C reaches search.py only.
+            subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True) as child,
+        ):
+            self.children.append(child)
             try:
-                if trial.number not in replaced:
-                    kept: dict[str, Any] = {"replaces": trial.number}
-                    kept |= {n: trial.user_attrs[n] for n in ("defaults", "tag") if n in trial.user_attrs}
-                    self._enqueue(parameters_of(trial), kept)
-                self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                while child.poll() is None and not pruned and not self.stopping:
+                    time.sleep(POLL_SECONDS)
+                    before, step = step, self.report(trial, log, step)
+                    # The defaults are not pruned: the gain over them is told at the end.
+                    pruned = step > before and "defaults" not in trial.user_attrs and trial.should_prune()
             finally:
-                os.close(lock)
+                child.terminate()  # lets it save and leave; does nothing to one that has ended
+        self.report(trial, log, step)
+        return child.returncode, pruned
+
+    def report(self, trial: optuna.Trial, log: Path, after: int) -> int:
+        """Report the validation losses past step `after` to Optuna; return the last reported step."""
+        begun = re.search("^run +(.+)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        if begun is None:
+            return after
+        run = RunFolder(Path(self.plan.fixed["runs_dir"], begun[1]))
+        if trial.user_attrs.get("run") != str(run.path):
+            trial.set_user_attr("run", str(run.path))
+        for row in read_metrics(run.metrics_path):
+            if "loss/val" in row and row["step"] > after:
+                after = int(row["step"])
+                trial.report(row["loss/val"], after)
+        return after
 
 
-def parameters_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-    """Return the searched parameters of a trial, also of one that is only enqueued."""
-    sampled = {name: round_float(value) for name, value in trial.params.items()}
-    return {**trial.user_attrs.get("parameters", {}), **sampled}
+def give_up(trial: optuna.Trial, state: str, reason: str | None) -> NoReturn:
+    """End a trial as pruned: samplers learn from it, as they would not from a failed one."""
+    import optuna
+
+    trial.set_user_attr("state", state)
+    trial.set_user_attr("reason", reason)
+    raise optuna.TrialPruned
 
 
-# --- results of a trial -------------------------------------------------------------------------------
-
-
-def state_of(trial: optuna.trial.FrozenTrial) -> str:
-    """Return the state of a trial: complete, pruned, refused, failed or running."""
-    states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
-    return "refused" if trial.user_attrs.get("refused") else states.get(trial.state.name, "running")
-
-
-def lowest_loss(trial: optuna.trial.FrozenTrial) -> float | None:
-    """Return the result of a complete trial or the lowest loss reported by another; None without any."""
-    if trial.state.name == "COMPLETE":
-        return trial.value
-    return min(trial.intermediate_values.values(), default=None)
-
-
-def format_loss_of(trial: optuna.trial.FrozenTrial) -> str:
-    """Format the lowest loss of a trial; "-" without any."""
-    loss = lowest_loss(trial)
-    return "-" if loss is None else f"{loss:.4f}"
-
-
-def best_of(trials: list[optuna.trial.FrozenTrial]) -> optuna.trial.FrozenTrial | None:
-    """Return the complete trial with the lowest loss; None if there is no complete trial."""
-    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    return min(complete, key=lambda trial: (trial.value, trial.number), default=None)
-
-
-def format_parameters(parameters: dict[str, Any]) -> str:
-    """Format parameters on one line: n_layer=4 learning_rate=0.001."""
-    return " ".join(f"{name}={format_value(value)}" for name, value in parameters.items())
-
-
-def format_value(value: Any) -> str:
-    """Format the value of a parameter, a float with three significant digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def failure_reason(log: Path, code: int) -> str:
+    """Return why train.py failed: the last error line of its output, or else the last line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = re.findall("^error: (.+)", text, re.MULTILINE) or text.splitlines()
+    return lines[-1].strip()[:300] if lines and code > 0 else f"exit code {code}"

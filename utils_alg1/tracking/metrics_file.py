@@ -90,30 +90,6 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
     return curves
 
 
-def new_metrics(path: Path, start: int) -> tuple[list[dict[str, float]], int]:
-    """Read the complete rows of a growing metrics file from byte `start` on.
-
-    Returns the rows and the byte where they end, which is the next `start`. A line that is still being
-    written is left for the next call. If no row ends at `start` any more, because a resumed run has cut the
-    file back, all rows are returned.
-    """
-    rows: list[dict[str, float]] = []
-    if not path.exists():
-        return rows, 0
-    with path.open("rb") as file:
-        file.seek(max(start - 1, 0))
-        if start and file.read(1) != b"\n":
-            start = 0
-            file.seek(0)
-        for line in file:
-            row = _parse_row(line)
-            if row is None:
-                break
-            rows.append(row)
-            start += len(line)
-    return rows, start
-
-
 def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
     """Remove the rows of `step` and later ones, which a run resumed at `step` writes again.
 

@@ -1,0 +1,142 @@
+"""The results of a search: table, pictures, and the best parameters as a file for train.py --config."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parameters import format_settings, specs
+from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
+from utils_alg1.base.files import write_atomically, write_or_warn
+from utils_alg1.console.table import format_table, to_csv
+from utils_alg1.search.space import Plan, shapes_training
+from utils_alg1.utils_output import Console
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+N_PRINTED_TRIALS = 10  # trials in the table on the console
+
+
+def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials that count, by number: not those that were queued again."""
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """Return the complete trial with the lowest loss; None if there is no complete trial."""
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    return min(complete, key=lambda trial: trial.values[0], default=None)
+
+
+def rounded(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Round floats to 12 significant digits: 0.3, not 0.30000000000000004."""
+    return {n: float(f"{v:.12g}") if isinstance(v, float) else v for n, v in parameters.items()}
+
+
+def as_row(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the row of a trial in results.csv. Also a pruned trial has a best loss."""
+    return {
+        "trial": trial.number,
+        "state": trial.user_attrs.get("state", trial.state.name.lower()),
+        "best_val_loss": min([*(trial.values or ()), *trial.intermediate_values.values()], default=None),
+        "last_step": trial.last_step,
+        "seconds": round(trial.duration.total_seconds(), 1) if trial.duration else None,
+        **rounded(trial.params),
+        "run": trial.user_attrs.get("run"),
+        "reason": trial.user_attrs.get("reason"),
+    }
+
+
+def show(value: Any) -> str:
+    """Format a value for a line or a table on the console."""
+    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def describe_trial(study: optuna.Study, trial: FrozenTrial) -> str:
+    """Return the line about a trial that has ended."""
+    row, best = as_row(trial), best_of(finished_trials(study))
+    line = f"trial {trial.number:3d}  {row['state']:8}  {show(row['best_val_loss']):>7}  "
+    line += "  ".join(f"{name}={show(row[name])}" for name in trial.params)
+    line += f"  ({row['reason']})" if row["reason"] else ""
+    return line + "  best" * (best is not None and best.number == trial.number)
+
+
+def write_results(study: optuna.Study, plan: Plan, folder: Path, console: Console) -> None:
+    """Print the results, and write them to the folder of the study.
+
+    Raises:
+        Alg1Error: no trial was completed (exit code 3), or a file could not be written (exit code 4).
+    """
+    trials = finished_trials(study)
+    rows = [as_row(trial) for trial in trials]
+    write_atomically(folder / "results.csv", to_csv(rows[0], rows).encode("utf-8", "surrogatepass"))
+    best = best_of(trials)
+    if best is None:
+        hint = f"{folder / 'results.csv'} has every reason, {folder / 'trials'} what each trial printed"
+        raise Alg1Error(f"no trial was completed; the last one: {rows[-1]['reason']}", hint, CANNOT_TRAIN)
+    write_preset(folder / "best.yaml", study.study_name, plan, best)
+    draw_pictures(study, plan, folder, console)
+
+    headings = ["trial", "state", "best_val_loss", *plan.space, "run", "reason"]
+    rows.sort(key=lambda row: row["best_val_loss"] or math.inf)
+    table = [[show(row[heading]) for heading in headings] for row in rows[:N_PRINTED_TRIALS]]
+    for line in ("", *format_table(headings, table), ""):
+        console.say(line)
+    counts = [f"{n} {state}" for state, n in sorted(Counter(row["state"] for row in rows).items())]
+    lines = {
+        "trials": f"{len(trials)} ({', '.join(counts)})",
+        "best": f"trial {best.number}, val loss {best.values[0]:.4f}",
+    }
+    for trial in trials:
+        if "defaults" in trial.user_attrs and trial.state == best.state:
+            lines["defaults"] = f"trial {trial.number}, val loss {trial.values[0]:.4f}"
+            lines["gained"] = f"{trial.values[0] - best.values[0]:.4f}"
+    lines["results"] = f"{folder}: results.csv, history.png, importance.png, slice.png"
+    lines["runs"] = f"{plan.fixed['runs_dir']}/*_{study.study_name}-*"
+    lines["next"] = f"python train.py --config {shlex.quote(str(folder / 'best.yaml'))}"
+    console.block(lines)
+
+
+def write_preset(path: Path, study: str, plan: Plan, best: FrozenTrial) -> None:
+    """Write the parameters of the best trial that shape the training.
+
+    Its length, its evaluations and its trackers are not among them: they were those of a short trial.
+    """
+    about = f"Best of the search {study}: trial {best.number}, val loss {best.values[0]:.4f}"
+    values = plan.fixed | rounded(best.params)
+    names = [name for name in specs() if shapes_training(name) or name in plan.space]
+    text = format_settings(path, about, {name: values[name] for name in names})
+    write_atomically(path, text.encode("utf-8", "surrogatepass"))
+
+
+def draw_pictures(study: optuna.Study, plan: Plan, folder: Path, console: Console) -> None:
+    """Draw the losses of the trials, how much each parameter matters, and the loss over each of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as plots
+
+    names = list(plan.space)
+    pictures = {
+        "history": lambda: plots.plot_optimization_history(study, target_name="val loss"),
+        "importance": lambda: plots.plot_param_importances(study, params=names),
+        "slice": lambda: plots.plot_slice(study, params=names, target_name="val loss"),
+    }
+
+    def draw(path: Path) -> None:
+        pictures[path.stem]()
+        if path.stem == "slice":
+            pyplot.gcf().set_figwidth(3.8 * (len(names) + 1))  # wide enough for its labels
+        pyplot.savefig(path, bbox_inches="tight")
+
+    for name in pictures:
+        write_or_warn(folder / f"{name}.png", draw, f"{name}.png was not drawn", console.warn)
+        pyplot.close("all")
