@@ -25,8 +25,7 @@ from parameters import MODEL_OPTIONS, ModelConfig
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.settings import field_names
 from utils_alg1.network import decoder as decoder_module
-from utils_alg1.network.decoder import Decoder, check_sampling, next_token
-from utils_alg1.network.kv_cache import KeyValueCache
+from utils_alg1.network.decoder import Decoder, KeyValueCache, check_sampling, next_token
 from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
 

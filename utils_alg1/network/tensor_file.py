@@ -25,24 +25,19 @@ WHERE_WEIGHTS_ARE = (
 )
 
 
-def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)  # a 0-dimensional tensor has no byte view
-    return flat.view(torch.uint8).numpy().data
-
-
 def _compact_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> str:
     """Compute the SHA-256 (hex) of the metadata and of every tensor's name, dtype, shape and bytes."""
+    import torch
+
     sha = hashlib.sha256(_compact_json(metadata).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted(tensors.items()):
         sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(_tensor_bytes(tensor))
+        flat = tensor.detach().cpu().contiguous().reshape(-1)  # a 0-dimensional tensor has no byte view
+        sha.update(flat.view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -60,21 +55,17 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """Read the metadata of a tensor file only; without the tensors, the SHA-256 is not verified.
+    """Read the metadata of a tensor file without its tensors, so that the SHA-256 is not verified.
 
-    Raises:
-        Alg1Error: the file cannot be read, or was not written by `write_tensors`.
+    Return {} if the file cannot be read, or was not written by `write_tensors`.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="numpy") as file:
-            metadata = json.loads(file.metadata()[METADATA_KEY])["metadata"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Alg1Error(f"{path}: no ALG1 metadata: {first_line(error)}", WHERE_WEIGHTS_ARE) from None
-    if not isinstance(metadata, dict):
-        raise Alg1Error(f"{path}: its metadata is not a JSON object", WHERE_WEIGHTS_ARE)
-    return metadata
+            return dict(json.loads(file.metadata()[METADATA_KEY])["metadata"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -102,21 +93,16 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
     except OSError as error:
         raise unreadable(path, error) from None
     if magic in (b"PK", b"\x80\x02"):
-        raise Alg1Error(
-            f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read",
-            "convert it to safetensors with the program that wrote it",
-        )
+        hint = "convert it to safetensors with the program that wrote it"
+        raise Alg1Error(f"{path}: a PyTorch pickle file (.pt), which could run code when it is read", hint)
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Types and messages vary between releases of safetensors.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Alg1Error(
-            f"{path}: not a whole safetensors file ({reason})",
-            "it may be truncated or of another format; use another file",
-        ) from None
+        hint = "it may be truncated or of another format; use another file"
+        raise Alg1Error(f"{path}: not a whole safetensors file ({first_line(error)})", hint) from None
     if METADATA_KEY not in header:
         return tensors, None
     try:

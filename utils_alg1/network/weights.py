@@ -24,41 +24,21 @@ OTHER_WEIGHTS = "use an export of ALG1, or weights with the names that README-AR
 PROJECTIONS = ("query", "key", "value")  # the order of their rows in the fused matrix
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightsInfo:
-    """What a weights file holds besides its tensors.
-
-    Attributes:
-        config: the sizes and options of the model.
-        vocabulary: the characters by token, or None if unknown.
-        provenance: where the weights come from (JSON values).
-    """
-
-    config: ModelConfig
-    vocabulary: list[str] | None
-    provenance: dict[str, Any]
-
-
 def weights_metadata(
     config: ModelConfig, vocabulary: list[str] | None, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """The metadata of an exported model, as JSON values."""
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "model": config.stored(),
-        "vocabulary": vocabulary,
-        "provenance": provenance,
-    }
+    """Return the metadata of an exported model, as JSON values."""
+    about = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": config.stored()}
+    return about | {"vocabulary": vocabulary, "provenance": provenance}
 
 
 def describe_weights(
     tensors: Mapping[str, Tensor],
-    metadata: dict[str, Any] | None,
+    metadata: Mapping[str, Any] | None,
     path: str | Path,
     vocabulary: Sequence[str] | None = None,
-) -> WeightsInfo:
-    """Read sizes, vocabulary and provenance of a weights file, and check that they agree with its tensors.
+) -> tuple[ModelConfig, list[str] | None, dict[str, Any]]:
+    """Read config, vocabulary and provenance of a weights file, and check that they agree with its tensors.
 
     Args:
         tensors, metadata: as `read_tensors` returns them.
@@ -71,39 +51,28 @@ def describe_weights(
     if metadata is not None and metadata.get("format") != FORMAT:
         raise Alg1Error(f"{path}: this is {metadata.get('format')!r}, not an exported model", OTHER_WEIGHTS)
     if metadata is not None and metadata.get("format_version") != FORMAT_VERSION:
-        raise Alg1Error(
-            f"{path}: format version {metadata.get('format_version')!r} is not known",
-            "use the release of ALG1 that wrote it",
-        )
+        version = metadata.get("format_version")
+        hint = "use the release of ALG1 that wrote it"
+        raise Alg1Error(f"{path}: format version {version!r} is not known", hint)
     metadata = metadata or {}
     model = metadata.get("model")
     stored = model if isinstance(model, dict) else {}
     config = config_from_shapes(tensors, path, stored)
     if model is not None and dataclasses.asdict(config) != MODEL_OPTIONS | stored:
         raise Alg1Error(f"{path}: its sizes and its tensors do not agree", OTHER_WEIGHTS)
-    characters = vocabulary if vocabulary is not None else metadata.get("vocabulary")
-    if characters is not None:
-        characters = list(characters)
-        _check_vocabulary(characters, config, path)
-    return WeightsInfo(config, characters, metadata.get("provenance") or {})
-
-
-def _check_vocabulary(characters: list[str], config: ModelConfig, path: str | Path) -> None:
-    """Check that a vocabulary is sorted, without duplicates, and as long as the model's vocab_size."""
-    if len(characters) != config.vocab_size:
+    characters = metadata.get("vocabulary") if vocabulary is None else list(vocabulary)
+    if characters is not None and (
+        characters != sorted(set(characters)) or len(characters) != config.vocab_size
+    ):
         raise Alg1Error(
-            f"{path}: the vocabulary has {len(characters)} characters,"
-            f" the weights are for {config.vocab_size}",
-            "name the vocabulary of the text that it was trained on",
+            f"{path}: its vocabulary must be {config.vocab_size} characters, sorted and each once",
+            "give the vocabulary of the text that it was trained on",
         )
-    if characters != sorted(set(characters)):
-        raise Alg1Error(
-            f"{path}: the vocabulary is not a sorted set of characters, token by token", OTHER_WEIGHTS
-        )
+    return config, characters, metadata.get("provenance") or {}
 
 
 def config_from_shapes(
-    tensors: Mapping[str, Tensor], path: str | Path, stored: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor], path: str | Path, stored: Mapping[str, Any]
 ) -> ModelConfig:
     """Read the sizes of a model from the names and shapes of its tensors on disk.
 
@@ -118,30 +87,24 @@ def config_from_shapes(
         found = (re.fullmatch(pattern, name) for name in tensors)
         return len({match[1] for match in found if match})
 
-    def table(kind: str) -> Tensor:
+    def table(kind: str) -> Sequence[int]:
         found = tensors.get(f"{kind}_embedding_table.weight")
-        if found is None or found.dim() != 2 or not found.numel():
-            raise Alg1Error(
-                f"{path}: there is no model of this kind in it (no embedding tables)", OTHER_WEIGHTS
-            )
-        return found
+        if found is None or found.dim() != 2:
+            message = "there is no model of this kind in it (no embedding tables)"
+            raise Alg1Error(f"{path}: {message}", OTHER_WEIGHTS)
+        return found.shape
 
-    stored = stored or {}
-    token_table = table("token")
-    if stored.get("positions") == "rotary":
-        block_size: Any = stored.get("block_size")
-    else:
-        block_size = table("position").shape[0]
+    vocab_size, n_embd = table("token")
+    rotary = stored.get("positions") == "rotary"
     config = ModelConfig(
-        n_embd=token_table.shape[1],
+        n_embd=n_embd,
         n_head=count(r"blocks\.0\.sa\.heads\.(\d+)\.key\.weight"),
         n_layer=count(r"blocks\.(\d+)\.ln1\.weight"),
-        block_size=block_size,
-        vocab_size=token_table.shape[0],
+        block_size=stored.get("block_size") if rotary else table("position")[0],  # type: ignore[arg-type]
+        vocab_size=vocab_size,
         **{name: stored[name] for name in ("dropout", *MODEL_OPTIONS) if name in stored},
     )
-    problems = config.problems()
-    if problems:
+    if problems := config.problems():
         raise Alg1Error(f"{path}: its tensors make no model: {problems[0].text}", OTHER_WEIGHTS)
     return config
 
@@ -174,24 +137,22 @@ def join_heads(
         Alg1Error: a tensor is missing, unknown, of the wrong shape, or not of a floating-point type.
     """
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".tril")}
-    expected = {name: tuple(tensor.shape) for name, tensor in split_heads(state, config).items()}
-    missing = [name for name in expected if name not in tensors]
-    unknown = [name for name in tensors if name not in expected]
-    if missing or unknown:
-        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown"
-        raise Alg1Error(f"{path}: not the weights of this model: {what}", OTHER_WEIGHTS)
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            actual = tuple(tensors[name].shape)
-            raise Alg1Error(f"{path}: {name} has the shape {actual}, not {shape}", OTHER_WEIGHTS)
-        if not tensors[name].is_floating_point():
-            what = f"{name} holds {tensors[name].dtype}, not floating numbers"
-            raise Alg1Error(f"{path}: {what}", OTHER_WEIGHTS)
+    expected = split_heads(state, config)
+    for name in (*expected, *tensors):
+        if name not in tensors:
+            problem = f"{name} is missing"
+        elif name not in expected:
+            problem = f"{name} is unknown"
+        elif tensors[name].shape != expected[name].shape:
+            problem = f"{name} has the shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
+        elif not tensors[name].is_floating_point():
+            problem = f"{name} holds {tensors[name].dtype}, not floating numbers"
+        else:
+            continue
+        raise Alg1Error(f"{path}: not the weights of this model: {problem}", OTHER_WEIGHTS)
     joined = {name: tensor for name, tensor in tensors.items() if ".sa.heads." not in name}
     for layer in range(config.n_layer):
-        prefix = f"blocks.{layer}.sa."
-        rows = [
-            tensors[f"{prefix}heads.{h}.{part}.weight"] for part in PROJECTIONS for h in range(config.n_head)
-        ]
+        prefix, heads = f"blocks.{layer}.sa.", range(config.n_head)
+        rows = [tensors[f"{prefix}heads.{h}.{part}.weight"] for part in PROJECTIONS for h in heads]
         joined[f"{prefix}qkv.weight"] = torch.cat(rows)
     return joined

@@ -90,10 +90,7 @@ def check_output(output: str | None) -> None:
 
 def is_export(path: Path) -> bool:
     """Return whether a file, even a damaged one, contains weights exported by this program."""
-    try:
-        return read_metadata(path).get("format") == FORMAT
-    except Alg1Error:
-        return False
+    return read_metadata(path).get("format") == FORMAT
 
 
 def export_weights(
