@@ -43,39 +43,24 @@ zero_init = ModelConfig.zero_init
 class Head:
     """One head of a `MultiHeadAttention`, computed as in the textbook.
 
-    It has no parameters of its own: its weights are rows of the fused matrix. It gives the attention weights
-    that plots need, and the reference result for tests of the fused form.
+    It gives the attention weights that plots need, and the reference result for tests of the fused form.
+
+    Attributes:
+        query, key, value: its matrices, (S, C) each: views of the fused matrix.
     """
 
     def __init__(self, attention: MultiHeadAttention, index: int):
-        self.attention = attention
-        self.index = index
-
-    def _rows(self, which: int) -> Tensor:
-        """The query (0), key (1) or value (2) matrix of this head: (S, C)."""
-        S, C = self.attention.head_size, self.attention.n_embd
-        start = which * C + self.index * S
-        return self.attention.qkv.weight[start : start + S]
-
-    @property
-    def query(self) -> Tensor:
-        return self._rows(0)
-
-    @property
-    def key(self) -> Tensor:
-        return self._rows(1)
-
-    @property
-    def value(self) -> Tensor:
-        return self._rows(2)
+        self.config = attention.config
+        matrices = attention.qkv.weight.view(3, self.config.n_head, self.config.head_size, self.config.n_embd)
+        self.query, self.key, self.value = matrices[:, index]
 
     def weights(self, x: Tensor) -> Tensor:
         """Compute the attention weights (B, T, T) of x (B, T, C); row t weighs the characters 0 to t."""
-        config, T = self.attention.config, x.shape[1]
-        cos_sin = rotary_cos_sin(config, 0, T, x.device)
-        q = apply_qk_norm_and_rotary(F.linear(x, self.query), config.qk_norm, cos_sin)  # (B, T, S)
-        k = apply_qk_norm_and_rotary(F.linear(x, self.key), config.qk_norm, cos_sin)  # (B, T, S)
-        scores = q @ k.transpose(-2, -1) * self.attention.head_size**-0.5  # (B, T, T)
+        T, qk_norm = x.shape[1], self.config.qk_norm
+        cos_sin = rotary_cos_sin(self.config, 0, T, x.device)
+        q = apply_qk_norm_and_rotary(F.linear(x, self.query), qk_norm, cos_sin)  # (B, T, S)
+        k = apply_qk_norm_and_rotary(F.linear(x, self.key), qk_norm, cos_sin)  # (B, T, S)
+        scores = q @ k.mT * self.config.head_size**-0.5  # (B, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
 
@@ -90,26 +75,23 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.n_embd, self.n_head, self.head_size = config.n_embd, config.n_head, config.head_size
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     @property
     def heads(self) -> list[Head]:
-        return [Head(self, index) for index in range(self.n_head)]
+        return [Head(self, index) for index in range(self.config.n_head)]
 
     def forward(
         self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0, cos_sin: Tensor | None = None
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C). With a cache, x continues the characters in it.
+        """(B, T, C) -> (B, T, C). With a cache, x continues the characters in it; `layer` is the index there.
 
-        Args:
-            layer: the index of this block in the cache.
-            cos_sin: see `rotary_cos_sin`, of the positions of x.
+        cos_sin: `rotary_cos_sin` of the positions of x.
         """
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size)
+        qkv = self.qkv(x).view(B, T, 3, self.config.n_head, self.config.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, S) each
         q = apply_qk_norm_and_rotary(q, self.config.qk_norm, cos_sin)
         k = apply_qk_norm_and_rotary(k, self.config.qk_norm, cos_sin)
@@ -128,12 +110,8 @@ class FeedFoward(nn.Module):
 
     def __init__(self, n_embd: int, dropout: float):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(n_embd, 4 * n_embd),
-            nn.ReLU(),
-            nn.Linear(4 * n_embd, n_embd),
-            nn.Dropout(dropout),
-        )
+        up, down = nn.Linear(n_embd, 4 * n_embd), nn.Linear(4 * n_embd, n_embd)
+        self.net = nn.Sequential(up, nn.ReLU(), down, nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -239,10 +217,7 @@ class BigramLanguageModel(nn.Module):
         generator: torch.Generator | None = None,
         stop: Sequence[int] | None = None,
     ) -> Tensor:
-        """Continue each row of idx: (B, T) -> (B, T + max_new_tokens), or fewer if `stop` ends it.
-
-        See `generate_stream` for the arguments.
-        """
+        """Continue each row of idx: (B, T) -> (B, T + n). See `generate_stream` for the arguments."""
         tokens = list(self.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, generator, stop))
         return torch.cat([idx, torch.stack(tokens, dim=1)], dim=1) if tokens else idx.clone()
 
@@ -340,14 +315,14 @@ class BigramLanguageModel(nn.Module):
         vocabulary: Sequence[str] | None = None,
     ) -> BigramLanguageModel:
         """`load_safetensors` with the result of `read_tensors`; path is for error messages."""
-        about = describe_weights(tensors, metadata, path, vocabulary)
+        config, characters, provenance = describe_weights(tensors, metadata, path, vocabulary)
         with torch.device("meta"):
-            expected = BigramLanguageModel(about.config).state_dict()
-        state = join_heads(tensors, expected, about.config, path)
-        self._build(about.config)
+            expected = BigramLanguageModel(config).state_dict()
+        state = join_heads(tensors, expected, config, path)
+        self._build(config)
         self.load_state_dict(state)
         self.train(self.training)  # the new modules are in training mode, whatever the old ones were in
-        self.vocabulary, self.provenance = about.vocabulary, about.provenance
+        self.vocabulary, self.provenance = characters, provenance
         return self
 
 

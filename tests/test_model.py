@@ -280,7 +280,7 @@ def test_a_model_without_a_config_reads_the_globals_of_its_module(module_globals
 
     assert model.config == config
     assert model(torch.zeros(2, 5, dtype=torch.int64))[0].shape == (2, 5, 30)
-    assert len(model.blocks) == 2 and model.blocks[0].sa.n_head == 3
+    assert len(model.blocks) == 2 and len(model.blocks[0].sa.heads) == 3
 
 
 def test_the_globals_can_be_set_one_by_one(module_globals):
