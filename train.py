@@ -77,16 +77,16 @@ def build_trainer(job: Job, console: Console) -> Trainer:
     with memory_guard(job.params), runtime.dist.connection_guard():
         seed_initial_weights(job.params.train.seed)
         model = BigramLanguageModel(config)
-        if job.start.initial:
-            model.load_state_dict(job.start.initial.state_dict())
+        if job.initial:
+            model.load_state_dict(job.initial.state_dict())
         model.vocabulary = corpus.tokenizer.vocabulary
         model.to(runtime.device)
         trainer = Trainer(
             model, create_backward(model, runtime, console.say), data, job.params.train, runtime
         )
         trainer.warm_up_ddp()
-        if job.start.checkpoint:
-            job.start.checkpoint.load_trainer(trainer)
+        if job.checkpoint:
+            job.checkpoint.load_trainer(trainer)
     return trainer
 
 

@@ -126,14 +126,13 @@ def build_trainer(text: Path, **values: Any) -> Any:
     import train
     from utils_alg1.data.corpus import open_corpus
     from utils_alg1.run.job import Job
-    from utils_alg1.run.start import Start
     from utils_alg1.training.runtime import start_runtime
     from utils_alg1.utils_output import Console
 
     params = parameters(text, **values)
     corpus = open_corpus(text)
     runtime = start_runtime(params.train, params.flops_per_step())
-    job = Job(params, Start(), text, corpus.sha256, corpus, runtime)
+    job = Job(params, text, corpus.sha256, corpus, runtime)
     return train.build_trainer(job, Console(quiet=True))
 
 

@@ -1,4 +1,7 @@
-"""The job of a run: parameters, text, device and starting point, all checked before anything is created."""
+"""The job of a run: parameters, text, device and starting point, all checked before anything is created.
+
+PyTorch is imported after the parameters are checked, or to read what --resume or --init-from names.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from parameters import Parameters
 from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.problems import raise_problems
 from utils_alg1.console.command_line import Options
 from utils_alg1.console.script import importing
-from utils_alg1.run.start import Start, find_start
 from utils_alg1.utils_config_loader import ConfigLoader
 from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
+    from model import BigramLanguageModel
     from utils_alg1.data.corpus import Corpus
+    from utils_alg1.run_directory import RunDirectory
+    from utils_alg1.training.checkpoint import Checkpoint
     from utils_alg1.training.distributed import Distributed
     from utils_alg1.training.runtime import Runtime
+
+NANOGPT_HINTS = {  # values of nanoGPT's --init_from
+    "resume": "to continue a run: --resume latest",
+    "scratch": "leave --init-from out: a run starts from scratch",
+}
 
 
 @dataclass
@@ -27,27 +38,29 @@ class Job:
     """What to train. The main process prepares the job and broadcasts it to the others.
 
     Attributes:
-        start: what the run starts from.
         text_path, text_sha256: the text, and the SHA-256 of its bytes.
         corpus, runtime: the text's tokens and the device; each process has its own (see `open_local`).
+        run, checkpoint: what --resume names; the directory, locked, in the main process only.
+        initial: the model that --init-from names.
         config_files: the configuration files that were read, with their bytes; in the main process only.
         serve_tensorboard: whether to serve TensorBoard meanwhile; in the main process only.
     """
 
     params: Parameters
-    start: Start
     text_path: Path
     text_sha256: str
     corpus: Corpus
     runtime: Runtime
+    run: RunDirectory | None = None
+    checkpoint: Checkpoint | None = None
+    initial: BigramLanguageModel | None = None
     config_files: dict[Path, bytes] = field(default_factory=dict)
     serve_tensorboard: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """The state that is broadcast: without what belongs to this process, or to the main process alone."""
-        start = dataclasses.replace(self.start, run=None)
-        shared = {"params": self.params, "start": start}
-        return shared | {"text_path": self.text_path, "text_sha256": self.text_sha256}
+        own = ("corpus", "runtime", "run", "config_files", "serve_tensorboard")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def open_local(self, dist: Distributed, console: Console) -> None:
         """Open `corpus` and `runtime` in this process, unless it is the main process, which has them.
@@ -60,7 +73,7 @@ class Job:
         from utils_alg1.data.corpus import open_corpus
         from utils_alg1.data.sources import find_corpus
 
-        self.runtime = _start_runtime(self.params, self.start, dist)
+        self.runtime = _start_runtime(self.params, self.checkpoint, dist)
         path = self.text_path
         if not path.exists():  # on another machine
             path = find_corpus(self.params.data.data_path, console.say)
@@ -76,56 +89,74 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
         Alg1Error: a parameter, a file, the device or the text is wrong; nothing has been created.
     """
     sources = ConfigLoader(options)
-    start = find_start(options, sources, console)
     with contextlib.ExitStack() as after_failure:
-        if start.run is not None:
-            after_failure.enter_context(start.run)
-        params = sources.resolve(start.parameters, start.sizes)
+        run, checkpoint, initial = start = _read_start(options, sources, console)
+        if run is not None:
+            after_failure.enter_context(run)  # which releases its lock
+        sizes = _sizes(initial)
+        params = sources.resolve(checkpoint.parameters if checkpoint else None, sizes)
         if options.print_config:
             console.configuration(params)
             return None
-        job = _check(params, start, sources.files, options.serve_tensorboard, dist, console)
+        with importing():
+            from utils_alg1.data.corpus import check_block_size, scan_corpus, text_warning
+            from utils_alg1.report.results import check_output
+            from utils_alg1.training import resume
+            from utils_alg1.training.runtime import check_memory
+
+        check_output(params.train.output)
+        runtime = _start_runtime(params, checkpoint, dist)
+        path = resume.find_text(params.data.data_path, checkpoint is not None, console.say)
+        text = scan_corpus(path)
+        split = params.data.train_split, params.data.val_split
+        check_block_size(path, text.n_characters, params.model.block_size, *split)
+        params.model.check_vocab_size(text.tokenizer.vocab_size)
+        check_memory(params, text.tokenizer.vocab_size, runtime.device)
+        if checkpoint is not None:
+            resume.check_resumable(checkpoint, params, text.sha256, dist.world_size)
+        if initial is not None:
+            resume.check_initial(initial, str(options.init_from), params.model, sizes or {}, text.tokenizer)
+        corpus = text.tokenize()
+        if warning := text_warning(path, text.tokenizer):
+            console.warn(warning)
         after_failure.pop_all()
-    return job
+    return Job(params, path, corpus.sha256, corpus, runtime, *start, sources.files, options.serve_tensorboard)
 
 
-def _check(
-    params: Parameters,
-    start: Start,
-    config_files: dict[Path, bytes],
-    serve_tensorboard: bool,
-    dist: Distributed,
-    console: Console,
-) -> Job:
-    """Check parameters against --output, the device, the text and what the run starts from."""
+def _read_start(
+    options: Options, sources: ConfigLoader, console: Console
+) -> tuple[RunDirectory | None, Checkpoint | None, BigramLanguageModel | None]:
+    """Read what --resume (the locked run, and its checkpoint) or --init-from (a model) names.
+
+    Raises:
+        Alg1Error: a parameter is wrong by itself; or the run or file is not there, in use, damaged, or has no
+            checkpoint.
+    """
+    if options.resume is None and options.init_from is None:
+        return None, None, None
+    # Nothing is known of the run yet, but wrong words should not have to wait until its checkpoint is read.
+    raise_problems(sources.merge(resumed={} if options.resume is not None else None)[1])
     with importing():
-        from utils_alg1.data.corpus import check_block_size, scan_corpus, text_warning
-        from utils_alg1.report.results import check_output
-        from utils_alg1.training import resume
-        from utils_alg1.training.runtime import check_memory
+        from utils_alg1.training.resume import load_model_file, reopen_run
 
-    check_output(params.train.output)
-    runtime = _start_runtime(params, start, dist)
-    path = resume.find_text(params.data.data_path, start.checkpoint is not None, console.say)
-
-    text = scan_corpus(path)
-    split = params.data.train_split, params.data.val_split
-    check_block_size(path, text.n_characters, params.model.block_size, *split)
-    params.model.check_vocab_size(text.tokenizer.vocab_size)
-    check_memory(params, text.tokenizer.vocab_size, runtime.device)
-    if start.checkpoint is not None:
-        resume.check_resumable(start.checkpoint, params, text.sha256, dist.world_size)
-    if start.initial is not None:
-        resume.check_initial(
-            start.initial, start.initial_path, params.model, start.sizes or {}, text.tokenizer
-        )
-    corpus = text.tokenize()
-    if warning := text_warning(path, text.tokenizer):
-        console.warn(warning)
-    return Job(params, start, path, corpus.sha256, corpus, runtime, config_files, serve_tensorboard)
+    if options.resume is not None:
+        return *reopen_run(sources.runs_dir, options.resume, console), None
+    init_from = str(options.init_from)
+    if init_from in NANOGPT_HINTS and not Path(init_from).exists():
+        raise Alg1Error(f"--init-from {init_from}: must be a file of weights", NANOGPT_HINTS[init_from])
+    return None, None, load_model_file(Path(init_from))
 
 
-def _start_runtime(params: Parameters, start: Start, dist: Distributed) -> Runtime:
+def _sizes(initial: BigramLanguageModel | None) -> dict[str, Any] | None:
+    """The parameters of the initial model that its weights depend on."""
+    if initial is None:
+        return None
+    free = ("dropout", "vocab_size", "zero_init")
+    return {name: value for name, value in dataclasses.asdict(initial.config).items() if name not in free}
+
+
+def _start_runtime(params: Parameters, checkpoint: Checkpoint | None, dist: Distributed) -> Runtime:
     from utils_alg1.training.runtime import start_runtime
 
-    return start_runtime(params.train, params.flops_per_step(), dist, start.compiled_before)
+    compiled_before = checkpoint.metadata.get("compiled") if checkpoint else None
+    return start_runtime(params.train, params.flops_per_step(), dist, compiled_before)

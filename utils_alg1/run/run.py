@@ -134,7 +134,7 @@ class MainRun(Run):
         job, params, console = self.job, self.job.params, self.console
         with contextlib.ExitStack() as stack:
             # 3. Run id, and 4. run directory; a resumed run has both.
-            run = job.start.run or create_run(params.train.runs_dir, params.train.run_tag)
+            run = job.run or create_run(params.train.runs_dir, params.train.run_tag)
             self.directory = stack.enter_context(run)
             console.log_to(run.log_path)
 
@@ -143,7 +143,7 @@ class MainRun(Run):
 
             # 6. Aim, and 7. TensorBoard: both start in the background.
             state = None
-            if checkpoint := job.start.checkpoint:
+            if checkpoint := job.checkpoint:
                 state = checkpoint.metadata["trackers"]
                 quarantine_newer(checkpoint, console.say)
                 cut_metrics(run.metrics_path, checkpoint.progress.step, console.warn)
@@ -166,7 +166,7 @@ class MainRun(Run):
         """
         params, progress = self.job.params, trainer.progress
         self.console.block(summary.describe_start(self.directory, params, self.job.corpus, trainer))
-        newest_step = progress.step if self.job.start.checkpoint else None
+        newest_step = progress.step if self.job.checkpoint else None
         self.store = CheckpointStore(
             self.directory.checkpoint_dir, params.train.keep_checkpoints, newest_step
         )
