@@ -111,7 +111,7 @@ def finish(run: Run) -> int:
     """Write the results and print what to do next. Return the exit code."""
     if run.stopped_early:
         run.print_resume_command()
-        return run.exit_code
+        return 128 + run.stop_signal
     # 12. Export and results.
     run.export()
     # 13. Clean up: trackers, server, lock.

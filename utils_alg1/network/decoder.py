@@ -51,8 +51,8 @@ class KeyValueCache:
 class Decoder:
     """Computes a model's logits character by character, with a key/value cache of its own.
 
-    For a single character, calling modules costs more than the arithmetic. So the weights are taken out of the
-    modules once, as views: they follow the model when an optimizer updates it in place.
+    For a single character, calling modules costs more than the arithmetic. So the weights are taken out of
+    the modules once, as views: they follow the model when an optimizer updates it in place.
 
     Args:
         model: a BigramLanguageModel.

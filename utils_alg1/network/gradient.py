@@ -162,7 +162,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Callable[[
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """`flash_attention` by matrix products: faster where T is small and the compiler fuses what is between."""
+    """`flash_attention` by matrix products: faster if T is small and the compiler fuses what is between."""
     T, scale = q.shape[-2], q.shape[-1] ** -0.5
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     weights = ((q @ k.mT) * scale).masked_fill(future, float("-inf")).softmax(-1)  # (B, H, T, T)

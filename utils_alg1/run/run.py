@@ -16,7 +16,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-from utils_alg1.base.errors import DONE, Alg1Error
+from utils_alg1.base.errors import Alg1Error
 from utils_alg1.console.signals import StopSignals
 from utils_alg1.report import page, results, summary
 from utils_alg1.run.job import Job
@@ -38,15 +38,15 @@ class Run:
 
     Attributes:
         trainer: the trainer, set by `training`.
-        stop_signal: the signal that the processes have agreed to stop at, or None.
+        stop_signal: the signal that the processes have agreed to stop at, or 0.
     """
 
     trainer: Trainer
 
     def __init__(self, job: Job, dist: Distributed):
         self.job, self.dist = job, dist
-        self.stop_signal: int | None = None
-        self._signals = StopSignals(self._stop_notice)
+        self.stop_signal = 0
+        self._signals = StopSignals()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
@@ -72,15 +72,11 @@ class Run:
         with memory_guard(self.job.params), self.dist.connection_guard():
             yield
 
-    def _stop_notice(self) -> str:
-        return "stopping after this step"
-
     def stop_requested(self) -> bool:
         """Return whether any process was asked to stop: all get the same answer from the same call."""
         own = signal.SIGTERM if self.dist.launcher_died else self._signals.received
-        agreed = self.dist.all_reduce_max(own or 0)
-        self.stop_signal = agreed or None
-        return self.stop_signal is not None
+        self.stop_signal = self.dist.all_reduce_max(own or 0)
+        return self.stop_signal > 0
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
         """Print and track an evaluation."""
@@ -97,7 +93,7 @@ class Run:
     @property
     def stopped_early(self) -> bool:
         """Whether a signal ended the training before max_iters."""
-        return self.stop_signal is not None and self.trainer.step < self.job.params.train.max_iters
+        return self.stop_signal > 0 and self.trainer.step < self.job.params.train.max_iters
 
     def print_resume_command(self) -> None:
         """Print how to continue a run that stopped early."""
@@ -107,11 +103,6 @@ class Run:
 
     def print_summary(self) -> None:
         """Print what was reached, and what to type next."""
-
-    @property
-    def exit_code(self) -> int:
-        """The exit code of a run that stopped early."""
-        return DONE if self.stop_signal is None else 128 + self.stop_signal
 
 
 class MainRun(Run):
@@ -126,8 +117,8 @@ class MainRun(Run):
     def __init__(self, job: Job, dist: Distributed, console: Console):
         super().__init__(job, dist)
         self.console = console
-        self._signals = StopSignals(self._stop_notice, console.interrupted, self._before_exit)
-        self._loop_done = False
+        self._stop_notice = "stopping after this step"
+        self._signals = StopSignals(lambda: self._stop_notice, console.interrupted, self._before_exit)
         self._server: TensorBoardServer | None = None
 
     def __enter__(self) -> MainRun:
@@ -179,10 +170,7 @@ class MainRun(Run):
                 self.store.wait()
         except Alg1Error as error:
             raise summary.add_resume_hint(error, self.store.newest, self.directory, self.dist) from error
-        self._loop_done = True
-
-    def _stop_notice(self) -> str:
-        return "finishing the results" if self._loop_done else super()._stop_notice()
+        self._stop_notice = "finishing the results"
 
     def _before_exit(self) -> None:
         """On a second signal: restore the terminal, end the server, print how to continue."""
