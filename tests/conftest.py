@@ -7,7 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> faults.Reference:
     with contextlib.chdir(faults.new_folder(tmp_path_factory.mktemp("warm"), "up")):
         assert faults.train_here(faults.ARGUMENTS) == 0
     return faults.Reference(faults.new_folder(tmp_path_factory.mktemp("reference"), "run"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small models are slower on several threads, much slower where the cores are busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass

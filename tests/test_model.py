@@ -28,6 +28,7 @@ from utils_alg1.network import decoder as decoder_module
 from utils_alg1.network.decoder import Decoder, KeyValueCache, check_sampling, next_token
 from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
+from utils_alg1.network.weights import split_heads
 
 SIZES = [
     {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8, "vocab_size": 11},
@@ -46,13 +47,7 @@ OPTIONS = [
 VOCABULARY = sorted("\n !abcdefgé")  # as many as SMALL's vocab_size
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower on several threads, much slower where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed: int = 0, spread: float = 0.3, **sizes) -> BigramLanguageModel:
@@ -163,14 +158,9 @@ def test_logits_and_loss_equal_the_plain_computation_from_the_file(tmp_path, siz
         assert logits.shape == (3, T, sizes["vocab_size"]) and logits.dtype == torch.float32
         assert (logits - plain).abs().max() < 1e-5
         likelihoods = plain.softmax(-1).gather(2, targets[:, :, None])
-        assert loss.shape == ()
+        assert loss.shape == () and model(idx)[1] is None
         assert loss.item() == pytest.approx(-likelihoods.log().mean().item(), abs=1e-5)
         assert torch.equal(loss, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1)))
-
-
-def test_without_targets_there_is_no_loss():
-    model = build()
-    assert model(random_tokens(model, 2, 4))[1] is None
 
 
 @pytest.mark.parametrize("sizes", SIZES[:3] + OPTIONS)
@@ -181,16 +171,12 @@ def test_each_head_equals_its_slice_of_the_fused_result(sizes):
     joined = torch.cat([head(x) for head in attention.heads], dim=-1)
 
     assert len(attention.heads) == sizes["n_head"]
+    tensors = split_heads(model.state_dict(), model.config)
+    assert torch.equal(
+        attention.heads[-1].key, tensors[f"blocks.0.sa.heads.{sizes['n_head'] - 1}.key.weight"]
+    )
     cos_sin = rotary_cos_sin(model.config, 0, sizes["block_size"], x.device)
     assert torch.allclose(attention.proj(joined), attention(x, cos_sin=cos_sin), atol=1e-5)
-
-
-def test_the_weights_of_a_head_are_its_tensors_in_the_file(exported):
-    model, path = exported
-    tensors = load_file(path)
-    for h, head in enumerate(model.blocks[0].sa.heads):
-        for part in ("query", "key", "value"):
-            assert torch.equal(getattr(head, part), tensors[f"blocks.0.sa.heads.{h}.{part}.weight"])
 
 
 def test_attention_weights_sum_to_one_and_see_nothing_of_the_future():
@@ -205,17 +191,22 @@ def test_attention_weights_sum_to_one_and_see_nothing_of_the_future():
         assert (weights.tril() > 0).any(-1).all()
 
 
-@pytest.mark.parametrize("changed", range(1, 8))
-def test_a_later_character_never_changes_earlier_logits(changed):
+def test_a_later_character_never_changes_earlier_logits():
     model = build()
     idx = random_tokens(model, 2, 8)
-    other = idx.clone()
-    other[:, changed] = (other[:, changed] + 1) % model.config.vocab_size
+    for changed in range(1, 8):
+        other = idx.clone()
+        other[:, changed] = (other[:, changed] + 1) % model.config.vocab_size
 
-    before, after = model(idx)[0], model(other)[0]
+        before, after = model(idx)[0], model(other)[0]
 
-    assert torch.equal(before[:, :changed], after[:, :changed])
-    assert not torch.allclose(before[:, changed:], after[:, changed:])
+        assert torch.equal(before[:, :changed], after[:, :changed])
+        assert not torch.allclose(before[:, changed:], after[:, changed:])
+
+
+def test_a_model_that_cannot_be_is_refused():
+    with pytest.raises(Alg1Error, match="n_embd = 10 must be divisible by n_head = 3"):
+        BigramLanguageModel(ModelConfig(**(SMALL | {"n_embd": 10, "n_head": 3})))
 
 
 def test_the_reference_model_has_its_number_of_parameters():
@@ -249,20 +240,6 @@ def test_dropout_follows_attention_and_feed_forward(dropped):
     assert build(dropout=0.5).blocks[0].get_submodule(dropped).p == 0.5
 
 
-@pytest.mark.parametrize(
-    ("sizes", "problem"),
-    [
-        ({"n_embd": 10, "n_head": 3}, "n_embd = 10 must be divisible by n_head = 3 (n_embd = 9 is)"),
-        ({"vocab_size": None}, "vocab_size is missing"),
-        ({"dropout": 1.0}, "dropout = 1.0 must be below 1"),
-    ],
-)
-def test_a_model_that_cannot_be_is_refused(sizes, problem):
-    with pytest.raises(Alg1Error) as raised:
-        BigramLanguageModel(ModelConfig(**(SMALL | sizes)))
-    assert raised.value.message == problem
-
-
 # --- without a config ---------------------------------------------------------------------------------
 
 
@@ -281,14 +258,6 @@ def test_a_model_without_a_config_reads_the_globals_of_its_module(module_globals
     assert model.config == config
     assert model(torch.zeros(2, 5, dtype=torch.int64))[0].shape == (2, 5, 30)
     assert len(model.blocks) == 2 and len(model.blocks[0].sa.heads) == 3
-
-
-def test_the_globals_can_be_set_one_by_one(module_globals):
-    model_module.vocab_size, model_module.n_layer = 7, 2
-
-    model = BigramLanguageModel()
-
-    assert model.config == ModelConfig(vocab_size=7, n_layer=2)
 
 
 # --- generation ---------------------------------------------------------------------------------------
@@ -313,21 +282,6 @@ def likeliest(logits):
     return logits.argmax(-1)
 
 
-@pytest.mark.parametrize("sizes", SIZES[:4] + OPTIONS)
-@pytest.mark.parametrize("B", [1, 3])
-@torch.no_grad()
-def test_the_cache_gives_the_tokens_of_full_recomputation(sizes, B):
-    model = build(spread=0.5, **sizes)
-    size = sizes["block_size"]
-    for T in range(1, size + 1):
-        idx = random_tokens(model, B, T, seed=T)
-        expected = idx
-        for _ in range(size - T):
-            expected = torch.cat([expected, model(expected)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
-        for total in range(T, size + 1):
-            assert torch.equal(model.generate(idx, total - T, temperature=0), expected[:, :total])
-
-
 @pytest.mark.parametrize("sizes", [SIZES[1], *OPTIONS])
 @torch.no_grad()
 def test_the_cache_gives_the_logits_of_full_recomputation(sizes):
@@ -346,34 +300,15 @@ def test_the_cache_gives_the_logits_of_full_recomputation(sizes):
 
 @pytest.mark.parametrize("sizes", SIZES + OPTIONS)
 @torch.no_grad()
-def test_past_block_size_the_older_half_of_the_context_is_dropped(sizes):
+def test_the_tokens_are_those_of_recomputation_and_past_block_size_the_older_half_is_dropped(sizes):
     model = build(spread=0.5, **sizes)
     size = sizes["block_size"]
     for T in {1, max(1, size - 1), size, size + 1, 2 * size + 3}:
-        idx = random_tokens(model, 2, T)
+        idx = random_tokens(model, 1 + T % 3, T)
 
         continued = model.generate(idx, 3 * size + 2, temperature=0)
 
         assert torch.equal(continued, recomputed(model, idx, 3 * size + 2, likeliest))
-
-
-@pytest.mark.parametrize(
-    ("size", "lengths"), [(1, [1, 1, 1]), (2, [2, 1, 2, 1, 2]), (8, [*range(3, 9), 4, 5])]
-)
-def test_how_much_context_each_character_is_drawn_from(monkeypatch, size, lengths):
-    model = build(block_size=size)
-    seen = []
-    logits = Decoder.logits
-
-    def record(decoder, idx):
-        result = logits(decoder, idx)
-        seen.append(decoder.cache.length)
-        return result
-
-    monkeypatch.setattr(Decoder, "logits", record)
-    model.generate(random_tokens(model, 1, lengths[0]), len(lengths))
-
-    assert seen == lengths
 
 
 def prefixed(model: BigramLanguageModel, B: int, read: int) -> tuple[Decoder, torch.Tensor]:
@@ -384,8 +319,8 @@ def prefixed(model: BigramLanguageModel, B: int, read: int) -> tuple[Decoder, to
     return decoder, idx
 
 
-@pytest.mark.parametrize("sizes", SIZES[:5] + OPTIONS)
-@pytest.mark.parametrize("B", [1, 2, 5])
+@pytest.mark.parametrize("sizes", SIZES[:3] + OPTIONS)
+@pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11), (torch.bfloat16, 0.1)]
 )
@@ -511,15 +446,6 @@ def test_generation_leaves_the_number_of_threads_as_it_was(monkeypatch, failing)
     assert set(counts) == {1}
 
 
-def test_only_the_last_block_size_characters_of_a_prompt_count():
-    model = build(spread=0.5)
-    idx = random_tokens(model, 1, 20)
-
-    assert torch.equal(
-        model.generate(idx, 9, temperature=0)[:, 20:], model.generate(idx[:, 12:], 9, temperature=0)[:, 8:]
-    )
-
-
 def test_the_stream_yields_what_generate_returns():
     model = build()
     idx = random_tokens(model, 3, 2)
@@ -530,11 +456,6 @@ def test_the_stream_yields_what_generate_returns():
 
     assert all(token.shape == (3,) and token.dtype == torch.int64 for token in tokens)
     assert torch.equal(torch.cat([idx, torch.stack(tokens, dim=1)], dim=1), whole)
-
-
-def test_nothing_more_is_the_prompt():
-    model = build()
-    idx = random_tokens(model, 2, 3)
     assert torch.equal(model.generate(idx, 0), idx)
 
 
@@ -612,17 +533,12 @@ def test_from_logits_that_are_not_finite_nothing_is_drawn(value, temperature):
         next_token(logits, temperature)
 
 
-def test_temperature_zero_takes_the_likeliest_of_each_row():
-    logits = torch.tensor([LOGITS, LOGITS[::-1]])
-    assert next_token(logits, 0.0).tolist() == [1, 4]
-
-
-def test_rows_are_drawn_by_their_own_logits():
+@pytest.mark.parametrize("arguments", [{"temperature": 0}, {"top_p": 0.5}, {"top_k": 1}])
+def test_rows_are_drawn_by_their_own_logits(arguments):
     logits = torch.full((4, 6), -100.0)
     logits[range(4), [3, 0, 5, 2]] = 0.0
 
-    assert next_token(logits, top_p=0.5).tolist() == [3, 0, 5, 2]
-    assert next_token(logits, top_k=1).tolist() == [3, 0, 5, 2]
+    assert next_token(logits, **arguments).tolist() == [3, 0, 5, 2]
 
 
 def test_the_generator_alone_decides_the_text():
@@ -672,18 +588,12 @@ def test_generation_is_without_dropout_and_leaves_the_mode_as_it_was(training):
 
     texts = {tuple(model.generate(idx, 12, temperature=0)[0].tolist()) for _ in range(5)}
 
-    assert len(texts) == 1
-    assert all(module.training == training for module in model.modules())
-
-
-def test_an_abandoned_stream_leaves_the_mode_as_it_was():
-    model = build().train()
-    stream = model.generate_stream(random_tokens(model, 1, 3), 12)
+    stream = model.generate_stream(idx, 12)
     next(stream)
-
     stream.close()
 
-    assert all(module.training for module in model.modules())
+    assert len(texts) == 1
+    assert all(module.training == training for module in model.modules())
 
 
 def test_generation_keeps_no_graph_and_leaves_gradients_on(monkeypatch):
@@ -716,11 +626,8 @@ def test_sampling_arguments_out_of_range_are_refused(arguments, message):
     assert str(raised.value) == message
     with pytest.raises(ValueError):
         model.generate(random_tokens(model, 1, 1), 1, *arguments)
-
-
-def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="idx must hold at least one token"):
-        build().generate(torch.zeros(1, 0, dtype=torch.int64), 1)
+        model.generate(torch.zeros(1, 0, dtype=torch.int64), 1)
 
 
 # --- options ------------------------------------------------------------------------------------------
@@ -745,25 +652,6 @@ def test_rotary_products_depend_on_the_distance_alone():
     assert torch.allclose(apply_rotary(x, cos_sin).norm(dim=-1), x.norm(dim=-1))
 
 
-def test_without_positions_a_text_of_one_character_is_the_same_everywhere():
-    model = build(positions="rotary")
-    logits = model(torch.full((1, 8), 3))[0]
-    assert torch.allclose(logits, logits[:, :1], atol=1e-5)
-    assert not torch.allclose(
-        model(random_tokens(model, 1, 8))[0][:, -1], model(random_tokens(model, 1, 8).flip(1))[0][:, -1]
-    )
-
-
-def test_with_qk_norm_the_length_of_queries_and_keys_is_without_effect():
-    plain, normed = build(), build(qk_norm=True)
-    idx = random_tokens(plain, 2, 8)
-    for model, alike in ((plain, False), (normed, True)):
-        before = model(idx)[0]
-        with torch.no_grad():
-            model.blocks[0].sa.qkv.weight[:32] *= 3  # queries and keys, not values
-        assert torch.allclose(model(idx)[0], before, atol=1e-5) == alike
-
-
 def test_zero_init_changes_two_matrices_of_a_block_and_nothing_else():
     models = []
     for zero_init in (False, True):
@@ -773,13 +661,6 @@ def test_zero_init_changes_two_matrices_of_a_block_and_nothing_else():
     changed = {name for name in plain if not torch.equal(plain[name], zero[name])}
     assert changed == {"blocks.0.sa.proj.weight", "blocks.0.ffwd.net.2.weight"}
     assert all(not zero[name].any() for name in changed)
-
-
-def test_rotary_positions_leave_out_the_table_and_only_it():
-    tables = {
-        name: set(build(**options).state_dict()) for name, options in zip("ab", [{}, OPTIONS[2]], strict=True)
-    }
-    assert tables["a"] - tables["b"] == {"position_embedding_table.weight"} and tables["b"] < tables["a"]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -815,37 +696,26 @@ ROTARY = {**OPTIONS[2], "dropout": 0.0}
 @pytest.mark.parametrize(
     ("stored", "complaint"),
     [
-        ({**ROTARY, "positions": "learned"}, "there is no model of this kind in it (no embedding tables)"),
-        ({**ROTARY, "positions": ["rotary"]}, "there is no model of this kind in it (no embedding tables)"),
-        (None, "there is no model of this kind in it (no embedding tables)"),
-        (
-            {**ROTARY, "block_size": None},
-            "its tensors make no model: block_size = null must be a whole number",
-        ),
-        ({**ROTARY, "block_size": 8.5}, "its tensors make no model: block_size = 8.5 must be a whole number"),
-        ({**ROTARY, "block_size": 0}, "its tensors make no model: block_size = 0 must be above 0"),
-        ({**ROTARY, "qk_norm": 1}, "its tensors make no model: qk_norm = 1 must be true or false"),
+        ({**ROTARY, "positions": "learned"}, "no embedding tables"),
+        ({**ROTARY, "positions": ["rotary"]}, "no embedding tables"),
+        (None, "no embedding tables"),
+        ({**ROTARY, "block_size": None}, "block_size = null must be a whole number"),
+        ({**ROTARY, "block_size": 0}, "block_size = 0 must be above 0"),
+        ({**ROTARY, "qk_norm": 1}, "qk_norm = 1 must be true or false"),
         ({**ROTARY, "n_layer": 2}, "its sizes and its tensors do not agree"),
         ({**ROTARY, "relu": "squared"}, "its sizes and its tensors do not agree"),
+        (ROTARY, "position_embedding_table.weight is unknown"),
     ],
 )
-def test_a_rotary_file_whose_metadata_does_not_fit_is_refused(tmp_path, stored, complaint):
+def test_a_rotary_file_whose_parts_do_not_fit_is_refused(tmp_path, stored, complaint):
     path = tmp_path / "model.safetensors"
     build(**ROTARY).save_safetensors(path)
     tensors, metadata = read_tensors(path)
+    if stored is ROTARY:
+        tensors["position_embedding_table.weight"] = torch.zeros(8, 16)
     write_tensors(path, tensors, metadata | {"model": stored})
 
     assert_refused(path, complaint)
-
-
-def test_a_rotary_file_with_a_table_of_positions_is_refused(tmp_path):
-    path = tmp_path / "model.safetensors"
-    build(**ROTARY).save_safetensors(path)
-    tensors, metadata = read_tensors(path)
-    tensors["position_embedding_table.weight"] = torch.zeros(8, 16)
-    write_tensors(path, tensors, metadata)
-
-    assert_refused(path, "not the weights of this model: position_embedding_table.weight is unknown")
 
 
 # --- files: what is written ---------------------------------------------------------------------------
@@ -877,7 +747,7 @@ def layout(n_embd, n_head, n_layer, block_size, vocab_size) -> dict[str, list[in
     return shapes
 
 
-@pytest.mark.parametrize("sizes", SIZES[:4])
+@pytest.mark.parametrize("sizes", SIZES[:2])
 def test_the_file_has_exactly_the_layout_of_the_lecture(tmp_path, sizes):
     path = tmp_path / "model.safetensors"
     build(**sizes).save_safetensors(path)
@@ -906,7 +776,7 @@ def test_the_file_describes_itself_in_one_string(exported):
     }
 
 
-@pytest.mark.parametrize("receiver", [None, *SIZES[:3]])
+@pytest.mark.parametrize("receiver", [None, *SIZES[:2]])
 def test_save_load_save_gives_the_same_bytes_whatever_the_receivers_sizes(exported, tmp_path, receiver):
     model, path = exported
     other = BigramLanguageModel() if receiver is None else build(**receiver)
@@ -990,8 +860,9 @@ def write_reference(path, model, dtype=torch.float32, tril=True):
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize("sizes", SIZES[:4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), [(SMALL, torch.bfloat16), (SIZES[1], torch.float16), (SIZES[2], torch.float32)]
+)
 def test_a_file_without_our_metadata_has_its_sizes_read_from_its_shapes(tmp_path, sizes, dtype):
     model = build(**sizes)
     path = tmp_path / "reference.safetensors"
@@ -1009,26 +880,12 @@ def test_a_file_without_our_metadata_has_its_sizes_read_from_its_shapes(tmp_path
 def test_its_vocabulary_is_given_and_travels_with_the_export(tmp_path):
     path = tmp_path / "reference.safetensors"
     write_reference(path, build())
+    for wrong in ("abc", "", "bacdefghijk", "aacdefghijk"):
+        assert_refused(path, "its vocabulary must be 11 characters, sorted and each once", wrong)
 
     BigramLanguageModel().load_safetensors(path, VOCABULARY).save_safetensors(path)
 
     assert BigramLanguageModel().load_safetensors(path).vocabulary == VOCABULARY
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "complaint"),
-    [
-        ("abc", "the vocabulary has 3 characters, the weights are for 11"),
-        ("", "the vocabulary has 0 characters, the weights are for 11"),
-        ("abcdefghijkl", "the vocabulary has 12 characters, the weights are for 11"),
-        ("bacdefghijk", "the vocabulary is not a sorted set of characters, token by token"),
-        ("aacdefghijk", "the vocabulary is not a sorted set of characters, token by token"),
-    ],
-)
-def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, vocabulary, complaint):
-    path = tmp_path / "reference.safetensors"
-    write_reference(path, build())
-    assert_refused(path, complaint, vocabulary)
 
 
 # --- files: what is refused ---------------------------------------------------------------------------
@@ -1043,79 +900,35 @@ def assert_refused(path, complaint, vocabulary=None):
     with pytest.raises(Alg1Error) as raised:
         receiver.load_safetensors(path, vocabulary)
 
-    assert raised.value.message == f"{path}: {complaint}"
+    assert raised.value.message.startswith(f"{path}: ") and complaint in raised.value.message
     assert raised.value.exit_code == 2
     assert_same(snapshot(receiver), before)
 
 
-def without(name):
-    def change(tensors):
-        del tensors[name]
-
-    return change
-
-
-def put(name, tensor):
-    def change(tensors):
-        tensors[name] = tensor
-
-    return change
-
-
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("name", "tensor", "complaint"),
     [
-        (without("ln_f.bias"), "not the weights of this model: ln_f.bias is missing"),
-        (
-            without("blocks.0.sa.heads.1.value.weight"),
-            "not the weights of this model: blocks.0.sa.heads.1.value.weight is missing",
-        ),
-        (
-            without("blocks.0.sa.heads.0.key.weight"),
-            "not the weights of this model: blocks.0.sa.heads.0.key.weight is missing",
-        ),
-        (put("extra", torch.zeros(1)), "not the weights of this model: extra is unknown"),
-        (
-            put("blocks.1.ln2.weight", torch.zeros(16)),
-            "not the weights of this model: blocks.1.ln2.weight is unknown",
-        ),
-        (
-            without("token_embedding_table.weight"),
-            "there is no model of this kind in it (no embedding tables)",
-        ),
-        (
-            put("position_embedding_table.weight", torch.zeros(16)),
-            "there is no model of this kind in it (no embedding tables)",
-        ),
-        (
-            put("position_embedding_table.weight", torch.zeros(0, 16)),
-            "there is no model of this kind in it (no embedding tables)",
-        ),
-        (
-            put("position_embedding_table.weight", torch.zeros(8, 15)),
-            "position_embedding_table.weight has the shape (8, 15), not (8, 16)",
-        ),
-        (put("lm_head.bias", torch.zeros(12)), "lm_head.bias has the shape (12,), not (11,)"),
-        (
-            put("lm_head.bias", torch.zeros(11, dtype=torch.int64)),
-            "lm_head.bias holds torch.int64, not floating numbers",
-        ),
-        (
-            put("blocks.0.sa.heads.2.key.weight", torch.zeros(8, 16)),
-            "its tensors make no model: n_embd = 16 must be divisible by n_head = 3 (n_embd = 15 is)",
-        ),
-        (
-            without("blocks.0.ln1.weight"),
-            "its tensors make no model: n_layer = 0 must be above 0",
-        ),
+        ("ln_f.bias", None, "ln_f.bias is missing"),
+        ("blocks.0.sa.heads.1.value.weight", None, "blocks.0.sa.heads.1.value.weight is missing"),
+        ("blocks.0.sa.heads.0.key.weight", None, "blocks.0.sa.heads.0.key.weight is missing"),
+        ("extra", torch.zeros(1), "extra is unknown"),
+        ("blocks.1.ln2.weight", torch.zeros(16), "blocks.1.ln2.weight is unknown"),
+        ("token_embedding_table.weight", None, "no embedding tables"),
+        ("position_embedding_table.weight", torch.zeros(16), "no embedding tables"),
+        ("position_embedding_table.weight", torch.zeros(()), "no embedding tables"),
+        ("position_embedding_table.weight", torch.zeros(0, 16), "block_size = 0 must be above 0"),
+        ("position_embedding_table.weight", torch.zeros(8, 15), "has the shape (8, 15), not (8, 16)"),
+        ("lm_head.bias", torch.zeros(12), "lm_head.bias has the shape (12,), not (11,)"),
+        ("lm_head.bias", torch.zeros(11, dtype=torch.int64), "lm_head.bias holds torch.int64"),
+        ("blocks.0.sa.heads.2.key.weight", torch.zeros(8, 16), "must be divisible by n_head = 3"),
+        ("blocks.0.ln1.weight", None, "n_layer = 0 must be above 0"),
     ],
 )
-def test_tensors_that_are_not_the_models_are_refused(tmp_path, change, complaint):
+def test_tensors_that_are_not_the_models_are_refused(tmp_path, name, tensor, complaint):
     path = tmp_path / "reference.safetensors"
     write_reference(path, build(), tril=False)
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+    tensors = load_file(path) | {name: tensor}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
     assert_refused(path, complaint)
 
@@ -1124,14 +937,10 @@ def test_tensors_that_are_not_the_models_are_refused(tmp_path, change, complaint
     ("changes", "complaint"),
     [
         ({"model": {**SMALL, "dropout": 0.25, "n_head": 4}}, "its sizes and its tensors do not agree"),
-        ({"model": {**SMALL, "dropout": 0.25, "vocab_size": 12}}, "its sizes and its tensors do not agree"),
         ({"model": {**SMALL, "dropout": 0.25, "rotary": True}}, "its sizes and its tensors do not agree"),
         ({"model": "small"}, "its sizes and its tensors do not agree"),
-        ({"vocabulary": ["a", "b"]}, "the vocabulary has 2 characters, the weights are for 11"),
-        (
-            {"vocabulary": list("zabcdefghij")},
-            "the vocabulary is not a sorted set of characters, token by token",
-        ),
+        ({"vocabulary": ["a", "b"]}, "its vocabulary must be 11 characters"),
+        ({"vocabulary": list("zabcdefghij")}, "its vocabulary must be 11 characters"),
         ({"format": "alg1-checkpoint"}, "this is 'alg1-checkpoint', not an exported model"),
         ({"format_version": 2}, "format version 2 is not known"),
     ],
@@ -1149,7 +958,7 @@ def test_a_pickle_file_is_named_as_such_and_not_opened(tmp_path, as_zip):
     path = tmp_path / "model.pt"
     torch.save(build().state_dict(), path, _use_new_zipfile_serialization=as_zip)
 
-    assert_refused(path, "this is a PyTorch pickle file (.pt), which could run code when it is read")
+    assert_refused(path, "a PyTorch pickle file (.pt), which could run code when it is read")
 
 
 def test_what_is_not_there_or_not_a_file_is_named(tmp_path):
@@ -1175,8 +984,8 @@ def test_a_truncated_file_is_refused_wherever_it_ends(exported):
     _, path = exported
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
-    ends = {*range(20), *range(20, header, 97), header - 1, header, header + 1, len(content) - 1}
-    for end in ends | {*range(header, len(content), len(content) // 40)}:
+    ends = {*range(0, 20, 3), *range(20, header, 397), header - 1, header, header + 1, len(content) - 1}
+    for end in ends | {*range(header, len(content), len(content) // 10)}:
         path.write_bytes(content[:end])
 
         assert fails_to_load(path), f"cut at byte {end}"
@@ -1193,7 +1002,7 @@ def test_a_flipped_bit_in_the_weights_is_always_refused(exported):
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
     choice = random.Random(1)
-    for position in {header, len(content) - 1, *choice.sample(range(header, len(content)), 150)}:
+    for position in {header, len(content) - 1, *choice.sample(range(header, len(content)), 60)}:
         path.write_bytes(flip(content, position, choice.randrange(8)))
 
         assert fails_to_load(path), f"byte {position}"
@@ -1205,12 +1014,12 @@ def test_a_flipped_bit_in_the_header_is_refused_or_does_no_harm(exported):
     header = 8 + int.from_bytes(content[:8], "little")
     choice = random.Random(2)
     harmless = 0
-    for position in range(header):
+    for position in range(0, header, 5):
         path.write_bytes(flip(content, position, choice.randrange(8)))
 
         harmless += not fails_to_load(path)
 
-    assert harmless < header / 100
+    assert harmless < header / 500
 
 
 def test_bytes_after_the_end_are_refused(exported):

@@ -138,7 +138,7 @@ def join_heads(
     """
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".tril")}
     expected = split_heads(state, config)
-    for name in (*expected, *tensors):
+    for name in (*sorted(expected.keys() ^ tensors.keys()), *expected):
         if name not in tensors:
             problem = f"{name} is missing"
         elif name not in expected:
