@@ -10,7 +10,7 @@ head has three matrices of its own, the layout of the lecture that this architec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,7 @@ class Head:
         """Compute the attention weights (B, T, T) of x (B, T, C); row t weighs the characters 0 to t."""
         T, qk_norm = x.shape[1], self.config.qk_norm
         cos_sin = rotary_cos_sin(self.config, 0, T, x.device)
-        q = apply_qk_norm_and_rotary(F.linear(x, self.query), qk_norm, cos_sin)  # (B, T, S)
-        k = apply_qk_norm_and_rotary(F.linear(x, self.key), qk_norm, cos_sin)  # (B, T, S)
+        q, k = (apply_qk_norm_and_rotary(F.linear(x, w), qk_norm, cos_sin) for w in (self.query, self.key))
         scores = q @ k.mT * self.config.head_size**-0.5  # (B, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
@@ -305,16 +304,7 @@ class BigramLanguageModel(nn.Module):
         Raises:
             Alg1Error: the file is incomplete, damaged, or not of such a model; the model is unchanged.
         """
-        return self.load_tensors(*read_tensors(path), path, vocabulary)
-
-    def load_tensors(
-        self,
-        tensors: Mapping[str, Tensor],
-        metadata: dict[str, Any] | None,
-        path: str | Path,
-        vocabulary: Sequence[str] | None = None,
-    ) -> BigramLanguageModel:
-        """`load_safetensors` with the result of `read_tensors`; path is for error messages."""
+        tensors, metadata = read_tensors(path)
         config, characters, provenance = describe_weights(tensors, metadata, path, vocabulary)
         with torch.device("meta"):
             expected = BigramLanguageModel(config).state_dict()

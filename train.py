@@ -81,9 +81,8 @@ def build_trainer(job: Job, console: Console) -> Trainer:
             model.load_state_dict(job.initial.state_dict())
         model.vocabulary = corpus.tokenizer.vocabulary
         model.to(runtime.device)
-        trainer = Trainer(
-            model, create_backward(model, runtime, console.say), data, job.params.train, runtime
-        )
+        backward = create_backward(model, runtime, console.say)
+        trainer = Trainer(model, backward, data, job.params.train, runtime)
         trainer.warm_up_ddp()
         if job.checkpoint:
             job.checkpoint.load_trainer(trainer)

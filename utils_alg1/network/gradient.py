@@ -46,17 +46,16 @@ def loss_and_gradients(
     cos_sin = rotary_cos_sin(config, 0, T, idx.device)
     gradients: dict[str, Tensor] = {}
 
-    def linear(name: str, x: Tensor, bias: bool = True) -> tuple[Tensor, Backward]:
-        weight = weights[f"{name}.weight"]
+    def linear(name: str, x: Tensor) -> tuple[Tensor, Backward]:
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
 
         def backward(grad: Tensor) -> Tensor:
             gradients[f"{name}.weight"] = grad.t() @ x
-            if bias:
+            if bias is not None:
                 gradients[f"{name}.bias"] = grad.sum(0)
             return grad @ weight
 
-        out = torch.addmm(weights[f"{name}.bias"], x, weight.t()) if bias else x @ weight.t()
-        return out, backward
+        return F.linear(x, weight, bias), backward
 
     def layer_norm(name: str, x: Tensor) -> tuple[Tensor, Backward]:
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -79,7 +78,7 @@ def loss_and_gradients(
     for layer in range(config.n_layer):
         block = f"blocks.{layer}"
         out, ln1 = layer_norm(f"{block}.ln1", x)
-        out, qkv = linear(f"{block}.sa.qkv", out, bias=False)  # (N, 3 C)
+        out, qkv = linear(f"{block}.sa.qkv", out)  # (N, 3 C)
         out, attend = self_attention(out.view(B, T, 3, config.n_head, -1), config.qk_norm, cos_sin)
         out, proj = linear(f"{block}.sa.proj", out)
         x = out.add_(x)

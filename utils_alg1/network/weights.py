@@ -48,13 +48,13 @@ def describe_weights(
     Raises:
         Alg1Error: not an exported model, of an unknown version, or its parts do not agree.
     """
-    if metadata is not None and metadata.get("format") != FORMAT:
-        raise Alg1Error(f"{path}: this is {metadata.get('format')!r}, not an exported model", OTHER_WEIGHTS)
-    if metadata is not None and metadata.get("format_version") != FORMAT_VERSION:
-        version = metadata.get("format_version")
+    if metadata is None:
+        metadata = {}
+    elif (kind := metadata.get("format")) != FORMAT:
+        raise Alg1Error(f"{path}: this is {kind!r}, not an exported model", OTHER_WEIGHTS)
+    elif (version := metadata.get("format_version")) != FORMAT_VERSION:
         hint = "use the release of ALG1 that wrote it"
         raise Alg1Error(f"{path}: format version {version!r} is not known", hint)
-    metadata = metadata or {}
     model = metadata.get("model")
     stored = model if isinstance(model, dict) else {}
     config = config_from_shapes(tensors, path, stored)

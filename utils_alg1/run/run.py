@@ -158,9 +158,8 @@ class MainRun(Run):
         params, progress = self.job.params, trainer.progress
         self.console.block(summary.describe_start(self.directory, params, self.job.corpus, trainer))
         newest_step = progress.step if self.job.checkpoint else None
-        self.store = CheckpointStore(
-            self.directory.checkpoint_dir, params.train.keep_checkpoints, newest_step
-        )
+        folder, keep = self.directory.checkpoint_dir, params.train.keep_checkpoints
+        self.store = CheckpointStore(folder, keep, newest_step)
         self.observer = Observer(trainer, self.trackers, params.tensorboard, self.console.warn)
         try:
             with super().training(trainer), self.store:
@@ -227,8 +226,6 @@ class MainRun(Run):
         self._shown_in = self.trackers.working
 
     def print_summary(self) -> None:
-        params, progress = self.job.params, self.trainer.progress
-        ending = summary.describe_end(
-            self.directory, params, progress, self._exported, self._shown_in, self.dist
-        )
+        run, params, progress = self.directory, self.job.params, self.trainer.progress
+        ending = summary.describe_end(run, params, progress, self._exported, self._shown_in, self.dist)
         self.console.summary(ending, self._samples[0])

@@ -238,19 +238,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
     Raises:
-        Alg1Error: not there, damaged, or not a checkpoint.
+        Alg1Error: not there, damaged, not a checkpoint, or one with values that no run has written.
     """
-    return parse_checkpoint(*read_tensors(path), path)
-
-
-def parse_checkpoint(
-    tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None, path: Path
-) -> Checkpoint:
-    """Return the checkpoint in a file that `read_tensors` has read; its values are validated.
-
-    Raises:
-        Alg1Error: not a checkpoint, or one with values that no run has written.
-    """
+    tensors, metadata = read_tensors(path)
     if metadata is None or metadata.get("format") != FORMAT:
         raise Alg1Error(f"{path}: this is not a checkpoint", OTHER_CHECKPOINT)
     if metadata.get("format_version") != FORMAT_VERSION:

@@ -14,7 +14,7 @@ from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import remove_temporary_files
 from utils_alg1.base.problems import shown
 from utils_alg1.data.sources import find_corpus
-from utils_alg1.network.tensor_file import read_tensors
+from utils_alg1.network.tensor_file import read_metadata
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
     RunDirectory,
@@ -30,7 +30,6 @@ from utils_alg1.training.checkpoint import (
     FORMAT,
     Checkpoint,
     newest_checkpoint,
-    parse_checkpoint,
     read_checkpoint,
 )
 from utils_alg1.training.progress import Progress
@@ -222,7 +221,6 @@ def load_model_file(path: Path) -> BigramLanguageModel:
     if path.is_dir() and (weights := weights_of(path)):
         hint = f"name {weights}, or the run with --run (inference.py) or --resume (train.py)"
         raise Alg1Error(f"{path}: this is a run, not a file of weights", hint)
-    tensors, metadata = read_tensors(path)
-    if metadata is not None and metadata.get("format") == FORMAT:
-        return parse_checkpoint(tensors, metadata, path).build_model()
-    return BigramLanguageModel().load_tensors(tensors, metadata, path)
+    if read_metadata(path).get("format") == FORMAT:
+        return read_checkpoint(path).build_model()
+    return BigramLanguageModel().load_safetensors(path)
