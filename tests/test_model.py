@@ -958,7 +958,7 @@ def test_a_pickle_file_is_named_as_such_and_not_opened(tmp_path, as_zip):
     path = tmp_path / "model.pt"
     torch.save(build().state_dict(), path, _use_new_zipfile_serialization=as_zip)
 
-    assert_refused(path, "a PyTorch pickle file (.pt), which could run code when it is read")
+    assert_refused(path, "this is a PyTorch pickle file (.pt), which could run code when it is read")
 
 
 def test_what_is_not_there_or_not_a_file_is_named(tmp_path):

@@ -445,8 +445,8 @@ def test_a_signal_stops_every_process():
             return max(value, signal.SIGTERM)
 
     run = run_of(Other(0, 0, 2))
-    assert run.exit_code == 0
-    assert run.stop_requested() and run.exit_code == 143
+    assert run.stop_signal == 0
+    assert run.stop_requested() and run.stop_signal == signal.SIGTERM
     assert not run_of(SINGLE_PROCESS).stop_requested()
 
 
@@ -460,8 +460,8 @@ def test_a_signal_that_comes_while_processes_agree_stops_them_next_time():
     run = run_of(Slow(0, 0, 2))
     with run._signals:
         assert not run.stop_requested()
-        assert run.exit_code == 0
-        assert run.stop_requested() and run.exit_code == 143
+        assert run.stop_signal == 0
+        assert run.stop_requested() and run.stop_signal == signal.SIGTERM
 
 
 def test_a_job_that_lost_its_torchrun_stops():
@@ -472,7 +472,7 @@ def test_a_job_that_lost_its_torchrun_stops():
             return value
 
     run = run_of(Lost(0, 0, 2))
-    assert run.stop_requested() and run.exit_code == 143
+    assert run.stop_requested() and run.stop_signal == signal.SIGTERM
     assert not TorchDistributed(0, 0, 2).launcher_died
 
 

@@ -93,8 +93,8 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
     except OSError as error:
         raise unreadable(path, error) from None
     if magic in (b"PK", b"\x80\x02"):
-        hint = "convert it to safetensors with the program that wrote it"
-        raise Alg1Error(f"{path}: a PyTorch pickle file (.pt), which could run code when it is read", hint)
+        problem = f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read"
+        raise Alg1Error(problem, "convert it to safetensors with the program that wrote it")
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
