@@ -37,8 +37,7 @@ class TensorBoardWriter:
         warn: Callable[[str], None] = warnings.warn,
     ):
         self._guard = Guard("TensorBoard", warn)
-        self._log_dir = Path(log_dir)
-        self._writer: Any = self._guard.attempt(_open, self._log_dir, purge_step)
+        self._writer: Any = self._guard.attempt(_open, Path(log_dir), purge_step)
 
     @property
     def enabled(self) -> bool:
@@ -47,7 +46,7 @@ class TensorBoardWriter:
 
     @guarded
     def attempt(self, write: Callable[..., None], *args: Any) -> None:
-        """Call `write(summary_writer, *args)`."""
+        """Call `write(summary_writer, *args)`, such as `attempt(SummaryWriter.add_scalar, "a", 1.0, 0)`."""
         write(self._writer, *args)
 
     @guarded

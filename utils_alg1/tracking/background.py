@@ -109,7 +109,8 @@ class BackgroundTracker:
 
     Attributes:
         name: shown in messages.
-        flushed_step: everything before this step was flushed by the tracker.
+        flushed_step: everything before this step was flushed by the tracker. After a resume, rows of the
+            metrics file from there on are logged again.
         run_hash: the tracker's own name of the run, once it is known.
         ready: set while the tracker is open and its last flush is done.
         ended: set when its process has ended.

@@ -4,10 +4,8 @@
 tracker that is slow, raises, hangs or crashes costs one warning and never the run.
 
 To add a tracker, write a subclass of `Tracker` (utils_alg1/base/summaries.py lists what it is given), and
-in `start_trackers` add it to `background` as `BackgroundTracker(name, create, warn, flushed_step)`. The
-function `create(warn)` returns the tracker. It is called in the new process, so it has to be picklable,
-such as a `partial`. After a resume, rows of the metrics file from `flushed_step` on are logged again. An
-on/off switch is a field in parameters.py, such as `aim`.
+add a `BackgroundTracker` to `background` in `start_trackers`; CONTRIBUTING.md shows one. An on/off switch is
+a field in parameters.py, such as `aim`.
 """
 
 from __future__ import annotations
