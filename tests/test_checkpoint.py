@@ -765,7 +765,9 @@ def test_initial_weights_bring_their_sizes(start, train, text_file):
     assert result.code == 0, result.err
     first = read_checkpoint(checkpoint(0, "new"))
     assert_same_weights(first.build_model(), BigramLanguageModel().load_safetensors(source))
-    sizes = {name: first.parameters[name] for name in ("n_embd", "n_head", "n_layer", "block_size")}
+    sizes = {
+        name: first.metadata["parameters"][name] for name in ("n_embd", "n_head", "n_layer", "block_size")
+    }
     assert sizes == {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8}
 
 
@@ -824,7 +826,7 @@ def test_initial_weights_bring_their_options_and_others_are_refused(start, train
     assert train(*flags).code == 0
     first = read_checkpoint(checkpoint(0, "new"))
     assert_same_weights(first.build_model(), BigramLanguageModel().load_safetensors(source))
-    options = {name: first.parameters[name] for name in MODEL_OPTIONS}
+    options = {name: first.metadata["parameters"][name] for name in MODEL_OPTIONS}
     assert options == {"positions": "rotary", "qk_norm": True, "zero_init": False}
 
 

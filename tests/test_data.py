@@ -334,8 +334,7 @@ def test_the_hint_for_what_is_not_utf8_fits_the_bytes(workdir, content, hint):
 )
 def test_a_text_with_zero_characters_gets_a_warning(workdir, content, warns):
     Path("text.txt").write_bytes(content.encode())
-    scan = corpus_module.scan_corpus("text.txt")
-    warning = corpus_module.text_warning(scan.path, scan.tokenizer)
+    warning = corpus_module.open_corpus("text.txt").warning()
     assert (warning is not None) is warns
     assert not warns or ("value 0" in warning and "iconv -f UTF-16LE" in warning)
 
@@ -450,7 +449,8 @@ def test_a_text_too_short_for_any_block_says_so(train, workdir):
 
 @given(length=st.integers(1, 200), train_split=st.floats(0.01, 0.99), block_size=st.integers(1, 60))
 def test_check_block_size_agrees_with_get_batch(length, train_split, block_size):
-    corpus = corpus_module.Corpus(Path("x"), "", Tokenizer("a"), np.zeros(length, dtype=np.uint8))
+    corpus = corpus_module.Corpus(Path("x"), "", Tokenizer("a"), length)
+    corpus.tokens = np.zeros(length, dtype=np.uint8)
     val_split = 1 - train_split
 
     def draws():
@@ -464,7 +464,7 @@ def test_check_block_size_agrees_with_get_batch(length, train_split, block_size)
 
     def passes():
         try:
-            corpus_module.check_block_size(Path("x"), length, block_size, train_split, val_split)
+            corpus.check_block_size(block_size, train_split, val_split)
         except Alg1Error:
             return False
         return True
@@ -483,6 +483,7 @@ def cache_files() -> tuple[Path, Path]:
 
 def test_the_second_load_reads_the_cache(text_file, forbid_tokenizing):
     first = corpus_module.open_corpus(text_file)
+    assert len(first.tokens)
     forbid_tokenizing()
 
     second = corpus_module.open_corpus(text_file)
@@ -492,26 +493,20 @@ def test_the_second_load_reads_the_cache(text_file, forbid_tokenizing):
     assert sorted(path.suffix for path in Path(corpus_module.CACHE_FOLDER).iterdir()) == [".bin", ".json"]
 
 
-def test_a_scan_writes_nothing(text_file):
+def test_only_the_first_use_of_the_tokens_writes_anything(text_file):
     before = os.listdir()
-
-    scan = corpus_module.scan_corpus(text_file)
-
+    corpus = corpus_module.open_corpus(text_file)
     assert os.listdir() == before
-    corpus = scan.tokenize()
+    assert corpus.n_characters == len(corpus.tokens) == len(text_file.read_text())
     assert corpus_module.CACHE_FOLDER in os.listdir()
-    assert (scan.sha256, scan.tokenizer) == (corpus.sha256, corpus.tokenizer)
-    assert scan.n_characters == len(corpus.tokens) == len(text_file.read_text())
 
 
-def test_tokens_that_a_scan_found_in_the_cache_need_the_text_no_more(text_file):
-    first = corpus_module.open_corpus(text_file)
-
-    scan = corpus_module.scan_corpus(text_file)
+def test_tokens_that_are_in_the_cache_need_the_text_no_more(text_file):
+    first = corpus_module.open_corpus(text_file).tokens
+    second = corpus_module.open_corpus(text_file)
     text_file.unlink()
-
-    assert scan.n_characters == len(first.tokens)
-    assert np.array_equal(scan.tokenize().tokens, first.tokens)
+    assert second.n_characters == len(first)
+    assert np.array_equal(second.tokens, first)
 
 
 def test_the_cache_goes_with_the_content_not_with_the_name(text_file, forbid_tokenizing):
@@ -590,7 +585,7 @@ def test_a_damaged_cache_is_rebuilt(workdir, monkeypatch, which, damage):
 
 def test_the_cache_is_read_whatever_the_locale(workdir):
     Path("text.txt").write_text("é日🙂" * 20, encoding="utf-8")
-    corpus_module.open_corpus("text.txt")
+    decoded(Path("text.txt"))
     script = (
         "from utils_alg1.data import corpus as corpus_module; corpus_module._write_tokens = None;"
         "corpus_module.open_corpus('text.txt').tokenizer.vocabulary == sorted('é日🙂') or exit(1)"

@@ -116,9 +116,10 @@ def test_micro_batches_add_up_and_the_loss_is_their_share():
 
 
 class Two(Distributed):
-    """The first of two."""
+    """The first of two, which are not connected."""
 
-    world_size = 2
+    def wrap(self, model, device):
+        return model
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ class Two(Distributed):
     [
         ({}, 0.1),
         ({"dtype": torch.bfloat16}, 0.0),
-        ({"dist": Two()}, 0.0),
+        ({"dist": Two(world_size=2)}, 0.0),
         ({"device": torch.device("meta")}, 0.0),
     ],
 )

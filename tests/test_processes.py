@@ -27,7 +27,6 @@ from utils_alg1.run.run import Run
 from utils_alg1.training.distributed import (
     SINGLE_PROCESS,
     Distributed,
-    TorchDistributed,
     init_distributed,
     is_lost_connection,
     launch_command,
@@ -421,11 +420,11 @@ def test_the_place_that_torchrun_gives(monkeypatch):
 def test_devices_that_processes_cannot_share(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(Alg1Error, match=re.escape(message)):
-        device_of_process(torch.device(device), TorchDistributed(1, 1, 2))
+        device_of_process(torch.device(device), Distributed(1, 1, 2))
 
 
 def test_processes_share_the_cpu():
-    assert device_of_process(torch.device("cpu"), TorchDistributed(1, 1, 2)) == torch.device("cpu")
+    assert device_of_process(torch.device("cpu"), Distributed(1, 1, 2)) == torch.device("cpu")
 
 
 def test_an_error_of_the_program_is_no_lost_connection():
@@ -440,7 +439,7 @@ def run_of(dist: Distributed) -> Run:
 
 
 def test_a_signal_stops_every_process():
-    class Other(TorchDistributed):
+    class Other(Distributed):
         def all_reduce_max(self, value: int) -> int:
             return max(value, signal.SIGTERM)
 
@@ -451,7 +450,7 @@ def test_a_signal_stops_every_process():
 
 
 def test_a_signal_that_comes_while_processes_agree_stops_them_next_time():
-    class Slow(TorchDistributed):
+    class Slow(Distributed):
         def all_reduce_max(self, value: int) -> int:
             if not value:
                 os.kill(os.getpid(), signal.SIGTERM)  # the others have not received one yet
@@ -465,7 +464,7 @@ def test_a_signal_that_comes_while_processes_agree_stops_them_next_time():
 
 
 def test_a_job_that_lost_its_torchrun_stops():
-    class Lost(TorchDistributed):
+    class Lost(Distributed):
         launcher_died = True
 
         def all_reduce_max(self, value: int) -> int:
@@ -473,7 +472,7 @@ def test_a_job_that_lost_its_torchrun_stops():
 
     run = run_of(Lost(0, 0, 2))
     assert run.stop_requested() and run.stop_signal == signal.SIGTERM
-    assert not TorchDistributed(0, 0, 2).launcher_died
+    assert not Distributed(0, 0, 2).launcher_died
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -486,7 +485,7 @@ def test_a_process_that_waits_for_another_can_be_ended(folder, rank):
         from utils_alg1.console.script import run_script
 
         def share() -> int:
-            with TorchDistributed(rank, rank, 2) as dist:
+            with Distributed(rank, rank, 2) as dist:
                 dist.broadcast(None)
             return 0
 

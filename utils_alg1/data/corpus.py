@@ -1,7 +1,7 @@
 """Tokenize a text file, and cache the tokens next to it.
 
-A corpus is one UTF-8 text file. It is read twice, in pieces: `scan_corpus` validates it and computes its
-SHA-256 and vocabulary; `CorpusScan.tokenize` then writes its tokens to a cache file, which is memory-mapped.
+A corpus is one UTF-8 text file. It is read twice, in pieces: `open_corpus` validates it and computes its
+SHA-256 and vocabulary; the first use of `Corpus.tokens` writes them to a cache file, which is memory-mapped.
 So a text larger than memory trains in constant memory, and the same text is tokenized only once.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -33,59 +34,70 @@ NO_TEXT = "this is hardly a text file"
 UTF_16 = "if it is UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Corpus:
-    """A validated, tokenized text.
+    """A validated text.
 
     Attributes:
         path: the text file.
         sha256: hex digest of the file's bytes.
         tokenizer: its vocabulary is every character of the text.
-        tokens: (n,) of the tokenizer's token_type, memory-mapped.
-    """
-
-    path: Path
-    sha256: str
-    tokenizer: Tokenizer
-    tokens: np.ndarray
-
-    def split(
-        self, train_split: float = 0.9, val_split: float | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The first `train_split` of the tokens, and the last `val_split` (default: all others)."""
-        n_train, n_val = split_sizes(len(self.tokens), train_split, val_split)
-        return self.tokens[:n_train], self.tokens[len(self.tokens) - n_val :]
-
-
-@dataclass(frozen=True)
-class CorpusScan:
-    """What is known of a text before it is tokenized. Making one writes nothing.
-
-    Attributes:
-        path, sha256, tokenizer: as in `Corpus`.
         n_characters: the length of the text, which is also its number of tokens.
-        cached_tokens: the tokens that an earlier run left in the cache, or None.
     """
 
     path: Path
     sha256: str
     tokenizer: Tokenizer
     n_characters: int
-    cached_tokens: np.ndarray | None = None
 
-    def tokenize(self) -> Corpus:
-        """Return the corpus. Unless its tokens are cached already, tokenize the text into the cache.
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """(n,) of the tokenizer's token_type, memory-mapped.
 
-        Where the cache cannot be written, the tokens go to an unnamed temporary file instead.
+        Unless the cache has them, the text is tokenized into it; where it cannot be written, into an unnamed
+        temporary file.
 
         Raises:
-            Alg1Error: the text has changed since the scan, or there is no space for its tokens.
+            Alg1Error: the text has changed since it was validated, or there is no space for its tokens.
         """
-        tokens = _write_cache(self) if self.cached_tokens is None else self.cached_tokens
-        return Corpus(self.path, self.sha256, self.tokenizer, tokens)
+        return _write_cache(self)
+
+    def split_sizes(self, train_split: float, val_split: float | None) -> tuple[int, int]:
+        """How many characters are for training and for validation; see `split`."""
+        n_train = int(train_split * self.n_characters)
+        n_other = self.n_characters - n_train
+        return n_train, n_other if val_split is None else min(n_other, round(val_split * self.n_characters))
+
+    def split(
+        self, train_split: float = 0.9, val_split: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first `train_split` of the tokens, and the last `val_split` (default: all others)."""
+        n_train, n_val = self.split_sizes(train_split, val_split)
+        return self.tokens[:n_train], self.tokens[self.n_characters - n_val :]
+
+    def check_block_size(self, block_size: int, train_split: float, val_split: float | None) -> None:
+        """Check that both splits hold at least one sequence and its target.
+
+        Raises:
+            Alg1Error: naming block_size, the text's length and the largest block_size that fits.
+        """
+        largest = min(self.split_sizes(train_split, val_split)) - 1
+        if block_size <= largest:
+            return
+        text = f"{self.path}: {self.n_characters:,} characters are too few for block_size = {block_size}"
+        if largest >= 1:
+            raise Alg1Error(text, f"use a longer text, or --block-size {largest} at most")
+        hint = "use a longer text: each of train_split and val_split needs two characters"
+        raise Alg1Error(f"{text}, and for any other", hint)
+
+    def warning(self) -> str | None:
+        """A one-line warning if the file is valid UTF-8 but probably not a text, else None."""
+        if "\0" not in self.tokenizer.stoi:
+            return None
+        return f"{self.path}: it has characters of value 0: {NO_TEXT}; {UTF_16}"
 
 
-def scan_corpus(path: Path | str) -> CorpusScan:
+def open_corpus(path: Path | str) -> Corpus:
     """Validate a text file and find its digest, vocabulary and length; write nothing.
 
     If the cache holds this text, the text is only hashed, not decoded.
@@ -94,46 +106,10 @@ def scan_corpus(path: Path | str) -> CorpusScan:
         Alg1Error: empty, not UTF-8 (naming the first invalid byte), or not readable.
     """
     path = Path(path)
-    scan = _read_cache(path) or _scan_text(path)
-    if not scan.n_characters:
+    corpus = _read_cache(path) or _scan_text(path)
+    if not corpus.n_characters:
         raise Alg1Error(f"{path}: the file is empty", "give it some text, or name another file")
-    return scan
-
-
-def open_corpus(path: Path | str) -> Corpus:
-    """`scan_corpus` and `CorpusScan.tokenize` in one, for callers with nothing to check in between."""
-    return scan_corpus(path).tokenize()
-
-
-def split_sizes(n: int, train_split: float, val_split: float | None) -> tuple[int, int]:
-    """How many of n characters are for training and for validation; see `Corpus.split`."""
-    n_train = int(train_split * n)
-    return n_train, n - n_train if val_split is None else min(n - n_train, round(val_split * n))
-
-
-def check_block_size(
-    path: Path, n: int, block_size: int, train_split: float, val_split: float | None
-) -> None:
-    """Check that both splits of a text of n characters hold at least one sequence and its target.
-
-    Raises:
-        Alg1Error: naming block_size, the text's length and the largest block_size that fits.
-    """
-    largest = min(split_sizes(n, train_split, val_split)) - 1
-    if block_size <= largest:
-        return
-    text = f"{path}: {n:,} characters are too few for block_size = {block_size}"
-    if largest >= 1:
-        raise Alg1Error(text, f"use a longer text, or --block-size {largest} at most")
-    hint = "use a longer text: each of train_split and val_split needs two characters"
-    raise Alg1Error(f"{text}, and for any other", hint)
-
-
-def text_warning(path: Path, tokenizer: Tokenizer) -> str | None:
-    """A one-line warning if a file is valid UTF-8 but probably not a text, else None."""
-    if "\0" in tokenizer.stoi:
-        return f"{path}: it has characters of value 0: {NO_TEXT}; {UTF_16}"
-    return None
+    return corpus
 
 
 @contextlib.contextmanager
@@ -181,7 +157,7 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
-def _scan_text(path: Path) -> CorpusScan:
+def _scan_text(path: Path) -> Corpus:
     sha256, n = hashlib.sha256(), 0
     ascii_seen, seen = b"", np.zeros(N_CODE_POINTS, dtype=bool)
     for text in _read_text(path, sha256):
@@ -191,7 +167,7 @@ def _scan_text(path: Path) -> CorpusScan:
         else:
             seen[_code_points(text).astype(np.intp)] = True  # any other integer type is slow
     seen[list(ascii_seen)] = True
-    return CorpusScan(path, sha256.hexdigest(), Tokenizer(map(chr, np.flatnonzero(seen))), n)
+    return Corpus(path, sha256.hexdigest(), Tokenizer(map(chr, np.flatnonzero(seen))), n)
 
 
 def _vocabulary_sha256(tokenizer: Tokenizer) -> Any:
@@ -199,8 +175,8 @@ def _vocabulary_sha256(tokenizer: Tokenizer) -> Any:
     return hashlib.sha256("".join(tokenizer.vocabulary).encode())
 
 
-def _read_cache(path: Path) -> CorpusScan | None:
-    """The scan of a text whose tokens are in the cache; None if they are missing or damaged."""
+def _read_cache(path: Path) -> Corpus | None:
+    """A text whose tokens are in the cache; None if they are missing or damaged."""
     folder = path.parent / CACHE_FOLDER
     if not folder.is_dir():
         return None
@@ -214,47 +190,49 @@ def _read_cache(path: Path) -> CorpusScan | None:
         if (about["format"], about["sha256"]) == (CACHE_FORMAT, found):
             tokens = np.memmap(folder / f"{sha256}.bin", mode="r", dtype=tokenizer.token_type())
             LOGGER.debug("%s: using the tokens cached in %s", path, folder)
-            return CorpusScan(path, sha256, tokenizer, len(tokens), tokens)
+            corpus = Corpus(path, sha256, tokenizer, len(tokens))
+            corpus.tokens = tokens
+            return corpus
     return None
 
 
-def _write_cache(scan: CorpusScan) -> np.ndarray:
+def _write_cache(corpus: Corpus) -> np.ndarray:
     """Tokenize into the cache, or if that fails into a temporary file without a name; map the tokens."""
-    folder = scan.path.parent / CACHE_FOLDER
-    dtype = scan.tokenizer.token_type()
+    folder = corpus.path.parent / CACHE_FOLDER
+    dtype = corpus.tokenizer.token_type()
     try:
         folder.mkdir(exist_ok=True)
-        with atomic_file(folder / f"{scan.sha256}.bin") as descriptor:
-            sha256 = _write_tokens(scan, descriptor)
+        with atomic_file(folder / f"{corpus.sha256}.bin") as descriptor:
+            sha256 = _write_tokens(corpus, descriptor)
     except (OSError, Alg1Error):
         try:
             with tempfile.TemporaryFile() as file:
-                _write_tokens(scan, file.fileno())
+                _write_tokens(corpus, file.fileno())
                 return np.memmap(file, mode="r", dtype=dtype)
         except OSError as error:
-            raise disk_error(f"write the tokens of {scan.path} to a temporary file", error) from error
-    about = {"format": CACHE_FORMAT, "text": scan.path.name, "sha256": sha256}
+            raise disk_error(f"write the tokens of {corpus.path} to a temporary file", error) from error
+    about = {"format": CACHE_FORMAT, "text": corpus.path.name, "sha256": sha256}
     with contextlib.suppress(Alg1Error):  # without this file the text is only tokenized again next time
-        write_json(folder / f"{scan.sha256}.json", about | {"vocabulary": scan.tokenizer.vocabulary})
-    return np.memmap(folder / f"{scan.sha256}.bin", mode="r", dtype=dtype)
+        write_json(folder / f"{corpus.sha256}.json", about | {"vocabulary": corpus.tokenizer.vocabulary})
+    return np.memmap(folder / f"{corpus.sha256}.bin", mode="r", dtype=dtype)
 
 
-def _write_tokens(scan: CorpusScan, descriptor: int) -> str:
+def _write_tokens(corpus: Corpus, descriptor: int) -> str:
     """Write the text's tokens to a file. Returns the SHA-256 of vocabulary and tokens.
 
     Raises:
-        Alg1Error: the text has changed since the scan.
+        Alg1Error: the text has changed since the corpus.
     """
-    table = scan.tokenizer.lookup_table()
+    table = corpus.tokenizer.lookup_table()
     ascii_table = table[:256].tobytes()  # for bytes.translate, if tokens are single bytes
-    text_sha256, sha256 = hashlib.sha256(), _vocabulary_sha256(scan.tokenizer)
-    for text in _read_text(scan.path, text_sha256):
+    text_sha256, sha256 = hashlib.sha256(), _vocabulary_sha256(corpus.tokenizer)
+    for text in _read_text(corpus.path, text_sha256):
         if text.isascii() and table.itemsize == 1:
             tokens = memoryview(text.encode().translate(ascii_table))
         else:
             tokens = table.take(_code_points(text)).data.cast("B")
         sha256.update(tokens)
         write_all(descriptor, tokens)
-    if text_sha256.hexdigest() != scan.sha256:  # new characters would have no token in this vocabulary
-        raise Alg1Error(f"{scan.path}: it changed while it was read", "train on a copy of it")
+    if text_sha256.hexdigest() != corpus.sha256:  # new characters would have no token in this vocabulary
+        raise Alg1Error(f"{corpus.path}: it changed while it was read", "train on a copy of it")
     return sha256.hexdigest()

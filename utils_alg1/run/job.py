@@ -94,12 +94,12 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
         if run is not None:
             after_failure.enter_context(run)  # which releases its lock
         sizes = _sizes(initial)
-        params = sources.resolve(checkpoint.parameters if checkpoint else None, sizes)
+        params = sources.resolve(checkpoint.metadata["parameters"] if checkpoint else None, sizes)
         if options.print_config:
             console.configuration(params)
             return None
         with importing():
-            from utils_alg1.data.corpus import check_block_size, scan_corpus, text_warning
+            from utils_alg1.data.corpus import open_corpus
             from utils_alg1.report.results import check_output
             from utils_alg1.training import resume
             from utils_alg1.training.runtime import check_memory
@@ -107,17 +107,17 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
         check_output(params.train.output)
         runtime = _start_runtime(params, checkpoint, dist)
         path = resume.find_text(params.data.data_path, checkpoint is not None, console.say)
-        text = scan_corpus(path)
+        corpus = open_corpus(path)
         split = params.data.train_split, params.data.val_split
-        check_block_size(path, text.n_characters, params.model.block_size, *split)
-        params.model.check_vocab_size(text.tokenizer.vocab_size)
-        check_memory(params, text.tokenizer.vocab_size, runtime.device)
+        corpus.check_block_size(params.model.block_size, *split)
+        params.model.check_vocab_size(corpus.tokenizer.vocab_size)
+        check_memory(params, corpus.tokenizer.vocab_size, runtime.device)
         if checkpoint is not None:
-            resume.check_resumable(checkpoint, params, text.sha256, dist.world_size)
+            resume.check_resumable(checkpoint, params, corpus.sha256, dist.world_size)
         if initial is not None:
-            resume.check_initial(initial, str(options.init_from), params.model, sizes or {}, text.tokenizer)
-        corpus = text.tokenize()
-        if warning := text_warning(path, text.tokenizer):
+            resume.check_initial(initial, str(options.init_from), params.model, sizes or {}, corpus.tokenizer)
+        corpus.split(*split)  # all is checked: now the text is tokenized
+        if warning := corpus.warning():
             console.warn(warning)
         after_failure.pop_all()
     return Job(params, path, corpus.sha256, corpus, runtime, *start, sources.files, options.serve_tensorboard)

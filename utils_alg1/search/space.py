@@ -174,7 +174,7 @@ def make_plan(space: Space, options: Options) -> Plan:
         Alg1Error: a parameter is both fixed and searched, a fixed one is invalid, the device does not exist,
             the text cannot be used, or the runs folder is a file.
     """
-    from utils_alg1.data.corpus import check_block_size, open_corpus
+    from utils_alg1.data.corpus import open_corpus
     from utils_alg1.data.sources import find_corpus
     from utils_alg1.training.runtime import find_device
 
@@ -191,8 +191,8 @@ def make_plan(space: Space, options: Options) -> Plan:
     if os.path.isfile(flat["runs_dir"]):
         raise Alg1Error(f"--runs-dir {flat['runs_dir']}: this is a file", "name a folder")
     find_device(flat.get("device", "auto"))
-    path = find_corpus(flat["data_path"])
-    length = len(open_corpus(path).tokens)
+    corpus = open_corpus(find_corpus(flat["data_path"]))
+    corpus.split()  # tokenized here, once for all trials
     if "block_size" in flat:
-        check_block_size(path, length, flat["block_size"], flat["train_split"], flat["val_split"])
+        corpus.check_block_size(flat["block_size"], flat["train_split"], flat["val_split"])
     return Plan(space, options, flat, defaults)

@@ -78,11 +78,6 @@ class Checkpoint:
     def progress(self) -> Progress:
         return Progress.from_dict(self.metadata["progress"])
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The run's parameters, by name."""
-        return self.metadata["parameters"]
-
     def load_model(self, model: BigramLanguageModel) -> None:
         """Load these weights into the model.
 
@@ -195,14 +190,11 @@ class CheckpointStore:
             "compiled": trainer.backward.compiled,
             **run_metadata,
         }
-        tensors = trainer_tensors(trainer)
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._writing = self._writer.submit(self._write, copies, metadata, progress.step, progress.best_step)
+        tensors = {n: t.detach().to("cpu", copy=True) for n, t in trainer_tensors(trainer).items()}
+        self._writing = self._writer.submit(self._write, tensors, metadata, progress.step, progress.best_step)
         return self.path(progress.step)
 
-    def _write(
-        self, tensors: dict[str, torch.Tensor], metadata: CheckpointMetadata, step: int, best_step: int | None
-    ) -> None:
+    def _write(self, tensors: dict, metadata: CheckpointMetadata, step: int, best_step: int | None) -> None:
         """Write and prune, in the writer thread."""
         write_tensors(self.path(step), tensors, dict(metadata))
         self.newest_step = step
@@ -225,10 +217,8 @@ class CheckpointStore:
 
     def prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep` and the best."""
-        paths = checkpoint_paths(self.folder)
-        best = self.path(best_step) if best_step is not None else None
-        for path in paths[: -self.keep]:
-            if path != best:
+        for path in checkpoint_paths(self.folder)[: -self.keep]:
+            if checkpoint_step(path) != best_step:
                 with contextlib.suppress(OSError):  # one file too many does no harm
                     path.unlink()
                     LOGGER.debug("removed %s", path)
@@ -261,12 +251,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _is_valid(checkpoint: Checkpoint) -> bool:
     """Return whether every value has its type and the sizes are those of the tensors; or raise."""
-    metadata, progress, vocabulary = (
-        checkpoint.metadata,
-        checkpoint.progress,
-        checkpoint.metadata["vocabulary"],
-    )
-    config = ModelConfig(**metadata["model"])
+    metadata, progress = checkpoint.metadata, checkpoint.progress
+    vocabulary, config = metadata["vocabulary"], ModelConfig(**metadata["model"])
     config.validate()
     weights = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")]
     named = CHECKPOINT_NAME.fullmatch(checkpoint.path.name)
@@ -276,10 +262,9 @@ def _is_valid(checkpoint: Checkpoint) -> bool:
         and _has_types(vars(progress), Progress)
         and (progress.evaluation is None or _has_types(vars(progress.evaluation), Evaluation))
         and progress.step == (int(named[1]) if named else max(0, progress.step))
-        and not coerce_all(checkpoint.parameters)[1]
+        and not coerce_all(checkpoint.metadata["parameters"])[1]
         and sum(tensor.numel() for tensor in weights) == config.n_parameters
-        and all(isinstance(character, str) for character in vocabulary)
-        and vocabulary == sorted(set(vocabulary))
+        and vocabulary == sorted(set("".join(vocabulary)))
         and len(vocabulary) == config.vocab_size
         and metadata["world_size"] > 0
     )

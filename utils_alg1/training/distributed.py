@@ -28,9 +28,10 @@ TIMEOUT = datetime.timedelta(minutes=10)  # timeout of a collective operation; a
 
 
 class Distributed:
-    """The processes of a run, as seen by one of them. This base class is a single process.
+    """The processes of a run, as seen by one of them.
 
-    Its collective operations return at once.
+    They are connected at the first `broadcast`, by gloo and NCCL. The collective operations of a single
+    process return at once.
 
     Attributes:
         rank: 0 to world_size - 1, over all machines; the main process has 0.
@@ -38,8 +39,11 @@ class Distributed:
         world_size: the number of processes.
     """
 
-    rank = local_rank = 0
-    world_size = 1
+    def __init__(self, rank: int = 0, local_rank: int = 0, world_size: int = 1):
+        self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
+        self._connected = False
+        self._launcher = os.getppid()
+        self._ddp: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -49,51 +53,17 @@ class Distributed:
     @property
     def launcher_died(self) -> bool:
         """Whether torchrun, which would end the processes together, is gone."""
-        return False
+        return self.world_size > 1 and os.getppid() != self._launcher
 
     def __enter__(self) -> Distributed:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """Leave; after success together with the other processes."""
-
-    def broadcast(self, value: Any) -> Any:
-        """Return the main process's `value` in every process."""
-        return value
-
-    def all_reduce_sum(self, values: list[float]) -> list[float]:
-        """Return the sum over all processes of each value."""
-        return values
-
-    def all_reduce_max(self, value: int) -> int:
-        """Return the maximum over all processes."""
-        return value
-
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Return the model in a form whose backward pass averages the gradients over all processes."""
-        return model
-
-    def no_sync(self, enabled: bool) -> contextlib.AbstractContextManager:
-        """The context of a forward and backward pass; if `enabled`, its gradients are not averaged yet."""
-        return contextlib.nullcontext()
-
-    def connection_guard(self) -> contextlib.AbstractContextManager:
-        """A context that reports a collective operation that fails, since another process is gone."""
-        return contextlib.nullcontext()
-
-
-class TorchDistributed(Distributed):
-    """The processes that torchrun started, connected at the first collective operation by gloo and NCCL."""
-
-    def __init__(self, rank: int, local_rank: int, world_size: int):
-        self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
-        self._connected = False
-        self._launcher = os.getppid()
-        self._ddp: Any = None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if self.world_size == 1:
+            return
         if kind is None or (isinstance(error, SystemExit) and error.code in (None, DONE)):
-            # Leave together: torchrun takes a process that ends early for a failure, and ends the others.
+            # torchrun takes a process that ends early for a failure, and ends the others.
             with contextlib.suppress(RuntimeError), signal_handler(signal.SIG_DFL):
                 if not self._connected:  # after --help, say: the others wait for a job
                     self.broadcast(None)
@@ -108,11 +78,10 @@ class TorchDistributed(Distributed):
             message = f"process {self.rank} of 0 to {self.world_size - 1}: {error.message}"
             raise Alg1Error(message, error.hint, error.exit_code) from error
 
-    @property
-    def launcher_died(self) -> bool:
-        return os.getppid() != self._launcher
-
     def broadcast(self, value: Any) -> Any:
+        """Return the main process's `value` in every process."""
+        if self.world_size == 1:
+            return value
         import torch
 
         # While a process only waits, a signal ends it at once: Python's handlers would run after the wait.
@@ -126,6 +95,9 @@ class TorchDistributed(Distributed):
         return values[0]
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
+        """Return the sum over all processes of each value."""
+        if self.world_size == 1:
+            return values
         import torch
 
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -133,6 +105,9 @@ class TorchDistributed(Distributed):
         return tensor.tolist()
 
     def all_reduce_max(self, value: int) -> int:
+        """Return the maximum over all processes."""
+        if self.world_size == 1:
+            return value
         import torch
 
         tensor = torch.tensor(value)
@@ -140,6 +115,9 @@ class TorchDistributed(Distributed):
         return int(tensor)
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Return the model in a form whose backward pass averages the gradients over all processes."""
+        if self.world_size == 1:
+            return model
         from torch.nn.parallel import DistributedDataParallel
 
         device_ids = [device] if device.type == "cuda" else None
@@ -147,7 +125,8 @@ class TorchDistributed(Distributed):
         return self._ddp
 
     def no_sync(self, enabled: bool) -> contextlib.AbstractContextManager:
-        return self._ddp.no_sync() if enabled else contextlib.nullcontext()
+        """The context of a forward and backward pass; if `enabled`, its gradients are not averaged yet."""
+        return self._ddp.no_sync() if enabled and self._ddp else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def connection_guard(self) -> Iterator[None]:
@@ -159,7 +138,7 @@ class TorchDistributed(Distributed):
         try:
             yield
         except RuntimeError as error:
-            if not is_lost_connection(error):
+            if self.world_size == 1 or not is_lost_connection(error):
                 raise
             if not self.is_main:
                 raise SystemExit(DISK_FAILED) from error
@@ -184,7 +163,7 @@ def init_distributed() -> Distributed:
     """Return the processes that torchrun started, not connected yet; or a single process without torchrun."""
     if world_size() == 1:
         return SINGLE_PROCESS
-    return TorchDistributed(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size())
+    return Distributed(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size())
 
 
 def launch_command(dist: Distributed) -> str:

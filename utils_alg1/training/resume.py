@@ -138,7 +138,7 @@ def check_resumable(
         Alg1Error: listing every changed parameter (old -> new) that affected the steps already taken.
     """
     # What a run from before a parameter existed does not name is at its default.
-    old = Parameters.from_values(coerce_all(checkpoint.parameters)[0], {})
+    old = Parameters.from_values(coerce_all(checkpoint.metadata["parameters"])[0], {})
     old_train, train, step = old.train, params.train, checkpoint.progress.step
     before, now = old.flat(), params.flat()
     changed = [

@@ -18,10 +18,7 @@ from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
 
 BYTES_PER_PARAMETER = 12  # at least: float32 weight, gradient and one optimizer moment
 SMALL_STEP_FLOPS = 1e9  # a training step with fewer floating-point operations gets one CPU thread
-# On CUDA, a run is compiled if it takes at least so many floating-point operations: a guess, not a
-# measurement. (nanoGPT's README: its 6-layer character model, 5e15 operations, trains about 3 minutes on an
-# A100.)
-COMPILE_FLOPS = 1e15
+COMPILE_FLOPS = 1e15  # a run on CUDA with at least so many is compiled: a guess, not a measurement
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,9 +72,6 @@ def start_runtime(
 ) -> Runtime:
     """Choose the device, the number of threads, the dtype and whether to compile; set the threads.
 
-    A step of fewer than SMALL_STEP_FLOPS gets one thread: a second one gains little there, waits for the
-    first at every operator, and takes a core from the processes of the trackers.
-
     Args:
         flops_per_step: see Parameters.flops_per_step.
         dist: this process among those of the run.
@@ -93,13 +87,13 @@ def start_runtime(
     if config.threads:
         torch.set_num_threads(config.threads)
     elif device.type == "cpu" and flops_per_step < SMALL_STEP_FLOPS:
+        # A second one gains little there, waits for the first at every operator, and takes a core from the
+        # trackers.
         torch.set_num_threads(1)
-    dtype_name = config.dtype
-    if dtype_name == "auto":
-        dtype_name = "float32"
-        if device.type == "cuda":
-            dtype_name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    if dtype_name == "float16" and device.type != "cuda":
+    dtype = DTYPES.get(config.dtype, torch.float32)
+    if config.dtype == "auto" and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if dtype is torch.float16 and device.type != "cuda":
         raise Alg1Error(
             f"--dtype float16 needs CUDA, and the device is {device}",
             "use --dtype float32 or --dtype bfloat16",
@@ -109,7 +103,7 @@ def start_runtime(
         # By figures, not by the clock, so that the same run always decides the same. On a CPU compiling pays
         # after some ten thousand steps, and needs a C++ compiler that may be missing: it has to be asked for.
         compile_it = device.type == "cuda" and flops_per_step * config.max_iters >= COMPILE_FLOPS
-    return Runtime(device, DTYPES[dtype_name], torch.get_num_threads(), dist, compile_it)
+    return Runtime(device, dtype, torch.get_num_threads(), dist, compile_it)
 
 
 def device_of_process(device: torch.device, dist: Distributed) -> torch.device:

@@ -72,8 +72,8 @@ class Trainer:
     @property
     def eval_due(self) -> bool:
         """Whether to evaluate now: every eval_interval, at the end, and where the checkpoint evaluated."""
-        last = self.step >= self.config.max_iters
-        return last or due(self.step, self.config.eval_interval) or self.progress.evaluated
+        at_end = self.step >= self.config.max_iters
+        return at_end or due(self.step, self.config.eval_interval) or self.progress.evaluated
 
     @property
     def save_due(self) -> bool:
@@ -105,8 +105,9 @@ class Trainer:
         # With float16 the scaler handles a gradient that overflows: it skips that update.
         if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             what = "gradient" if math.isfinite(mean_loss) else "loss"
-            where = f"at step {self.step}; the weights were not updated"
-            self._raise_not_finite(f"the {what} is not finite {where}")
+            self._raise_not_finite(
+                f"the {what} is not finite at step {self.step}; the weights were not updated"
+            )
         self.gradient_norm = norm
         if config.grad_clip and norm > config.grad_clip:
             torch._foreach_mul_(gradients, config.grad_clip / norm)
