@@ -2,8 +2,8 @@
 
 To add a parameter, add a field here with `setting(default, help, limits)`, then run
 `python docs/write_configs.py`, which writes it to configs/. The flag, the file key, the validation and the
-listing are made from the field. With `may_change=True` a resumed run may have another value. An option of the
-model is added to `MODEL_OPTIONS` too.
+listing are made from the field. What a resumed run may change is `changeable` instead. An option of the model
+is added to `MODEL_OPTIONS` too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import read_json_object
 from utils_alg1.base.problems import Problem, names_in, nearest, raise_problems, shown
-from utils_alg1.base.settings import Spec, coerce, field_names, setting, yaml_line, yaml_value
+from utils_alg1.base.settings import Spec, changeable, coerce, field_names, setting, yaml_line, yaml_value
 
 DEFAULT = "default"  # the origin of a value that nothing sets
 CONFIG_DIR = "configs"  # its files are read at every start, unless --config names another folder
@@ -160,33 +160,29 @@ class TrainConfig(Part):
     """Training, and what a run keeps."""
 
     batch_size: int = setting(4, "sequences per micro-batch", above=0)
-    max_iters: int = setting(5000, "number of training steps", above=0, may_change=True)
+    max_iters: int = changeable(5000, "number of training steps", above=0)
     learning_rate: float = setting(1e-3, "peak learning rate", above=0)
-    eval_interval: int = setting(
-        100, "steps between evaluations; the last step is always evaluated", above=0, may_change=True
+    eval_interval: int = changeable(
+        100, "steps between evaluations; the last step is always evaluated", above=0
     )
-    eval_iters: int = setting(
-        20, "batches per evaluation, from each of the train and val splits", above=0, may_change=True
-    )
+    eval_iters: int = changeable(20, "batches per evaluation, from each of the train and val splits", above=0)
     seed: int = setting(1337, "random seed", minimum=0, maximum=2**63 - 1)
-    device: str = setting("auto", "device: auto, cpu, cuda, cuda:N or mps", may_change=True)
+    device: str = changeable("auto", "device: auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting(
         "auto",
         "data type of the forward pass; auto: bfloat16 or float16 on CUDA, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    compile: str = setting(
+    compile: str = changeable(
         "auto",
         "torch.compile of the training step; auto: for long runs on CUDA",
         choices=("auto", "on", "off"),
-        may_change=True,
     )
-    threads: int = setting(
+    threads: int = changeable(
         0,
         "number of CPU threads; 0: one for a small training step, else PyTorch's default",
         minimum=0,
         maximum=1024,
-        may_change=True,
     )
     optimizer: str = setting(
         "adamw",
@@ -204,37 +200,28 @@ class TrainConfig(Part):
     warmup_iters: int = setting(0, "steps of linear learning rate warm-up", minimum=0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule", minimum=0)
     grad_clip: float = setting(0.0, "maximum gradient norm; 0: no clipping", minimum=0)
-    grad_accum_steps: int = setting(
-        1,
-        "gradient accumulation steps: micro-batches per training step, in each process",
-        above=0,
-        may_change=True,  # but not the number of micro-batches over all processes
+    # The number of micro-batches over all processes must stay the same.
+    grad_accum_steps: int = changeable(
+        1, "gradient accumulation steps: micro-batches per training step, in each process", above=0
     )
-    checkpoint_interval: int = setting(
+    checkpoint_interval: int = changeable(
         500,
         "steps between checkpoints, besides those at a new best val loss and at the end; 0: only those",
         minimum=0,
-        may_change=True,
     )
-    keep_checkpoints: int = setting(
-        2, "number of newest checkpoints to keep, besides the best", above=0, may_change=True
+    keep_checkpoints: int = changeable(2, "number of newest checkpoints to keep, besides the best", above=0)
+    patience: int = changeable(
+        0, "early stopping: evaluations without a new best val loss before the run ends; 0: off", minimum=0
     )
-    patience: int = setting(
-        0,
-        "early stopping: evaluations without a new best val loss before the run ends; 0: off",
-        minimum=0,
-        may_change=True,
-    )
-    export: str = setting(
+    export: str = changeable(
         "best",
         "weights to export at the end: those of the best val loss, or the last",
         choices=("best", "last"),
-        may_change=True,
     )
-    output: str | None = setting(None, "file to write the export to as well", may_change=True)
-    runs_dir: str = setting("runs", "folder of the run directories", may_change=True)
-    run_tag: str = setting("", "text to append to the run's name", may_be_empty=True, may_change=True)
-    aim: bool = setting(True, "log to Aim", may_change=True)
+    output: str | None = changeable(None, "file to write the export to as well")
+    runs_dir: str = changeable("runs", "folder of the run directories")
+    run_tag: str = changeable("", "text to append to the run's name", may_be_empty=True)
+    aim: bool = changeable(True, "log to Aim")
 
     def joint_problems(self) -> Iterator[Problem]:
         if self.warmup_iters > self.max_iters:
@@ -259,11 +246,9 @@ class TrainConfig(Part):
 class DataConfig(Part):
     """The text, and how it is split."""
 
-    data_path: str = setting(
-        "data/input.txt",
-        "a UTF-8 text file, or one of the names shakespeare and python-docs",
-        flag="--data",
-        may_change=True,  # but not the text itself: checkpoints contain its digest
+    # The text itself must stay the same: checkpoints contain its digest.
+    data_path: str = changeable(
+        "data/input.txt", "a UTF-8 text file, or one of the names shakespeare and python-docs", flag="--data"
     )
     train_split: float = setting(0.9, "fraction of the text for training", above=0, below=1)
     val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)
@@ -280,14 +265,14 @@ class DataConfig(Part):
 
 def interval(default: int, what: str) -> Any:
     """Return the setting of how many steps lie between two of what is logged now and then."""
-    return setting(default, f"steps between {what}; 0: never", minimum=0, may_change=True)
+    return changeable(default, f"steps between {what}; 0: never", minimum=0)
 
 
 @dataclass
 class TensorBoardConfig(Part):
     """TensorBoard, and how often both trackers log what."""
 
-    tensorboard: bool = setting(True, "log to TensorBoard", may_change=True)
+    tensorboard: bool = changeable(True, "log to TensorBoard")
     histogram_interval: int = interval(500, "histograms of parameters and gradients")
     activation_interval: int = interval(500, "histograms of activations")
     attention_interval: int = interval(1000, "images of the attention weights")
@@ -295,7 +280,7 @@ class TensorBoardConfig(Part):
     sample_interval: int = interval(1000, "samples of generated text")
     gradient_norm_interval: int = interval(10, "values of the gradient norm")
     speed_interval: int = interval(100, "values of tokens per second")
-    port: int = setting(6006, "port of --serve-tensorboard", minimum=1, maximum=65535, may_change=True)
+    port: int = changeable(6006, "port of --serve-tensorboard", minimum=1, maximum=65535)
 
 
 def due(step: int, interval: int) -> bool:

@@ -21,6 +21,11 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
 
 
+def changeable(default: Any, help: str, **limits: Any) -> Any:
+    """Return a `setting` that a resumed run may change, since it does not affect the steps so far."""
+    return setting(default, help, may_change=True, **limits)
+
+
 @dataclass(frozen=True)
 class Spec:
     """What is known of one setting."""
@@ -37,7 +42,7 @@ class Spec:
     choices: tuple[str, ...] = ()
     may_be_empty: bool = False  # whether "" is allowed
     flag: str = ""  # the command-line flag
-    may_change: bool = False  # whether a resumed run may change it: it does not affect the steps so far
+    may_change: bool = False  # see `changeable`
 
     @property
     def explanation(self) -> str:
