@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import math
@@ -15,12 +16,14 @@ import signal
 import struct
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import faults
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, printed_config, run_process
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, printed_config
 from safetensors.torch import save_file
 
 import train as train_script
@@ -38,22 +41,66 @@ from utils_alg1.training.trainer import Trainer
 from utils_alg1.utils_run_manager import MetadataCapture
 
 EVALUATION = re.compile(
-    r"step +(\d+)  train loss (\d\.\d{4})  val loss (\d\.\d{4})  lr (\d\.\de[+-]\d\d)"
-    r"(  [\d,]+ tok/s)?(  best)?"
+    r"step +(\d+)  train loss (\d\.\d{4})  val loss (\d\.\d{4})  (best|    )  lr (\d\.\de[+-]\d\d)"
+    r"(  [\d,]+ tok/s)?"
 )
 
 
-@pytest.fixture
-def fast_end(monkeypatch):
-    """No picture and short samples, where a test is not about them."""
+def shorten_end(monkeypatch):
     monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
     monkeypatch.setattr("utils_alg1.report.pictures.draw_attention", lambda *_: b"")
     monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
 
 
 @pytest.fixture
+def fast_end(monkeypatch):
+    """No picture and short samples, where a test is not about them."""
+    shorten_end(monkeypatch)
+
+
+@pytest.fixture
 def start(train, text_file, fast_end):
     return lambda *flags: train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
+
+
+@dataclass
+class Finished:
+    """A run that several tests read, and what it printed."""
+
+    folder: Path
+    out: str
+
+    @property
+    def run(self) -> Path:
+        (run,) = list_runs(str(self.folder / "runs"))
+        return run
+
+
+def finished_run(folder: Path, *flags: str) -> Finished:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.chdir(folder)
+        shorten_end(patch)
+        patch.setattr(MetadataCapture, "get_git_commit", classmethod(lambda cls: "c0ffee"))
+        patch.setattr(MetadataCapture, "get_git_branch", classmethod(lambda cls: "trunk"))
+        patch.setattr(MetadataCapture, "get_git_dirty", classmethod(lambda cls: "no"))
+        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        Path("config.json").write_text('{"beta1": 0.8}')
+        flags = ("--data", "text.txt", *TINY, *QUIET_TRACKERS, *flags)
+        assert train_script.main(list(flags)) == 0
+    return Finished(folder, out.getvalue())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    flags = "--max-iters 7 --eval-interval 3 --lr-schedule linear --gradient-norm-interval 4"
+    flags += " --speed-interval 3 --dropout 0.25 --grad-accum-steps 3"
+    return finished_run(tmp_path_factory.mktemp("finished"), *flags.split())
+
+
+@pytest.fixture(scope="module")
+def verbose(tmp_path_factory):
+    flags = "--verbose --eval-interval 1 --learning-rate 0.3 --checkpoint-interval 1 --keep-checkpoints 1"
+    return finished_run(tmp_path_factory.mktemp("verbose"), *flags.split())
 
 
 def only_run(runs_dir: str = "runs") -> Path:
@@ -119,16 +166,14 @@ def test_a_run_leaves_its_files_and_no_others(train, text_file):
     assert sizes == (960, 540)
 
 
-def test_full_config_holds_every_value_and_its_origin(start, text_file):
-    Path("config.json").write_text('{"beta1": 0.8}')
-    assert start("--dropout", 0.25).code == 0
-    record = json.loads((only_run() / "meta/full_config.json").read_text())
+def test_full_config_holds_every_value_and_its_origin(finished):
+    record = json.loads((finished.run / "meta/full_config.json").read_text())
     parameters, origins = record["parameters"], record["origins"]
     assert parameters.keys() == origins.keys() == specs().keys()
     expected = {
         "dropout": (0.25, "--dropout"),
         "n_embd": (16, "--n-embd"),
-        "data_path": (str(text_file), "--data"),
+        "data_path": ("text.txt", "--data"),
         "aim": (False, "--aim"),
         "beta1": (0.8, "config.json"),
         "beta2": (0.999, "default"),
@@ -140,20 +185,16 @@ def test_full_config_holds_every_value_and_its_origin(start, text_file):
     assert record["runtime"] == {"device": "cpu", "dtype": "float32", "threads": 1}
 
 
-def test_origin_files_name_commit_and_versions(start, monkeypatch):
-    monkeypatch.setattr(MetadataCapture, "get_git_commit", classmethod(lambda cls: "c0ffee"))
-    monkeypatch.setattr(MetadataCapture, "get_git_branch", classmethod(lambda cls: "trunk"))
-    monkeypatch.setattr(MetadataCapture, "get_git_dirty", classmethod(lambda cls: "no"))
-    assert start().code == 0
-    meta = only_run() / "meta"
+def test_origin_files_name_commit_and_versions(finished):
+    meta = finished.run / "meta"
     assert (meta / "git.txt").read_text() == "commit: c0ffee\nbranch: trunk\ndirty: no\n"
     environment = dict(line.split(": ", 1) for line in (meta / "env.txt").read_text().splitlines())
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
     assert environment["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
-def test_notes_are_kept_by_a_resume(start, train):
-    start()
+def test_notes_are_kept_by_a_resume(verbose, train, fast_end, workdir):
+    shutil.copytree(verbose.folder, workdir, dirs_exist_ok=True)
     notes = only_run() / "meta/notes.md"
     assert notes.read_text().startswith(f"# {only_run().name}\n")
     notes.write_text("mine")
@@ -161,60 +202,57 @@ def test_notes_are_kept_by_a_resume(start, train):
     assert notes.read_text() == "mine"
 
 
-def test_metrics_have_a_row_for_each_step_and_each_evaluation(start):
-    flags = ["--max-iters", 7, "--eval-interval", 3, "--lr-schedule", "linear"]
-    assert start(*flags, "--gradient-norm-interval", 4, "--speed-interval", 3).code == 0
-    train_rows = [row for row in rows(only_run()) if "loss/train_step" in row]
+def test_metrics_have_a_row_for_each_step_and_each_evaluation(finished):
+    train_rows = [row for row in rows(finished.run) if "loss/train_step" in row]
     assert [row["step"] for row in train_rows] == list(range(7))
     assert [row["step"] for row in train_rows if row.get("gradient_norm", 0) > 0] == [0, 4]
     assert all(row.keys() - {"gradient_norm"} == {"step", "loss/train_step"} for row in train_rows)
-    speeds = [row for row in rows(only_run()) if "tokens_per_second" in row]
+    speeds = [row for row in rows(finished.run) if "tokens_per_second" in row]
     assert [(row["step"], row.keys()) for row in speeds] == [
         (step, {"step", "tokens_per_second"}) for step in (3, 6)
     ]
     assert all(row["tokens_per_second"] > 0 for row in speeds)
-    assert [row["step"] for row in evaluations(only_run())] == [0, 3, 6, 7]
-    assert [row["learning_rate"] for row in evaluations(only_run())] == pytest.approx(
+    assert [row["step"] for row in evaluations(finished.run)] == [0, 3, 6, 7]
+    assert [row["learning_rate"] for row in evaluations(finished.run)] == pytest.approx(
         [1e-3, 1e-3 * 4 / 7, 1e-3 / 7, 0]
     )
     assert all(
-        row.keys() == {"step", "loss/train", "loss/val", "learning_rate"} for row in evaluations(only_run())
+        row.keys() == {"step", "loss/train", "loss/val", "learning_rate"} for row in evaluations(finished.run)
     )
 
 
-def test_final_figures_are_those_of_the_metrics(start):
-    assert start("--learning-rate", 0.3, "--grad-accum-steps", 3).code == 0
-    final = json.loads((only_run() / "eval/final.json").read_text())
-    last = evaluations(only_run())[-1]
-    best = min(evaluations(only_run()), key=lambda row: row["loss/val"])
-    assert (final["steps"], final["run_id"]) == (6, only_run().name)
+@pytest.mark.parametrize("name, steps, sequences", [("finished", 7, 6), ("verbose", 6, 2)])
+def test_final_figures_are_those_of_the_metrics(name, steps, sequences, request):
+    run = request.getfixturevalue(name).run
+    final = json.loads((run / "eval/final.json").read_text())
+    last = evaluations(run)[-1]
+    best = min(evaluations(run), key=lambda row: row["loss/val"])
+    assert (final["steps"], final["run_id"]) == (steps, run.name)
     assert (final["train_loss"], final["val_loss"]) == (last["loss/train"], last["loss/val"])
     assert (final["best_val_loss"], final["best_step"]) == (best["loss/val"], best["step"])
     assert final["best_perplexity"] == pytest.approx(math.exp(best["loss/val"]))
     assert final["best_bits_per_character"] == pytest.approx(best["loss/val"] / math.log(2))
-    assert final["tokens"] == 6 * 2 * 3 * 8
+    assert final["tokens"] == steps * sequences * 8
     assert final["seconds_in_loop"] > 0
     assert final["export"] == {"weights": "best", "step": best["step"], "val_loss": best["loss/val"]}
 
 
-def test_the_export_is_a_model_and_its_configuration(start):
-    assert start().code == 0
-    folder = only_run() / "artifacts/export"
+def test_the_export_is_a_model_and_its_configuration(finished):
+    folder = finished.run / "artifacts/export"
     config = ModelConfig.from_json(folder / "config.json")
-    assert config == ModelConfig(16, 2, 1, 8, 0.0, len(set(TEXT)))
+    assert config == ModelConfig(16, 2, 1, 8, 0.25, len(set(TEXT)))
     model = BigramLanguageModel().load_safetensors(folder / "model.safetensors")
     assert (model.config, model.vocabulary) == (config, sorted(set(TEXT)))
 
 
-def test_samples_are_drawn_from_the_exported_weights(start):
-    result = start()
-    folder = only_run()
+def test_samples_are_drawn_from_the_exported_weights(finished, fast_end):
+    folder = finished.run
     model = BigramLanguageModel().load_safetensors(folder / "artifacts/export/model.safetensors")
     samples = draw_samples(model, 1337)
     assert {len(sample) for sample in samples} == {4} and len(samples) == 3
     expected = "\n\n".join(f"--- sample {i}\n{sample}" for i, sample in enumerate(samples, 1)) + "\n"
     assert (folder / "eval/samples.txt").read_text(encoding="utf-8") == expected
-    assert result.out.endswith(f"a sample:\n{samples[0]}\n")
+    assert finished.out.endswith(f"a sample:\n{samples[0]}\n")
 
 
 def test_a_picture_that_cannot_be_drawn_costs_one_line(start, monkeypatch):
@@ -246,10 +284,9 @@ def test_the_loss_falls_on_a_text(train, text_file, fast_end):
 # --- what it says -------------------------------------------------------------------------------------
 
 
-def test_printed_losses_are_those_of_the_metrics(start):
-    result = start("--eval-interval", 1, "--learning-rate", 0.3)
-    printed = [match for line in result.out.splitlines() if (match := EVALUATION.fullmatch(line))]
-    figures = [(int(match[1]), match[2], match[3], match[4]) for match in printed]
+def test_printed_losses_are_those_of_the_metrics(verbose):
+    printed = [match for line in verbose.out.splitlines() if (match := EVALUATION.fullmatch(line))]
+    figures = [(int(match[1]), match[2], match[3], match[5]) for match in printed]
     assert figures == [
         (
             row["step"],
@@ -257,29 +294,26 @@ def test_printed_losses_are_those_of_the_metrics(start):
             f"{row['loss/val']:.4f}",
             f"{row['learning_rate']:.1e}",
         )
-        for row in evaluations(only_run())
+        for row in evaluations(verbose.run)
     ]
-    losses = [row["loss/val"] for row in evaluations(only_run())]
+    losses = [row["loss/val"] for row in evaluations(verbose.run)]
     better = [loss < min(losses[:i], default=math.inf) for i, loss in enumerate(losses)]
-    assert [bool(match[6]) for match in printed] == better
+    assert [match[4] == "best" for match in printed] == better
     assert set(better) == {True, False}
 
 
-def test_the_log_is_a_copy_of_the_verbose_console(start):
-    result = start("--verbose")
-    log = (only_run() / "logs/train.log").read_text(encoding="utf-8")
+def test_the_log_is_a_copy_of_the_verbose_console(verbose):
+    log = (verbose.run / "logs/train.log").read_text(encoding="utf-8")
     logged = [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in log.splitlines()]
-    assert logged == result.out.splitlines()
+    assert logged == verbose.out.splitlines()
 
 
-def test_verbose_names_every_checkpoint_written(start):
-    result = start("--verbose", "--checkpoint-interval", 3, "--keep-checkpoints", 99)
-    lines = [
-        line for line in result.out.splitlines() if line.startswith("wrote ") and "/checkpoints/" in line
-    ]
-    saved = [line.removeprefix("wrote ") for line in lines]
-    assert saved == list(map(str, checkpoint_paths(only_run() / "artifacts/checkpoints")))
-    assert "\nwrote " not in start().out
+def test_verbose_names_the_checkpoints_that_are_written_and_removed(verbose):
+    lines = verbose.out.splitlines()
+    saved = {line.split()[1] for line in lines if line.startswith("wrote ") and "/checkpoints/" in line}
+    removed = {line.split()[1] for line in lines if line.startswith("removed ")}
+    left = checkpoint_paths(verbose.run / "artifacts/checkpoints")
+    assert removed and saved - removed == {str(path.relative_to(verbose.folder)) for path in left}
 
 
 def test_quiet_prints_nothing_and_logs_everything(start):
@@ -289,8 +323,8 @@ def test_quiet_prints_nothing_and_logs_everything(start):
     assert log.count("val loss") >= 4
 
 
-def test_print_config_of_a_resumed_run_shows_its_values_and_changes_nothing(start, train):
-    start("--dropout", 0.25)
+def test_print_config_of_a_resumed_run_shows_its_values_and_changes_nothing(finished, train, monkeypatch):
+    monkeypatch.chdir(finished.folder)
     before = {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()}
     result = train("--resume", "latest", "--print-config", "--max-iters", 9)
     assert result.code == 0
@@ -401,30 +435,33 @@ def test_no_arguments_and_no_network_train_on_the_python_documentation(train, wo
 def test_a_process_told_to_stop_goes_on_with_the_command_it_printed(train, text_file, fast_end):
     flags = ["--data", text_file, *TINY, *QUIET_TRACKERS, "--max-iters", 120, "--eval-interval", 1]
     flags += ["--dropout", 0.2, "--checkpoint-interval", 0]
-    assert train(*flags, "--runs-dir", "whole").code == 0
+    ours, theirs = os.pipe()
     # The pipe is small and not read on: the process cannot come to its end before the signal.
-    process = subprocess.Popen(
-        [sys.executable, PROJECT / "train.py", *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        pipesize=4096,
-    )
-    seen = b""
-    while b"step      3" not in seen:
-        byte = process.stdout.read(1)
-        assert byte, process.stderr.read()
-        seen += byte
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert err == b"\nstopping after this step; once more to leave at once\n"
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+
+    def work() -> int:
+        sys.stdout = os.fdopen(theirs, "w", buffering=1)
+        return faults.train_here(list(map(str, flags)))
+
+    pid = faults.start_child(work)
+    os.close(theirs)
+    with open(ours, "rb", buffering=0) as pipe:
+        seen = b""
+        while b"step      3" not in seen:
+            byte = pipe.read(1)
+            assert byte, Path("output.txt").read_text()
+            seen += byte
+        os.kill(pid, signal.SIGTERM)
+        out = pipe.readall()
+    assert faults.wait(pid) == 143
+    assert Path("output.txt").read_text() == "\nstopping after this step; once more to leave at once\n"
     assert not (only_run() / "eval/final.json").exists()
 
     command = shlex.split(out.decode().splitlines()[-1].split("; go on with: ")[1])
     assert command == ["python", "train.py", "--resume", only_run().name]
-    result = run_process(*command[1:])
+    result = train(*command[2:])
     assert (result.code, result.err) == (0, "")
+    assert train(*flags, "--runs-dir", "whole").code == 0
     whole, ours = only_run("whole"), only_run()
     for name in ("artifacts/checkpoints/step_000000120.safetensors", "artifacts/export/model.safetensors"):
         a, b = read_tensors(whole / name)[0], read_tensors(ours / name)[0]
@@ -457,10 +494,13 @@ def test_a_reader_that_goes_away_does_not_stop_the_training(text_file, fast_end,
 
 
 def test_a_program_started_without_streams_trains(text_file):
-    arguments = [PROJECT / "train.py", "--data", text_file, *TINY, *QUIET_TRACKERS]
-    command = " ".join(shlex.quote(str(word)) for word in [sys.executable, *arguments])
-    done = subprocess.run(f"{command} >&- 2>&-", shell=True, timeout=120)
-    assert done.returncode == 0
+    def without_streams() -> int:
+        sys.stdout = sys.stderr = None  # as Python does for closed descriptors
+        os.closerange(1, 3)
+        faults.leave_out_pictures()
+        return faults.train_here([str(word) for word in ("--data", text_file, *TINY, *QUIET_TRACKERS)])
+
+    assert faults.wait(faults.start_child(without_streams)) == 0
     assert (list_runs("runs")[0] / "eval" / "final.json").is_file()
 
 

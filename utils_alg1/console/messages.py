@@ -1,4 +1,4 @@
-"""Errors and warnings on the standard error, and safe printing of text from outside on a terminal."""
+"""Lines on the standard streams: coloured on a terminal, with control characters made visible there."""
 
 from __future__ import annotations
 
@@ -11,28 +11,47 @@ from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.text import terminal_safe
 
 if TYPE_CHECKING:
-    from utils_alg1.console.terminal import Terminal
+    import rich.console
+
+WARNING_PATTERN = "^(?P<bold>(?P<yellow>warning:))"  # for print_line
 
 
 def print_error(error: Alg1Error) -> None:
     """Print the `error:` line of an error and, where it has a hint, the `hint:` line."""
-    _print_labelled(("error:", "bold red", error.message), ("hint:", "bold cyan", error.hint))
+    with contextlib.suppress(OSError):  # stderr may be redirected to a full disk
+        print_line(sys.stderr, f"error: {error.message}", "^(?P<bold>(?P<red>error:))")
+        if error.hint:
+            print_line(sys.stderr, f"hint: {error.hint}", "^(?P<bold>(?P<cyan>hint:))")
 
 
 def print_warning(text: str) -> None:
     """Print a warning in a script that has no Console."""
-    _print_labelled(("warning:", "bold yellow", text))
+    with contextlib.suppress(OSError):
+        print_line(sys.stderr, f"warning: {text}", WARNING_PATTERN)
 
 
-def _print_labelled(*lines: tuple[str, str, str | None]) -> None:
-    """Print lines of (label, style of the label, text) to the standard error, except those without a text."""
-    with contextlib.suppress(OSError):  # stderr may be redirected to a full disk
-        terminal = open_terminal(sys.stderr)
-        for label, style, text in lines:
-            if text and terminal:
-                terminal.print([(label, style), f" {text}"])
-            elif text:
-                print(label, text_for_stream(sys.stderr, text), file=sys.stderr)
+def print_line(
+    stream: TextIO, text: str, pattern: str = "", console: rich.console.Console | None = None
+) -> None:
+    """Print a line; a terminal itself wraps a long one, so that it can be copied as one line.
+
+    On a terminal, what a named group of the regular expression `pattern` matches has the Rich style of that
+    name. `console` is Rich's console of the stream, if there is one.
+    """
+    if not is_terminal(stream):
+        print(text_for_stream(stream, text), file=stream, flush=True)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text(terminal_safe(text))
+    line.highlight_regex(pattern)
+    (console or Console(file=stream)).print(line, soft_wrap=True)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that can do more than print lines."""
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 def text_for_stream(stream: TextIO, text: str) -> str:
@@ -41,10 +60,9 @@ def text_for_stream(stream: TextIO, text: str) -> str:
 
 
 class IncrementalWriter:
-    """Writes a text in pieces; the result is that of `text_for_stream` applied to the whole text.
+    """Writes a text in pieces as `text_for_stream` does in one.
 
-    A CRLF may be split between two pieces, so on a terminal a CR at the end of a piece is held back until the
-    next piece. A CR at the very end of the text is not written.
+    A CRLF may be split between two pieces, so a terminal gets a CR at the end of a piece with the next.
     """
 
     def __init__(self, stream: TextIO):
@@ -58,12 +76,3 @@ class IncrementalWriter:
             self._pending_cr = "\r" if text.endswith("\r") else ""
             text = terminal_safe(text.removesuffix("\r"))
         self._stream.write(text)
-
-
-def open_terminal(stream: TextIO) -> Terminal | None:
-    """Return the terminal behind a stream; None for a file, a pipe, and a terminal without cursor control."""
-    if not stream.isatty() or os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
-        return None
-    from utils_alg1.console.terminal import Terminal
-
-    return Terminal(stream)

@@ -11,10 +11,10 @@ from typing import NoReturn
 
 from utils_alg1.base.errors import DONE, INTERRUPTED, Alg1Error, disk_error
 from utils_alg1.console.messages import print_error
-from utils_alg1.console.signals import raise_on_signals
+from utils_alg1.console.signals import RaiseSignal, signal_handler
 
 
-def run_script(main: Callable[[], int]) -> None:
+def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's main() and exit with its code.
 
     An Alg1Error is printed as one `error:` line and, if it has a hint, one `hint:` line.
@@ -27,43 +27,41 @@ def run_script(main: Callable[[], int]) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        with raise_on_signals():
-            code = main()
+        code = _exit_code(main)
     except Alg1Error as error:
         print_error(error)
         code = error.exit_code
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if failure := _failure_before(stop):
-            print_error(failure)
-            code = failure.exit_code
-        elif isinstance(stop, SystemExit):
-            raise
-        else:
-            with contextlib.suppress(OSError):
-                print("\n" * sys.stderr.isatty() + "interrupted", file=sys.stderr)  # below the terminal's ^C
-            code = INTERRUPTED
-    except BrokenPipeError:  # the reader has closed the pipe (`| head`)
-        code = DONE
-    except OSError as error:  # an unexpected one, such as a name that is too long
-        failure = disk_error(f"use {error.filename}" if error.filename else "go on", error)
-        print_error(failure)
-        code = failure.exit_code
     try:
         sys.stdout.flush()
     except OSError:  # otherwise Python flushes again at exit, and prints a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    leave(code)
+    if world_size() > 1:
+        # Without joining PyTorch's threads: of some forty runs on loaded cores two aborted there.
+        os._exit(code)
+    sys.exit(code)
 
 
-def _failure_before(stop: BaseException) -> Alg1Error | None:
-    """Return the error that was ending the program when a signal came, or None.
-
-    When one process of a run is gone, torchrun sends SIGTERM to the others: it may arrive while they close.
-    """
-    before = stop.__context__
-    while before is not None and not isinstance(before, Alg1Error):
-        before = before.__context__
-    return before
+def _exit_code(main: Callable[[], int]) -> int:
+    """Run main() and return its exit code; what a user or a disk can cause is raised as an Alg1Error."""
+    try:
+        with signal_handler(RaiseSignal()):
+            return main()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # torchrun sends SIGTERM when a process is gone: it may come while a failed run closes.
+        failure = stop.__context__
+        while failure is not None and not isinstance(failure, Alg1Error):
+            failure = failure.__context__
+        if failure is not None:
+            raise failure from None
+        if isinstance(stop, SystemExit):
+            raise
+        with contextlib.suppress(OSError):
+            print("\n" * sys.stderr.isatty() + "interrupted", file=sys.stderr)  # below the terminal's ^C
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has closed the pipe (`| head`)
+        return DONE
+    except OSError as error:  # an unexpected one, such as a name that is too long
+        raise disk_error(f"use {error.filename}" if error.filename else "go on", error) from error
 
 
 @contextlib.contextmanager
@@ -82,19 +80,6 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def leave(code: int) -> NoReturn:
-    """End the program; one of several processes exits at once, without joining PyTorch's threads.
-
-    Two of some forty runs on loaded cores aborted while Python shut down, after all work was done.
-    """
-    if world_size() == 1:
-        sys.exit(code)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(code)
 
 
 def world_size() -> int:

@@ -1,7 +1,7 @@
 """Signals that ask a program to stop: Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed.
 
-A script installs `raise_on_signals`: a signal ends it through every `with` and `finally`. While it trains,
-`StopSignals` takes their place: a signal is a request that the loop reads between two steps.
+A script installs `RaiseSignal`: a signal ends it through every `with` and `finally`. While it trains,
+`StopSignals` takes its place: a signal is a request that the loop reads between two steps.
 """
 
 from __future__ import annotations
@@ -11,27 +11,22 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
-Handler = Callable[[int, FrameType | None], None]
-
-# Windows has no SIGHUP.
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
+STOP_SIGNALS = tuple(n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP"))
 
 
 @contextlib.contextmanager
-def signal_handler(handler: Handler | signal.Handlers) -> Iterator[dict[int, Any]]:
-    """Install `handler` for STOP_SIGNALS, and yield the handlers before, which are restored at the end.
+def signal_handler(
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers,
+) -> Iterator[None]:
+    """Install `handler` for STOP_SIGNALS until the end of the block.
 
     A SIGHUP that is ignored, as under nohup, stays ignored.
     """
-    hangup = getattr(signal, "SIGHUP", None)
-    caught = [n for n in STOP_SIGNALS if n != hangup or signal.getsignal(n) != signal.SIG_IGN]
+    caught = [n for n in STOP_SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in caught}
     try:
-        yield previous
+        yield
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
@@ -50,36 +45,20 @@ def block_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _RaiseOnSignal:
-    """Raises KeyboardInterrupt for SIGINT, SystemExit for the others.
+class RaiseSignal:
+    """The handler of a whole script: it raises, so that every `with` and `finally` runs."""
 
-    Attributes:
-        pending: the newest signal. Its exception is lost if it is raised within a destructor, for example.
-    """
-
-    def __init__(self) -> None:
-        self.pending: int | None = None
+    pending: int | None = None  # the newest signal; its exception is lost if it is raised in a destructor
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         self.pending = number
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
-def raise_on_signals() -> contextlib.AbstractContextManager:
-    """The context of a whole script: STOP_SIGNALS raise, so that every `with` and `finally` runs."""
-    return signal_handler(_RaiseOnSignal())
-
-
-def write_stderr(text: bytes) -> None:
-    """Write to the standard error, past Python's own buffer."""
-    os.write(2, text)
-
-
 class StopSignals:
     """Turns STOP_SIGNALS into a request that a loop reads; a second signal ends the process at once.
 
-    What is on disk stays valid either way, since every file is written atomically. The previous handlers
-    are restored at the end of the `with` block.
+    What is on disk stays valid either way, since every file is written atomically.
 
     Args:
         notice: returns the line to print at the first signal: what will happen now.
@@ -96,20 +75,19 @@ class StopSignals:
     def __init__(
         self,
         notice: Callable[[], str] = lambda: "stopping after this step",
-        announce: Callable[[bytes], object] = write_stderr,
-        exit_callback: Callable[[], object] | None = None,
+        announce: Callable[[bytes], object] = lambda text: os.write(2, text),
+        exit_callback: Callable[[], object] = lambda: None,
     ) -> None:
         self.received: int | None = None
         self._notice, self._announce, self._exit_callback = notice, announce, exit_callback
         self._installed = contextlib.ExitStack()
 
     def __enter__(self) -> StopSignals:
-        with contextlib.ExitStack() as stack:
-            previous = stack.enter_context(signal_handler(self._handle))
-            for handler in previous.values():
-                if isinstance(handler, _RaiseOnSignal) and handler.pending is not None:
-                    raise SystemExit(128 + handler.pending)
-            self._installed = stack.pop_all()
+        before = signal.getsignal(signal.SIGTERM)
+        self._installed.enter_context(signal_handler(self._handle))
+        if isinstance(before, RaiseSignal) and before.pending is not None:
+            self._installed.close()
+            raise SystemExit(128 + before.pending)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,9 +95,8 @@ class StopSignals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
-            if self._exit_callback is not None:
-                with contextlib.suppress(Exception):
-                    self._exit_callback()
+            with contextlib.suppress(Exception):
+                self._exit_callback()
             os._exit(128 + number)
         self.received = number
         with contextlib.suppress(OSError):  # the standard error may be closed

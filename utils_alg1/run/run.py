@@ -172,8 +172,7 @@ class MainRun(Run):
         self._stop_notice = "finishing the results"
 
     def _before_exit(self) -> None:
-        """On a second signal: restore the terminal, end the server, print how to continue."""
-        self.console.restore_terminal()
+        """On a second signal: end the server, print how to continue."""
         if self._server is not None:
             self._server.kill()
         notice = summary.resume_notice(self.store.newest_step, self.directory, self.dist)
