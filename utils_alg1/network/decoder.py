@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parameters import ModelConfig
@@ -65,8 +65,12 @@ class Decoder:
         B, C, H, S = batch_size, self.config.n_embd, self.config.n_head, self.config.head_size
         self.cache = KeyValueCache(self.config, B, weight)
         self.cos_sin = rotary_cos_sin(self.config, 0, self.config.block_size, weight.device)
-        # In the order of the modules: attention, feed-forward, layer norms. Matrices are (in, out).
-        self.layers = [[parameter.t() for parameter in block.parameters()] for block in model.blocks]
+        table = model.position_embedding_table
+        self.positions = None if table is None else table.weight
+        self.tokens = model.token_embedding_table.weight
+        self.blocks = [_weights(block) for block in model.blocks]
+        self.ln_f, self.head = _weights(model.ln_f), _weights(model.lm_head)
+        self.flops = 2.0 * self.config.n_parameters  # per character
         self.qkv = weight.new_empty(B, 3 * C)  # a buffer, so that its views are made once
         qkv = self.qkv.view(B, 3, H, S).transpose(0, 1)  # (3, B, H, S)
         self.q, self.qk, self.kv = qkv[0].unsqueeze(2), qkv[:2], qkv[1:]
@@ -76,35 +80,40 @@ class Decoder:
 
         T is 1, or the cache is empty.
         """
-        flops = 2.0 * self.config.n_parameters * idx.numel()
-        with torch.inference_mode(), _limit_threads(flops, idx.device):
+        with torch.inference_mode(), _limit_threads(self.flops * idx.numel(), idx.device):
             if self.cache.length == 0 or torch.is_autocast_enabled(idx.device.type):
                 return self.model(idx, cache=self.cache)[0][:, -1]
             return self._step(idx.view(-1))
 
     def _step(self, token: Tensor) -> Tensor:
         """The forward pass of model.py for one character: (B,) -> (B, V)."""
-        model, t, shape = self.model, self.cache.length, (token.shape[0], self.config.n_embd)
-        mm, norm = torch.mm, torch.layer_norm
+        t, shape = self.cache.length, (token.shape[0], self.config.n_embd)
+        mm, norm, attention = torch.mm, torch.layer_norm, F.scaled_dot_product_attention
         slots = self.cache.store[:, :, :, :, t].unbind(0)  # (2, B, H, S) of each layer
         keys = self.cache.store[:, 0, :, :, : t + 1].unbind(0)  # (B, H, t + 1, S)
         values = self.cache.store[:, 1, :, :, : t + 1].unbind(0)
         cos_sin = None if self.cos_sin is None else self.cos_sin[:, t]  # (2, S / 2)
-        x = F.embedding(token, model.token_embedding_table.weight)  # (B, C)
-        if model.position_embedding_table is not None:
-            x.add_(model.position_embedding_table.weight[t])
-        for layer, slot, k, v in zip(self.layers, slots, keys, values, strict=True):
-            qkv, proj, proj_bias, up, up_bias, down, down_bias, ln1, ln1_bias, ln2, ln2_bias = layer
+        x = F.embedding(token, self.tokens)  # (B, C)
+        if self.positions is not None:
+            x.add_(self.positions[t])
+        for block, slot, k, v in zip(self.blocks, slots, keys, values, strict=True):
+            # In the order of the modules: attention, feed-forward, layer norms.
+            qkv, proj, proj_bias, up, up_bias, down, down_bias, ln1, ln1_bias, ln2, ln2_bias = block
             mm(norm(x, shape[1:], ln1, ln1_bias), qkv, out=self.qkv)
             if self.config.qk_norm or cos_sin is not None:
                 self.qk.copy_(apply_qk_norm_and_rotary(self.qk, self.config.qk_norm, cos_sin))
             slot.copy_(self.kv)
-            attention_out = F.scaled_dot_product_attention(self.q, k, v).view(shape)
-            x.addmm_(attention_out, proj).add_(proj_bias)
+            x.addmm_(attention(self.q, k, v).view(shape), proj).add_(proj_bias)
             hidden = mm(norm(x, shape[1:], ln2, ln2_bias), up).add_(up_bias).relu_()  # (B, 4 C)
             x.addmm_(hidden, down).add_(down_bias)
         self.cache.length += 1
-        return model.lm_head(model.ln_f(x))
+        (ln_f, ln_f_bias), (head, head_bias) = self.ln_f, self.head
+        return torch.addmm(head_bias, norm(x, shape[1:], ln_f, ln_f_bias), head)
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """The parameters of a module, matrices as (in, out)."""
+    return [parameter.detach().t() for parameter in module.parameters()]
 
 
 @contextlib.contextmanager
