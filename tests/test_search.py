@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -288,6 +289,11 @@ def test_no_two_workers_take_the_same_trial_out_of_the_queue(fake_train):
     for thread in threads:
         thread.join()
     assert sorted(taken) == list(range(8))
+    # That they read before one of them has written is rare; a transaction that reads keeps others out.
+    with study_module.open_storage("sqlite:///searches/other/study.db").engine.begin():
+        other = sqlite3.connect("searches/other/study.db", timeout=0)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
 
 
 def test_a_grid_ends_when_it_is_exhausted(search, fake_train):
