@@ -20,7 +20,7 @@ from typing import Any
 
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import read_json_object
-from utils_alg1.base.problems import Problem, names_in, nearest, raise_problems, shown
+from utils_alg1.base.problems import Problem, nearest, raise_problems, shown
 from utils_alg1.base.settings import Spec, changeable, coerce, field_names, setting, yaml_line, yaml_value
 
 DEFAULT = "default"  # the origin of a value that nothing sets
@@ -39,14 +39,12 @@ class Part:
 
     def problems(self) -> list[Problem]:
         """Return what is wrong with the values, for `raise_problems`; wrong ones count as their defaults."""
-        values = vars(self)
-        complaints = {name: specs()[name].violation(value) for name, value in values.items()}
-        found = [
-            Problem(f"{name} = {shown(values[name])} {complaint}", (name,))
-            for name, complaint in complaints.items()
-            if complaint
-        ]
-        usable = dataclasses.replace(self, **{name: specs()[name].default for name in names_in(found)})
+        found: list[Problem] = []
+        usable = dataclasses.replace(self)
+        for name, value in vars(self).items():
+            if complaint := specs()[name].violation(value):
+                found.append(Problem(f"{name} = {shown(value)} {complaint}", (name,)))
+                setattr(usable, name, specs()[name].default)
         return [*found, *usable.joint_problems()]
 
     def joint_problems(self) -> Iterator[Problem]:
@@ -63,9 +61,7 @@ class ModelConfig(Part):
     n_layer: int = setting(4, "number of transformer blocks", above=0)
     block_size: int = setting(32, "context length in characters", above=0)
     dropout: float = setting(0.0, "dropout probability", minimum=0, below=1)
-    vocab_size: int | None = setting(
-        None, "number of distinct characters; read from the text by default", above=0
-    )
+    vocab_size: int | None = setting(None, "number of distinct characters; by default the text's", above=0)
     positions: str = setting("learned", "position embeddings; rotary is RoPE", choices=("learned", "rotary"))
     qk_norm: bool = setting(False, "QK-norm: RMS-normalize the queries and keys of each head")
     zero_init: bool = setting(False, "zero-initialize the output projections of attention and feed-forward")
@@ -162,9 +158,7 @@ class TrainConfig(Part):
     batch_size: int = setting(4, "sequences per micro-batch", above=0)
     max_iters: int = changeable(5000, "number of training steps", above=0)
     learning_rate: float = setting(1e-3, "peak learning rate", above=0)
-    eval_interval: int = changeable(
-        100, "steps between evaluations; the last step is always evaluated", above=0
-    )
+    eval_interval: int = changeable(100, "steps between evaluations; there is one at the end too", above=0)
     eval_iters: int = changeable(20, "batches per evaluation, from each of the train and val splits", above=0)
     seed: int = setting(1337, "random seed", minimum=0, maximum=2**63 - 1)
     device: str = changeable("auto", "device: auto, cpu, cuda, cuda:N or mps")
@@ -174,20 +168,13 @@ class TrainConfig(Part):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: str = changeable(
-        "auto",
-        "torch.compile of the training step; auto: for long runs on CUDA",
-        choices=("auto", "on", "off"),
+        "auto", "torch.compile of the step; auto: for long runs on CUDA", choices=("auto", "on", "off")
     )
     threads: int = changeable(
-        0,
-        "number of CPU threads; 0: one for a small training step, else PyTorch's default",
-        minimum=0,
-        maximum=1024,
+        0, "CPU threads; 0: one for small training steps, else PyTorch's default", minimum=0, maximum=1024
     )
     optimizer: str = setting(
-        "adamw",
-        "optimizer; muon: Muon for hidden matrices, AdamW for the rest",
-        choices=("adamw", "sgd", "muon"),
+        "adamw", "optimizer; muon: for hidden matrices, AdamW for the rest", choices=("adamw", "sgd", "muon")
     )
     weight_decay: float = setting(0.01, "weight decay of matrices; other weights have none", minimum=0)
     beta1: float = setting(0.9, "AdamW's beta1; momentum of SGD and Muon", minimum=0, below=1)
@@ -205,22 +192,18 @@ class TrainConfig(Part):
         1, "gradient accumulation steps: micro-batches per training step, in each process", above=0
     )
     checkpoint_interval: int = changeable(
-        500,
-        "steps between checkpoints, besides those at a new best val loss and at the end; 0: only those",
-        minimum=0,
+        500, "steps between checkpoints, besides at a new best val loss and the end; 0: only there", minimum=0
     )
     keep_checkpoints: int = changeable(2, "number of newest checkpoints to keep, besides the best", above=0)
     patience: int = changeable(
         0, "early stopping: evaluations without a new best val loss before the run ends; 0: off", minimum=0
     )
     export: str = changeable(
-        "best",
-        "weights to export at the end: those of the best val loss, or the last",
-        choices=("best", "last"),
+        "best", "weights to export: those of the best val loss, or the last", choices=("best", "last")
     )
     output: str | None = changeable(None, "file to write the export to as well")
     runs_dir: str = changeable("runs", "folder of the run directories")
-    run_tag: str = changeable("", "text to append to the run's name", may_be_empty=True)
+    run_tag: str = changeable("", "text to append to the run's name")
     aim: bool = changeable(True, "log to Aim")
 
     def joint_problems(self) -> Iterator[Problem]:
@@ -310,11 +293,10 @@ class Parameters:
     def problems(self) -> list[Problem]:
         """Return what is wrong with the values, with their origins."""
         found = [problem for part in PARTS for problem in getattr(self, part).problems()]
-        return [Problem(text + self._origins_of(names), names) for text, names in found]
-
-    def _origins_of(self, names: tuple[str, ...]) -> str:
-        given = {name: origin for name in names if (origin := self.origins[name]) != DEFAULT}
-        return f" ({', '.join(f'{name} from {origin}' for name, origin in given.items())})" if given else ""
+        for i, (text, names) in enumerate(found):
+            given = [f"{name} from {self.origins[name]}" for name in names if self.origins[name] != DEFAULT]
+            found[i] = Problem(f"{text} ({', '.join(given)})" if given else text, names)
+        return found
 
     def flops_per_step(self) -> float:
         """Estimate the floating-point operations of a training step of one process.
@@ -333,15 +315,14 @@ class Parameters:
         """Return every parameter by name."""
         return {name: getattr(getattr(self, spec.part), name) for name, spec in specs().items()}
 
-    def to_yaml(self, ascii_only: bool = False) -> str:
+    def to_yaml(self) -> str:
         """Format every value, with its origin and its help as a comment, as YAML that --config takes."""
         sections = []
         for part, config_class in PARTS.items():
             lines = [f"# --- {part}: {config_class.__doc__}"]
             for name, value in vars(getattr(self, part)).items():
-                origin = yaml_value(self.origins[name], ascii_only)
-                comment = f"{origin:<24}  {specs()[name].explanation}"
-                lines.append(yaml_line(name, value, comment, ascii_only))
+                comment = f"{yaml_value(self.origins[name]):<24}  {specs()[name].explanation}"
+                lines.append(yaml_line(name, value, comment))
             sections.append("\n".join(lines) + "\n")
         return "\n".join(sections)
 

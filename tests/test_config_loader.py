@@ -258,10 +258,9 @@ some_parameters = st.lists(
 ).map(dict)
 
 
-def check_reading_back(params: Parameters, ascii_only: bool) -> None:
+def check_reading_back(params: Parameters) -> None:
     """Check that the listing of parameters holds each on a line, and is read as the same values."""
-    text = params.to_yaml(ascii_only)
-    assert text.isascii() or not ascii_only
+    text = params.to_yaml()
     assert all(line.isprintable() for line in text.split("\n"))
     write("my.yaml", text)
     read, problems = coerce_all(ConfigLoader.load_train_config("my.yaml"))
@@ -272,18 +271,15 @@ def check_reading_back(params: Parameters, ascii_only: bool) -> None:
     assert read == {}
 
 
-@pytest.mark.parametrize("ascii_only", [True, False])
 @pytest.mark.parametrize("text", ODD_TEXTS, ids=short)
-def test_the_listing_of_an_odd_text_gives_the_same_text(workdir, text, ascii_only):
-    params = Parameters.from_values({"run_tag": text}, dict.fromkeys(specs(), text))
-    check_reading_back(params, ascii_only)
+def test_the_listing_of_an_odd_text_gives_the_same_text(workdir, text):
+    check_reading_back(Parameters.from_values({"run_tag": text}, dict.fromkeys(specs(), text)))
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(some_parameters, ANY_TEXT, st.booleans())
-def test_the_listing_of_any_parameters_gives_the_same_values(workdir, some, origin, ascii_only):
-    params = Parameters.from_values(some, dict.fromkeys(specs(), origin))
-    check_reading_back(params, ascii_only)
+@given(some_parameters, ANY_TEXT)
+def test_the_listing_of_any_parameters_gives_the_same_values(workdir, some, origin):
+    check_reading_back(Parameters.from_values(some, dict.fromkeys(specs(), origin)))
 
 
 def test_the_listing_serves_as_configuration(workdir, train):
@@ -306,7 +302,6 @@ def test_the_listing_can_be_read_back_whatever_the_encoding_of_the_output(workdi
     write("café.json", {"seed": 5})
     done = subprocess.run([*command, "--config", "café.json"], env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.isascii() == (encoding != "utf-8")
     write("my.yaml", done.stdout)
     params = resolve("--config", "my.yaml")
     assert (params.data.data_path, params.train.run_tag) == ("café/日本.txt", "caf\udce9")
@@ -566,12 +561,12 @@ def test_a_script_without_parameters_finds_the_runs_folder_too(workdir):
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
-        ("config.json", "{", "line 1, column 2: not JSON: Expecting property name"),
+        ("config.json", "{", "not JSON: Expecting property name"),
         ("config.json", "[1]", "must hold one JSON object of names and values"),
         ("config.json", '{"seed": 1, "seed": 1}', "'seed' stands there twice"),
         ("config.json", b'{"run_tag": "\xff"}', "not UTF-8 at byte 13"),
-        ("config.json", '{"seed": ' + "9" * 5000 + "}", "a number in it has too many digits"),
-        ("configs/model.json", "n_embd: 64", "line 1, column 1: not JSON: Expecting value"),
+        ("config.json", '{"seed": ' + "9" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ("configs/model.json", "n_embd: 64", "not JSON: Expecting value: line 1 column 1 (char 0)"),
         ("configs/train.yaml", "seed: 1\nseed: 1\n", "'seed' stands there twice"),
         ("configs/train.yaml", "seed: {a: 1, b: [{c: 1, c: 1}]}\n", "'c' stands there twice"),
         ("configs/train.yaml", "seed: &a {b: 1}\nthreads: {<<: *a, c: 1, c: 2}\n", "'c' stands there twice"),
@@ -860,7 +855,7 @@ def test_any_tag_gives_one_path_component(workdir, tag):
 def test_any_tag_makes_a_run_inside_the_runs_folder_only(workdir, tag):
     shutil.rmtree("runs", ignore_errors=True)
     with create_run("runs", tag) as run:
-        run.keep()
+        run.is_new = False
     assert os.listdir(workdir) == ["runs"]
     assert sorted(os.listdir("runs")) == [".lock", run.run_id]
     assert list_runs("runs") == [run.path]
@@ -1009,13 +1004,13 @@ def test_a_run_that_never_began_leaves_nothing(workdir):
 
 def test_a_run_that_began_stays(workdir):
     with create_run("runs") as run:
-        run.keep()
+        run.is_new = False
     assert folders_in(run.path) == LAYOUT
 
 
 def test_a_run_is_locked_while_it_lives(workdir):
     with create_run("runs") as run:
-        run.keep()
+        run.is_new = False
         with pytest.raises(Alg1Error) as caught:
             lock_run(run.path)
         assert caught.value.message == f"{run.path} is in use by another process"

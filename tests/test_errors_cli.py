@@ -96,7 +96,7 @@ TRAIN_MISTAKES = [
         "--config nowhere: no such file or folder",
         PATH_HINT,
     ),
-    ("--config notes.txt", "notes.txt: line 1, column 1: not JSON: Expecting value", PATH_HINT),
+    ("--config notes.txt", "notes.txt: not JSON: Expecting value: line 1 column 1 (char 0)", PATH_HINT),
     ("--resume latest", "there is no run in runs: no such folder", NO_RUN_HINT),
     (
         "--resume 2026-01-01_001 --runs-dir folder",
@@ -249,7 +249,7 @@ SEARCHING_MISTAKES = [
     ("--space nowhere.yaml", "nowhere.yaml: no such file", f"check its path{OTHER_SPACE}"),
     (
         "--space notes.txt",
-        "notes.txt: line 1, column 1: not JSON: Expecting value",
+        "notes.txt: not JSON: Expecting value: line 1 column 1 (char 0)",
         f"{PATH_HINT}{OTHER_SPACE}",
     ),
     (

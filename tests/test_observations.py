@@ -19,7 +19,6 @@ from utils_aim.pictures import draw_embedding, in_font, principal_components
 from utils_alg1.base.settings import field_names
 from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Image
 from utils_alg1.network.tensor_file import read_tensors
-from utils_alg1.report.results import draw_samples
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking import observer as observer_module
 from utils_alg1.tracking.observer import (
@@ -170,7 +169,6 @@ def test_a_sample_depends_on_the_weights_and_the_seed_alone(model, idx):
     torch.manual_seed(99)
     assert sample(model, idx[:1], 7) == {"samples": text}
     assert sample(model, idx, 8) != {"samples": text}
-    assert len(draw_samples(model, 7)) == 3
 
 
 def test_looking_leaves_model_gradients_and_random_state_as_they_were(model, idx):

@@ -33,9 +33,9 @@ from utils_alg1 import utils_run_manager
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.report import results as results_module
-from utils_alg1.report.results import draw_samples
 from utils_alg1.run import run as run_module
 from utils_alg1.run_directory import checkpoint_paths, list_runs
+from utils_alg1.tracking.observer import draw_texts
 from utils_alg1.training.checkpoint import CheckpointStore
 from utils_alg1.training.trainer import Trainer
 from utils_alg1.utils_run_manager import MetadataCapture
@@ -80,9 +80,8 @@ def finished_run(folder: Path, *flags: str) -> Finished:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(folder)
         shorten_end(patch)
-        patch.setattr(MetadataCapture, "get_git_commit", classmethod(lambda cls: "c0ffee"))
-        patch.setattr(MetadataCapture, "get_git_branch", classmethod(lambda cls: "trunk"))
-        patch.setattr(MetadataCapture, "get_git_dirty", classmethod(lambda cls: "no"))
+        said = {"rev-parse HEAD": "c0ffee", "rev-parse --abbrev-ref HEAD": "trunk", "status --porcelain": ""}
+        patch.setattr(MetadataCapture, "_git", staticmethod(lambda *words: said[" ".join(words)]))
         Path("text.txt").write_text(TEXT, encoding="utf-8")
         Path("config.json").write_text('{"beta1": 0.8}')
         flags = ("--data", "text.txt", *TINY, *QUIET_TRACKERS, *flags)
@@ -248,8 +247,7 @@ def test_the_export_is_a_model_and_its_configuration(finished):
 def test_samples_are_drawn_from_the_exported_weights(finished, fast_end):
     folder = finished.run
     model = BigramLanguageModel().load_safetensors(folder / "artifacts/export/model.safetensors")
-    samples = draw_samples(model, 1337)
-    assert {len(sample) for sample in samples} == {4} and len(samples) == 3
+    samples = draw_texts(model, 1337, 3, 4)
     expected = "\n\n".join(f"--- sample {i}\n{sample}" for i, sample in enumerate(samples, 1)) + "\n"
     assert (folder / "eval/samples.txt").read_text(encoding="utf-8") == expected
     assert finished.out.endswith(f"a sample:\n{samples[0]}\n")
@@ -261,7 +259,10 @@ def test_a_picture_that_cannot_be_drawn_costs_one_line(start, monkeypatch):
 
     monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", fail)
     result = start()
-    assert (result.code, result.err) == (0, "warning: no loss curve was drawn: no matplotlib\n")
+    assert (result.code, result.err) == (
+        0,
+        f"warning: {only_run()}/eval/loss.png was not written: no matplotlib\n",
+    )
     assert (only_run() / "eval/final.json").exists()
 
 

@@ -52,14 +52,14 @@ class RunDirectory(RunFolder):
     """A run directory that this process holds the lock of until the `with` block ends.
 
     Attributes:
-        is_new: remove the directory at the end, unless `keep` is called.
+        is_new: remove the directory at the end: it holds nothing of value yet.
         opened: the time.monotonic() at which this process took it.
     """
 
-    def __init__(self, path: Path, lock: FileLock, is_new: bool = False):
+    def __init__(self, path: Path, lock: FileLock):
         super().__init__(path)
         self.lock = lock
-        self.is_new = is_new
+        self.is_new = False
         self.opened = time.monotonic()
 
     def __enter__(self) -> RunDirectory:
@@ -69,10 +69,6 @@ class RunDirectory(RunFolder):
         if self.is_new:
             shutil.rmtree(self.path, ignore_errors=True)
         self.lock.release()
-
-    def keep(self) -> None:
-        """Keep the directory: from now on it holds something of value."""
-        self.is_new = False
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -7,8 +7,8 @@ Every line is a record of the logger `alg1`, so any module can log details that 
 
 from __future__ import annotations
 
-import codecs
 import contextlib
+import io
 import logging
 import logging.handlers
 import os
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parameters import Parameters
-from utils_alg1.base.text import format_number, terminal_safe
+from utils_alg1.base.text import format_number, without_controls
 from utils_alg1.console.messages import WARNING_PATTERN, is_terminal, print_line
 
 if TYPE_CHECKING:
@@ -132,10 +132,11 @@ class Console(logging.Handler):
     def configuration(self, params: Parameters) -> None:
         """Print every value with its origin, as YAML that --config takes (--print-config).
 
-        --config reads UTF-8, so a standard output with another encoding gets ASCII with escapes.
+        It is UTF-8, as --config reads it, whatever the encoding of the standard output.
         """
-        encoding = codecs.lookup(sys.stdout.encoding or "utf-8").name
-        print(params.to_yaml(ascii_only=encoding != "utf-8"), end="")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
+        print(params.to_yaml(), end="")
 
     def block(self, lines: LabelledLines) -> None:
         """Print lines with aligned labels, on a terminal wrapped at words, followed by an empty line."""
@@ -144,7 +145,7 @@ class Console(logging.Handler):
         wrapper.subsequent_indent = " " * (n + 2 if self._width >= 60 else 2)
         for label, value in lines.items():
             line = f"{label:{n}}  {value}"
-            wrapped = line if isinstance(value, ShellCommand) else wrapper.fill(terminal_safe(line))
+            wrapped = line if isinstance(value, ShellCommand) else wrapper.fill(without_controls(line))
             self.say(line, f"^(?P<bold>{label})", wrapped)
         self.say()
 
@@ -203,7 +204,7 @@ class Console(logging.Handler):
             self._bar.erase()
             notice = notice.lstrip(b"\n")
         if os.isatty(2):
-            notice = terminal_safe(notice.decode(errors="replace")).encode()
+            notice = without_controls(notice.decode(errors="replace")).encode()
         with contextlib.suppress(OSError):
             os.write(2, notice)
 

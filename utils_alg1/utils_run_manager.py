@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import platform
 import shutil
 import subprocess
@@ -53,12 +54,7 @@ class RunDirectoryCreator:
         self.runs_dir = Path(runs_dir)
 
     def create(self, run_id: str) -> Path:
-        """Create the directory of a new run, with its subdirectories.
-
-        Raises:
-            FileExistsError: it exists already.
-            OSError, Alg1Error: the file system refused, or `runs_dir` is not a folder.
-        """
+        """Create the directory of a new run, with its subdirectories; FileExistsError if it exists."""
         run_dir = self.runs_dir / run_id
         if run_dir.parent != self.runs_dir:
             raise Alg1Error(f"{run_id!r} is not the name of a run", "leave out what makes it a path")
@@ -87,9 +83,6 @@ def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
     """Create the directory of a new run and lock it.
 
     Two runs that start at the same time get different numbers: `runs_dir` is locked meanwhile.
-
-    Raises:
-        Alg1Error: the file system refused (exit code 4), or `runs_dir` is not a folder or stays locked.
     """
     lock = Path(runs_dir) / LOCK_NAME
     make_folder(lock.parent)
@@ -130,21 +123,17 @@ class MetadataCapture:
         """Return its branch, or "unknown"."""
         return cls._git("rev-parse", "--abbrev-ref", "HEAD") or UNKNOWN
 
-    @classmethod
-    def get_git_dirty(cls) -> str:
-        """Return whether there are uncommitted changes: "yes", "no" or "unknown"."""
-        status = cls._git("status", "--porcelain")
-        return UNKNOWN if status is None else "yes" if status else "no"
-
     @staticmethod
     def get_python_version() -> str:
         return platform.python_version()
 
     @classmethod
     def capture_git_info(cls, path: str | Path) -> dict[str, str]:
-        """Write commit, branch and dirty flag to a file, and return them."""
-        commit, branch, dirty = cls.get_git_commit(), cls.get_git_branch(), cls.get_git_dirty()
-        return _write_lines(path, {"commit": commit, "branch": branch, "dirty": dirty})
+        """Write commit, branch and whether there are uncommitted changes to a file, and return them."""
+        status = cls._git("status", "--porcelain")
+        dirty = UNKNOWN if status is None else "yes" if status else "no"
+        values = {"commit": cls.get_git_commit(), "branch": cls.get_git_branch(), "dirty": dirty}
+        return _write_lines(path, values)
 
     @classmethod
     def capture_env_info(cls, path: str | Path) -> dict[str, str]:
@@ -174,11 +163,9 @@ def copy_files(files: Mapping[Path, bytes], folder: Path) -> list[Path]:
     copies: list[Path] = []
     for path, data in files.items():
         make_folder(folder)
-        copy = folder / path.name
-        number = 2
+        copy, numbers = folder / path.name, itertools.count(2)
         while copy.exists() and copy.read_bytes() != data:
-            copy = folder / f"{path.stem}-{number}{path.suffix}"
-            number += 1
+            copy = folder / f"{path.stem}-{next(numbers)}{path.suffix}"
         write_atomically(copy, data)
         copies.append(copy)
     return copies
@@ -197,11 +184,7 @@ def write_records(
     corpus: Corpus,
     runtime: dict[str, Any],
 ) -> dict[str, Any]:
-    """Fill meta/, also with copies of `config_files` (path -> bytes); return the origin for the trackers.
-
-    Raises:
-        Alg1Error: the file system refused (exit code 4).
-    """
+    """Fill meta/, also with copies of `config_files` (path -> bytes); return the origin for the trackers."""
     git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt")
     environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt")
     copy_files(config_files, run.meta_dir / "configs")

@@ -10,11 +10,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from utils_alg1.base.errors import Alg1Error, disk_error, first_line, unreadable
 
-T = TypeVar("T")
 LOGGER = logging.getLogger("alg1")
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -24,10 +23,8 @@ def atomic_file(path: Path) -> Iterator[int]:
     """Yield a file descriptor whose content replaces `path` atomically when the block ends without error.
 
     The content is written to an exclusive temporary file in the same folder, fsynced and renamed; then the
-    folder is fsynced. On any failure the temporary file is removed and `path` is left unchanged.
-
-    Raises:
-        Alg1Error: the file could not be written (exit code 4).
+    folder is fsynced. On any failure the temporary file is removed and `path` is left unchanged; an error of
+    the file system is raised as Alg1Error (exit code 4).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -72,19 +69,13 @@ def write_json(path: Path | str, value: Any) -> None:
     write_atomically(path, text.encode("utf-8", "surrogatepass"))
 
 
-def write_or_warn(
-    path: Path, write: Callable[[Path], T], failure: str, warn: Callable[[str], None]
-) -> T | None:
-    """Create an optional file with `write(path)` and return its result.
-
-    Any failure is a warning that begins with `failure`; then None is returned, and no older file remains.
-    """
+def write_or_warn(path: Path, write: Callable[[Path], object], warn: Callable[[str], None]) -> None:
+    """Create an optional file with `write(path)`; any failure is a warning, and no older file remains."""
     try:
         path.unlink(missing_ok=True)
-        return write(path)
+        write(path)
     except Exception as error:  # plotting libraries raise many types
-        warn(f"{failure}: {first_line(error)}")
-        return None
+        warn(f"{path} was not written: {first_line(error)}")
 
 
 def make_folder(path: Path) -> None:
@@ -109,11 +100,7 @@ JSON_HINT = f"as in {JSON_EXAMPLE}: double quotes, no comment, no comma behind t
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        Alg1Error: the file does not exist, is not UTF-8, not JSON, not an object, or repeats a key.
-    """
+    """Read a JSON file that holds one object; raises Alg1Error if it does not, or repeats a key."""
     return parse_json_object(read_bytes(path), path)
 
 
@@ -126,13 +113,8 @@ def parse_json_object(data: bytes, path: str | Path) -> dict[str, Any]:
 
     try:
         value = json.loads(decode(data, path), object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise Alg1Error(f"{path}: {where}: not JSON: {error.msg}", JSON_HINT) from None
-    except RecursionError:
-        raise Alg1Error(f"{path}: nested too deeply", "leave out the inner brackets") from None
-    except ValueError:
-        raise Alg1Error(f"{path}: a number in it has too many digits", "shorten it") from None
+    except (ValueError, RecursionError) as error:  # not JSON, or a number or a nesting that is too long
+        raise Alg1Error(f"{path}: not JSON: {error}", JSON_HINT) from None
     if not isinstance(value, dict):
         raise Alg1Error(f"{path}: must hold one JSON object of names and values", f"such as {JSON_EXAMPLE}")
     return value
@@ -153,8 +135,6 @@ def read_bytes(path: str | Path) -> bytes:
         raise Alg1Error(f"{path}: no such file", "check its path") from None
     except OSError as error:
         raise unreadable(path, error) from None
-    except ValueError as error:  # a null character in the name
-        raise Alg1Error(f"{path!r}: not a file name: {error}", "check its path") from None
 
 
 def decode(data: bytes, path: str | Path) -> str:

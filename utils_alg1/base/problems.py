@@ -19,11 +19,6 @@ class Problem(NamedTuple):
     names: tuple[str, ...] = ()  # of the parameters that are wrong
 
 
-def names_in(problems: list[Problem]) -> set[str]:
-    """Return the names of the parameters with problems."""
-    return {name for problem in problems for name in problem.names}
-
-
 def shown(value: Any) -> str:
     """Format a value for a message: on one line and not too long."""
     try:
@@ -38,8 +33,8 @@ def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:
 
     A problem of several parameters is left out if one of them has a problem of its own: it may be the cause.
     """
-    wrong = names_in([problem for problem in problems if len(problem.names) == 1])
-    kept = [text for text, names in problems if len(names) < 2 or not wrong & set(names)]
+    wrong = {names[0] for _, names in problems if len(names) == 1}
+    kept = [text for text, names in problems if len(names) < 2 or wrong.isdisjoint(names)]
     if len(kept) == 1:
         raise Alg1Error(kept[0], hint)
     if kept:

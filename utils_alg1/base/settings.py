@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 LARGEST = 2**31 - 1  # the maximum of an integer without a limit of its own: more could not be allocated
+NO_FILE_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes that are not UTF-8
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -40,7 +41,6 @@ class Spec:
     below: float | None = None  # exclusive upper bound
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
-    may_be_empty: bool = False  # whether "" is allowed
     flag: str = ""  # the command-line flag
     may_change: bool = False  # see `changeable`
 
@@ -75,14 +75,10 @@ class Spec:
     def _violation_of_text(self, value: str) -> str | None:
         if self.choices and value not in self.choices:
             return "must be one of " + ", ".join(self.choices)
-        if not value and not self.may_be_empty:
+        if not value and self.default != "":
             return "must not be empty"
-        if "\0" in value:
-            return "must not contain a null character"
-        try:
-            os.fsencode(value)
-        except UnicodeEncodeError:
-            return "must not contain half a surrogate pair"
+        if NO_FILE_NAME.search(value):
+            return "must hold no null character or half surrogate"
         return None
 
 
@@ -123,26 +119,19 @@ def field_names(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class)]
 
 
-def yaml_value(value: Any, ascii_only: bool = False) -> str:
+def yaml_value(value: Any) -> str:
     """Format a number, boolean, string or None as YAML on one line; reading it gives the same value.
 
     A string with control or other unprintable characters is written in double quotes with escapes.
-
-    Args:
-        ascii_only: escape every character that is not ASCII.
     """
     import yaml
 
     printable = not isinstance(value, str) or value.isprintable()
-    text = yaml.safe_dump(
-        value,
-        default_style=None if printable else '"',
-        allow_unicode=printable and not ascii_only,
-        width=math.inf,
-    )
+    style = None if printable else '"'
+    text = yaml.safe_dump(value, default_style=style, allow_unicode=printable, width=math.inf)
     return text.removesuffix("\n").removesuffix("\n...")  # the end mark of a document that is one scalar
 
 
-def yaml_line(name: str, value: Any, comment: str, ascii_only: bool = False) -> str:
+def yaml_line(name: str, value: Any, comment: str) -> str:
     """Format a setting as `name: value  # comment`."""
-    return f"{f'{name}: {yaml_value(value, ascii_only)}':<28}  # {comment}"
+    return f"{f'{name}: {yaml_value(value)}':<28}  # {comment}"

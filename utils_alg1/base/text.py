@@ -10,22 +10,18 @@ EXPONENT_THRESHOLD = 1e6  # numbers from here on are written with an exponent
 MAX_DIGITS = 8  # digits of a number written without an exponent
 
 
-def replace_control_characters(text: str) -> str:
+def without_controls(text: str) -> str:
     """Replace each control character and each code point that is no character by a visible symbol.
 
-    The result is safe to print on a terminal and valid in HTML. Line feeds and tabs are kept.
+    The result is safe to print on a terminal and valid in HTML. Line feeds and tabs are kept; CRLF becomes a
+    line feed.
     """
 
     def symbol(match: re.Match[str]) -> str:
         code = ord(match[0])
         return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
-    return CONTROL_CHARACTERS.sub(symbol, text)
-
-
-def terminal_safe(text: str) -> str:
-    """Return text that a terminal prints without obeying its control characters; CRLF becomes a line feed."""
-    return replace_control_characters(text.replace("\r\n", "\n"))
+    return CONTROL_CHARACTERS.sub(symbol, text.replace("\r\n", "\n"))
 
 
 def format_number(value: float | None, decimals: int = 4) -> str:
@@ -66,7 +62,5 @@ def bits_per_character(loss: float) -> float:
 
 def format_loss(loss: float) -> str:
     """Format a loss together with its perplexity and its bits per character."""
-    bits = format_number(bits_per_character(loss), 3)
-    return (
-        f"{format_number(loss)} (perplexity {format_number(perplexity(loss), 2)}, {bits} bits per character)"
-    )
+    ppl, bits = format_number(perplexity(loss), 2), format_number(bits_per_character(loss), 3)
+    return f"{format_number(loss)} (perplexity {ppl}, {bits} bits per character)"

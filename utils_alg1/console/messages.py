@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.text import terminal_safe
+from utils_alg1.base.text import without_controls
 
 if TYPE_CHECKING:
     import rich.console
@@ -44,7 +44,7 @@ def print_line(
     from rich.console import Console
     from rich.text import Text
 
-    line = Text(terminal_safe(text))
+    line = Text(without_controls(text))
     line.highlight_regex(pattern)
     (console or Console(file=stream)).print(line, soft_wrap=True)
 
@@ -56,7 +56,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 def text_for_stream(stream: TextIO, text: str) -> str:
     """Return text ready for a stream: with control characters replaced on a terminal, unchanged in a file."""
-    return terminal_safe(text) if stream.isatty() else text
+    return without_controls(text) if stream.isatty() else text
 
 
 class IncrementalWriter:
@@ -74,5 +74,5 @@ class IncrementalWriter:
         if self._is_terminal:
             text = self._pending_cr + text
             self._pending_cr = "\r" if text.endswith("\r") else ""
-            text = terminal_safe(text.removesuffix("\r"))
+            text = without_controls(text.removesuffix("\r"))
         self._stream.write(text)

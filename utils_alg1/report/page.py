@@ -16,7 +16,7 @@ from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import decode, read_bytes, read_json_object, write_atomically, write_or_warn
-from utils_alg1.base.text import format_count, format_duration, format_number, replace_control_characters
+from utils_alg1.base.text import format_count, format_duration, format_number, without_controls
 from utils_alg1.report import pictures
 from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.metrics_file import Point, read_curves
@@ -36,38 +36,32 @@ ATTENTION_LENGTH = 64  # characters of context; with more, a character would be 
 def write_report(run: RunDirectory, trainer: Trainer, samples: list[str], console: Console) -> None:
     """Write loss.png, attention.png and report.html; a file that cannot be written costs one warning."""
 
+    idx = trainer.validation_batch()[:1, :ATTENTION_LENGTH]
+    attention_path = run.eval_dir / "attention.png"
+    assert trainer.model.vocabulary is not None
+    text = Tokenizer(trainer.model.vocabulary).decode(idx[0].tolist())
+
     def write_loss(path: Path) -> None:
         pictures.draw_loss_curve(run.metrics_path, path, run.run_id)
 
-    def write_attention(path: Path) -> str:
-        idx = trainer.validation_batch()[:1, :ATTENTION_LENGTH]
+    def write_attention(path: Path) -> None:
         weights = attention_weights(trainer.model, idx)
         write_atomically(path, pictures.draw_attention(weights, run.run_id))
-        assert trainer.model.vocabulary is not None
-        return Tokenizer(trainer.model.vocabulary).decode(idx[0].tolist())
 
     def write_page(path: Path) -> None:
-        write_atomically(path, build_page(run.path, samples, attention_text).encode("utf-8"))
+        page = build_page(run.path, samples, text if attention_path.exists() else None)
+        write_atomically(path, page.encode("utf-8"))
 
-    write_or_warn(run.eval_dir / "loss.png", write_loss, "no loss curve was drawn", console.warn)
-    attention_text = write_or_warn(
-        run.eval_dir / "attention.png", write_attention, "no attention picture was drawn", console.warn
-    )
-    write_or_warn(run.report_path, write_page, "no report was written", console.warn)
+    write_or_warn(run.eval_dir / "loss.png", write_loss, console.warn)
+    write_or_warn(attention_path, write_attention, console.warn)
+    write_or_warn(run.report_path, write_page, console.warn)
 
 
 def build_page(run_dir: Path, samples: list[str], attention_text: str | None) -> str:
     """Build the page from the directory of a finished run.
 
-    Args:
-        run_dir: the directory.
-        samples: generated texts.
-        attention_text: the text shown in eval/attention.png; None if there is no such picture.
-
-    Raises:
-        Alg1Error: eval/final.json or meta/full_config.json cannot be read.
-        KeyError, jinja2.UndefinedError: a value is missing in one of them.
-        OSError: another file is missing or cannot be read.
+    `attention_text` is the text shown in eval/attention.png; None if there is no such picture. Raises what
+    comes of a file that is missing or damaged: Alg1Error, OSError, KeyError or jinja2.UndefinedError.
     """
     run = RunFolder(run_dir)
     final, record = read_json_object(run.final_path), read_json_object(run.record_path)
@@ -104,7 +98,7 @@ def template() -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     def visible(value: Any) -> Any:
-        return value if hasattr(value, "__html__") else replace_control_characters(str(value))
+        return value if hasattr(value, "__html__") else without_controls(str(value))
 
     environment = Environment(
         loader=PackageLoader("utils_alg1.report"),

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model import BigramLanguageModel
 from parameters import Parameters
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import write_atomically, write_json
@@ -28,14 +27,11 @@ N_SAMPLES = 3
 SAMPLE_LENGTH = 400  # characters
 
 
-def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any], samples: list[str]) -> None:
-    """Write eval/final.json and eval/samples.txt. Losses are in nats per character.
+def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any]) -> list[str]:
+    """Write eval/final.json, with losses in nats per character, and eval/samples.txt; return the samples.
 
     `seconds_in_loop` includes the training before each resume; `wall_seconds` is the lifetime of this process
     without its imports.
-
-    Raises:
-        Alg1Error: a file could not be written (exit code 4).
     """
     progress, evaluation = trainer.progress, trainer.progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
@@ -60,8 +56,10 @@ def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any],
         "export": exported,
     }
     write_json(run.final_path, final)
+    samples = draw_texts(trainer.model, trainer.config.seed, N_SAMPLES, SAMPLE_LENGTH)
     text = "\n\n".join(f"--- sample {i + 1}\n{sample}" for i, sample in enumerate(samples)) + "\n"
     write_atomically(run.eval_dir / "samples.txt", text.encode("utf-8", "surrogatepass"))
+    return samples
 
 
 def check_output(output: str | None) -> None:
@@ -79,7 +77,7 @@ def check_output(output: str | None) -> None:
         raise Alg1Error(f"--output {output}: this is a folder", "name a file in it")
     if any(RunFolder(folder).record_path.is_file() for folder in path.resolve().parents):
         raise Alg1Error(f"--output {output}: this is in the directory of a run", hint)
-    if path.exists() and not is_export(path):
+    if path.exists() and read_metadata(path).get("format") != FORMAT:  # which even a damaged export has
         raise Alg1Error(f"--output {output}: this file is not an export", hint)
     try:
         with tempfile.TemporaryFile(dir=path.parent):
@@ -88,20 +86,13 @@ def check_output(output: str | None) -> None:
         raise disk_error(f"write --output {output}", error) from error
 
 
-def is_export(path: Path) -> bool:
-    """Return whether a file, even a damaged one, contains weights exported by this program."""
-    return read_metadata(path).get("format") == FORMAT
-
-
 def export_weights(
     trainer: Trainer, store: CheckpointStore, run: RunDirectory, params: Parameters, console: Console
 ) -> dict[str, Any]:
     """Write the best or the last weights to artifacts/export/, where inference.py finds them.
 
-    Afterwards the model of the trainer holds the exported weights.
-
-    Returns:
-        Which weights were exported: their kind ("best" or "last"), step and validation loss.
+    Afterwards the model of the trainer holds the exported weights. Return which they are: their kind ("best"
+    or "last"), step and validation loss.
     """
     model, progress, evaluation = trainer.model, trainer.progress, trainer.progress.evaluation
     assert evaluation is not None  # training ends with an evaluation
@@ -120,19 +111,10 @@ def export_weights(
 
 
 def copy_export(run: RunDirectory, output: str | None) -> None:
-    """Copy the exported weights to --output.
-
-    Raises:
-        Alg1Error: the copy could not be written (exit code 4). The run itself is complete.
-    """
+    """Copy the exported weights to --output. If that fails, the run itself is complete."""
     if output is None:
         return
     try:
         write_atomically(output, run.export_path.read_bytes())
     except Alg1Error as error:
         raise Alg1Error(error.message, f"the same file is {run.export_path}", error.exit_code) from error
-
-
-def draw_samples(model: BigramLanguageModel, seed: int) -> list[str]:
-    """Generate N_SAMPLES texts from the default prompt of the vocabulary."""
-    return draw_texts(model, seed, N_SAMPLES, SAMPLE_LENGTH)

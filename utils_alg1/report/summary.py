@@ -75,10 +75,7 @@ def describe_end(
 ) -> LabelledLines:
     """Return the lines printed at the end of a run: its results, its files and the next commands.
 
-    Args:
-        run, params, progress, dist: the finished run.
-        exported: which weights were exported, as returned by `export_weights`.
-        trackers: the names of the trackers that recorded the run.
+    `exported` is what `export_weights` returned, `trackers` the names of those that recorded the run.
     """
     evaluation = progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation

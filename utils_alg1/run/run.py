@@ -163,7 +163,7 @@ class MainRun(Run):
         self.observer = Observer(trainer, self.trackers, params.tensorboard, self.console.warn)
         try:
             with super().training(trainer), self.store:
-                self.directory.keep()
+                self.directory.is_new = False
                 self.console.begin_progress(progress.step, params.train.max_iters, trainer.tokens_per_step)
                 yield
                 self.store.wait()
@@ -217,8 +217,7 @@ class MainRun(Run):
     def export(self) -> None:
         run, params, console = self.directory, self.job.params, self.console
         self._exported = results.export_weights(self.trainer, self.store, run, params, console)
-        self._samples = results.draw_samples(self.trainer.model, params.train.seed)
-        results.write_results(run, self.trainer, self._exported, self._samples)
+        self._samples = results.write_results(run, self.trainer, self._exported)
         page.write_report(run, self.trainer, self._samples, console)
         results.copy_export(run, params.train.output)
         self.trackers.flush(self.trainer.step)

@@ -138,5 +138,5 @@ def draw_pictures(study: optuna.Study, plan: Plan, folder: Path, console: Consol
         pyplot.savefig(path, bbox_inches="tight")
 
     for name in pictures:
-        write_or_warn(folder / f"{name}.png", draw, f"{name}.png was not drawn", console.warn)
+        write_or_warn(folder / f"{name}.png", draw, console.warn)
         pyplot.close("all")
