@@ -779,7 +779,7 @@ def test_a_file_in_the_way_of_the_data_folder_is_an_error(workdir, home):
     with pytest.raises(Alg1Error) as raised:
         sources.find_corpus("shakespeare")
 
-    assert raised.value.message == f"cannot create data: {os.strerror(errno.EEXIST)}"
+    assert raised.value.message == "data: a file is in the way of this folder"
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from parameters import DataConfig
-from utils_alg1.base.errors import Alg1Error, disk_error, unreadable
-from utils_alg1.base.files import write_atomically
+from utils_alg1.base.errors import Alg1Error, unreadable
+from utils_alg1.base.files import make_folder, write_atomically
 from utils_alg1.base.problems import nearest
 
 DEFAULT_PATH = DataConfig.data_path
@@ -45,12 +45,17 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
         hint = f"download it first: curl -o input.txt {shlex.quote(data_path)}; then --data input.txt"
         raise Alg1Error(f"--data {data_path}: must be a file on this machine", hint)
     path = Path(data_path)
-    kind = _file_kind(path)
-    if kind == stat.S_IFDIR:
-        raise Alg1Error(f"{path} is a folder", "name a text file in it: --data PATH")
-    if kind == stat.S_IFREG:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if stat.S_ISREG(mode):
         return path
-    if kind is not None:
+    if stat.S_ISDIR(mode):
+        raise Alg1Error(f"{path} is a folder", "name a text file in it: --data PATH")
+    if mode:
         raise Alg1Error(f"{path} is not a file that can be read twice", "save the text to a file")
     if path != Path(DEFAULT_PATH):
         raise Alg1Error(
@@ -64,16 +69,6 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
     return _python_docs(folder / "python-docs.txt")
 
 
-def _file_kind(path: Path) -> int | None:
-    """The file type of a path, one of stat's S_IF constants; None if it does not exist."""
-    try:
-        return stat.S_IFMT(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
 def _shakespeare(path: Path, say: Say) -> Path:
     if path.exists():
         return path
@@ -81,25 +76,17 @@ def _shakespeare(path: Path, say: Say) -> Path:
     import urllib.request
 
     say(f"downloading tiny Shakespeare to {path}")
+    hint = f"put the text at {path}, or use --data python-docs"
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT) as response:
             text = response.read(1 << 24)
     # URLError is an OSError; ValueError means a bad proxy setting, HTTPException a response that is not HTTP.
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise Alg1Error(
-            f"tiny Shakespeare cannot be downloaded ({reason})",
-            f"put the text at {path}, or use --data python-docs",
-        ) from None
+        raise Alg1Error(f"tiny Shakespeare cannot be downloaded ({reason})", hint) from None
     if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
-        raise Alg1Error(
-            "the download is not tiny Shakespeare (its SHA-256 differs)",
-            f"put the text at {path}, or use --data python-docs",
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(f"create {path.parent}", error) from None
+        raise Alg1Error("the download is not tiny Shakespeare (its SHA-256 differs)", hint)
+    make_folder(path.parent)
     write_atomically(path, text)
     return path
 
@@ -109,11 +96,8 @@ def _python_docs(path: Path) -> Path:
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics)).encode()
-    try:
-        if path.exists() and path.read_bytes() == text:
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Alg1Error(f"{path}: {error.strerror or error}", "use another working folder") from None
+    if path.exists() and path.read_bytes() == text:
+        return path
+    make_folder(path.parent)
     write_atomically(path, text)  # replaces that of another Python version
     return path

@@ -100,13 +100,19 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
             return None
         with importing():
             from utils_alg1.data.corpus import open_corpus
+            from utils_alg1.data.sources import find_corpus
             from utils_alg1.report.results import check_output
             from utils_alg1.training import resume
             from utils_alg1.training.runtime import check_memory
 
         check_output(params.train.output)
         runtime = _start_runtime(params, checkpoint, dist)
-        path = resume.find_text(params.data.data_path, checkpoint is not None, console.say)
+        try:
+            path = find_corpus(params.data.data_path, console.say)
+        except Alg1Error as error:
+            if checkpoint is not None:
+                error.hint = "put the text of the run there, or name where it lies now: --data PATH"
+            raise
         corpus = open_corpus(path)
         split = params.data.train_split, params.data.val_split
         corpus.check_block_size(params.model.block_size, *split)

@@ -62,14 +62,6 @@ class ManualBackward(Backward):
         self._config = model.config
         self._weights = dict(model.named_parameters())
 
-    @staticmethod
-    def supports(model: BigramLanguageModel, runtime: Runtime) -> bool:
-        """Return whether it can compute the gradients of this model on this runtime."""
-        config = model.config
-        plain = all(getattr(config, name) == MODEL_OPTIONS[name] for name in MODEL_OPTIONS.keys() - OPTIONS)
-        on_cpu = runtime.device.type == "cpu" and runtime.dtype is torch.float32
-        return plain and on_cpu and runtime.dist.world_size == 1 and not config.dropout
-
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor, n_micro_batches: int) -> Tensor:
         loss, gradients = self._forward(self._weights, self._config, x, y)
@@ -86,7 +78,10 @@ def create_backward(model: BigramLanguageModel, runtime: Runtime, say: Callable[
     Args:
         say: prints a line about compiling.
     """
-    if ManualBackward.supports(model, runtime):
+    config = model.config
+    known = all(getattr(config, name) == MODEL_OPTIONS[name] for name in MODEL_OPTIONS.keys() - OPTIONS)
+    plain_cpu = runtime.device.type == "cpu" and runtime.dtype is torch.float32
+    if known and plain_cpu and runtime.dist.world_size == 1 and not config.dropout:
         LOGGER.debug("gradients: by formulas (network/gradient.py)")
         return ManualBackward(model, runtime, say)
     LOGGER.debug("gradients: by autograd")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import remove_temporary_files
 from utils_alg1.base.problems import shown
-from utils_alg1.data.sources import find_corpus
 from utils_alg1.network.tensor_file import read_metadata
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
@@ -26,25 +25,11 @@ from utils_alg1.run_directory import (
     list_runs,
     lock_run,
 )
-from utils_alg1.training.checkpoint import (
-    FORMAT,
-    Checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from utils_alg1.training.checkpoint import FORMAT, Checkpoint, newest_checkpoint, read_checkpoint
 from utils_alg1.training.progress import Progress
 from utils_alg1.training.schedule import learning_rate
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import RunDirectoryCreator
-
-
-def find_text(data_path: str, resumed: bool, say: Callable[[str], None]) -> Path:
-    """`find_corpus`, with the hint that a resumed run needs the text that it had."""
-    try:
-        return find_corpus(data_path, say)
-    except Alg1Error as error:
-        hint = "put the text of the run there, or name where it lies now: --data PATH"
-        raise Alg1Error(error.message, hint if resumed else error.hint) from None
 
 
 def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory, Checkpoint]:

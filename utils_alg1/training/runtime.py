@@ -229,6 +229,5 @@ def smaller_settings(params: Parameters) -> str:
     model = params.model
     multiple = model.n_head * (2 if model.positions == "rotary" else 1)
     width = max(model.n_embd // 2 // multiple, 1) * multiple
-    if width < model.n_embd:
-        return f"try --n-embd {width}, or a smaller --block-size"
-    return f"try a --block-size below {model.block_size}"
+    smaller = f"--n-embd {width}, or " if width < model.n_embd else ""
+    return f"try {smaller}a --block-size below {model.block_size}"
