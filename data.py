@@ -21,19 +21,15 @@ def load_data(
     val_split: float | None = None,
     say: Say = print,
 ) -> tuple[np.ndarray, np.ndarray, Tokenizer]:
-    """Read and tokenize a text.
+    """Read and tokenize a text: a file, or the name of a corpus (see `find_corpus`).
 
     Args:
-        data_path: a text file, or the name of a corpus; see `find_corpus`.
         train_split: the fraction of the text, from its beginning, that is for training.
         val_split: the fraction, from its end, that is for validation (default: all that remains).
         say: shows the user a line, such as that a corpus is being downloaded.
 
     Returns:
         train_data, val_data and tokenizer; the data are (n,) unsigned integers, memory-mapped.
-
-    Raises:
-        Alg1Error: see `find_corpus` and `open_corpus`.
     """
     corpus = open_corpus(find_corpus(data_path, say))
     return *corpus.split(train_split, val_split), corpus.tokenizer
@@ -48,14 +44,11 @@ def get_batch(
     device: str | torch.device = "cpu",
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a batch of random sequences.
+    """Draw a batch of random sequences: B = batch_size of them, of T = block_size characters each.
 
     Args:
         split: "train" or "val".
         train_data, val_data: (n,) integers, as arrays or tensors.
-        block_size: the length of a sequence, T.
-        batch_size: the number of sequences, B.
-        device: where x and y are put.
         generator: a CPU generator; the same state draws the same batch.
 
     Returns:

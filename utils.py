@@ -17,13 +17,10 @@ class Tokenizer:
     """A character-level tokenizer; token i is the i-th character of the sorted vocabulary.
 
     Unpacks as `encode, decode, vocab_size = tokenizer`.
-
-    Attributes:
-        vocabulary: the characters, sorted by code point.
     """
 
     def __init__(self, characters: Iterable[str]):
-        self.vocabulary: list[str] = sorted(set(characters))
+        self.vocabulary: list[str] = sorted(set(characters))  # by code point
         self.stoi = {character: token for token, character in enumerate(self.vocabulary)}
         self.itos = dict(enumerate(self.vocabulary))
 
@@ -49,11 +46,7 @@ class Tokenizer:
         return sorted(set(text) - self.stoi.keys())
 
     def encode(self, text: str) -> list[int]:
-        """Convert text to tokens.
-
-        Raises:
-            Alg1Error: naming the characters that are not in the vocabulary.
-        """
+        """Convert text to tokens; raises Alg1Error naming the characters that are not in the vocabulary."""
         try:
             return [self.stoi[character] for character in text]
         except KeyError:
@@ -61,11 +54,7 @@ class Tokenizer:
             raise Alg1Error(f"not in the model's vocabulary: {unseen}", "leave them out") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Convert tokens to text.
-
-        Raises:
-            Alg1Error: a token is outside 0 <= token < vocab_size.
-        """
+        """Convert tokens to text; raises Alg1Error for a token outside 0 <= token < vocab_size."""
         try:
             return "".join([self.itos[token] for token in tokens])
         except KeyError as error:

@@ -437,7 +437,7 @@ def test_a_notice_shows_control_characters_at_a_terminal(monkeypatch):
     written = []
     monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 2)
     monkeypatch.setattr(os, "write", lambda descriptor, data: written.append((descriptor, data)))
-    Console().interrupted(b"\ngo on: --resume a\x1bb\n")
+    Console().interrupted("go on: --resume a\x1bb")
     assert written == [(2, "\ngo on: --resume a␛b\n".encode())]
 
 
@@ -621,7 +621,7 @@ def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, ca
     console.progress(1, 2.0)
 
     def before_exit() -> None:
-        console.interrupted(b"\nleft at once; go on\n")
+        console.interrupted("left at once; go on")
 
     with StopSignals(lambda: "stopping after this step", console.interrupted, before_exit) as signals:
         signal.raise_signal(signal.SIGTERM)
@@ -650,8 +650,8 @@ RUN: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
 @pytest.mark.parametrize(
     "step, notice",
     [
-        (None, b"\nleft at once: nothing had been saved\n"),
-        (4, b"\nleft at once; go on from step 4 with: python train.py --resume x\n"),
+        (None, "left at once: nothing had been saved"),
+        (4, "left at once; go on from step 4 with: python train.py --resume x"),
     ],
 )
 def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice):

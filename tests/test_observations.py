@@ -123,13 +123,6 @@ def test_a_picture_is_enlarged_by_a_whole_factor(size, pixels):
     assert Image("attention", {}, np.zeros((size, size))).pixels().shape == (pixels, pixels)
 
 
-def test_a_picture_of_another_size_has_the_same_greys():
-    picture = Image("attention", {}, np.random.default_rng(0).random((5, 5)))
-    assert picture.pixels(160).shape == (160, 160) and picture.pixels(164).shape == (160, 160)
-    np.testing.assert_array_equal(picture.pixels(160)[::32, ::32], picture.pixels(1))
-    np.testing.assert_array_equal(picture.pixels(1), np.rint(255 * np.sqrt(picture.weights)))
-
-
 def test_a_weight_that_is_not_finite_is_black():
     assert Image("attention", {}, np.array([[math.nan, 1.0]])).pixels()[0, [0, -1]].tolist() == [0, 255]
 

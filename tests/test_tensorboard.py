@@ -12,7 +12,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import types
 from pathlib import Path
@@ -41,9 +40,9 @@ from utils_alg1.tracking.metrics_file import read_metrics
 from utils_alg1.training.trainer import Trainer
 from utils_tensorboard import server as server_module
 from utils_tensorboard.config import load_tensorboard_config
-from utils_tensorboard.instructions import instructions, launch_command
+from utils_tensorboard.instructions import instructions
 from utils_tensorboard.logger import MetricLogger
-from utils_tensorboard.server import TensorBoardServer
+from utils_tensorboard.server import serve_tensorboard
 from utils_tensorboard.writer import TensorBoardWriter
 
 STEPS, EVAL_INTERVAL, HISTOGRAM_INTERVAL = 6, 2, 3  # those of TINY
@@ -431,12 +430,12 @@ def test_a_logger_on_its_own_writes_the_same_tags(tmp_path):
     model = torch.nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.ones(1, 2)
     logger = MetricLogger(TensorBoardWriter(tmp_path / "new" / "folder", warn=pytest.fail))
-    assert logger.enabled
+    assert logger.writer.enabled
     logger.log_training_loss(1.5, 3)
     logger.log_evaluation_metrics(train_loss=1.25, val_loss=2.25, lr=0.5, step=4)
     logger.log_model_histograms(model, 5)
     logger.close()
-    assert not logger.enabled
+    assert not logger.writer.enabled
     events = read_events(tmp_path / "new" / "folder")
     assert scalars(events) == {
         "Loss/train_step": [(3, 1.5)],
@@ -455,7 +454,7 @@ def test_a_name_without_a_tag_of_its_own_is_the_tag_and_an_unknown_kind_is_ignor
     logger.log("texts", {"notes": "a"}, 3)
     logger.log("embedding", Embedding("new/positions", np.eye(2, dtype=np.float32), ["a", "b"]), 3)
     logger.log("a kind of the future", object(), 3)
-    assert logger.enabled
+    assert logger.writer.enabled
     logger.close()
     events = read_events(tmp_path)
     assert scalars(events) == {"new/metric": [(3, 1.5)], "Loss/val": [(3, 2.5)]}
@@ -582,7 +581,7 @@ def test_no_method_raises_and_the_first_failure_is_the_only_warning(tmp_path, wo
     logger.writer._writer = Broken()
     for _ in range(2):
         work(logger)
-    assert not logger.enabled
+    assert not logger.writer.enabled
     (warning,) = warnings
     assert warning.startswith("TensorBoard is switched off, training goes on: ")
 
@@ -610,7 +609,7 @@ def test_every_problem_of_a_configuration_is_told_at_once(workdir):
 
 
 def test_the_instructions_name_the_folder_and_the_port():
-    assert launch_command() == "tensorboard --logdir=runs --port=6006"
+    assert instructions()[0] == "tensorboard --logdir=runs --port=6006"
     assert instructions("my-runs", 7007) == (
         "tensorboard --logdir=my-runs --port=7007",
         "then open http://localhost:7007",
@@ -634,11 +633,11 @@ def answers(host: str, port: int) -> bool:
     return True
 
 
-def is_served(server: TensorBoardServer) -> bool:
+def is_served(process: subprocess.Popen, port: int) -> bool:
     """Wait until the server answers; False if it ended or does not answer within half a minute."""
     end = time.monotonic() + 30
-    while server._process is not None and server._process.poll() is None and time.monotonic() < end:
-        if answers("127.0.0.1", server.port):
+    while process.poll() is None and time.monotonic() < end:
+        if answers("127.0.0.1", port):
             return True
         time.sleep(0.1)
     return False
@@ -656,13 +655,13 @@ def ask(port: int, path: str) -> object:
 def test_the_server_answers_with_the_points_of_a_run_on_loopback_only(run, events):
     said: list[str] = []
     port = free_port()
-    with TensorBoardServer(run.parent, port, said.append, pytest.fail) as server:
-        assert is_served(server)
+    with serve_tensorboard(run.parent, port, said.append, pytest.fail) as process:
+        assert process is not None and is_served(process, port)
         assert not answers("127.0.0.2", port)
         name = f"{run.name}/logs/tensorboard"
         end = time.monotonic() + 60
         while not (tags := ask(port, "/data/plugin/scalars/tags")) and time.monotonic() < end:
-            assert server._process.poll() is None
+            assert process.poll() is None
         assert set(tags[name]) == set(events.Tags()["scalars"])
         for tag, points in scalars(events).items():
             query = f"/data/plugin/scalars/scalars?tag={quote(tag, safe='')}&run={quote(name, safe='')}"
@@ -674,7 +673,6 @@ def test_the_server_answers_with_the_points_of_a_run_on_loopback_only(run, event
             embeddings(run / "logs/tensorboard")
         )
         assert info["embeddings"][0]["tensorShape"] == [len(set(TEXT)), 16]
-        process = server._process
     assert said == [f"TensorBoard is at http://127.0.0.1:{port}/ while this run lasts"]
     assert process.poll() is not None
     assert not answers("127.0.0.1", port)
@@ -686,8 +684,8 @@ def test_a_busy_port_is_a_warning(tmp_path):
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        with TensorBoardServer(tmp_path, port, pytest.fail, warnings.append) as server:
-            assert not is_served(server)
+        with serve_tensorboard(tmp_path, port, pytest.fail, warnings.append) as process:
+            assert process is None
     (warning,) = warnings
     assert warning.startswith(f"TensorBoard is not served on port {port}: Address already in use")
     assert warning.endswith("; try --port N")
@@ -697,7 +695,7 @@ def test_a_server_that_cannot_be_started_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(server_module.sys, "executable", str(tmp_path / "no-python"))
     warnings: list[str] = []
     port = free_port()
-    with TensorBoardServer(tmp_path, port, pytest.fail, warnings.append):
+    with serve_tensorboard(tmp_path, port, pytest.fail, warnings.append):
         pass
     (warning,) = warnings
     assert warning.startswith(f"TensorBoard is not served on port {port}: No such file")
@@ -705,31 +703,29 @@ def test_a_server_that_cannot_be_started_is_a_warning(tmp_path, monkeypatch):
 
 def test_a_server_that_ends_early_is_a_warning(tmp_path):
     warnings: list[str] = []
-    server = TensorBoardServer(tmp_path, free_port(), str, warnings.append)
-    server.start()
-    server._process.kill()
-    server._process.wait()
-    assert not is_served(server)
-    server.stop()
-    server.stop()
+    with serve_tensorboard(tmp_path, free_port(), str, warnings.append) as process:
+        process.kill()
+        process.wait()
     assert warnings == [f"the TensorBoard server ended early (exit code {-signal.SIGKILL})"]
 
 
 def test_a_server_that_does_not_end_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(server_module, "STOP_TIMEOUT", 0.1)
-    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    server = TensorBoardServer(tmp_path, free_port(), str, pytest.fail)
-    server._process = process
-    server.stop()
+    deaf = tmp_path / "deaf.sh"
+    deaf.write_text("#!/bin/sh\ntrap '' TERM\ntouch ready\nwhile :; do sleep 0.1; done\n")
+    deaf.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server_module.sys, "executable", str(deaf))
+    with serve_tensorboard(tmp_path, free_port(), str, pytest.fail) as process:
+        while not Path("ready").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
     assert process.poll() == -signal.SIGKILL
-    process.stdout.close()
 
 
 @pytest.fixture
 def servers(monkeypatch) -> list[subprocess.Popen]:
-    """Every process that a TensorBoardServer starts."""
+    """Every TensorBoard process that is started."""
     started: list[subprocess.Popen] = []
     real = subprocess.Popen
 

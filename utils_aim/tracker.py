@@ -35,10 +35,9 @@ class AimTracker(Tracker):
 
     Args:
         run_name: shown in Aim's lists.
-        run_dir: the run's directory, kept in the run's metadata.
+        run_dir: kept in the run's metadata.
         repo: folder that holds `.aim`, where `aim up` is started.
         run_hash: continue this run; if the repository no longer has it, a new run is started.
-        warn: called once, on failure.
     """
 
     def __init__(
@@ -142,7 +141,11 @@ class AimTracker(Tracker):
         if run is not None and self._guard.enabled:
             self._guard.attempt(run.close)
             with contextlib.suppress(Exception):  # otherwise `aim up` does it later
-                _update_index(run)
+                from aim.sdk.index_manager import RepoIndexManager
+
+                # Aim's queries read an index, so that only now they find the run.
+                RepoIndexManager.get_index_manager(run.repo).index(run.hash)
+                run.repo.container_pool.clear()  # releases the index's lock
         if run is not None and not self._guard.enabled:
             with contextlib.suppress(Exception, SystemExit):  # the failure was reported already
                 run.close()  # try again, to release Aim's locks
@@ -175,11 +178,3 @@ def _open_run(repo: Path, run_hash: str | None) -> Any:
             if "lock file" not in str(error) or time.monotonic() > end:
                 raise
             time.sleep(LOCK_POLL)
-
-
-def _update_index(run: Any) -> None:
-    """Let Aim's queries find a finished run at once: they read an index that `aim up` updates."""
-    from aim.sdk.index_manager import RepoIndexManager
-
-    RepoIndexManager.get_index_manager(run.repo).index(run.hash)
-    run.repo.container_pool.clear()  # releases the index's lock

@@ -45,10 +45,7 @@ class Console(logging.Handler):
     """Prints and logs the output of a run: lines and, on a terminal, colours and a progress bar.
 
     As a context manager it logs an exception that leaves the block, with its traceback, and closes the log.
-
-    Args:
-        quiet: print only warnings and errors.
-        verbose: also print debug messages.
+    `quiet` prints only warnings and errors, `verbose` debug messages too.
     """
 
     def __init__(self, quiet: bool = False, verbose: bool = False):
@@ -65,7 +62,7 @@ class Console(logging.Handler):
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, Exception):  # SystemExit and KeyboardInterrupt are no failures
-            self.log_failure(error)
+            LOGGER.log(LOG_FILE_ONLY, "failed:", exc_info=error)
         self.close()
 
     def say(self, text: str = "", pattern: str = "", on_terminal: str | None = None) -> None:
@@ -115,10 +112,6 @@ class Console(logging.Handler):
         self._buffer.close()
         LOGGER.removeHandler(self._buffer)
 
-    def log_failure(self, error: BaseException) -> None:
-        """Write an exception with its traceback to the log file."""
-        LOGGER.log(LOG_FILE_ONLY, "failed:", exc_info=error)
-
     def close(self) -> None:
         """Remove the progress bar and close the log file."""
         self.end_progress()
@@ -130,12 +123,9 @@ class Console(logging.Handler):
                     handler.close()
 
     def configuration(self, params: Parameters) -> None:
-        """Print every value with its origin, as YAML that --config takes (--print-config).
-
-        It is UTF-8, as --config reads it, whatever the encoding of the standard output.
-        """
+        """Print every value with its origin, as YAML that --config takes (--print-config)."""
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")
+            sys.stdout.reconfigure(encoding="utf-8")  # as --config reads it
         print(params.to_yaml(), end="")
 
     def block(self, lines: LabelledLines) -> None:
@@ -198,15 +188,16 @@ class Console(logging.Handler):
             except OSError:  # the terminal was closed
                 self._stop_printing()
 
-    def interrupted(self, notice: bytes) -> None:
-        """Print a notice in place of the progress bar, without print(): safe to call in a signal handler."""
-        if self._bar is not None:
+    def interrupted(self, notice: str) -> None:
+        """Print a line in place of the progress bar, without print(): safe to call in a signal handler."""
+        if self._bar is None:
+            notice = f"\n{notice}"  # below the terminal's ^C
+        else:
             self._bar.erase()
-            notice = notice.lstrip(b"\n")
         if os.isatty(2):
-            notice = without_controls(notice.decode(errors="replace")).encode()
+            notice = without_controls(notice)
         with contextlib.suppress(OSError):
-            os.write(2, notice)
+            os.write(2, f"{notice}\n".encode(errors="replace"))
 
     def end_progress(self) -> None:
         """Remove the progress bar."""

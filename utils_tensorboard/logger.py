@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils_alg1.base.summaries import Histogram, Kind, Tracker, model_histograms
+from utils_alg1.base.summaries import Kind, Tracker, model_histograms
 from utils_tensorboard.writer import TensorBoardWriter, write_embedding
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ class MetricLogger(Tracker):
     def __init__(self, writer: TensorBoardWriter):
         self.writer = writer
 
-    @property
-    def enabled(self) -> bool:
-        """Whether points are still being written."""
-        return self.writer.enabled
-
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         self.writer.attempt(_log, kind, payload, step)
 
@@ -73,8 +68,19 @@ def _log(events: SummaryWriter, kind: Kind, payload: Any, step: int) -> None:
             for name, value in payload.items():
                 events.add_scalar(tag(name), value, step)
         case "histograms":
-            for histogram in payload:
-                _log_histogram(events, histogram, step)
+            for h in payload:
+                centers = (h.edges[:-1] + h.edges[1:]) / 2
+                events.add_histogram_raw(
+                    f"{tag(h.kind)}/{h.name}",
+                    min=h.edges[0],
+                    max=h.edges[-1],
+                    num=h.counts.sum(),
+                    sum=h.counts @ centers,
+                    sum_squares=h.counts @ centers**2,
+                    bucket_limits=h.edges[1:],
+                    bucket_counts=h.counts,
+                    global_step=step,
+                )
         case "images":
             for image in payload:
                 context = [f"{key}_{value}" for key, value in image.context.items()]
@@ -86,19 +92,3 @@ def _log(events: SummaryWriter, kind: Kind, payload: Any, step: int) -> None:
                 events.add_text(tag(name), "    " + text.replace("\n", "\n    "), step)
         case "embedding":
             write_embedding(Path(events.log_dir), tag(payload.name), payload.vectors, payload.labels, step)
-
-
-def _log_histogram(events: SummaryWriter, histogram: Histogram, step: int) -> None:
-    counts, edges = histogram.counts, histogram.edges
-    centers = (edges[:-1] + edges[1:]) / 2
-    events.add_histogram_raw(
-        f"{tag(histogram.kind)}/{histogram.name}",
-        min=edges[0],
-        max=edges[-1],
-        num=counts.sum(),
-        sum=counts @ centers,
-        sum_squares=counts @ centers**2,
-        bucket_limits=edges[1:],
-        bucket_counts=counts,
-        global_step=step,
-    )

@@ -2,76 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HOST = "127.0.0.1"  # this machine only, because TensorBoard has no passwords
 STOP_TIMEOUT = 5  # seconds
 
 
-class TensorBoardServer:
-    """Serves a folder of runs in a process of its own. It never raises: a failure is a warning.
+@contextlib.contextmanager
+def serve_tensorboard(
+    log_dir: str | Path, port: int, say: Callable[[str], None] = print, warn: Callable[[str], None] = print
+) -> Iterator[subprocess.Popen | None]:
+    """Serve a folder of runs until the end of the block, in a process of its own, which is yielded.
 
-    Args:
-        log_dir: folder of the runs.
-        port: port to listen on.
-        say: called with a line that names the address.
-        warn: called with the reason if there is no server.
+    It never raises: a failure is a warning. `say` is given a line that names the address. The server is not
+    waited for until it answers.
     """
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={log_dir}"]
+    command += [f"--host={HOST}", f"--port={port}"]
+    null = subprocess.DEVNULL
+    process = None
+    try:
+        socket.create_server((HOST, port)).close()  # raises if the port is busy
+        # In a session of its own: Ctrl-C goes to the training only, which then stops the server.
+        process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    except OSError as error:
+        warn(f"TensorBoard is not served on port {port}: {error.strerror}; try --port N")
+    else:
+        say(f"TensorBoard is at http://{HOST}:{port}/ while this run lasts")
+    try:
+        yield process
+    finally:
+        if process is not None:
+            _stop(process, warn)
 
-    def __init__(
-        self,
-        log_dir: str | Path,
-        port: int,
-        say: Callable[[str], None] = print,
-        warn: Callable[[str], None] = print,
-    ):
-        self.log_dir, self.port = Path(log_dir), port
-        self._say, self._warn = say, warn
-        self._process: subprocess.Popen | None = None
 
-    def __enter__(self) -> TensorBoardServer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        """Start the server, without waiting until it answers."""
-        command = [sys.executable, "-m", "tensorboard.main", f"--logdir={self.log_dir}"]
-        command += [f"--host={HOST}", f"--port={self.port}"]
-        null = subprocess.DEVNULL
-        try:
-            socket.create_server((HOST, self.port)).close()  # raises if the port is busy
-            # In a session of its own: Ctrl-C goes to the training only, which then stops the server.
-            self._process = subprocess.Popen(
-                command, stdin=null, stdout=null, stderr=null, start_new_session=True
-            )
-        except OSError as error:
-            self._warn(f"TensorBoard is not served on port {self.port}: {error.strerror}; try --port N")
-        else:
-            self._say(f"TensorBoard is at http://{HOST}:{self.port}/ while this run lasts")
-
-    def kill(self) -> None:
-        """Kill the server, without waiting for its end."""
-        if self._process is not None:
-            self._process.kill()
-
-    def stop(self) -> None:
-        """Stop the server; does nothing if there is none."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.poll() is not None:
-            self._warn(f"the TensorBoard server ended early (exit code {process.returncode})")
-            return
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _stop(process: subprocess.Popen, warn: Callable[[str], None]) -> None:
+    if process.poll() is not None:
+        warn(f"the TensorBoard server ended early (exit code {process.returncode})")
+        return
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -22,19 +22,12 @@ class TensorBoardWriter:
     """Opens a `SummaryWriter`, closes it, and never raises.
 
     The first failure (TensorBoard not installed, disk full, anything that it raises) is one warning; after
-    it, `enabled` is False and every call does nothing.
-
-    Args:
-        log_dir: folder of the event files.
-        purge_step: for a resumed run, hide the points of this step and later ones.
-        warn: called once, on failure.
+    it, `enabled` is False and every call does nothing. For a resumed run, the points of `purge_step` and
+    later ones are hidden.
     """
 
     def __init__(
-        self,
-        log_dir: str | Path,
-        purge_step: int | None = None,
-        warn: Callable[[str], None] = warnings.warn,
+        self, log_dir: str | Path, purge_step: int | None = None, warn: Callable[[str], None] = warnings.warn
     ):
         self._guard = Guard("TensorBoard", warn)
         self._writer: Any = self._guard.attempt(_open, Path(log_dir), purge_step)

@@ -45,37 +45,24 @@ class Tracker:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The histogram of the finite values of a tensor.
+    """The histogram of the finite values of a tensor."""
 
-    Attributes:
-        name: of the parameter or module.
-        kind: "parameter", "gradient" or "activation".
-        counts: (HISTOGRAM_BINS,) number of values in each bin.
-        edges: (HISTOGRAM_BINS + 1,) evenly spaced bin edges.
-    """
-
-    name: str
-    kind: str
-    counts: np.ndarray
-    edges: np.ndarray
+    name: str  # of the parameter or module
+    kind: str  # "parameter", "gradient" or "activation"
+    counts: np.ndarray  # (HISTOGRAM_BINS,) number of values in each bin
+    edges: np.ndarray  # (HISTOGRAM_BINS + 1,) evenly spaced bin edges
 
 
 @dataclass(frozen=True)
 class Image:
-    """A matrix of weights, shown as a greyscale image.
-
-    Attributes:
-        name: what the image shows.
-        context: tells images of one name apart, such as {"layer": "0", "head": "0"}.
-        weights: (H, W), each between 0 and 1.
-    """
+    """A matrix of weights, shown as a greyscale image."""
 
     name: str
-    context: dict[str, str]
-    weights: np.ndarray
+    context: dict[str, str]  # tells images of one name apart, such as {"layer": "0", "head": "0"}
+    weights: np.ndarray  # (H, W), each between 0 and 1
 
-    def pixels(self, size: int = IMAGE_SIZE) -> np.ndarray:
-        """Return the image as uint8, enlarged by a whole factor to at most `size` pixels along a side.
+    def pixels(self) -> np.ndarray:
+        """Return the image as uint8, enlarged by a whole factor to at most IMAGE_SIZE pixels along a side.
 
         A matrix larger than that gets one pixel per weight. The brightness is the square root of the
         weight, because small weights would all look black otherwise.
@@ -83,17 +70,17 @@ class Image:
         import numpy as np
 
         grey = np.rint(255 * np.sqrt(np.nan_to_num(self.weights))).astype(np.uint8)
-        factor = max(1, size // max(grey.shape))
+        factor = max(1, IMAGE_SIZE // max(grey.shape))
         return grey.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Vectors, (V, C) float32, with a label each, without newlines or tabs; `name` says what they are."""
+    """Vectors, with a label for each."""
 
     name: str
-    vectors: np.ndarray
-    labels: list[str]
+    vectors: np.ndarray  # (V, C) float32
+    labels: list[str]  # without newlines and tabs
 
 
 def compute_histogram(name: str, kind: str, tensor: Tensor | None) -> list[Histogram]:

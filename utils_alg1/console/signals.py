@@ -16,9 +16,7 @@ STOP_SIGNALS = tuple(n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM"
 
 
 @contextlib.contextmanager
-def signal_handler(
-    handler: Callable[[int, FrameType | None], None] | signal.Handlers,
-) -> Iterator[None]:
+def signal_handler(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
     """Install `handler` for STOP_SIGNALS until the end of the block.
 
     A SIGHUP that is ignored, as under nohup, stays ignored.
@@ -65,9 +63,6 @@ class StopSignals:
         announce: prints it. It must not use print(): the handler may interrupt a print() that holds its lock.
         exit_callback: called before a second signal ends the process.
 
-    Attributes:
-        received: the first signal, or None.
-
     Raises:
         SystemExit: on entry, when a signal came earlier and its exception was lost.
     """
@@ -75,10 +70,10 @@ class StopSignals:
     def __init__(
         self,
         notice: Callable[[], str] = lambda: "stopping after this step",
-        announce: Callable[[bytes], object] = lambda text: os.write(2, text),
+        announce: Callable[[str], object] = lambda line: os.write(2, f"\n{line}\n".encode()),
         exit_callback: Callable[[], object] = lambda: None,
     ) -> None:
-        self.received: int | None = None
+        self.received: int | None = None  # the first signal
         self._notice, self._announce, self._exit_callback = notice, announce, exit_callback
         self._installed = contextlib.ExitStack()
 
@@ -100,4 +95,4 @@ class StopSignals:
             os._exit(128 + number)
         self.received = number
         with contextlib.suppress(OSError):  # the standard error may be closed
-            self._announce(f"\n{self._notice()}; once more to leave at once\n".encode())
+            self._announce(f"{self._notice()}; once more to leave at once")

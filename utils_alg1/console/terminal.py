@@ -32,9 +32,7 @@ class Bar:
         self._loss: float | None = None
         self._val_loss: float | None = None
         self._rate: float | None = None  # tokens/s
-        self._rate_start: tuple[float, int] | None = (
-            None  # (time, step) of the first step since an evaluation
-        )
+        self._rate_start: tuple[float, int] | None = None  # time and step of the first since an evaluation
         self._redraw_time = 0.0
         self._stream, self._descriptor = stream, stream.fileno()
         self._console = Console(file=stream)

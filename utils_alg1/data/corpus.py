@@ -36,26 +36,16 @@ UTF_16 = "if it is UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW"
 
 @dataclass
 class Corpus:
-    """A validated text.
-
-    Attributes:
-        path: the text file.
-        sha256: hex digest of the file's bytes.
-        tokenizer: its vocabulary is every character of the text.
-        n_characters: the length of the text, which is also its number of tokens.
-    """
+    """A validated text file."""
 
     path: Path
-    sha256: str
-    tokenizer: Tokenizer
-    n_characters: int
+    sha256: str  # hex digest of the file's bytes
+    tokenizer: Tokenizer  # its vocabulary is every character of the text
+    n_characters: int  # also the number of tokens
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
-        """(n,) of the tokenizer's token_type, memory-mapped.
-
-        Unless the cache has them, the text is tokenized into it; where it cannot be written, into an unnamed
-        temporary file.
+        """(n,) of the tokenizer's token_type, memory-mapped, from the cache or tokenized now.
 
         Raises:
             Alg1Error: the text has changed since it was validated, or there is no space for its tokens.

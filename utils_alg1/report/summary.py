@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parameters import Parameters, specs
-from utils_aim.instructions import FOLDER as AIM_FOLDER
 from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
@@ -39,7 +38,7 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
     if train.output:
         folder += f"; the export also to {train.output}"
     if train.aim:
-        folder += f"; Aim's copy in {AIM_FOLDER}"
+        folder += "; Aim's copy in .aim"
     lines = {
         "run": run.run_id,
         "device": device,
@@ -114,12 +113,11 @@ def longer_training_command(
     return f"{resume_command(run, dist)} --max-iters {longer.max_iters}"
 
 
-def resume_notice(newest_step: int | None, run: RunDirectory, dist: Distributed) -> bytes:
+def resume_notice(newest_step: int | None, run: RunDirectory, dist: Distributed) -> str:
     """Return what is printed when a second signal ends the process; None: there is no checkpoint."""
     if newest_step is None:
-        return b"\nleft at once: nothing had been saved\n"
-    hint = f"go on from step {newest_step} with: {resume_command(run, dist)}"
-    return f"\nleft at once; {hint}\n".encode(errors="replace")
+        return "left at once: nothing had been saved"
+    return f"left at once; go on from step {newest_step} with: {resume_command(run, dist)}"
 
 
 def add_resume_hint(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 from collections.abc import Iterator
 
 from utils_alg1.base.errors import Alg1Error
@@ -30,7 +31,7 @@ from utils_alg1.training.runtime import memory_guard
 from utils_alg1.training.trainer import Trainer
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import create_run, write_records
-from utils_tensorboard.server import TensorBoardServer
+from utils_tensorboard.server import serve_tensorboard
 
 
 class Run:
@@ -119,7 +120,7 @@ class MainRun(Run):
         self.console = console
         self._stop_notice = "stopping after this step"
         self._signals = StopSignals(lambda: self._stop_notice, console.interrupted, self._before_exit)
-        self._server: TensorBoardServer | None = None
+        self._server: subprocess.Popen | None = None
 
     def __enter__(self) -> MainRun:
         job, params, console = self.job, self.job.params, self.console
@@ -143,7 +144,7 @@ class MainRun(Run):
             self.trackers = stack.enter_context(trackers)
             if job.serve_tensorboard:
                 port = params.tensorboard.port
-                server = TensorBoardServer(run.path.parent, port, console.say, console.warn)
+                server = serve_tensorboard(run.path.parent, port, console.say, console.warn)
                 self._server = stack.enter_context(server)
             self._stack = stack.pop_all()
         return self

@@ -21,8 +21,7 @@ MAX_VALUE = 1e100  # of a curve: sums and quotients of such values stay finite
 class MetricsFile(Tracker):
     """Writes `logs/metrics.jsonl`: a JSON object per line for each set of scalars, and nothing else.
 
-    Raises:
-        Alg1Error: the file cannot be written (exit code 4).
+    Every method raises an Alg1Error if the file cannot be written (exit code 4).
     """
 
     def __init__(self, path: Path):
@@ -71,8 +70,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
         return
     with path.open("rb") as file:
         for line in file:
-            row = _parse_row(line)
-            if row is None:
+            if (row := _parse_row(line)) is None:
                 return
             yield row
 
@@ -94,9 +92,6 @@ def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
     """Remove the rows of `step` and later ones, which a run resumed at `step` writes again.
 
     A damaged row and everything after it are removed too. If rows before `step` are lost that way, warn.
-
-    Raises:
-        Alg1Error: the file cannot be written (exit code 4).
     """
     keep, kept_step = 0, -1
     if path.exists():

@@ -137,9 +137,6 @@ class Observer:
     """Logs the metrics of a run and, at the steps that the configuration asks for, views of its model.
 
     A view that fails costs one warning and never the run.
-
-    Attributes:
-        trackers: where everything is logged.
     """
 
     def __init__(

@@ -33,16 +33,10 @@ ALSO_COMPARED = ("max_iters", "grad_accum_steps", "data_path")
 
 
 class Trackers:
-    """The trackers of a run.
-
-    Attributes:
-        metrics_file: the run's own record, which gets everything first.
-        background: the other trackers by name.
-    """
+    """The trackers of a run: its own record, which gets everything first, and the others by name."""
 
     def __init__(self, metrics_file: Tracker, background: dict[str, BackgroundTracker]):
-        self.metrics_file = metrics_file
-        self.background = background
+        self.metrics_file, self.background = metrics_file, background
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         """Log data of a step to all trackers (see `Tracker.log`)."""
@@ -68,7 +62,6 @@ class Trackers:
         return [name for name, tracker in self.background.items() if tracker.working]
 
     def close(self) -> None:
-        """Close all trackers."""
         try:
             self.metrics_file.close()
         finally:
@@ -87,7 +80,7 @@ def start_trackers(
     """Start the trackers that the parameters ask for; they are closed at the end of the `with` block.
 
     Args:
-        run: the run, whose metrics file is already cut back if it was resumed.
+        run: its metrics file is already cut back if it was resumed.
         hparams: all parameters, which the trackers show beside the curves.
         metadata: code version, environment and so on, which Aim keeps too.
         warn: called once for each tracker that fails.
