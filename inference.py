@@ -47,10 +47,9 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     samples = "number of texts to draw (%(default)s)"
     text.add_argument("--num-samples", type=number(int, minimum=1), default=1, metavar="N", help=samples)
     text.add_argument("--stop", metavar="TEXT", help="end a text after it has drawn this string")
-    device, shown = specs()["device"], " (%(default)s)"
-    parser.add_argument(
-        "--device", type=not_empty, default=device.default, metavar="NAME", help=device.help + shown
-    )
+    spec = specs()["device"]
+    device = f"{spec.help} (%(default)s)"
+    parser.add_argument("--device", type=not_empty, default=spec.default, metavar="NAME", help=device)
     vocabulary = "the text that the weights were trained on, if they come without a vocabulary"
     parser.add_argument("--vocabulary", type=not_empty, metavar="PATH", help=vocabulary)
     add_runs_dir_flag(parser)
@@ -75,7 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     print(text_for_stream(sys.stderr, str(path)), file=sys.stderr)
     assert model.vocabulary is not None  # load_model has seen to it
     tokenizer = Tokenizer(model.vocabulary)
-    check_stop(arguments.stop, tokenizer)
+    if never_drawn := tokenizer.unseen(arguments.stop or ""):
+        raise Alg1Error(
+            f"--stop: not in the model's vocabulary: {show_characters(never_drawn)}",
+            "no text would ever stop there: leave --stop out, or name characters that the model knows",
+        )
     generator = torch.Generator(device).manual_seed(arguments.seed)
 
     if arguments.interactive:
@@ -128,21 +131,8 @@ def read_vocabulary(text_path: str | None, model: BigramLanguageModel, path: Pat
     return vocabulary
 
 
-def check_stop(stop: str | None, tokenizer: Tokenizer) -> None:
-    """Raise Alg1Error if the model can never draw the text of --stop."""
-    if unseen := tokenizer.unseen(stop or ""):
-        raise Alg1Error(
-            f"--stop: not in the model's vocabulary: {show_characters(unseen)}",
-            "no text would ever stop there: leave --stop out, or name characters that the model knows",
-        )
-
-
 def handle_unknown(prompt: str, tokenizer: Tokenizer, unknown: str, flag: str = "--unknown") -> str:
-    """Skip or replace the characters of a prompt that the model does not know.
-
-    Raises:
-        Alg1Error: there are such characters, and `unknown` is "error"; the hint names `flag`.
-    """
+    """Skip or replace the characters that the model does not know, or raise Alg1Error that names `flag`."""
     unseen = set(tokenizer.unseen(prompt))
     if unseen and unknown == "error":
         raise Alg1Error(

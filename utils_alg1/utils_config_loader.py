@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from parameters import CONFIG_DIR, CONFIG_FILES, Parameters, coerce_all, specs
-from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.errors import Alg1Error, first_line
 from utils_alg1.base.files import decode, parse_json_object, read_bytes, refuse_repeats
 from utils_alg1.base.problems import Problem, raise_problems
 from utils_alg1.console.command_line import Options
@@ -24,7 +24,6 @@ RESUMED = "resumed run"  # the origin of its values
 LEGACY_FILE = "config.json"
 PATH_HINT = "name a JSON or YAML file, or a folder like configs/"
 YAML_HINT = "write one `name: value` a line, with a space behind the colon and no tab"
-YAML_SUFFIXES = (".yaml", ".yml")
 
 
 class Source(NamedTuple):
@@ -38,11 +37,7 @@ class Source(NamedTuple):
 class ConfigLoader:
     """Reads the configuration files that a command line uses, each once, and merges them with it.
 
-    Args:
-        options: the command line of train.py; by default one without flags.
-
-    Raises:
-        Alg1Error: a file is missing or cannot be read.
+    Without `options` it is a command line without flags. Raises Alg1Error if a file cannot be read.
     """
 
     def __init__(self, options: Options | None = None):
@@ -83,17 +78,13 @@ class ConfigLoader:
     def merge(
         self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
     ) -> tuple[Parameters, list[Problem]]:
-        """Merge every source into parameters; see `resolve` for the arguments.
+        """Merge every source (see `resolve`) into parameters that are not checked yet.
 
-        Returns:
-            The parameters, not yet checked, and the problems so far: unknown names and wrong types.
+        Also return the problems so far: unknown names and wrong types.
         """
         sources = self._defaults if resumed is None else [Source(RESUMED, resumed)]
-        sources = [*sources, *self._named]
-        if initial is not None:
-            sources.append(Source("--init-from", initial))
-        flags = self._options.values.items()
-        sources += [Source(specs()[name].flag, {name: value}) for name, value in flags]
+        flags = [Source(specs()[name].flag, {name: value}) for name, value in self._options.values.items()]
+        sources = [*sources, *self._named, Source("--init-from", initial or {}), *flags]
 
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
@@ -111,14 +102,10 @@ class ConfigLoader:
     def resolve(
         self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
     ) -> Parameters:
-        """Merge every source into valid parameters.
+        """Merge every source into valid parameters; raises one Alg1Error that lists every problem.
 
-        Args:
-            resumed: the parameters of the run to resume; they replace config.json and configs/.
-            initial: the parameters of the model that --init-from names; they override the files.
-
-        Raises:
-            Alg1Error: every problem of every source, in one message.
+        `resumed` are the parameters of the run to resume, which replace config.json and configs/; `initial`
+        are those of the model that --init-from names, which override the files.
         """
         params, problems = self.merge(resumed, initial)
         raise_problems([*problems, *params.problems()])
@@ -163,16 +150,14 @@ def _merged(sources: list[Source]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Source:
+    """Read a configuration file, or the parameters of a run's meta/full_config.json."""
     data = read_bytes(path)
-    source = Source(str(path), _parse(path, data), data)
-    LOGGER.debug("%s: %s", path, ", ".join(map(str, source.values)) or "no settings")
-    return source
+    values = (_parse_yaml if path.suffix in (".yaml", ".yml") else _parse_json)(path, data)
+    LOGGER.debug("%s: %s", path, ", ".join(map(str, values)) or "no settings")
+    return Source(str(path), values, data)
 
 
-def _parse(path: Path, data: bytes) -> dict[str, Any]:
-    """Parse the content of a configuration file, or the parameters of a run's meta/full_config.json."""
-    if path.suffix in YAML_SUFFIXES:
-        return _parse_yaml(path, data)
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         values = parse_json_object(data, path)
     except Alg1Error as error:
@@ -198,15 +183,11 @@ def _parse_yaml(path: Path, data: bytes) -> dict[str, Any]:
 
     try:
         value = yaml.load(text, Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Alg1Error(f"{path}: {where}not YAML: {error.problem}", YAML_HINT) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise Alg1Error(f"{path}: not YAML: {reason}", YAML_HINT) from None
-    if value is None:  # an empty file, or only comments
-        return {}
-    if not isinstance(value, dict):
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise Alg1Error(f"{path}: {where}not YAML: {reason}", YAML_HINT) from None
+    if not isinstance(value, dict | None):
         raise Alg1Error(f"{path}: must hold names and values", YAML_HINT)
-    return value
+    return value or {}  # None: an empty file, or only comments

@@ -20,32 +20,22 @@ COMMANDS = (":length", ":temperature", ":top-k", ":top-p", ":seed", ":unknown", 
 
 def add_settings(group: Any, prefix: str = "--") -> None:
     """Add the sampling settings to a parser or a group: as flags, or with the prefix ":" as commands."""
+
+    def add(name: str, convert: Callable[[str], Any], default: Any, text: str, **options: Any) -> None:
+        help = f"{text} (%(default)s)"
+        group.add_argument(prefix + name, type=convert, default=default, help=help, **options)
+
     length = "max-new-tokens" if prefix == "--" else "length"
-    seed = specs()["seed"]
-    share = or_off(number(float, above=0, maximum=1))
-    settings: list[tuple[str, Any, Any, str, str]] = [
-        (length, number(int, minimum=0), 500, "N", "number of characters"),
-        ("temperature", number(float, minimum=0), 1.0, "X", "sampling temperature; 0: greedy"),
-        ("top-k", or_off(number(int, minimum=1)), "off", "N", "sample from the N most likely characters"),
-        ("top-p", share, "off", "X", "sample from the most likely characters with total probability X"),
-        (
-            "seed",
-            number(int, minimum=0, maximum=seed.maximum),
-            seed.default,
-            "N",
-            "random seed, from which sampling starts",
-        ),
-    ]
-    for name, kind, default, metavar, text in settings:
-        dest = "max_new_tokens" if name == length else name.replace("-", "_")
-        text += " (%(default)s)"
-        group.add_argument(prefix + name, dest=dest, type=kind, default=default, metavar=metavar, help=text)
-    group.add_argument(
-        prefix + "unknown",
-        choices=("error", "skip", "replace"),
-        default="error",
-        help="what to do with characters of a prompt that are not in the vocabulary (%(default)s)",
-    )
+    top_k, top_p = or_off(number(int, minimum=1)), or_off(number(float, above=0, maximum=1))
+    likely, seed = "sample from the most likely characters with total probability X", specs()["seed"]
+    seeds = number(int, minimum=0, maximum=seed.maximum)
+    unknown = "what to do with characters of a prompt that are not in the vocabulary"
+    add(length, number(int, minimum=0), 500, "number of characters", metavar="N", dest="max_new_tokens")
+    add("temperature", number(float, minimum=0), 1.0, "sampling temperature; 0: greedy", metavar="X")
+    add("top-k", top_k, "off", "sample from the N most likely characters", metavar="N")
+    add("top-p", top_p, "off", likely, metavar="X")
+    add("seed", seeds, seed.default, "random seed, from which sampling starts", metavar="N")
+    add("unknown", str, "error", unknown, choices=("error", "skip", "replace"))
 
 
 def or_off(convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -56,12 +46,9 @@ def or_off(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 def interact(
     arguments: argparse.Namespace, answer: Callable[[str], None], seed: Callable[[int], object]
 ) -> int:
-    """Read prompts until Ctrl-D; Ctrl-C ends a text.
+    """Read prompts until Ctrl-D; Ctrl-C ends a text. Commands change the settings in `arguments`.
 
-    Args:
-        arguments: the settings of `add_settings`, which commands change.
-        answer: writes a prompt and its continuation.
-        seed: restarts sampling from a seed.
+    `answer` writes a prompt and its continuation, and `seed` restarts sampling from a seed.
     """
     enable_history()
     if hasattr(sys.stdin, "reconfigure"):  # invalid bytes become an unknown character, not an error
@@ -90,16 +77,12 @@ def interact(
 def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]) -> str:
     """Execute a line such as ":temperature 0.7" and return what to print: the value, or help.
 
-    Raises:
-        Alg1Error: there is no such command, or its value is wrong; nothing has changed.
-        EOFError: the command is :quit.
+    Raises EOFError for :quit, and Alg1Error for a mistake, which changes nothing.
     """
     word, *value = line.strip().split(maxsplit=1)
     if word not in COMMANDS:
         hint = "type :help, or :: for a prompt that begins with :"
         raise Alg1Error(f"unknown command {word}{nearest(word, COMMANDS)}", hint)
-    if value and word in (":help", ":quit"):
-        raise Alg1Error(f"{word} takes no value", f"type {word}")
     if word == ":quit":
         raise EOFError
     parser = Parser(
@@ -110,7 +93,7 @@ def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]
         epilog="::TEXT is the prompt :TEXT. Ctrl-C stops a text; :quit or Ctrl-D ends.",
     )
     add_settings(parser, ":")
-    if value:
+    if value and word != ":help":
         parser.parse_args([word, *value], arguments)
         if word == ":seed":
             seed(arguments.seed)
@@ -118,8 +101,8 @@ def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]
     if word == ":help":
         parser.set_defaults(**settings)
         return parser.format_help().strip()
-    name = word[1:].replace("-", "_")
-    return f"{word} {settings['max_new_tokens' if name == 'length' else name]}"
+    name = word[1:].replace("-", "_").replace("length", "max_new_tokens")
+    return f"{word} {settings[name]}"
 
 
 def enable_history() -> None:
