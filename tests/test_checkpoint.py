@@ -361,7 +361,7 @@ def test_a_checkpoint_that_fails_ends_the_run_before_the_next_one(step, start, m
     result = start("--checkpoint-interval", 3)
     assert result.code == 4
     assert f"error: cannot write {checkpoint(step)}: No space left on device\n" in result.err
-    assert f"python train.py --resume {only_run().name}" in result.err
+    assert f"python train.py --resume {only_run()}" in result.err
     assert taken == list(range(step))
     assert max(steps()) < step
 
@@ -1051,7 +1051,7 @@ def test_a_disk_that_refuses_a_checkpoint_costs_no_older_one(call, code, start, 
         result = start(*ALL_KEPT)
     assert result.code == 4
     assert f"error: cannot write {checkpoint(4)}: {os.strerror(code)}\n" in result.err
-    assert f"then go on: python train.py --resume {only_run().name}\n" in result.err
+    assert f"then go on: python train.py --resume {only_run()}\n" in result.err
     assert steps() == [0, 1, 2, 3]
     for step in steps():
         assert_same_tensors(checkpoint(step), checkpoint(step, "whole"))

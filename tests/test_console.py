@@ -139,8 +139,8 @@ def test_without_a_terminal_a_run_prints_these_lines_and_no_others(start):
         f"best      step {best}: val loss LOSS (perplexity P, B bits per character)",
         f"exported  runs/RUN/artifacts/export/model.safetensors (best weights, of step {best})",
         "report    runs/RUN/eval/report.html",
-        "sample    python inference.py --run RUN",
-        "continue  python train.py --resume RUN --max-iters 12",
+        "sample    python inference.py --run runs/RUN",
+        "continue  python train.py --resume runs/RUN --max-iters 12",
         "",
         "a sample:",
     ]
@@ -181,12 +181,12 @@ def test_changed_values_stand_with_where_they_came_from():
 @pytest.mark.parametrize(
     "flags, way_on",
     [
-        ([], "--resume RUN --max-iters 12"),
+        ([], "--resume runs/RUN --max-iters 12"),
         (
             ["--lr-schedule", "cosine"],
             "--config runs/RUN/meta/full_config.json --init-from runs/RUN/artifacts/export/model.safetensors",
         ),
-        (["--patience", 1, "--learning-rate", 9, "--eval-interval", 1], "--resume RUN --patience 0"),
+        (["--patience", 1, "--learning-rate", 9, "--eval-interval", 1], "--resume runs/RUN --patience 0"),
     ],
     ids=["constant", "cosine", "patience"],
 )
@@ -651,7 +651,7 @@ RUN: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
     "step, notice",
     [
         (None, "left at once: nothing had been saved"),
-        (4, "left at once; go on from step 4 with: python train.py --resume x"),
+        (4, "left at once; go on from step 4 with: python train.py --resume runs/x"),
     ],
 )
 def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice):
@@ -662,8 +662,8 @@ def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice)
     "hint, exit_code, checkpoint, expected",
     [
         ("free some space", 4, None, "free some space"),
-        ("free some space", 4, "c", "free some space; then go on: python train.py --resume x"),
-        (None, 4, "c", "then go on: python train.py --resume x"),
+        ("free some space", 4, "c", "free some space; then go on: python train.py --resume runs/x"),
+        (None, 4, "c", "then go on: python train.py --resume runs/x"),
         ("lower it", 3, "c", "lower it; its newest weights, for --init-from: c"),
     ],
 )

@@ -381,7 +381,7 @@ def test_a_signal_to_torchrun_saves(folder):
     stopped = re.search(r"stopped at step (\d+); go on with: (torchrun .*)", text)
     assert stopped, text
     assert faults.checkpoints(folder)[-1].stem == f"step_{int(stopped[1]):09d}"
-    assert stopped[2].startswith("torchrun --standalone --nproc_per_node=2 train.py --resume 20")
+    assert stopped[2].startswith("torchrun --standalone --nproc_per_node=2 train.py --resume runs/20")
 
 
 # --- the parts ----------------------------------------------------------------------------------------

@@ -18,12 +18,9 @@ INTERRUPTED = 130  # by SIGINT; SIGTERM ends with 143, SIGHUP with 129
 
 
 class Alg1Error(Exception):
-    """An error that a user can fix. It is printed as one line and a hint, never as a traceback.
+    """An error that a user can fix: what is wrong and where, and how to fix it, if that can be said.
 
-    Args:
-        message: what is wrong and where.
-        hint: how to fix it; None if nothing useful can be said.
-        exit_code: exit code of the process (see the constants of this module).
+    It is printed as one line and a hint, never as a traceback, and the process ends with `exit_code`.
     """
 
     def __init__(self, message: str, hint: str | None = None, exit_code: int = BAD_INPUT):
@@ -65,11 +62,7 @@ def first_line(problem: object) -> str:
 
 
 class Guard:
-    """Runs code that training can do without. Its first failure is one warning and disables it for good.
-
-    Attributes:
-        enabled: False after a failure.
-    """
+    """Runs code that training can do without. Its first failure is one warning and disables it for good."""
 
     def __init__(self, name: str, warn: Callable[[str], None]):
         self.name = name

@@ -15,7 +15,7 @@ from utils_alg1.base.text import format_count, format_duration, format_loss, for
 from utils_alg1.run_directory import RunDirectory
 from utils_alg1.training.distributed import Distributed, launch_command
 from utils_alg1.training.schedule import learning_rate
-from utils_alg1.utils_config_loader import RESUMED, ConfigLoader
+from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_output import LabelledLines, ShellCommand
 from utils_tensorboard.instructions import instructions as tensorboard_instructions
 
@@ -87,7 +87,7 @@ def describe_end(
     }
     if run.report_path.exists():
         lines["report"] = str(run.report_path)
-    lines["sample"] = ShellCommand(f"python inference.py --run {run_argument(run)}")
+    lines["sample"] = ShellCommand(f"python inference.py --run {shlex.quote(str(run.path))}")
     if "tensorboard" in trackers:
         curves = tensorboard_instructions(str(run.path.parent), params.tensorboard.port)
         lines["curves"] = ShellCommand(*curves)
@@ -108,7 +108,7 @@ def longer_training_command(
     has_schedule = params.train.lr_schedule != "constant"
     if has_schedule and any(learning_rate(params.train, s) != learning_rate(longer, s) for s in range(steps)):
         # A longer schedule has other learning rates from the start, so it needs a new run.
-        config, weights = quote_path(run.record_path), quote_path(run.export_path)
+        config, weights = shlex.quote(str(run.record_path)), shlex.quote(str(run.export_path))
         return f"{launch_command(dist)} --config {config} --init-from {weights}"
     return f"{resume_command(run, dist)} --max-iters {longer.max_iters}"
 
@@ -135,18 +135,4 @@ def add_resume_hint(
 
 def resume_command(run: RunDirectory, dist: Distributed) -> str:
     """Return the command that resumes a run."""
-    return f"{launch_command(dist)} --resume {run_argument(run)}"
-
-
-def run_argument(run: RunDirectory) -> str:
-    """Return a run as a command line names it: the id if the run is in the default folder, else the path."""
-    try:
-        default_folder = Path(ConfigLoader().runs_dir)
-    except Alg1Error:  # a configuration file was damaged while the run was training
-        return quote_path(run.path)
-    return run.run_id if run.path.parent == default_folder else quote_path(run.path)
-
-
-def quote_path(path: Path) -> str:
-    """Quote a path for a shell; a leading dash gets ./ in front so that it is not parsed as a flag."""
-    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+    return f"{launch_command(dist)} --resume {shlex.quote(str(run.path))}"
