@@ -349,11 +349,7 @@ def specs() -> dict[str, Spec]:
 
 
 def coerce_all(values: Mapping[str, Any], origin: str = "") -> tuple[dict[str, Any], list[Problem]]:
-    """Convert values from `origin` to the types of the parameters.
-
-    Returns:
-        The values that could be converted, and a problem for each of the others.
-    """
+    """Convert values from `origin` to the types of the parameters; each that cannot be is a problem."""
     good: dict[str, Any] = {}
     problems: list[Problem] = []
     where = f"{origin}: " if origin else ""

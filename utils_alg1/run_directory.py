@@ -117,11 +117,7 @@ def existing_runs(runs_dir: str | Path) -> list[Path]:
 
 
 def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
-    """Return the directory of a run, named by `latest`, a run id or a path.
-
-    Raises:
-        Alg1Error: there is none.
-    """
+    """Return the directory of a run, named by `latest`, a run id or a path; Alg1Error if there is none."""
     if name == "latest":
         return existing_runs(runs_dir)[-1]
     runs = list_runs(runs_dir)
@@ -141,8 +137,7 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
 def lock_run(path: Path, timeout: float = LOCK_TIMEOUT) -> RunDirectory:
     """Lock a run directory for this process; wait for the lock so many seconds.
 
-    Raises:
-        Alg1Error: another process holds it (exit code 2), or the file system refused (exit code 4).
+    Raises Alg1Error with exit code 2 if another process holds it, and 4 if the file system refuses.
     """
     from filelock import FileLock, Timeout
 

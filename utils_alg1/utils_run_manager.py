@@ -148,27 +148,24 @@ class MetadataCapture:
         return _write_lines(path, info)
 
     @staticmethod
-    def copy_configs(config_dir: str | Path, meta_dir: str | Path) -> list[Path]:
-        """Copy the configuration files of a folder to meta/configs, and return the copies."""
+    def copy_configs(config_dir: str | Path, meta_dir: str | Path) -> None:
+        """Copy the configuration files of a folder to meta/configs."""
         paths = [Path(config_dir) / name for name in CONFIG_FILES.values()]
         files = {path: path.read_bytes() for path in paths if path.is_file()}
-        return copy_files(files, Path(meta_dir) / CONFIG_DIR)
+        copy_files(files, Path(meta_dir) / CONFIG_DIR)
 
 
-def copy_files(files: Mapping[Path, bytes], folder: Path) -> list[Path]:
-    """Write files (path -> bytes) to a folder under their own names, and return the copies.
+def copy_files(files: Mapping[Path, bytes], folder: Path) -> None:
+    """Write files (path -> bytes) to a folder under their own names.
 
     A copy is never overwritten: a file of the same name with other bytes gets a number.
     """
-    copies: list[Path] = []
     for path, data in files.items():
         make_folder(folder)
         copy, numbers = folder / path.name, itertools.count(2)
         while copy.exists() and copy.read_bytes() != data:
             copy = folder / f"{path.stem}-{next(numbers)}{path.suffix}"
         write_atomically(copy, data)
-        copies.append(copy)
-    return copies
 
 
 def _write_lines(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -31,24 +31,14 @@ class Options:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises Alg1Error instead of printing its usage and exiting.
-
-    Args:
-        hint: of every error; by default that --help lists the flags.
-        options: those of ArgumentParser.
-    """
+    """An ArgumentParser that raises Alg1Error, with `hint`, instead of printing its usage and exiting."""
 
     def __init__(self, hint: str = "", **options: Any):
         super().__init__(allow_abbrev=False, **options)
         self.hint = hint or f"{self.prog} --help lists every flag"
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse the command line.
-
-        Raises:
-            Alg1Error: naming every unknown flag, or else the first mistake.
-            SystemExit: after --help.
-        """
+        """Parse the command line. An Alg1Error names every unknown flag, or else the first mistake."""
         namespace, unknown = self.parse_known_args(args, namespace)
         flags = [word.partition("=")[0] for word in unknown if re.match("--?[A-Za-z]", word)]
         known = self._option_string_actions
@@ -90,10 +80,7 @@ def not_empty(text: str) -> str:
 
 
 def parse_command_line(argv: list[str] | None = None) -> Options:
-    """Parse train.py's command line. Parameters stay text, which ConfigLoader checks with the files.
-
-    Raises Alg1Error, or SystemExit after --help.
-    """
+    """Parse train.py's command line. Parameters stay text, which ConfigLoader checks with the files."""
     parser = Parser(
         prog="python train.py",
         usage="python train.py [--flag VALUE ...]",

@@ -26,14 +26,14 @@ def add_settings(group: Any, prefix: str = "--") -> None:
         group.add_argument(prefix + name, type=convert, default=default, help=help, **options)
 
     length = "max-new-tokens" if prefix == "--" else "length"
-    top_k, top_p = or_off(number(int, minimum=1)), or_off(number(float, above=0, maximum=1))
-    likely, seed = "sample from the most likely characters with total probability X", specs()["seed"]
+    seed = specs()["seed"]
     seeds = number(int, minimum=0, maximum=seed.maximum)
+    top_p = "sample from the most likely characters with total probability X"
     unknown = "what to do with characters of a prompt that are not in the vocabulary"
     add(length, number(int, minimum=0), 500, "number of characters", metavar="N", dest="max_new_tokens")
     add("temperature", number(float, minimum=0), 1.0, "sampling temperature; 0: greedy", metavar="X")
-    add("top-k", top_k, "off", "sample from the N most likely characters", metavar="N")
-    add("top-p", top_p, "off", likely, metavar="X")
+    add("top-k", or_off(number(int, minimum=1)), "off", "sample from the N likeliest characters", metavar="N")
+    add("top-p", or_off(number(float, above=0, maximum=1)), "off", top_p, metavar="X")
     add("seed", seeds, seed.default, "random seed, from which sampling starts", metavar="N")
     add("unknown", str, "error", unknown, choices=("error", "skip", "replace"))
 

@@ -24,10 +24,7 @@ BACKGROUND, FOREGROUND = "#111318", "#c9ccd3"  # readable on a light page and on
 def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
     """Plot the losses of a metrics file, those of every step and of every evaluation, and save them as a PNG.
 
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: the file contains no evaluation.
-        Alg1Error: the picture cannot be written (exit code 4).
+    Raises ValueError if the file contains no evaluation.
     """
     from matplotlib.figure import Figure
 
@@ -54,17 +51,10 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
 
 
 def draw_attention(weights: np.ndarray, title: str) -> bytes:
-    """Draw attention weights as one PNG: a row of squares per layer, a column of squares per head.
+    """Draw attention weights (n_layer, n_head, T, T) as a PNG: a row of squares per layer, a column per head.
 
     In a square, rows are queries and columns are keys. As in the trackers' pictures, the brightness is the
     square root of the weight.
-
-    Args:
-        weights: (n_layer, n_head, T, T).
-        title: the text above the squares.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
