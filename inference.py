@@ -12,6 +12,8 @@ Characters appear as they are drawn. The same model, prompt, settings and --seed
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +23,7 @@ from utils import show_characters
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty, number
 from utils_alg1.console.dialogue import add_settings, interact
-from utils_alg1.console.messages import IncrementalWriter, print_warning, text_for_stream
+from utils_alg1.console.messages import print_warning, text_for_stream
 from utils_alg1.console.script import importing, run_script
 from utils_alg1.utils_config_loader import ConfigLoader
 
@@ -164,13 +166,10 @@ def write_sample(
         generator,
         stop=tokenizer.encode(arguments.stop or ""),
     )
-    screen = IncrementalWriter(sys.stdout)
-    screen.write(prompt)
-    for token in stream:
-        screen.write(tokenizer.decode(token.tolist()))
+    newlines = io.IncrementalNewlineDecoder(None, translate=False)  # a CRLF may come in two pieces
+    for text in itertools.chain([prompt], (tokenizer.decode(token.tolist()) for token in stream), ["\n"]):
+        sys.stdout.write(text_for_stream(sys.stdout, newlines.decode(text)))
         sys.stdout.flush()
-    screen.write("\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def test_characters_appear_one_by_one_as_they_are_drawn(model, monkeypatch):
     inference.main(["--prompt", "ab", "--temperature", "0", "--max-new-tokens", "3"])
 
     assert events == [
-        "ab",
+        *("ab", "flush"),
         *("draw", text[0], "flush"),
         *("draw", text[1], "flush"),
         *("draw", text[2], "flush"),

@@ -57,22 +57,3 @@ def is_terminal(stream: TextIO) -> bool:
 def text_for_stream(stream: TextIO, text: str) -> str:
     """Return text ready for a stream: with control characters replaced on a terminal, unchanged in a file."""
     return without_controls(text) if stream.isatty() else text
-
-
-class IncrementalWriter:
-    """Writes a text in pieces as `text_for_stream` does in one.
-
-    A CRLF may be split between two pieces, so a terminal gets a CR at the end of a piece with the next.
-    """
-
-    def __init__(self, stream: TextIO):
-        self._stream, self._is_terminal = stream, stream.isatty()
-        self._pending_cr = ""
-
-    def write(self, text: str) -> None:
-        """Write the next piece."""
-        if self._is_terminal:
-            text = self._pending_cr + text
-            self._pending_cr = "\r" if text.endswith("\r") else ""
-            text = without_controls(text.removesuffix("\r"))
-        self._stream.write(text)
