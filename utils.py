@@ -86,6 +86,4 @@ def show_characters(characters: Iterable[str], limit: int = 10) -> str:
     return named + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
 
 
-def create_tokenizer(text: Iterable[str]) -> Tokenizer:
-    """Make a tokenizer whose vocabulary is the sorted set of the characters of `text`."""
-    return Tokenizer(text)
+create_tokenizer = Tokenizer  # of a text, which is an iterable of characters

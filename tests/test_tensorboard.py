@@ -31,15 +31,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
 import train as script
-from parameters import TensorBoardConfig
-from utils_alg1.base.errors import BAD_INPUT, Alg1Error
 from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Image, model_histograms
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_metrics
 from utils_alg1.training.trainer import Trainer
 from utils_tensorboard import server as server_module
-from utils_tensorboard.config import load_tensorboard_config
 from utils_tensorboard.instructions import instructions
 from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.server import serve_tensorboard
@@ -586,26 +583,7 @@ def test_no_method_raises_and_the_first_failure_is_the_only_warning(tmp_path, wo
     assert warning.startswith("TensorBoard is switched off, training goes on: ")
 
 
-# --- configuration and instructions -------------------------------------------------------------------
-
-
-def test_the_configuration_of_tensorboard_alone(workdir):
-    assert load_tensorboard_config() == TensorBoardConfig()
-    path = workdir / "configs" / "tensorboard.json"
-    path.parent.mkdir()
-    path.write_text('{"port": 7007, "histogram_interval": 0, "tensorboard": false}')
-    expected = TensorBoardConfig(tensorboard=False, histogram_interval=0, port=7007)
-    assert load_tensorboard_config() == load_tensorboard_config(path) == expected
-
-
-def test_every_problem_of_a_configuration_is_told_at_once(workdir):
-    path = workdir / "bad.json"
-    path.write_text('{"port": 0, "histogram_interval": "often", "tensorbord": true}')
-    with pytest.raises(Alg1Error) as error:
-        load_tensorboard_config(path)
-    assert error.value.exit_code == BAD_INPUT
-    for word in ("port", "histogram_interval", "tensorbord", "bad.json"):
-        assert word in error.value.message
+# --- instructions -------------------------------------------------------------------------------------
 
 
 def test_the_instructions_name_the_folder_and_the_port():

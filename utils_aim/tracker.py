@@ -50,8 +50,7 @@ class AimTracker(Tracker):
     ):
         self._guard = Guard("Aim", warn)
         self._run = self._guard.attempt(_open_run, Path(repo).absolute(), run_hash)
-        if self._run is not None:
-            self._guard.attempt(setattr, self._run, "name", run_name)
+        self._guard.attempt(setattr, self._run, "name", run_name)
         self.track_metadata("run_dir", str(run_dir))
 
     @property

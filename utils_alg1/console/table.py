@@ -21,7 +21,6 @@ def format_table(
         rows: the cells. What is not printable in them, a line end too, becomes U+FFFD.
         width: in terminal columns; None is unlimited. From a wider table columns are left out from the right,
             and named in lines at the end; the first two stay, and the first is cut if they are too wide.
-        right: the headings of the columns that are aligned to the right.
     """
     from rich.cells import cell_len
     from rich.console import Console

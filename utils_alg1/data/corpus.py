@@ -66,11 +66,7 @@ class Corpus:
         return self.tokens[:n_train], self.tokens[self.n_characters - n_val :]
 
     def check_block_size(self, block_size: int, train_split: float, val_split: float | None) -> None:
-        """Check that both splits hold at least one sequence and its target.
-
-        Raises:
-            Alg1Error: naming block_size, the text's length and the largest block_size that fits.
-        """
+        """Raise Alg1Error, with the largest block_size that fits, if a split is too short for this one."""
         largest = min(self.split_sizes(train_split, val_split)) - 1
         if block_size <= largest:
             return

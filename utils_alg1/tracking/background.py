@@ -40,7 +40,6 @@ DESCRIPTORS = Path("/proc/self/fd")
 # A forked process has PyTorch imported already. Forking is only safe on Linux.
 START_METHOD = "fork" if DESCRIPTORS.exists() else "spawn"
 
-Call = tuple[str, tuple]  # a method of Tracker, its arguments
 CLOSE = ("close", pickle.dumps([("close", ())]))  # a batch: its last method, its pickled calls
 
 # Creates a tracker, in its process: it must be picklable. A tracker fails by raising, or by calling the
@@ -108,9 +107,7 @@ class BackgroundTracker:
     one warning.
 
     Attributes:
-        name: shown in messages.
-        flushed_step: everything before this step was flushed by the tracker. After a resume, rows of the
-            metrics file from there on are logged again.
+        flushed_step: the tracker has flushed all before it. After a resume the rows from there on are resent.
         run_hash: the tracker's own name of the run, once it is known.
         ready: set while the tracker is open and its last flush is done.
         ended: set when its process has ended.
@@ -127,7 +124,7 @@ class BackgroundTracker:
         self.name, self.flushed_step, self.run_hash = name, flushed_step, run_hash
         self.ready, self.ended = threading.Event(), threading.Event()
         self._guard = Guard(name, warn)
-        self._calls: list[Call] = []  # the next batch
+        self._calls: list[tuple[str, tuple]] = []  # the next batch: methods of Tracker, with arguments
         self._send_time = 0.0
         self._batches: queue.Queue[tuple[str, bytes]] = queue.Queue(QUEUE_SIZE)
         try:
@@ -188,7 +185,6 @@ class BackgroundTracker:
             self._connection.send_bytes(calls)
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
-        """See `Tracker.log`."""
         self._call("log", kind, payload, step)
 
     def start_flush(self, step: int) -> None:

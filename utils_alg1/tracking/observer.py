@@ -153,12 +153,9 @@ class Observer:
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
         """Log the mean losses of an evaluation, in nats, and the learning rate."""
-        values = {
-            "loss/train": evaluation.train_loss,
-            "loss/val": evaluation.val_loss,
-            "learning_rate": evaluation.learning_rate,
-        }
-        self.trackers.log("scalars", values, evaluation.step)
+        e = evaluation
+        values = {"loss/train": e.train_loss, "loss/val": e.val_loss, "learning_rate": e.learning_rate}
+        self.trackers.log("scalars", values, e.step)
 
     def log_step(self, loss: float, step: int) -> None:
         """Log the loss and the gradients of a step, before the update."""

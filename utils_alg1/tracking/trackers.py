@@ -83,7 +83,6 @@ def start_trackers(
         run: its metrics file is already cut back if it was resumed.
         hparams: all parameters, which the trackers show beside the curves.
         metadata: code version, environment and so on, which Aim keeps too.
-        warn: called once for each tracker that fails.
         state: `Trackers.state` in the checkpoint of a resumed run. The rows of the metrics file that a
             tracker had not flushed by then are sent again.
     """
