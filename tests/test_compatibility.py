@@ -8,18 +8,24 @@ text is not compared, everything else is ("values").
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import lasting_metrics, runner
+from conftest import Result, lasting_metrics, runner
 
 from model import BigramLanguageModel
+from utils_alg1.console.script import run_script
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
+from utils_alg1.report import page as page_module
 from utils_alg1.training.resume import load_model_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -63,17 +69,49 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def copy_stopped(name: str, folder: Path) -> Path:
+    """Copy the stopped run to a folder as its owner has it; returns the run directory."""
+    shutil.copy(FIXTURES / "text.txt", folder)
+    return Path(shutil.copytree(FIXTURES / name / "stopped", folder / "runs" / run_id(name)))
+
+
 @pytest.fixture
 def stopped(name: str, workdir: Path) -> Path:
-    """A copy of the stopped run, in the working folder as its owner has it."""
-    shutil.copy(FIXTURES / "text.txt", workdir)
-    return Path(shutil.copytree(FIXTURES / name / "stopped", workdir / "runs" / run_id(name)))
+    """A copy of the stopped run, in the working folder."""
+    return copy_stopped(name, workdir)
 
 
 @pytest.fixture
 def finished(name: str, stopped: Path) -> Path:
     """The same for the run that the earlier commit resumed to its end."""
     return Path(shutil.copytree(FIXTURES / name / "finished", stopped, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="module")
+def resume(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Result]]:
+    """Resumes a copy of the stopped run of a name, once; returns its directory and what train.py said."""
+    import train as script
+
+    @functools.cache
+    def resumed(name: str) -> tuple[Path, Result]:
+        folder, out, err = tmp_path_factory.mktemp(name), io.StringIO(), io.StringIO()
+        path = copy_stopped(name, folder)
+        with (
+            contextlib.chdir(folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as stop,
+        ):
+            run_script(lambda: script.main(["--resume", "latest"]))
+        return path, Result(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+    return resumed
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without pictures and page, which take most of the time; `resume` draws them."""
+    monkeypatch.setattr(page_module, "write_report", lambda *_: None)
 
 
 def assert_alike(now: Any, then: Any, place: str) -> None:
@@ -117,9 +155,9 @@ def saved_again(path: Path, folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("comparison", [COMPARISON])
-def test_a_stopped_run_resumes_to_what_the_earlier_commit_gave(name, comparison, stopped, train):
+def test_a_stopped_run_resumes_to_what_the_earlier_commit_gave(name, comparison, resume):
     then = FIXTURES / name / "finished"
-    result = train("--resume", "latest")
+    stopped, result = resume(name)
     assert result.code == 0, result.err
     assert "warning" not in result.err
     assert_same_tensors(stopped / checkpoint(LAST), then / checkpoint(LAST))
@@ -138,22 +176,20 @@ def test_a_stopped_run_resumes_to_what_the_earlier_commit_gave(name, comparison,
         assert len((stopped / samples).read_text()) == len((then / samples).read_text())
 
 
-@pytest.mark.parametrize("name", ["adamw"])
-def test_its_curves_in_tensorboard_go_on(name, stopped, train):
+def test_its_curves_in_tensorboard_go_on(resume):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert train("--resume", "latest").code == 0
-    events = EventAccumulator(str(stopped / "logs" / "tensorboard")).Reload()
+    path, _ = resume("adamw")
+    events = EventAccumulator(str(path / "logs" / "tensorboard")).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert steps["Loss/train_step"] == list(range(LAST))
     assert steps["Loss/train"] == steps["Loss/val"] == steps["Learning_Rate"] == [0, 4, 8, 12]
 
 
-@pytest.mark.parametrize("name", ["adamw"])
-def test_the_export_of_a_checkpoint_from_before_the_stop_is_the_same_on_every_machine(name, stopped, train):
+def test_the_export_of_a_checkpoint_from_before_the_stop_is_the_same_on_every_machine(resume):
     # The best weights are those of step 4, which the earlier commit saved.
-    assert train("--resume", "latest").code == 0
-    assert (stopped / EXPORT).read_bytes() == (FIXTURES / name / "finished" / EXPORT).read_bytes()
+    path, _ = resume("adamw")
+    assert (path / EXPORT).read_bytes() == (FIXTURES / "adamw" / "finished" / EXPORT).read_bytes()
 
 
 def test_an_export_loads_and_is_saved_again_to_the_same_bytes(finished, tmp_path):
@@ -204,7 +240,7 @@ def test_compare_lists_a_stopped_run(stopped, capsys):
     assert (row["run"], row["state"], row["step"]) == (stopped.name, "unfinished", STOPPED)
 
 
-def test_a_new_run_starts_from_an_export(finished, train):
+def test_a_new_run_starts_from_an_export(finished, train, without_report):
     shape = ["--max-iters", 1, "--batch-size", 2, "--threads", 1, "--device", "cpu", "--no-tensorboard"]
     result = train("--data", "text.txt", "--init-from", finished / EXPORT, "--no-aim", *shape)
     assert result.code == 0, result.err
@@ -215,7 +251,7 @@ def test_a_new_run_starts_from_an_export(finished, train):
     assert all(tensor.equal(weights[key]) for key, tensor in start.items())
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, train):
+def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, train, without_report):
     before = {path: (finished / path).read_bytes() for path in (checkpoint(LAST), EXPORT)}
     rows = metrics(finished / METRICS)
     result = train("--resume", "latest")
@@ -225,7 +261,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, train):
 
 
 @pytest.mark.parametrize("name", ["muon"])
-def test_a_finished_run_goes_on(name, finished, train):
+def test_a_finished_run_goes_on(name, finished, train, without_report):
     result = train("--resume", run_id(name), "--max-iters", LAST + 1)
     assert result.code == 0, result.err
     tensors, metadata = read_tensors(finished / checkpoint(LAST + 1))

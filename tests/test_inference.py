@@ -9,22 +9,25 @@ import pty
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
-from conftest import PROJECT, QUIET_TRACKERS, TINY
+from conftest import QUIET_TRACKERS, TINY
 from safetensors.torch import load_file, save_file
 
 import inference
 from model import BigramLanguageModel
 from parameters import ModelConfig
 from utils_alg1.console import dialogue as dialogue_module
+from utils_alg1.console.script import run_script
 from utils_alg1.network import decoder as decoder_module
+from utils_alg1.report import page as page_module
 
 VOCABULARY = sorted("\n abcdefgé🙂")
 RUN = "runs/2026-01-31_001_first"
@@ -123,8 +126,9 @@ def test_an_exported_file_is_sampled(sample, model):
 
 
 def test_a_real_run_is_sampled_from_its_export_and_without_one_from_its_newest_checkpoint(
-    train, sample, text_file
+    train, sample, text_file, monkeypatch
 ):
+    monkeypatch.setattr(page_module, "write_report", lambda *_: None)  # pictures take most of the time
     assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--export", "last").code == 0
     (run,) = Path("runs").glob("2*")
     exported = sample("--prompt", "The", *GREEDY)
@@ -500,13 +504,29 @@ def test_help_lists_every_command_with_its_present_value(sample, model, type_in)
         assert re.search(row, result.err)
 
 
+def sample_in_child(*arguments: str) -> NoReturn:
+    """Run inference.py in this process, a forked child, on the file descriptors 0 to 2, and exit."""
+    code = 99
+    try:
+        sys.stdin = os.fdopen(0, closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        run_script(lambda: inference.main([*arguments]))
+    except SystemExit as stop:
+        sys.stdout.flush()  # as Python does at exit
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 def test_at_a_terminal_ctrl_c_stops_a_text_and_ctrl_d_the_program(model):
-    """A real process with a terminal: history, a completed command, an endless text."""
+    """A process with a terminal: history, a completed command, an endless text."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "dumb"
-        flags = ["--interactive", "--max-new-tokens", "2"]
-        os.execv(sys.executable, [sys.executable, str(PROJECT / "inference.py"), *flags])
+        sample_in_child("--interactive", "--max-new-tokens", "2")
     patience = threading.Timer(120, os.kill, (pid, signal.SIGKILL))
     patience.start()
     seen = ""
@@ -524,7 +544,7 @@ def test_at_a_terminal_ctrl_c_stops_a_text_and_ctrl_d_the_program(model):
     type_after("ab\r\nab", b"\x03")
     type_after("\n> ", b":length 3\n")
     type_after("\n> ", b"\x10\x10\n")  # two lines back in the history
-    type_after("ab\r\nab", b"")
+    type_after("\r\nab", b"")
     type_after("\n> ", b"\x04")
     with contextlib.suppress(OSError):
         while os.read(terminal, 4096):
@@ -627,15 +647,20 @@ def test_no_terminal_obeys_what_was_typed(sample, model, type_in, terminal):
 
 
 def test_a_closed_pipe_ends_it_quietly(model):
-    command = [sys.executable, PROJECT / "inference.py", "--max-new-tokens", "100000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout and process.stderr
-        assert len(process.stdout.read(5)) == 5
-        process.stdout.close()
-        errors = process.stderr.read().decode()
-
-    assert process.returncode == 0
-    assert errors == f"{RUN}/artifacts/export/model.safetensors\n"
+    (reader, output), (errors, error_output) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        os.dup2(output, 1)
+        os.dup2(error_output, 2)
+        sample_in_child("--max-new-tokens", "100000")
+    os.close(output)
+    os.close(error_output)
+    assert len(os.read(reader, 5)) > 0
+    os.close(reader)
+    with open(errors, encoding="utf-8") as file:
+        assert file.read() == f"{RUN}/artifacts/export/model.safetensors\n"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_ctrl_c_ends_it_without_a_traceback(sample, model, monkeypatch):
