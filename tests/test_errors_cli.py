@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import errno
+import functools
 import importlib
+import io
+import json
 import os
 import shlex
 import shutil
@@ -26,9 +29,11 @@ from utils_alg1.base.errors import Alg1Error, Guard, disk_error
 from utils_alg1.base.text import format_loss
 from utils_alg1.console.script import run_script
 from utils_alg1.network.tensor_file import WHERE_WEIGHTS_ARE
+from utils_alg1.report import page as page_module
 from utils_alg1.run_directory import LOCK_NAME, NO_RUN_HINT, lock_run
 from utils_alg1.search.space import SPACE_HINT
 from utils_alg1.search.study import STORAGE_HINT
+from utils_alg1.training import resume as resume_module
 from utils_alg1.training.trainer import stability_hint
 from utils_alg1.utils_config_loader import PATH_HINT, YAML_HINT
 from utils_alg1.utils_output import LOGGER, Console
@@ -420,21 +425,32 @@ def test_every_error_in_the_sources_has_a_hint():
 
 
 @pytest.fixture(scope="module")
-def a_run(tmp_path_factory) -> Path:
-    """A folder with a text and a finished run."""
+def trained(tmp_path_factory) -> tuple[Path, str]:
+    """A folder with a text, a configuration and a finished run; what training with --quiet said."""
     import train as script
 
-    folder = tmp_path_factory.mktemp("run")
-    with contextlib.chdir(folder):
+    folder, said = tmp_path_factory.mktemp("run"), io.StringIO()
+    flags = ["--data", "text.txt", *TINY, *QUIET_TRACKERS, "--dropout", "0.25", "--output", "my: model"]
+    flags[(i := flags.index("--batch-size")) : i + 2] = []  # it is in configs/train.yaml
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        patch.chdir(folder)
+        patch.setattr(page_module, "write_report", lambda *_: None)  # pictures take most of the time
         Path("text.txt").write_text(TEXT, encoding="utf-8")
-        assert script.main(["--data", "text.txt", *TINY, *QUIET_TRACKERS]) == 0
-    return folder
+        Path("configs").mkdir()
+        Path("configs/train.yaml").write_text("batch_size: 2\n")
+        assert script.main([*flags, "--quiet"]) == 0
+    return folder, said.getvalue()
 
 
 @pytest.fixture
-def run(a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of that run, in a copy of the folder that is the working folder."""
-    shutil.copytree(a_run, tmp_path / "here")
+    monkeypatch.setattr(page_module, "write_report", lambda *_: None)
+    shutil.copytree(trained[0], tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     (path,) = Path("runs").glob("*_001")
     return path
@@ -540,9 +556,32 @@ def test_a_run_serves_as_configuration_by_its_record(run, train):
     assert result.err.splitlines()[1] == f"hint: for the parameters of this run: --config {record}"
     shown = printed_config(train("--config", record, "--seed", 7, "--print-config").out)
     assert shown["n_embd"] == (16, str(record))
-    assert shown["dropout"] == (0.0, str(record))
+    assert shown["dropout"] == (0.25, str(record))
     assert shown["seed"] == (7, "--seed")
     assert train("--resume", "latest", "--config", record, "--max-iters", 7, *QUIET_TRACKERS).code == 0
+
+
+def test_the_listing_of_a_resumed_run_serves_as_configuration(run, train):
+    printed = train("--resume", "latest", "--verbose", "--print-config", "--max-iters", 9)
+    assert (printed.code, printed.err) == (0, "")
+    Path("my.yaml").write_text(printed.out, encoding="utf-8")
+    shown = printed_config(printed.out)
+    assert shown["max_iters"] == (9, "--max-iters") and shown["dropout"] == (0.25, "resumed run")
+    assert shown["output"] == ("my: model", "resumed run")
+    again = printed_config(train("--config", "my.yaml", "--print-config").out)
+    assert again == {name: (value, "my.yaml") for name, (value, _) in shown.items()}
+
+
+def test_a_resumed_run_keeps_the_copies_of_the_files_that_it_read(run, train):
+    Path("configs/train.yaml").write_text("batch_size: 7\n")
+    Path("more").mkdir()
+    Path("more/train.yaml").write_text("eval_iters: 1\n")
+    for _ in range(2):  # the second time, nothing is copied
+        result = train("--resume", "latest", "--max-iters", 7, "--config", "more")
+        assert result.code == 0, result.err
+        assert json.loads((run / "meta/full_config.json").read_text())["parameters"]["batch_size"] == 2
+        copies = {path.name: path.read_text() for path in (run / "meta/configs").iterdir()}
+        assert copies == {"train.yaml": "batch_size: 2\n", "train-2.yaml": "eval_iters: 1\n"}
 
 
 @pytest.mark.parametrize(
@@ -657,9 +696,8 @@ def test_print_config_reports_the_same_problems_as_training(place, train):
     assert train(*command, "--print-config") == train(*command)
 
 
-@pytest.mark.parametrize("script", ["train.py", "inference.py"])
-def test_a_script_ends_with_the_exit_code_and_without_a_traceback(workdir, script):
-    result = run_process(script, "--no-such-flag", cwd=workdir)
+def test_a_script_ends_with_the_exit_code_and_without_a_traceback(workdir):
+    result = run_process("inference.py", "--no-such-flag", cwd=workdir)
     assert (result.code, result.out) == (2, "")
     assert result.err.splitlines()[0] == "error: unknown flag --no-such-flag"
     assert len(result.err.splitlines()) == 2
@@ -669,7 +707,8 @@ def test_a_script_ends_with_the_exit_code_and_without_a_traceback(workdir, scrip
 # --- runs that are in use, and folders that cannot be written ---
 
 
-def test_a_run_in_use_cannot_be_resumed(place, train):
+def test_a_run_in_use_cannot_be_resumed(place, train, monkeypatch):
+    monkeypatch.setattr(resume_module, "lock_run", functools.partial(lock_run, timeout=0))
     path = RunDirectoryCreator("runs").create("2026-01-31_001")
     with lock_run(path):
         before = snapshot(place)
@@ -836,7 +875,8 @@ def test_a_terminal_without_the_character_gets_a_stand_in(workdir):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     result = run_process("train.py", "--print-config", "--config", "café", cwd=workdir, env=environment)
     assert (result.code, result.out) == (2, "")
-    assert result.err.splitlines()[0] == "error: --config caf?: no such file or folder"
+    assert result.err == report("--config caf?: no such file or folder", PATH_HINT)
+    assert os.listdir(workdir) == []
 
 
 @pytest.mark.parametrize(
@@ -940,6 +980,6 @@ def test_a_loss_is_formatted_with_perplexity_and_bits(loss, text):
     assert format_loss(loss) == text
 
 
-def test_quiet_training_says_nothing(place, train):
-    result = train("--data", "text.txt", *TINY, *QUIET_TRACKERS, "--quiet")
-    assert (result.code, result.out, result.err) == (0, "", "")
+def test_quiet_training_says_nothing(trained):
+    _, said = trained
+    assert said == ""
