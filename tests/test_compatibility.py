@@ -26,6 +26,7 @@ from model import BigramLanguageModel
 from utils_alg1.console.script import run_script
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
 from utils_alg1.report import page as page_module
+from utils_alg1.report import results as results_module
 from utils_alg1.training.resume import load_model_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -89,7 +90,10 @@ def finished(name: str, stopped: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def resume(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Result]]:
-    """Resumes a copy of the stopped run of a name, once; returns its directory and what train.py said."""
+    """Resumes a copy of the stopped run of a name, once; returns its directory and what train.py said.
+
+    Pictures and page are drawn of one of them only: they take most of the time.
+    """
     import train as script
 
     @functools.cache
@@ -97,11 +101,14 @@ def resume(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
         folder, out, err = tmp_path_factory.mktemp(name), io.StringIO(), io.StringIO()
         path = copy_stopped(name, folder)
         with (
+            pytest.MonkeyPatch.context() as patch,
             contextlib.chdir(folder),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             pytest.raises(SystemExit) as stop,
         ):
+            if name != "adamw":
+                patch.setattr(page_module, "write_report", lambda *_: None)
             run_script(lambda: script.main(["--resume", "latest"]))
         return path, Result(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
@@ -109,9 +116,10 @@ def resume(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 
 
 @pytest.fixture
-def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs end without pictures and page, which take most of the time; `resume` draws them."""
+def short_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs end without pictures, page and long samples, which take most of the time."""
     monkeypatch.setattr(page_module, "write_report", lambda *_: None)
+    monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
 
 
 def assert_alike(now: Any, then: Any, place: str) -> None:
@@ -240,7 +248,7 @@ def test_compare_lists_a_stopped_run(stopped, capsys):
     assert (row["run"], row["state"], row["step"]) == (stopped.name, "unfinished", STOPPED)
 
 
-def test_a_new_run_starts_from_an_export(finished, train, without_report):
+def test_a_new_run_starts_from_an_export(finished, train, short_end):
     shape = ["--max-iters", 1, "--batch-size", 2, "--threads", 1, "--device", "cpu", "--no-tensorboard"]
     result = train("--data", "text.txt", "--init-from", finished / EXPORT, "--no-aim", *shape)
     assert result.code == 0, result.err
@@ -251,7 +259,7 @@ def test_a_new_run_starts_from_an_export(finished, train, without_report):
     assert all(tensor.equal(weights[key]) for key, tensor in start.items())
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, train, without_report):
+def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, train, short_end):
     before = {path: (finished / path).read_bytes() for path in (checkpoint(LAST), EXPORT)}
     rows = metrics(finished / METRICS)
     result = train("--resume", "latest")
@@ -261,7 +269,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, train, without_
 
 
 @pytest.mark.parametrize("name", ["muon"])
-def test_a_finished_run_goes_on(name, finished, train, without_report):
+def test_a_finished_run_goes_on(name, finished, train, short_end):
     result = train("--resume", run_id(name), "--max-iters", LAST + 1)
     assert result.code == 0, result.err
     tensors, metadata = read_tensors(finished / checkpoint(LAST + 1))

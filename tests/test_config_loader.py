@@ -666,16 +666,6 @@ def test_config_must_name_something(workdir, train, path, error):
 # --- what ships ---
 
 
-@pytest.mark.parametrize(
-    "folder", [path.relative_to(PROJECT) for path in (PROJECT / "configs").glob("*/")], ids=str
-)
-def test_a_shipped_preset_loads_and_repeats_no_default(workdir, folder):
-    params = resolve("--config", str(PROJECT / folder))
-    set_by_it = {name: value for name, value in params.flat().items() if params.origins[name] != "default"}
-    assert set_by_it.keys() == ConfigLoader.load_configs(PROJECT / folder).keys() - {"_comment"}
-    assert [name for name, value in set_by_it.items() if value == specs()[name].default] == []
-
-
 def test_the_shipped_files_hold_every_parameter_at_its_default(workdir):
     """Each in the file of its part, with its help."""
     for path, config_class in FILES.items():

@@ -28,6 +28,7 @@ from utils_alg1.console import dialogue as dialogue_module
 from utils_alg1.console.script import run_script
 from utils_alg1.network import decoder as decoder_module
 from utils_alg1.report import page as page_module
+from utils_alg1.report import results as results_module
 
 VOCABULARY = sorted("\n abcdefgé🙂")
 RUN = "runs/2026-01-31_001_first"
@@ -129,6 +130,7 @@ def test_a_real_run_is_sampled_from_its_export_and_without_one_from_its_newest_c
     train, sample, text_file, monkeypatch
 ):
     monkeypatch.setattr(page_module, "write_report", lambda *_: None)  # pictures take most of the time
+    monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
     assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--export", "last").code == 0
     (run,) = Path("runs").glob("2*")
     exported = sample("--prompt", "The", *GREEDY)
@@ -242,6 +244,17 @@ def test_stop_ends_the_text_after_it(sample, model):
 
     assert stopped == whole[: whole.index(stop) + 2] + "\n"
     assert len(stopped) < len(whole)
+
+
+@pytest.mark.parametrize("further", [(), ("--interactive",)])
+def test_a_stop_that_the_model_can_never_draw_is_an_error(sample, model, further):
+    result = sample("--stop", "aΩ", *further)
+
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines()[1:] == [
+        "error: --stop: not in the model's vocabulary: 'Ω' (U+03A9)",
+        "hint: no text would ever stop there: leave --stop out, or name characters that the model knows",
+    ]
 
 
 def test_stop_is_not_sought_in_the_prompt(sample, model, monkeypatch):
@@ -682,6 +695,21 @@ def test_a_vocabulary_that_is_not_needed_is_a_warning(sample, model):
     weights = f"{RUN}/artifacts/export/model.safetensors"
     warning = "warning: --vocabulary is not used: the model holds its own; leave the flag out"
     assert result.err.splitlines() == [warning, weights]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("nowhere.txt", "nowhere.txt: no such text file"), ("folder", "folder is a folder")],
+)
+def test_a_text_for_the_vocabulary_is_asked_for_by_its_own_flag(sample, model, text, error):
+    Path("folder").mkdir()
+    weights = Path(RUN, "artifacts/export/model.safetensors")
+    save_file(load_file(weights), "bare.safetensors")
+
+    result = sample("--model", "bare.safetensors", "--vocabulary", text)
+
+    hint = "hint: name the text that it was trained on: --vocabulary PATH"
+    assert (result.code, result.out, result.err) == (2, "", f"error: {error}\n{hint}\n")
 
 
 def test_a_run_that_is_not_there_is_told_from_the_latest(sample, model):

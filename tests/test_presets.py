@@ -28,7 +28,7 @@ def test_a_preset_loads_and_differs_from_the_defaults(preset, workdir):
     folder = PROJECT / "configs" / preset
     params = ConfigLoader(Options(config=str(folder))).resolve()
     values, flat = load(preset), params.flat()
-    assert values
+    assert values and params.problems() == []
     for name, value in values.items():
         spec = specs()[name]
         assert flat[name] == spec.type(value), name
@@ -37,26 +37,18 @@ def test_a_preset_loads_and_differs_from_the_defaults(preset, workdir):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_trains(preset, train, text_file, workdir):
+def test_a_preset_trains(preset, train, text_file, workdir, monkeypatch):
     """Some steps of it, on less: the sizes of the 6-layer model are not for a test."""
-    small = [
-        "--n-embd",
-        24,
-        "--n-layer",
-        1,
-        "--block-size",
-        16,
-        "--batch-size",
-        2,
-        "--max-iters",
-        101,
-        "--eval-iters",
-        1,
-    ]
-    arguments = ["--config", PROJECT / "configs" / preset, "--data", text_file, *small, *QUIET_TRACKERS]
-    result = train(*arguments, "--device", "cpu", "--threads", 1)
+    from utils_alg1.report import page, results
+
+    monkeypatch.setattr(page, "write_report", lambda *_: None)  # pictures take most of the time
+    monkeypatch.setattr(results, "SAMPLE_LENGTH", 4)
+    sizes = "--n-embd 24 --n-layer 1 --block-size 16 --batch-size 2"
+    length = "--max-iters 11 --warmup-iters 5 --eval-interval 10 --eval-iters 1 --device cpu --threads 1"
+    arguments = ["--config", PROJECT / "configs" / preset, "--data", text_file, *QUIET_TRACKERS]
+    result = train(*arguments, *sizes.split(), *length.split())
     assert result.code == 0, result.err
-    assert "reached   step 101" in result.out
+    assert "reached   step 11" in result.out
 
 
 @pytest.mark.parametrize("preset", PRESETS)
