@@ -264,6 +264,16 @@ def test_a_search_finds_something_better_than_the_defaults(search, fake_train):
     assert search(*flags, "--trials", n + 1).code == 0 and len(results()) == n + 1
 
 
+def test_the_last_place_is_that_of_the_lower_number(fake_train):
+    study = open_study("space", learning_rate=RATES)
+    plan = make_plan(read_space("space.yaml", False), Options())
+    first, second = study.ask(), study.ask()
+    search = study_module.Search(study, plan, Path("searches/space"), 1, [], Console(quiet=True))
+    with pytest.raises(study_module.PutBack):
+        search.objective(second)
+    assert search.objective(first) < 0.1 and len(list_runs("runs")) == 1
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_a_seed_repeats_its_values_but_not_in_a_second_process(fake_train, sampler):
     def draw(name: str, seed: int) -> list[float]:
