@@ -357,31 +357,24 @@ def wait_for_step(step: int) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc, as on Linux")
-def test_torchrun_with_a_killed_process_ends_and_resumes(folder):
-    with torchrun(*RUN, "--max-iters", "100000") as job:
-        wait_for_step(4)
-        began = time.monotonic()
-        os.kill(process_of(1, job.pid), signal.SIGKILL)
-        text = job.communicate(timeout=AT_ONCE)[0]
-        assert job.returncode == 1
-        assert time.monotonic() - began < AT_ONCE
-    assert "error: another process of this run has ended" in text
-    before = faults.checkpoints(folder)[-1]
-    with torchrun("--resume", "latest", "--max-iters", str(int(before.stem[5:]) + 2)) as job:
-        text = job.communicate(timeout=60)[0]
-        assert job.returncode == 0, text
-    assert faults.checkpoints(folder)[-1].name > before.name
-
-
-def test_a_signal_to_torchrun_saves(folder):
+def test_torchrun_saves_at_a_signal_resumes_and_ends_when_a_process_is_killed(folder):
     with torchrun(*RUN, "--max-iters", "100000") as job:
         wait_for_step(4)
         job.send_signal(signal.SIGINT)
         text = job.communicate(timeout=AT_ONCE)[0]
     stopped = re.search(r"stopped at step (\d+); go on with: (torchrun .*)", text)
     assert stopped, text
-    assert faults.checkpoints(folder)[-1].stem == f"step_{int(stopped[1]):09d}"
+    step = int(stopped[1])
+    assert faults.checkpoints(folder)[-1].stem == f"step_{step:09d}"
     assert stopped[2].startswith("torchrun --standalone --nproc_per_node=2 train.py --resume runs/20")
+    with torchrun("--resume", "latest") as job:
+        wait_for_step(step + 4)
+        began = time.monotonic()
+        os.kill(process_of(1, job.pid), signal.SIGKILL)
+        text = job.communicate(timeout=AT_ONCE)[0]
+        assert job.returncode == 1
+        assert time.monotonic() - began < AT_ONCE
+    assert "error: another process of this run has ended" in text
 
 
 # --- the parts ----------------------------------------------------------------------------------------

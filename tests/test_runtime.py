@@ -9,7 +9,6 @@ import signal
 
 import pytest
 import torch
-from conftest import PROJECT, Result, run_process
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -156,21 +155,6 @@ def test_only_float16_scales_the_loss():
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
     assert enabled == {torch.float32: False, torch.bfloat16: False, torch.float16: True}
-
-
-def test_importing_every_module_prints_nothing_and_loads_no_tracker(workdir):
-    names = [path.stem for path in PROJECT.glob("*.py")]
-    drawn_by_rich = "utils_terminal"  # imported at a terminal only
-    own = [p for p in PROJECT.glob("utils_*/*.py") if p.stem not in ("__init__", drawn_by_rich)]
-    names += [f"{p.parent.name}.{p.stem}" for p in own]
-    heavy = "torch.utils.tensorboard", "aim", "matplotlib", "rich", "torch._inductor"
-    script = workdir / "imports.py"
-    script.write_text(
-        f"import importlib, sys\nsys.path.insert(0, {str(PROJECT)!r})\n"
-        f"for name in {names!r}: importlib.import_module(name)\n"
-        f"print(*set({heavy!r}) & sys.modules.keys(), end='')\n"
-    )
-    assert run_process(str(script)) == Result(0, "", "")
 
 
 # --- seeds --------------------------------------------------------------------------------------------

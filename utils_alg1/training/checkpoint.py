@@ -43,9 +43,9 @@ OTHER_CHECKPOINT = "use another checkpoint, written by train.py"
 
 
 class TrackerState(TypedDict):
-    """What a checkpoint holds of the copy of a run in a tracker."""
+    """What a checkpoint holds of a tracker."""
 
-    run: str | None  # its id there
+    run: str | None  # the id of the run there
     synced: int  # the step that it is flushed to
 
 
@@ -107,9 +107,8 @@ class Checkpoint:
         for name in sorted(tensors.keys() | saved.keys()):
             pair = [side[name] for side in (tensors, saved) if name in side]
             if len({(tensor.shape, tensor.dtype) for tensor in pair}) != 1 or len(pair) != 2:
-                raise Alg1Error(
-                    f"{self.path}: its {name} does not fit this model or optimizer", OTHER_CHECKPOINT
-                )
+                text = f"{self.path}: its {name} does not fit this model or optimizer"
+                raise Alg1Error(text, OTHER_CHECKPOINT)
         for name, tensor in tensors.items():
             tensor.detach().copy_(saved[name])
 

@@ -73,7 +73,7 @@ class Clock:
     def __init__(self, synchronize: Callable[[], None], tokens_per_step: int):
         self._synchronize, self._tokens_per_step = synchronize, tokens_per_step
         self._began = self._paused = 0.0
-        self._start = (0.0, 0)
+        self._start = (0.0, 0)  # time and step
         self._readings: dict[str, tuple[float, int]] = {}
 
     def start(self, progress: Progress) -> None:

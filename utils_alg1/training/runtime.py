@@ -87,17 +87,13 @@ def start_runtime(
     if config.threads:
         torch.set_num_threads(config.threads)
     elif device.type == "cpu" and flops_per_step < SMALL_STEP_FLOPS:
-        # A second one gains little there, waits for the first at every operator, and takes a core from the
-        # trackers.
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # a second one gains little there, and takes a core from the trackers
     dtype = DTYPES.get(config.dtype, torch.float32)
     if config.dtype == "auto" and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if dtype is torch.float16 and device.type != "cuda":
-        raise Alg1Error(
-            f"--dtype float16 needs CUDA, and the device is {device}",
-            "use --dtype float32 or --dtype bfloat16",
-        )
+        text = f"--dtype float16 needs CUDA, and the device is {device}"
+        raise Alg1Error(text, "use --dtype float32 or --dtype bfloat16")
     compile_it = {"on": True, "off": False}.get(config.compile, compiled_before)
     if compile_it is None:
         # By figures, not by the clock, so that the same run always decides the same. On a CPU compiling pays
@@ -145,25 +141,19 @@ def find_device(name: str) -> torch.device:
         hint = "use --device cuda for an NVIDIA GPU, --device cpu, or leave it out"
         raise Alg1Error(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps", hint) from None
     if (device.index or 0) >= count:
-        raise Alg1Error(
-            f"--device {name}: this machine has no such device", "use --device auto or --device cpu"
-        )
+        text = f"--device {name}: this machine has no such device"
+        raise Alg1Error(text, "use --device auto or --device cpu")
     return device
 
 
 class Compiled:
     """A function that torch.compile compiles at its first call; if that fails, the function as it is.
 
-    Args:
-        options: of torch.compile.
-
     Attributes:
         failed: whether compiling failed; False before the first call.
     """
 
-    def __init__(
-        self, function: Callable, say: Callable[[str], None], options: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, function: Callable, say: Callable[[str], None], options: dict | None = None):
         self._function, self._say, self._options = function, say, options
         self._compiled: Callable | None = None  # set by the first call
         self.failed = False

@@ -25,7 +25,7 @@ EVALUATION_TOKENS = 1 << 13  # per forward pass of an evaluation: few large pass
 class Trainer:
     """Takes training steps and evaluates.
 
-    Every random choice of step s is seeded by s (see `derive_seed`), and evaluation by seeds of its own:
+    The random choices of step s are seeded by s (see `derive_seed`), and evaluations by seeds of their own:
     neither an interruption nor the number of evaluations changes what a step does.
 
     Args:
@@ -48,15 +48,11 @@ class Trainer:
         config: TrainConfig,
         runtime: Runtime,
     ):
-        self.model = model
-        self.backward = backward
-        self.data = data
-        self.config = config
-        self.runtime = runtime
+        self.model, self.backward, self.data = model, backward, data
+        self.config, self.runtime = config, runtime
         self.progress = Progress()
         self.block_size = model.config.block_size
-        self.optimizer = create_optimizer(model, config)
-        self.scaler = backward.scaler
+        self.optimizer, self.scaler = create_optimizer(model, config), backward.scaler
         self.parameters = list(model.parameters())
         sequences = config.batch_size * config.grad_accum_steps * runtime.dist.world_size
         self.tokens_per_step = sequences * self.block_size
@@ -105,9 +101,8 @@ class Trainer:
         # With float16 the scaler handles a gradient that overflows: it skips that update.
         if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             what = "gradient" if math.isfinite(mean_loss) else "loss"
-            self._raise_not_finite(
-                f"the {what} is not finite at step {self.step}; the weights were not updated"
-            )
+            where = f"at step {self.step}; the weights were not updated"
+            self._raise_not_finite(f"the {what} is not finite {where}")
         self.gradient_norm = norm
         if config.grad_clip and norm > config.grad_clip:
             torch._foreach_mul_(gradients, config.grad_clip / norm)
@@ -125,10 +120,9 @@ class Trainer:
             parameter.grad = None
 
     def warm_up_ddp(self) -> None:
-        """Run one backward pass and discard it, so that DistributedDataParallel has ordered its gradients.
+        """Run one backward pass and discard it, as DistributedDataParallel reorders the gradients after it.
 
-        DistributedDataParallel reorders the gradients after its first backward pass, and the order of a sum
-        changes its rounding: without this pass, the first step of a resumed run would have other bytes.
+        The order of a sum changes its rounding: the first step of a resumed run would have other bytes.
         """
         if self.runtime.dist.world_size > 1:
             self._micro_batch_loss(self.runtime.dist.rank)
@@ -191,10 +185,8 @@ class Trainer:
         return self._batch("val", "eval-val", 0)[0]
 
     def _batch(self, split: str, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        draw = generator(self.config.seed, *key)
-        return get_batch(
-            split, *self.data, self.block_size, self.config.batch_size, self.runtime.device, draw
-        )
+        sizes, draw = (self.block_size, self.config.batch_size), generator(self.config.seed, *key)
+        return get_batch(split, *self.data, *sizes, self.runtime.device, draw)
 
 
 def stability_hint(config: TrainConfig, dtype: torch.dtype) -> str:
