@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from parameters import format_settings, specs
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.files import write_atomically, write_or_warn
+from utils_alg1.base.text import format_number
 from utils_alg1.console.table import format_table, to_csv
 from utils_alg1.search.space import Plan, shapes_training
 from utils_alg1.utils_output import Console
@@ -62,7 +63,7 @@ def show(value: Any) -> str:
 def describe_trial(study: optuna.Study, trial: FrozenTrial) -> str:
     """Return the line about a trial that has ended."""
     row, best = as_row(trial), best_of(finished_trials(study))
-    line = f"trial {trial.number:3d}  {row['state']:8}  {show(row['best_val_loss']):>7}  "
+    line = f"trial {trial.number:3d}  {row['state']:8}  {format_number(row['best_val_loss']):>6}  "
     line += "  ".join(f"{name}={show(row[name])}" for name in trial.params)
     line += f"  ({row['reason']})" if row["reason"] else ""
     return line + "  best" * (best is not None and best.number == trial.number)
@@ -86,7 +87,10 @@ def write_results(study: optuna.Study, plan: Plan, folder: Path, console: Consol
 
     headings = ["trial", "state", "best_val_loss", *plan.space, "run", "reason"]
     rows.sort(key=lambda row: row["best_val_loss"] or math.inf)
-    table = [[show(row[heading]) for heading in headings] for row in rows[:N_PRINTED_TRIALS]]
+    printed = [
+        row | {"best_val_loss": format_number(row["best_val_loss"])} for row in rows[:N_PRINTED_TRIALS]
+    ]
+    table = [[show(row[heading]) for heading in headings] for row in printed]
     for line in ("", *format_table(headings, table), ""):
         console.say(line)
     counts = [f"{n} {state}" for state, n in sorted(Counter(row["state"] for row in rows).items())]
@@ -109,7 +113,7 @@ def write_preset(path: Path, study: str, plan: Plan, best: FrozenTrial) -> None:
 
     Its length, its evaluations and its trackers are not among them: they were those of a short trial.
     """
-    about = f"Best of the search {study}: trial {best.number}, val loss {best.values[0]:.4f}"
+    about = f"The best of the study {study}: trial {best.number}, val loss {best.values[0]:.4f}"
     values = plan.fixed | rounded(best.params)
     names = [name for name in specs() if shapes_training(name) or name in plan.space]
     text = format_settings(path, about, {name: values[name] for name in names})
@@ -122,6 +126,7 @@ def draw_pictures(study: optuna.Study, plan: Plan, folder: Path, console: Consol
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
     from optuna.visualization import matplotlib as plots
 
     names = list(plan.space)
@@ -135,6 +140,8 @@ def draw_pictures(study: optuna.Study, plan: Plan, folder: Path, console: Consol
         pictures[path.stem]()
         if path.stem == "slice":
             pyplot.gcf().set_figwidth(3.8 * (len(names) + 1))  # wide enough for its labels
+            for axes in pyplot.gcf().axes:  # those between the powers of ten would overlap
+                axes.xaxis.set_minor_formatter(NullFormatter())
         pyplot.savefig(path, bbox_inches="tight")
 
     for name in pictures:
