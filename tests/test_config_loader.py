@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -987,7 +988,20 @@ def test_a_run_waits_for_another_that_is_being_created(workdir, monkeypatch):
     assert create_run("runs").run_id.endswith("_001")
 
 
-def test_runs_created_by_eight_threads_get_eight_numbers(workdir):
+@pytest.fixture
+def slow_numbers(monkeypatch):
+    """Wait after a number is found, so that without a lock two runs would find the same one."""
+    generate = RunIDGenerator.generate
+
+    def slowly(*arguments) -> str:
+        run_id = generate(*arguments)
+        time.sleep(0.01)
+        return run_id
+
+    monkeypatch.setattr(RunIDGenerator, "generate", slowly)
+
+
+def test_runs_created_by_eight_threads_get_eight_numbers(workdir, slow_numbers):
     with ThreadPoolExecutor(8) as pool:
         runs = list(pool.map(lambda number: create_run("runs", f"t{number}"), range(8)))
     assert sorted(counter_of(run.run_id) for run in runs) == list(range(1, 9))
@@ -995,7 +1009,7 @@ def test_runs_created_by_eight_threads_get_eight_numbers(workdir):
         run.lock.release()
 
 
-def test_runs_created_by_eight_processes_get_eight_numbers(workdir):
+def test_runs_created_by_eight_processes_get_eight_numbers(workdir, slow_numbers):
     fork = multiprocessing.get_context("fork")
     together, names = fork.Barrier(8), fork.SimpleQueue()
 
@@ -1006,11 +1020,10 @@ def test_runs_created_by_eight_processes_get_eight_numbers(workdir):
     processes = [fork.Process(target=create) for _ in range(8)]
     for process in processes:
         process.start()
-    run_ids = [names.get() for _ in processes]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 8
-    assert sorted(map(counter_of, run_ids)) == list(range(1, 9))
+    assert sorted(counter_of(names.get()) for _ in processes) == list(range(1, 9))
 
 
 def test_files_copied_under_the_same_name_are_numbered(workdir):
