@@ -108,9 +108,8 @@ def read_run(path: Path) -> Row:
     invalid, "done" if the results are those of the newest step, or "unfinished". The training time of an
     unfinished run is that of its newest checkpoint.
     """
-    match = RUN_ID.fullmatch(path.name)
     row: Row = dict.fromkeys((*RESULTS, *specs()))
-    row |= {"run": path.name, "tag": (match and match[3]) or "", "resumed": False, "best": False}
+    row |= {"run": path.name, "tag": RUN_ID.sub(r"\3", path.name), "resumed": False, "best": False}
     row["state"] = "unfinished"
     damaged = False
     for read in (read_record, read_evaluations, read_final):
@@ -145,21 +144,18 @@ def read_record(run: RunFolder, row: Row) -> None:
 
 
 def read_evaluations(run: RunFolder, row: Row) -> None:
-    """Add the newest step, the speed and the evaluations of a run."""
-    n_rows = 0
-    for values in read_metrics(run.metrics_path):
-        n_rows += 1
+    """Add the newest step, the speed and the evaluations of a run; a damaged row raises ValueError."""
+    for values in read_metrics(run.metrics_path, strict=True):
         # A training loss is logged before the update of its step, everything else after it.
         row["step"] = check(values["step"]) + (EACH_STEP in values)
         if "tokens_per_second" in values:
             row["tokens_per_second"] = check(values["tokens_per_second"])
         if "loss/val" in values:
-            loss, row["train_loss"] = check(values["loss/val"]), check(values["loss/train"])
+            loss = check(values["loss/val"])
+            row["train_loss"] = check(values["loss/train"])
             row["val_loss"] = loss
             if loss is not None and (row["best_val_loss"] is None or loss < row["best_val_loss"]):
                 row["best_val_loss"], row["best_step"] = loss, row["step"]
-    if run.metrics_path.exists() and run.metrics_path.read_bytes().count(b"\n") > n_rows:
-        raise ValueError("a row is damaged")  # a last line without its end may still be being written
 
 
 def read_final(run: RunFolder, row: Row) -> None:

@@ -166,7 +166,8 @@ def write_sample(
         generator,
         stop=tokenizer.encode(arguments.stop or ""),
     )
-    newlines = io.IncrementalNewlineDecoder(None, translate=False)  # a CRLF may come in two pieces
+    # Holds back a trailing "\r", so that `without_controls` sees a CRLF as one line end.
+    newlines = io.IncrementalNewlineDecoder(None, translate=False)
     for text in itertools.chain([prompt], (tokenizer.decode(token.tolist()) for token in stream), ["\n"]):
         sys.stdout.write(text_for_stream(sys.stdout, newlines.decode(text)))
         sys.stdout.flush()

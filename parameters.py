@@ -231,7 +231,7 @@ class DataConfig(Part):
 
     # The text itself must stay the same: checkpoints contain its digest.
     data_path: str = changeable(
-        "data/input.txt", "a UTF-8 text file, or one of the names shakespeare and python-docs", flag="--data"
+        "data/input.txt", "a UTF-8 text file, or a named corpus such as shakespeare", flag="--data"
     )
     train_split: float = setting(0.9, "fraction of the text for training", above=0, below=1)
     val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)
@@ -247,7 +247,7 @@ class DataConfig(Part):
 
 
 def interval(default: int, what: str) -> Any:
-    """Return the setting of how many steps lie between two of what is logged now and then."""
+    """Return a setting for a logging interval in steps."""
     return changeable(default, f"steps between {what}; 0: never", minimum=0)
 
 
@@ -342,9 +342,10 @@ def specs() -> dict[str, Spec]:
     for part, config_class in PARTS.items():
         hints = typing.get_type_hints(config_class)
         for f in dataclasses.fields(config_class):
-            kind = (typing.get_args(hints[f.name]) or (hints[f.name],))[0]  # int of int | None
-            options = {"flag": "--" + f.name.replace("_", "-"), **f.metadata}
-            found[f.name] = Spec(f.name, part, kind, f.default, **options)
+            hint = hints[f.name]
+            kind = typing.get_args(hint)[0] if typing.get_args(hint) else hint  # int of int | None
+            known = {**f.metadata, "flag": f.metadata["flag"] or "--" + f.name.replace("_", "-")}
+            found[f.name] = Spec(name=f.name, part=part, type=kind, default=f.default, **known)
     return found
 
 

@@ -396,7 +396,7 @@ def test_one_problem_is_one_line():
 
 def test_several_problems_are_a_list_under_their_number():
     with pytest.raises(Alg1Error) as caught:
-        raise_problems([Problem("a is wrong", ("a",)), Problem("no such name", ())])
+        raise_problems([Problem("a is wrong", ("a",)), Problem("no such name")])
     assert caught.value.message == "2 problems:\n  - a is wrong\n  - no such name"
 
 

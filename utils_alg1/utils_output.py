@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from utils_alg1.console.terminal import Bar
 
 LOGGER = logging.getLogger("alg1")
-MAX_BUFFERED_LINES = 1000  # lines kept in memory until the log file is opened
+MAX_BUFFERED_LINES = 1000  # kept until the log file is opened; those of a Console without one are dropped
 LOG_FILE_ONLY = 5  # level of lines written to the log file but never to the console
 REMINDER = logging.WARNING + 5  # level of lines that are no warnings but are printed with --quiet too
 
@@ -51,7 +51,7 @@ class Console(logging.Handler):
     def __init__(self, quiet: bool = False, verbose: bool = False):
         super().__init__(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
         self._bar: Bar | None = None
-        self._buffer = logging.handlers.MemoryHandler(MAX_BUFFERED_LINES, logging.CRITICAL + 1)
+        self._buffer = logging.handlers.BufferingHandler(MAX_BUFFERED_LINES)
         LOGGER.handlers = [self, self._buffer]  # replaces those of an earlier Console
         LOGGER.setLevel(LOG_FILE_ONLY)
         LOGGER.propagate = False
@@ -108,16 +108,18 @@ class Console(logging.Handler):
             log = logging.FileHandler(path, "a", "utf-8", errors="replace")
             log.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             LOGGER.addHandler(log)
-            self._buffer.setTarget(log)
-        self._buffer.close()
+            for record in self._buffer.buffer:
+                log.handle(record)
         LOGGER.removeHandler(self._buffer)
+        self._buffer.close()
 
     def close(self) -> None:
         """Remove the progress bar and close the log file."""
         self.end_progress()
         super().close()
         if self in LOGGER.handlers:  # no later Console has taken its place
-            (_, *others), LOGGER.handlers = LOGGER.handlers, []
+            others = [handler for handler in LOGGER.handlers if handler is not self]
+            LOGGER.handlers = []
             for handler in others:
                 with contextlib.suppress(OSError):
                     handler.close()

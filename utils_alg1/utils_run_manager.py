@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import itertools
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -87,7 +88,6 @@ def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
     lock = Path(runs_dir) / LOCK_NAME
     make_folder(lock.parent)
     try:
-        lock.touch()  # FileLock would retry forever if it cannot be created
         with FileLock(lock, timeout=60):
             path = RunDirectoryCreator(runs_dir).create(RunIDGenerator(runs_dir).generate(tag))
             with _removed_on_failure(path):
@@ -139,7 +139,7 @@ class MetadataCapture:
     def capture_env_info(cls, path: str | Path) -> dict[str, str]:
         """Write the versions of Python, PyTorch and the rest to a file, and return them."""
         info = {"python": cls.get_python_version(), "platform": platform.platform()}
-        info["command"] = " ".join(sys.argv)
+        info["command"] = shlex.join(sys.argv)
         for package in PACKAGES:
             try:
                 info[package] = metadata.version(package)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 from dataclasses import dataclass, field
@@ -17,37 +18,38 @@ NO_FILE_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # the others stand 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def setting(default: Any, help: str, **limits: Any) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    below: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+    flag: str = "",
+    may_change: bool = False,
+) -> Any:
     """Return a dataclass field with its help and limits (see `Spec`)."""
-    return field(default=default, metadata={"help": help, **limits})
+    limits = {"above": above, "minimum": minimum, "below": below, "maximum": maximum, "choices": choices}
+    return field(default=default, metadata={"help": help, "flag": flag, "may_change": may_change, **limits})
 
 
-def changeable(default: Any, help: str, **limits: Any) -> Any:
-    """Return a `setting` that a resumed run may change, since it does not affect the steps so far."""
-    return setting(default, help, may_change=True, **limits)
+# A setting that a resumed run may change, since it does not affect the steps so far.
+changeable = functools.partial(setting, may_change=True)
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What is known of one setting."""
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a value must be."""
 
-    name: str
-    part: str  # the group of settings that it belongs to
     type: Any  # int, float, bool or str
-    default: Any  # None: the value may be None
-    help: str = ""
+    default: Any = None  # None: the value may be None; "": it may be empty
     above: float | None = None  # exclusive lower bound
     minimum: float | None = None  # inclusive lower bound
     below: float | None = None  # exclusive upper bound
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
-    flag: str = ""  # the command-line flag
-    may_change: bool = False  # see `changeable`
-
-    @property
-    def explanation(self) -> str:
-        """The help with the choices, for a comment in a file."""
-        return self.help + (f" ({', '.join(self.choices)})" if self.choices else "")
 
     def violation(self, value: Any) -> str | None:
         """Return "must be ..." with what a value violates, its type included; None if it is good."""
@@ -55,10 +57,6 @@ class Spec:
             return None
         if type(value) is not self.type and not (self.type is float and type(value) is int):
             return f"must be {TYPE_NAMES[self.type]}"
-        if isinstance(value, bool):
-            return None
-        if isinstance(value, str):
-            return self._violation_of_text(value)
         if isinstance(value, float) and not math.isfinite(value):
             return "must be finite"
         if self.above is not None and not value > self.above:
@@ -70,20 +68,33 @@ class Spec:
         maximum = LARGEST if self.type is int and self.maximum is None else self.maximum
         if maximum is not None and not value <= maximum:
             return f"must be at most {maximum}"
-        return None
-
-    def _violation_of_text(self, value: str) -> str | None:
         if self.choices and value not in self.choices:
             return "must be one of " + ", ".join(self.choices)
-        if not value and self.default != "":
+        if value == "" and self.default != "":
             return "must not be empty"
-        if NO_FILE_NAME.search(value):
+        if isinstance(value, str) and NO_FILE_NAME.search(value):
             return "must hold no null character or half surrogate"
         return None
 
 
-def coerce(spec: Spec, value: Any) -> Any:
-    """Convert `value`, from a file or the command line, to the type of the setting; see `Spec.violation` too.
+@dataclass(frozen=True, kw_only=True)
+class Spec(Limits):
+    """What is known of one setting."""
+
+    name: str
+    part: str  # the group of settings that it belongs to
+    help: str
+    flag: str  # the command-line flag
+    may_change: bool  # see `changeable`
+
+    @property
+    def explanation(self) -> str:
+        """The help with the choices, for a comment in a file."""
+        return self.help + (f" ({', '.join(self.choices)})" if self.choices else "")
+
+
+def coerce(limits: Limits, value: Any) -> Any:
+    """Convert `value`, from a file or the command line, to the type of `limits`; `violation` checks the rest.
 
     PyYAML reads `1e-3` as a string and JSON does not distinguish 1 from 1.0: 10000, 1e4 and 10_000 are the
     same integer. YAML reads `on` and `off` as booleans.
@@ -91,16 +102,16 @@ def coerce(spec: Spec, value: Any) -> Any:
     Raises:
         ValueError: with what the value must be.
     """
-    if value is None and spec.default is None:
+    if value is None and limits.default is None:
         return None
-    if spec.type is bool and isinstance(value, str):
+    if limits.type is bool and isinstance(value, str):
         value = {"true": True, "false": False}.get(value.lower(), value)
-    elif spec.type is str and isinstance(value, bool) and "off" in spec.choices:
+    elif limits.type is str and isinstance(value, bool) and "off" in limits.choices:
         value = "on" if value else "off"
-    elif spec.type in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        value = _to_number(spec.type, value)
-    if type(value) is not spec.type:
-        raise ValueError(f"must be {TYPE_NAMES[spec.type]}")
+    elif limits.type in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        value = _to_number(limits.type, value)
+    if type(value) is not limits.type:
+        raise ValueError(f"must be {TYPE_NAMES[limits.type]}")
     return value
 
 

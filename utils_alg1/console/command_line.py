@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from parameters import PARTS, specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.problems import Problem, nearest, raise_problems, shown
-from utils_alg1.base.settings import Spec, coerce
+from utils_alg1.base.settings import Limits, coerce
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -56,16 +56,18 @@ class Parser(argparse.ArgumentParser):
         raise Alg1Error(message.removeprefix("argument "), f"{hint}; {self.hint}" if hint else self.hint)
 
 
-def number(kind: type, **limits: Any) -> Callable[[str], Any]:
-    """Return an argparse type: an int or a float within limits (see `Spec`)."""
-    spec = Spec("", "", kind, 0, **limits)
+def number(
+    kind: type, *, above: float | None = None, minimum: float | None = None, maximum: float | None = None
+) -> Callable[[str], Any]:
+    """Return an argparse type: an int or a float within limits."""
+    limits = Limits(type=kind, above=above, minimum=minimum, maximum=maximum)
 
     def convert(text: str) -> Any:
         try:
-            value = coerce(spec, text)
+            value = coerce(limits, text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{shown(text)} {error}") from None
-        if wrong := spec.violation(value):
+        if wrong := limits.violation(value):
             raise argparse.ArgumentTypeError(f"{value} {wrong}")
         return value
 

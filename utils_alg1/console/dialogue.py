@@ -66,7 +66,8 @@ def interact(
                 continue
             answer(line)
         except EOFError:
-            print("\n" * asks, end="")
+            if asks:
+                print()
             return DONE
         except Alg1Error as error:
             print_error(error)

@@ -31,18 +31,18 @@ def format_table(
     ends = [sum(sizes[:n]) + 2 * (n - 1) for n in range(1, len(sizes) + 1)]  # two spaces between columns
     width = width or ends[-1]
     shown = max(sum(end <= width for end in ends), min(2, len(ends)))
-    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, markup=False, emoji=False)
     table = Table(box=None, pad_edge=False)
     for heading in headings[:shown]:
         table.add_column(heading, justify="right" if heading in right else "left", no_wrap=True)
     table.columns[0].max_width = max(1, width - (ends[shown - 1] - sizes[0]))
     for row in cells:
         table.add_row(*row[:shown])
-    with console.capture() as captured:
-        console.print(table)
-        if shown < len(headings):
-            console.print(f"no room for: {', '.join(headings[shown:])}")
-    return [line.rstrip() for line in captured.get().splitlines()]
+    console.print(table)
+    if shown < len(headings):
+        console.print(f"no room for: {', '.join(headings[shown:])}")
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def to_csv(names: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ class Bar:
         self._total, self._tokens_per_step = total, tokens_per_step
         self._loss: float | None = None
         self._val_loss: float | None = None
-        self._rate: float | None = None  # tokens/s
+        self._rate = "-"  # tokens/s
         self._rate_start: tuple[float, int] | None = None  # time and step of the first since an evaluation
         self._redraw_time = 0.0
         self._stream, self._descriptor = stream, stream.fileno()
@@ -52,13 +52,16 @@ class Bar:
 
     def update(self, step: int, loss: float) -> None:
         """Record a finished step, and redraw the bar if it is due."""
-        now, self._loss = time.monotonic(), loss
-        start_time, start_step = self._rate_start = self._rate_start or (now, step)
+        self._loss = loss
+        now = time.monotonic()
+        if self._rate_start is None:
+            self._rate_start = now, step
+        start_time, start_step = self._rate_start
         if now - self._redraw_time < REDRAW_INTERVAL and step < self._total:
             return
         self._redraw_time = now
         if now - start_time >= MIN_RATE_SECONDS:
-            self._rate = (step - start_step) * self._tokens_per_step / (now - start_time)
+            self._rate = f"{(step - start_step) * self._tokens_per_step / (now - start_time):,.0f}"
         self._set_figures(step)
         self.erase()
         self._progress.refresh()
@@ -72,13 +75,14 @@ class Bar:
     def _set_figures(self, step: int) -> None:
         """Set what is displayed, without the figures that a narrow terminal has no room for."""
         seconds = self._progress.tasks[0].time_remaining
-        figures = {  # narrowest terminal -> figure
-            0: f"loss {format_number(self._loss)}",
-            60: f"val {format_number(self._val_loss)}",
-            80: f"{'-' if self._rate is None else format(self._rate, ',.0f')} tok/s",
-            40: f"{'-' if seconds is None else format_duration(math.ceil(seconds))} left",
-        }
-        shown = "  ".join(figures[width] for width in figures if width <= self._console.width)
+        remaining = "-" if seconds is None else format_duration(math.ceil(seconds))
+        figures = [  # each with the narrowest terminal that has room for it
+            (0, f"loss {format_number(self._loss)}"),
+            (60, f"val {format_number(self._val_loss)}"),
+            (80, f"{self._rate} tok/s"),
+            (40, f"{remaining} left"),
+        ]
+        shown = "  ".join(figure for width, figure in figures if width <= self._console.width)
         self._progress.update(self._task, completed=step, description=shown)
 
     def print(self, text: str, pattern: str) -> None:

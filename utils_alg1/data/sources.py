@@ -1,7 +1,6 @@
 """Find the text file that --data names: a path, or a named corpus that is downloaded or generated.
 
-To add a named corpus, add its name to `NAMED_CORPORA`, a branch to `find_corpus` that returns its text
-file, and its name to the help of `data_path` in parameters.py.
+To add a named corpus, add a function that returns its text file to `NAMED_CORPORA`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from utils_alg1.base.files import make_folder, write_atomically
 from utils_alg1.base.problems import nearest
 
 DEFAULT_PATH = DataConfig.data_path
-NAMED_CORPORA = ("shakespeare", "python-docs")
+FOLDER = Path(DEFAULT_PATH).parent
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT = 5  # seconds
@@ -36,11 +35,8 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
     Raises:
         Alg1Error: the file does not exist, is not a regular file, or shakespeare cannot be downloaded.
     """
-    folder = Path(DEFAULT_PATH).parent
-    if data_path == "python-docs":
-        return _python_docs(folder / "python-docs.txt")
-    if data_path == "shakespeare":
-        return _shakespeare(folder / "shakespeare.txt", say)
+    if data_path in NAMED_CORPORA:
+        return NAMED_CORPORA[data_path](say)
     if "://" in data_path:
         hint = f"download it first: curl -o input.txt {shlex.quote(data_path)}; then --data input.txt"
         raise Alg1Error(f"--data {data_path}: must be a file on this machine", hint)
@@ -63,13 +59,13 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
             "check the path of --data; --data python-docs is there without a file or a network",
         )
     try:
-        return _shakespeare(path, say)
+        return _shakespeare(say, path)
     except Alg1Error as error:
         say(f"{error.message}; training on the Python documentation (python-docs) instead")
-    return _python_docs(folder / "python-docs.txt")
+    return _python_docs(say)
 
 
-def _shakespeare(path: Path, say: Say) -> Path:
+def _shakespeare(say: Say, path: Path = FOLDER / "shakespeare.txt") -> Path:
     if path.exists():
         return path
     import http.client
@@ -91,13 +87,20 @@ def _shakespeare(path: Path, say: Say) -> Path:
     return path
 
 
-def _python_docs(path: Path) -> Path:
+def _python_docs(_: Say) -> Path:
     """Write the language reference that every Python ships to a text file, unless it is there already."""
     from pydoc_data.topics import topics
 
+    path = FOLDER / "python-docs.txt"
     text = "\n".join(topics[name] for name in sorted(topics)).encode()
     if path.exists() and path.read_bytes() == text:
         return path
     make_folder(path.parent)
     write_atomically(path, text)  # replaces that of another Python version
     return path
+
+
+NAMED_CORPORA: dict[str, Callable[[Say], Path]] = {
+    "shakespeare": _shakespeare,
+    "python-docs": _python_docs,
+}

@@ -1,1 +1,1 @@
-"""Results of a run: metrics, pictures, the report page, console summaries and the comparison of runs."""
+"""Results of a run: its figures and export, pictures, the report page and console summaries."""

@@ -35,7 +35,6 @@ ATTENTION_LENGTH = 64  # characters of context; with more, a character would be 
 
 def write_report(run: RunDirectory, trainer: Trainer, samples: list[str], console: Console) -> None:
     """Write loss.png, attention.png and report.html; a file that cannot be written costs one warning."""
-
     idx = trainer.validation_batch()[:1, :ATTENTION_LENGTH]
     attention_path = run.eval_dir / "attention.png"
     assert trainer.model.vocabulary is not None
@@ -67,6 +66,8 @@ def build_page(run_dir: Path, samples: list[str], attention_text: str | None) ->
     final, record = read_json_object(run.final_path), read_json_object(run.record_path)
     curves = read_curves(run.metrics_path)
     val = curves.get("loss/val", [])
+    stride = math.ceil(len(val) / MAX_EVALUATIONS) or 1
+    first = (len(val) - 1) % stride  # of those shown, so that the last evaluation is among them
     curves["best"] = [point for point in val if point[0] == final["best_step"]]
     parameters = [
         (name, value, specs()[name].default if name in specs() else "", record["origins"].get(name, ""))
@@ -83,7 +84,7 @@ def build_page(run_dir: Path, samples: list[str], attention_text: str | None) ->
         attention_picture=base64.b64encode(picture).decode("ascii"),
         parameters=parameters,
         changed=[row for row in parameters if row[0] not in specs() or row[1] != row[2]],
-        evaluations=val[:: -math.ceil(len(val) / MAX_EVALUATIONS) or 1][::-1],  # with the last one
+        evaluations=val[first::stride],
         n_evaluations=len(val),
         train=dict(curves.get("loss/train", [])),
         rates=dict(curves.get("learning_rate", [])),

@@ -61,19 +61,17 @@ def draw_attention(weights: np.ndarray, title: str) -> bytes:
     layers, heads = evenly_spaced(weights.shape[0]), evenly_spaced(weights.shape[1])
     side = weights.shape[-1]
     gap = math.ceil(side / 10)  # what is not a number is drawn as background
-    squares = np.pad(
-        np.sqrt(weights[np.ix_(layers, heads)]), [(0, 0), (0, 0), (0, gap), (0, gap)], constant_values=np.nan
-    )
-    image = squares.swapaxes(1, 2).reshape(len(layers) * (side + gap), len(heads) * (side + gap))[
-        :-gap, :-gap
-    ]
+    margins = [(0, 0), (0, 0), (0, gap), (0, gap)]
+    squares = np.pad(np.sqrt(weights[np.ix_(layers, heads)]), margins, constant_values=np.nan)
+    tile = side + gap
+    image = squares.swapaxes(1, 2).reshape(len(layers) * tile, len(heads) * tile)[:-gap, :-gap]
 
     size = 0.5 + TILE_SIZE * len(heads), 0.6 + TILE_SIZE * len(layers)
     figure = Figure(figsize=size, dpi=120, facecolor=BACKGROUND, layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", color=FOREGROUND, fontsize=9, parse_math=False)
     axes = figure.add_subplot(frame_on=False)
     axes.imshow(image, "magma", vmin=0, vmax=1, interpolation="nearest")
-    middles = (side - 1) / 2 + (side + gap) * np.arange(MAX_PER_AXIS)
+    middles = (side - 1) / 2 + tile * np.arange(MAX_PER_AXIS)
     axes.set_xticks(middles[: len(heads)], [f"head {head}" for head in heads])
     axes.set_yticks(middles[: len(layers)], [f"layer {i}" for i in layers], rotation=90, va="center")
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelcolor=FOREGROUND, labelsize=9)

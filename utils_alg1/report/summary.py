@@ -59,7 +59,8 @@ def describe_changes(params: Parameters) -> str:
     groups: dict[str, list[str]] = {"": []}  # the command line first
     for name, value in params.changed().items():
         origin = params.origins[name]
-        source = {specs()[name].flag: "", RESUMED: " (as before)"}.get(origin, f" ({origin})")
+        shown = "as before" if origin == RESUMED else origin
+        source = "" if origin == specs()[name].flag else f" ({shown})"
         groups.setdefault(source, []).append(f"{name}={value}")
     return "; ".join(", ".join(values) + source for source, values in groups.items() if values)
 

@@ -52,9 +52,9 @@ def read_space(path: str | Path, for_grid: bool) -> Space:
             if for_grid:
                 grid_values(space[name])
         except ValueError as error:
-            problems += [Problem(f"{path}: {name}: {text}", ()) for text in error.args]
+            problems += [Problem(f"{path}: {name}: {text}") for text in error.args]
     if not space and not problems:
-        problems.append(Problem(f"{path}: names no parameter to search", ()))
+        problems.append(Problem(f"{path}: names no parameter to search"))
     raise_problems(problems, SPACE_HINT)
     if for_grid and math.prod(len(grid_values(domain)) for domain in space.values()) > MAX_GRID_POINTS:
         raise Alg1Error(f"{path}: the grid has more than {MAX_GRID_POINTS:,} points", "use --sampler random")
@@ -181,7 +181,7 @@ def make_plan(space: Space, options: Options) -> Plan:
     clashes = dict.fromkeys(space, "it is searched")
     clashes |= dict.fromkeys(RESERVED_PARAMETERS, "the search names its runs itself")
     given = [name for name in clashes if name in options.values]
-    problems = [Problem(f"{specs()[name].flag} cannot be given: {clashes[name]}", ()) for name in given]
+    problems = [Problem(f"{specs()[name].flag} cannot be given: {clashes[name]}") for name in given]
     raise_problems(problems, "leave the flag out, or take the name out of the space file")
     params, problems = ConfigLoader(options).merge()
     # A problem that involves a searched parameter is one of the defaults only.

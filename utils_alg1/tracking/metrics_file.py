@@ -64,13 +64,15 @@ def _parse_row(line: bytes) -> dict[str, float] | None:
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """Yield the rows of a metrics file, up to the first damaged one."""
+def read_metrics(path: Path, strict: bool = False) -> Iterator[dict[str, float]]:
+    """Yield the rows of a metrics file, up to the first damaged one; if `strict`, that raises ValueError."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
             if (row := _parse_row(line)) is None:
+                if strict and line.endswith(b"\n"):  # otherwise it may still be being written
+                    raise ValueError(f"{path}: a row is damaged")
                 return
             yield row
 
