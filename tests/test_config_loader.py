@@ -1108,11 +1108,11 @@ def test_the_environment_names_versions_and_the_command(workdir, monkeypatch):
     torch = importlib.util.find_spec("torch")
     assert torch is not None and torch.origin is not None
     version = runpy.run_path(str(Path(torch.origin).with_name("version.py")))["__version__"]  # not imported
-    monkeypatch.setattr(sys, "argv", ["train.py", "--run-tag", "caf\udce9"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--run-tag", "my caf\udce9"])
     info = MetadataCapture.capture_env_info("env.txt")
     assert info["python"] == sys.version.split()[0]
     assert version.startswith(info["torch"]) and info["numpy"] == numpy.__version__
-    assert Path("env.txt").read_text().splitlines()[2] == r"command: train.py --run-tag caf\udce9"
+    assert Path("env.txt").read_text().splitlines()[2] == r"command: train.py --run-tag 'my caf\udce9'"
 
 
 def test_a_package_that_is_missing_is_said_so(workdir, monkeypatch):

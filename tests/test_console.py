@@ -38,7 +38,7 @@ from utils_alg1.report import results as results_module
 from utils_alg1.report import summary as summary_module
 from utils_alg1.run_directory import list_runs
 from utils_alg1.training.distributed import SINGLE_PROCESS
-from utils_alg1.utils_output import LOGGER, Console, ShellCommand
+from utils_alg1.utils_output import LOGGER, MAX_BUFFERED_LINES, Console, ShellCommand
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|4[0-7]|9[0-7]|38|48)[0-9;]*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -230,6 +230,17 @@ def test_a_record_of_any_module_is_a_line_of_verbose_and_of_the_log(verbose, wor
     assert capsys.readouterr() == ("5% inside\n" * verbose, "")
     assert Path("train.log").read_text()[20:] == "5% inside\n"
     assert caplog.records == [] and LOGGER.handlers == []
+
+
+def test_lines_wait_for_the_log_but_not_without_end(workdir, capsys):
+    console = Console(quiet=True)
+    for _ in range(MAX_BUFFERED_LINES):
+        console.say("too early")
+    console.say("said")
+    assert sum(len(getattr(handler, "buffer", ())) for handler in LOGGER.handlers) == 1
+    console.log_to(Path("train.log"))
+    console.close()
+    assert Path("train.log").read_text()[20:] == "said\n"
 
 
 def test_quiet_leaves_the_warnings_and_what_to_do_next(workdir, capsys):
