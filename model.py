@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from parameters import ModelConfig
 from utils_alg1.base.settings import field_names
-from utils_alg1.network import decoder
-from utils_alg1.network.decoder import Decoder, KeyValueCache
+from utils_alg1.network.decoder import Decoder, KeyValueCache, check_sampling, eval_mode, next_token
 from utils_alg1.network.rotary import apply_qk_norm_and_rotary, rotary_cos_sin
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
 from utils_alg1.network.weights import describe_weights, join_heads, split_heads, weights_metadata
@@ -249,21 +248,20 @@ class BigramLanguageModel(nn.Module):
         Raises:
             ValueError: idx is empty, or an argument is out of range.
         """
-        decoder.check_sampling(temperature, top_k, top_p)
+        check_sampling(temperature, top_k, top_p)
         if idx.shape[1] < 1:
             raise ValueError("idx must hold at least one token")
-        B, block_size, was_training = idx.shape[0], self.config.block_size, self.training
-        self.eval()
-        try:
-            state = Decoder(self, B)
+        B, block_size = idx.shape[0], self.config.block_size
+        with eval_mode(self):
+            decoder = Decoder(self, B)
             unread = idx[:, -block_size:]  # what the decoder has not seen yet
             context = [unread]  # in pieces (B, T)
             stop_sequence = idx.new_tensor(list(stop or ()))
             recent = idx.new_full((B, len(stop_sequence)), -1)
             stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
             for _ in range(max_new_tokens):
-                logits = state.logits(unread)  # (B, V)
-                token = decoder.next_token(logits, temperature, top_k, top_p, generator)  # (B,)
+                logits = decoder.logits(unread)  # (B, V)
+                token = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
                 yield token
                 if stop:
                     recent = torch.cat([recent[:, 1:], token[:, None]], dim=1)
@@ -272,11 +270,9 @@ class BigramLanguageModel(nn.Module):
                         return
                 unread = token[:, None]
                 context.append(unread)
-                if state.cache.length == block_size:  # drop the older half, and read the rest again
+                if decoder.cache.length == block_size:  # drop the older half, and read the rest again
                     unread = torch.cat(context, dim=1)[:, -max(1, block_size // 2) :]
-                    context, state.cache.length = [unread], 0
-        finally:
-            self.train(was_training)
+                    context, decoder.cache.length = [unread], 0
 
     def save_safetensors(self, path: str | Path) -> None:
         """Write the weights, sizes, vocabulary and provenance to one file, atomically.

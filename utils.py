@@ -42,7 +42,7 @@ class Tokenizer:
         return " " if " " in self.stoi else self.vocabulary[0]
 
     def unseen(self, text: str) -> list[str]:
-        """The characters of `text` that are not in the vocabulary, sorted."""
+        """Return the characters of `text` that are not in the vocabulary, sorted."""
         return sorted(set(text) - self.stoi.keys())
 
     def encode(self, text: str) -> list[int]:
@@ -62,13 +62,13 @@ class Tokenizer:
             raise Alg1Error(text, "use the tokenizer that made the tokens") from None
 
     def token_type(self) -> numpy.dtype:
-        """The smallest unsigned integer type that holds every token."""
+        """Return the smallest unsigned integer type that holds every token."""
         import numpy
 
         return numpy.min_scalar_type(max(0, self.vocab_size - 1))
 
     def lookup_table(self) -> numpy.ndarray:
-        """An array (N_CODE_POINTS,) from code point to token, to encode large texts by indexing.
+        """Return an array (N_CODE_POINTS,) from code point to token, to encode large texts by indexing.
 
         Code points outside the vocabulary map to 0.
         """

@@ -59,7 +59,7 @@ def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
             "in all": f"{sum(steps_on) / sum(seconds['off']) - 1:+.1%}",
             "middle half": "{0:+.1%} to {2:+.1%}".format(*statistics.quantiles(extra, n=4)),
             "then behind, ms/step": 1e3 * statistics.median(on.late) / args.steps,
-            "still on": ", ".join(on.trackers.working) or "none",
+            "still on": ", ".join(on.trackers.working_names) or "none",
         }
 
 

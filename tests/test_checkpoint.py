@@ -188,9 +188,9 @@ ABOUT = {"run_id": "x", "parameters": {}, "corpus_sha256": "", "trackers": {}}
 def saved_in(folder: Path, trainer: Trainer, progress: Progress, about: dict) -> Path:
     """A checkpoint on disk."""
     with CheckpointStore(folder, 2) as store:
-        path = store.save(having(trainer, progress), about)
+        store.save(having(trainer, progress), about)
         store.wait()
-        return path
+        return store.path(progress.step)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -297,7 +297,8 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved(held_back, tmp_path
     then = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     moments = [trainer.optimizer.state[parameter]["exp_avg"].clone() for parameter in trainer.parameters]
     progress = Progress(step=1)
-    path = store.save(having(trainer, progress), ABOUT)
+    path = store.path(1)
+    store.save(having(trainer, progress), ABOUT)
     take_steps(trainer, 1)
     assert progress.step == 2
     assert (path.exists(), store.newest_step) == (False, None)
@@ -315,8 +316,8 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved(held_back, tmp_path
 def test_leaving_the_store_waits_for_the_last_checkpoint(held_back, tmp_path):
     threading.Timer(0.05, held_back.set).start()
     with CheckpointStore(tmp_path, 2) as store:
-        path = store.save(make_trainer(), ABOUT)
-    assert read_checkpoint(path).progress == Progress()
+        store.save(make_trainer(), ABOUT)
+    assert read_checkpoint(store.path(0)).progress == Progress()
 
 
 @pytest.mark.parametrize("notice", ["wait", "raise_if_failed", "save"])
@@ -1137,7 +1138,7 @@ def test_a_checkpoint_with_a_good_digest_and_bad_values_is_refused(how, tmp_path
     write_tensors(path, tensors, metadata)
     with pytest.raises(Alg1Error) as caught:
         read_checkpoint(path)
-    assert caught.value.message == f"{path}: this checkpoint makes no sense"
+    assert caught.value.message.startswith(f"{path}: this checkpoint makes no sense (")
     assert caught.value.exit_code == 2
 
 

@@ -22,11 +22,11 @@ from conftest import QUIET_TRACKERS, TINY
 from safetensors.torch import load_file, save_file
 
 import inference
+import model as model_module
 from model import BigramLanguageModel
 from parameters import ModelConfig
 from utils_alg1.console import dialogue as dialogue_module
 from utils_alg1.console.script import run_script
-from utils_alg1.network import decoder as decoder_module
 from utils_alg1.report import page as page_module
 from utils_alg1.report import results as results_module
 
@@ -259,7 +259,7 @@ def test_a_stop_that_the_model_can_never_draw_is_an_error(sample, model, further
 
 def test_stop_is_not_sought_in_the_prompt(sample, model, monkeypatch):
     drawn = iter([torch.tensor([VOCABULARY.index(character)]) for character in "babcd"])
-    monkeypatch.setattr(decoder_module, "next_token", lambda *_: next(drawn))
+    monkeypatch.setattr(model_module, "next_token", lambda *_: next(drawn))
 
     assert sample("--prompt", "a", "--stop", "ab", "--max-new-tokens", 5).out == "abab\n"
 
@@ -275,13 +275,13 @@ def test_characters_appear_one_by_one_as_they_are_drawn(model, monkeypatch):
         def flush(self):
             events.append("flush")
 
-    next_token, text = decoder_module.next_token, greedy(model, "ab", 3)[2:]
+    next_token, text = model_module.next_token, greedy(model, "ab", 3)[2:]
 
     def draw(*arguments):
         events.append("draw")
         return next_token(*arguments)
 
-    monkeypatch.setattr(decoder_module, "next_token", draw)
+    monkeypatch.setattr(model_module, "next_token", draw)
     monkeypatch.setattr(sys, "stdout", Screen())
 
     inference.main(["--prompt", "ab", "--temperature", "0", "--max-new-tokens", "3"])
@@ -346,7 +346,7 @@ def test_one_prompt_twice_gives_two_texts_and_the_seed_decides_both(sample, mode
 
 def test_ctrl_c_ends_a_text_and_asks_again(sample, model, type_in, monkeypatch):
     type_in("ab", "cd")
-    next_token, draws = decoder_module.next_token, []
+    next_token, draws = model_module.next_token, []
 
     def interrupted(*arguments):
         draws.append(arguments)
@@ -354,7 +354,7 @@ def test_ctrl_c_ends_a_text_and_asks_again(sample, model, type_in, monkeypatch):
             raise KeyboardInterrupt
         return next_token(*arguments)
 
-    monkeypatch.setattr(decoder_module, "next_token", interrupted)
+    monkeypatch.setattr(model_module, "next_token", interrupted)
 
     result = sample("--interactive", *GREEDY)
 
@@ -580,7 +580,7 @@ def drawing(workdir, monkeypatch):
     """A model that has the vocabulary CONTROLS and draws DRAWN."""
     export(RUN, build(vocabulary=CONTROLS))
     drawn = iter([torch.tensor([CONTROLS.index(character)]) for character in DRAWN * 2])
-    monkeypatch.setattr(decoder_module, "next_token", lambda *_: next(drawn))
+    monkeypatch.setattr(model_module, "next_token", lambda *_: next(drawn))
 
 
 @pytest.fixture
@@ -620,7 +620,7 @@ def test_no_terminal_obeys_a_text_or_a_prompt(drawing, terminal, term):
 
 def test_a_crlf_between_prompt_and_text_is_one_line_end(workdir, terminal, monkeypatch):
     export(RUN, build(vocabulary=CONTROLS))
-    monkeypatch.setattr(decoder_module, "next_token", lambda *_: torch.tensor([CONTROLS.index("\n")]))
+    monkeypatch.setattr(model_module, "next_token", lambda *_: torch.tensor([CONTROLS.index("\n")]))
     shown = terminal()
 
     inference.main(["--prompt", "a\r", "--max-new-tokens", "1"])
@@ -680,7 +680,7 @@ def test_ctrl_c_ends_it_without_a_traceback(sample, model, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decoder_module, "next_token", interrupted)
+    monkeypatch.setattr(model_module, "next_token", interrupted)
 
     result = sample()
 

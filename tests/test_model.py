@@ -24,7 +24,6 @@ from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.settings import field_names
-from utils_alg1.network import decoder as decoder_module
 from utils_alg1.network.decoder import Decoder, KeyValueCache, check_sampling, next_token
 from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
@@ -555,7 +554,7 @@ def test_the_generator_alone_decides_the_text():
 
 def script_tokens(monkeypatch, rows):
     tokens = map(torch.tensor, zip(*rows, strict=True))
-    monkeypatch.setattr(decoder_module, "next_token", lambda *_: next(tokens))
+    monkeypatch.setattr(model_module, "next_token", lambda *_: next(tokens))
 
 
 @pytest.mark.parametrize(
@@ -599,7 +598,7 @@ def test_generation_is_without_dropout_and_leaves_the_mode_as_it_was(training):
 def test_generation_keeps_no_graph_and_leaves_gradients_on(monkeypatch):
     model, graphs = build(), []
     monkeypatch.setattr(
-        decoder_module, "next_token", lambda logits, *_: graphs.append(logits.grad_fn) or logits.argmax(-1)
+        model_module, "next_token", lambda logits, *_: graphs.append(logits.grad_fn) or logits.argmax(-1)
     )
 
     for _ in model.generate_stream(random_tokens(model, 1, 3), 3):

@@ -550,7 +550,7 @@ def test_a_process_that_cannot_be_started_is_one_warning(tmp_path, monkeypatch):
     ) as trackers:
         trackers.log("scalars", {"loss/val": 1.0}, 0)
         trackers.flush(1)
-        assert trackers.working == []
+        assert trackers.working_names == []
     reason = "BlockingIOError: [Errno 11] Resource temporarily unavailable"
     assert warnings == [f"X is switched off, training goes on: {reason}"]
 

@@ -49,8 +49,7 @@ class AimTracker(Tracker):
         warn: Callable[[str], None] = warnings.warn,
     ):
         self._guard = Guard("Aim", warn)
-        self._run = self._guard.attempt(_open_run, Path(repo).absolute(), run_hash)
-        self._guard.attempt(setattr, self._run, "name", run_name)
+        self._run = self._guard.attempt(_open_run, Path(repo).absolute(), run_hash, run_name)
         self.track_metadata("run_dir", str(run_dir))
 
     @property
@@ -63,7 +62,7 @@ class AimTracker(Tracker):
         """The run's hash in Aim, to continue it by."""
         return self._run.hash if self._run is not None else None
 
-    @guarded
+    @guarded  # also for what is computed here: pixels and pictures
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         match kind:
             case "scalars":
@@ -154,8 +153,8 @@ class AimTracker(Tracker):
             atexit.unregister(cleanup.AutoClean.cleanup)
 
 
-def _open_run(repo: Path, run_hash: str | None) -> Any:
-    """Open a run in Aim. Waits while another process holds Aim's lock to open its own."""
+def _open_run(repo: Path, run_hash: str | None, run_name: str) -> Any:
+    """Open a run in Aim and name it. Waits while another process holds Aim's lock to open its own."""
     import aim
     from aim.sdk.errors import MissingRunError
 
@@ -164,13 +163,15 @@ def _open_run(repo: Path, run_hash: str | None) -> Any:
         try:
             aim.Repo.from_path(str(repo), init=True)
             # System tracking takes a thread and disk space; terminal capture replaces sys.stdout.
-            return aim.Run(
+            run = aim.Run(
                 run_hash,
                 repo=str(repo),
                 system_tracking_interval=None,
                 capture_terminal_logs=False,
                 log_system_params=False,
             )
+            run.name = run_name
+            return run
         except MissingRunError:  # it was deleted: start a new run
             run_hash = None
         except Exception as error:  # RocksDB's error has no public type

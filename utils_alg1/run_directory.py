@@ -1,7 +1,7 @@
 """Run directories: their names, their files, their lock.
 
 runs/YYYY-MM-DD_NNN_tag/
-    meta/        full_config.json  git.txt  env.txt  notes.md  configs/ (copies)
+    meta/        full_config.json  git.txt  env.txt  notes.md  aim.txt  configs/ (copies)
     logs/        metrics.jsonl  train.log  tensorboard/
     artifacts/   checkpoints/  export/model.safetensors  export/config.json
     eval/        final.json  samples.txt  loss.png  attention.png  report.html

@@ -99,6 +99,10 @@ class ConfigLoader:
             problems.append(Problem(f"--serve-tensorboard has nothing to show: {off}"))
         return Parameters.from_values(values, origins), problems
 
+    def check_names_and_types(self) -> None:
+        """Raise Alg1Error for unknown names and wrong types, before the run of --resume is read."""
+        raise_problems(self.merge(resumed=None if self._options.resume is None else {})[1])
+
     def resolve(
         self, resumed: dict[str, Any] | None = None, initial: dict[str, Any] | None = None
     ) -> Parameters:

@@ -48,6 +48,6 @@ def _stop(process: subprocess.Popen, warn: Callable[[str], None]) -> None:
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):  # a signal only ends the waiting
         process.kill()
         process.wait()

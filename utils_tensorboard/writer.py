@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -72,7 +71,10 @@ def _open(log_dir: Path, purge_step: int | None) -> SummaryWriter:
 
     log_dir.mkdir(parents=True, exist_ok=True)
     if purge_step is not None and (log_dir / PROJECTOR_FOLDER).exists():
-        _list_embeddings(log_dir, purge_step)
+        for path, step in _embedding_steps(log_dir).items():
+            if step >= purge_step:
+                path.unlink()
+        _list_embeddings(log_dir)
     # Some readers ignore the purge of a folder that has not been purged before.
     if not any(log_dir.glob("events.out.tfevents.*")):
         purge_step = 0
@@ -93,8 +95,13 @@ def write_embedding(log_dir: Path, tag: str, vectors: Any, labels: list[str], st
     _list_embeddings(log_dir)
 
 
-def _list_embeddings(log_dir: Path, purge_step: int = sys.maxsize) -> None:
-    """Write the projector's list of the embeddings in a folder; those from `purge_step` on are deleted.
+def _embedding_steps(log_dir: Path) -> dict[Path, int]:
+    """Return the files of embeddings in a folder, in order, with the step of each."""
+    return {path: int(path.stem.removeprefix("step_")) for path in sorted(log_dir.rglob("step_*.tsv"))}
+
+
+def _list_embeddings(log_dir: Path) -> None:
+    """Write the projector's list of the embeddings in a folder.
 
     (SummaryWriter.add_embedding does not know, in a resumed run, which were written before.)
     """
@@ -102,15 +109,12 @@ def _list_embeddings(log_dir: Path, purge_step: int = sys.maxsize) -> None:
     from tensorboard.plugins import projector
     from tensorboard.plugins.projector.metadata import PROJECTOR_FILENAME
 
-    steps = {path: int(path.stem.removeprefix("step_")) for path in log_dir.rglob("step_*.tsv")}
-    for path in [path for path, step in steps.items() if step >= purge_step]:
-        path.unlink()
-        del steps[path]
-    newest = {path.parent: path for path in sorted(steps)}
+    steps = _embedding_steps(log_dir)
+    newest = {path.parent: path for path in steps}
     config = projector.ProjectorConfig()
-    for path in sorted(steps):
+    for path, step in steps.items():
         # The projector sorts the names and opens the first, so the newest gets one before "step".
-        name = f"newest_step_{steps[path]}" if path == newest[path.parent] else path.stem
+        name = f"newest_step_{step}" if path == newest[path.parent] else path.stem
         folder = path.parent.relative_to(log_dir)
         config.embeddings.add(
             tensor_name=f"{folder.relative_to(PROJECTOR_FOLDER).as_posix()}:{name}",

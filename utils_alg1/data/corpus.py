@@ -52,8 +52,12 @@ class Corpus:
         """
         return _write_cache(self)
 
+    def tokenize(self) -> None:
+        """Make `tokens` now, and raise what they raise."""
+        _ = self.tokens
+
     def split_sizes(self, train_split: float, val_split: float | None) -> tuple[int, int]:
-        """How many characters are for training and for validation; see `split`."""
+        """Return how many characters are for training and for validation; see `split`."""
         n_train = int(train_split * self.n_characters)
         n_other = self.n_characters - n_train
         return n_train, n_other if val_split is None else min(n_other, round(val_split * self.n_characters))
@@ -61,7 +65,7 @@ class Corpus:
     def split(
         self, train_split: float = 0.9, val_split: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The first `train_split` of the tokens, and the last `val_split` (default: all others)."""
+        """Return the first `train_split` of the tokens, and the last `val_split` (default: all others)."""
         n_train, n_val = self.split_sizes(train_split, val_split)
         return self.tokens[:n_train], self.tokens[self.n_characters - n_val :]
 
@@ -77,7 +81,7 @@ class Corpus:
         raise Alg1Error(f"{text}, and for any other", hint)
 
     def warning(self) -> str | None:
-        """A one-line warning if the file is valid UTF-8 but probably not a text, else None."""
+        """Return a one-line warning if the file is valid UTF-8 but probably not a text, else None."""
         if "\0" not in self.tokenizer.stoi:
             return None
         return f"{self.path}: it has characters of value 0: {NO_TEXT}; {UTF_16}"
@@ -162,7 +166,7 @@ def _vocabulary_sha256(tokenizer: Tokenizer) -> Any:
 
 
 def _read_cache(path: Path) -> Corpus | None:
-    """A text whose tokens are in the cache; None if they are missing or damaged."""
+    """Return a text whose tokens are in the cache; None if they are missing or damaged."""
     folder = path.parent / CACHE_FOLDER
     if not folder.is_dir():
         return None

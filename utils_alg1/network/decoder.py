@@ -1,4 +1,4 @@
-"""Sampling: a key/value cache, a fast forward pass for one character, and the draw from its logits.
+"""Inference: a key/value cache, a fast forward pass for one character, and the draw from its logits.
 
 Shapes use the letters of model.py: B batch, T time, C = n_embd, H = n_head, S = C / H, V = vocab_size.
 """
@@ -86,8 +86,9 @@ class Decoder:
             return self._step(idx.view(-1))
 
     def _step(self, token: Tensor) -> Tensor:
-        """The forward pass of model.py for one character: (B,) -> (B, V)."""
-        t, shape = self.cache.length, (token.shape[0], self.config.n_embd)
+        """Run the forward pass of model.py for one character: (B,) -> (B, V)."""
+        t = self.cache.length
+        shape = token.shape[0], self.config.n_embd
         mm, norm, attention = torch.mm, torch.layer_norm, F.scaled_dot_product_attention
         slots = self.cache.store[:, :, :, :, t].unbind(0)  # (2, B, H, S) of each layer
         keys = self.cache.store[:, 0, :, :, : t + 1].unbind(0)  # (B, H, t + 1, S)
@@ -112,8 +113,19 @@ class Decoder:
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """The parameters of a module, matrices as (in, out)."""
+    """Return the parameters of a module, matrices as (in, out)."""
     return [parameter.detach().t() for parameter in module.parameters()]
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set the model to evaluation mode, and restore its mode at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ Backward = Callable[[Tensor], Tensor]
 
 aten = torch.ops.aten
 LAYER_NORM_EPS = 1e-5  # the default of torch.nn.LayerNorm
-OPTIONS = {"positions", "qk_norm", "zero_init"}  # the MODEL_OPTIONS that are implemented here
+OPTIONS = {"positions", "qk_norm", "zero_init"}  # the MODEL_OPTIONS implemented here; others need autograd
 MATH_ATTENTION_MAX_T = 64  # up to here, compiled attention is faster as plain matrix products
 
 

@@ -35,7 +35,8 @@ def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any])
     """
     progress, evaluation = trainer.progress, trainer.progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
-    tokens, last, best = trainer.tokens_per_step * progress.step, evaluation.val_loss, progress.best_val
+    last, best = evaluation.val_loss, progress.best_val
+    tokens = trainer.tokens_per_step * progress.step
     final = {
         "run_id": run.run_id,
         "finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -70,7 +71,8 @@ def check_output(output: str | None) -> None:
     """
     if output is None:
         return
-    path, hint = Path(output).absolute(), "name another file: an export would take its place"
+    path = Path(output).absolute()
+    hint = "name another file: an export would take its place"
     if not path.parent.is_dir():
         raise Alg1Error(f"--output {output}: there is no folder {Path(output).parent}", "create it")
     if path.is_dir():

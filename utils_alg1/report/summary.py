@@ -14,7 +14,7 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
 from utils_alg1.run_directory import RunDirectory
 from utils_alg1.training.distributed import Distributed, launch_command
-from utils_alg1.training.schedule import learning_rate
+from utils_alg1.training.schedule import same_learning_rates
 from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_output import LabelledLines, ShellCommand
 from utils_tensorboard.instructions import instructions as tensorboard_instructions
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, trainer: Trainer) -> LabelledLines:
     """Return the lines printed at the start of a run: device, model, text, steps, folder and parameters."""
-    model, train, runtime, step = params.model, params.train, trainer.runtime, trainer.step
+    model, train, runtime = params.model, params.train, trainer.runtime
     sequences = trainer.tokens_per_step // model.block_size
     device = f"{runtime.device}, {runtime.dtype_name}, {format_count(runtime.threads, 'thread')}"
     if runtime.compile:
@@ -46,7 +46,7 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
         f" n_head {model.n_head}, n_layer {model.n_layer}, block_size {model.block_size}",
         "text": f"{corpus.path}: {format_count(len(corpus.tokens), 'character')},"
         f" vocabulary of {corpus.tokenizer.vocab_size}",
-        "steps": (f"{step} to {train.max_iters}, of" if step else f"{train.max_iters} of")
+        "steps": (f"{trainer.step} to {train.max_iters}, of" if trainer.step else f"{train.max_iters} of")
         + f" {sequences} x {format_count(model.block_size, 'character')}",
         "folder": folder,
     }
@@ -106,8 +106,7 @@ def longer_training_command(
     longer = dataclasses.replace(params.train, max_iters=2 * steps)
     if progress.step < steps:  # --patience ended it
         return f"{resume_command(run, dist)} --patience 0"
-    has_schedule = params.train.lr_schedule != "constant"
-    if has_schedule and any(learning_rate(params.train, s) != learning_rate(longer, s) for s in range(steps)):
+    if not same_learning_rates(params.train, longer, steps):
         # A longer schedule has other learning rates from the start, so it needs a new run.
         config, weights = shlex.quote(str(run.record_path)), shlex.quote(str(run.export_path))
         return f"{launch_command(dist)} --config {config} --init-from {weights}"

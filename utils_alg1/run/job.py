@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from parameters import Parameters
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.problems import raise_problems
 from utils_alg1.console.command_line import Options
 from utils_alg1.console.script import importing
 from utils_alg1.utils_config_loader import ConfigLoader
@@ -58,7 +57,7 @@ class Job:
     serve_tensorboard: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state that is broadcast: without what belongs to this process, or to the main process alone."""
+        """Return the state that is broadcast: without what belongs to one process alone."""
         own = ("corpus", "runtime", "run", "config_files", "serve_tensorboard")
         return {name: value for name, value in vars(self).items() if name not in own}
 
@@ -90,10 +89,10 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
     """
     sources = ConfigLoader(options)
     with contextlib.ExitStack() as after_failure:
-        run, checkpoint, initial = start = _read_start(options, sources, console)
+        run, checkpoint, initial = _read_start(options, sources, console)
         if run is not None:
             after_failure.enter_context(run)  # which releases its lock
-        sizes = _sizes(initial)
+        sizes = {} if initial is None else _sizes(initial)
         params = sources.resolve(checkpoint.metadata["parameters"] if checkpoint else None, sizes)
         if options.print_config:
             console.configuration(params)
@@ -114,19 +113,21 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
                 error.hint = "put the text of the run there, or name where it lies now: --data PATH"
             raise
         corpus = open_corpus(path)
-        split = params.data.train_split, params.data.val_split
-        corpus.check_block_size(params.model.block_size, *split)
+        corpus.check_block_size(params.model.block_size, params.data.train_split, params.data.val_split)
         params.model.check_vocab_size(corpus.tokenizer.vocab_size)
         check_memory(params, corpus.tokenizer.vocab_size, runtime.device)
         if checkpoint is not None:
             resume.check_resumable(checkpoint, params, corpus.sha256, dist.world_size)
         if initial is not None:
-            resume.check_initial(initial, str(options.init_from), params.model, sizes or {}, corpus.tokenizer)
-        corpus.split(*split)  # all is checked: now the text is tokenized
+            resume.check_initial(initial, str(options.init_from), params.model, sizes, corpus.tokenizer)
+        corpus.tokenize()  # only now, as all is checked
         if warning := corpus.warning():
             console.warn(warning)
         after_failure.pop_all()
-    return Job(params, path, corpus.sha256, corpus, runtime, *start, sources.files, options.serve_tensorboard)
+    job = Job(params, path, corpus.sha256, corpus, runtime, run=run, checkpoint=checkpoint, initial=initial)
+    job.config_files = sources.files
+    job.serve_tensorboard = options.serve_tensorboard
+    return job
 
 
 def _read_start(
@@ -141,7 +142,7 @@ def _read_start(
     if options.resume is None and options.init_from is None:
         return None, None, None
     # Nothing is known of the run yet, but wrong words should not have to wait until its checkpoint is read.
-    raise_problems(sources.merge(resumed={} if options.resume is not None else None)[1])
+    sources.check_names_and_types()
     with importing():
         from utils_alg1.training.resume import load_model_file, reopen_run
 
@@ -153,10 +154,8 @@ def _read_start(
     return None, None, load_model_file(Path(init_from))
 
 
-def _sizes(initial: BigramLanguageModel | None) -> dict[str, Any] | None:
-    """The parameters of the initial model that its weights depend on."""
-    if initial is None:
-        return None
+def _sizes(initial: BigramLanguageModel) -> dict[str, Any]:
+    """Return the parameters of the initial model that its weights depend on."""
     free = ("dropout", "vocab_size", "zero_init")
     return {name: value for name, value in dataclasses.asdict(initial.config).items() if name not in free}
 

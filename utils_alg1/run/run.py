@@ -6,8 +6,8 @@ What Ctrl-C, SIGTERM or SIGHUP does while a run trains (console/signals.py has t
 prints "stopping after this step". At the next `stop_requested` all processes agree on it; the loop in
 train.py saves a checkpoint and returns; the command to resume is printed, and the exit code is 128 + the
 signal. A second signal ends the process at once, after `_before_exit`; the newest checkpoint stays valid.
-After the loop, a signal only prints "finishing the results". Before the loop it raises, and the new run
-directory is removed.
+After the loop, a signal only prints "finishing the results"; in `close` it raises, which ends a wait for the
+server or a tracker. Before the loop it raises too, and the new run directory is removed.
 """
 
 from __future__ import annotations
@@ -199,15 +199,15 @@ class MainRun(Run):
         self.store.save(self.trainer, about)
 
     def log_model(self) -> None:
-        """See Run.log_model.
+        self.observer.log_model(self.trainer.step)
+
+    def log_step(self, loss: float) -> None:
+        """See Run.log_step.
 
         Raises:
             Alg1Error: an earlier checkpoint could not be written (exit code 4).
         """
-        self.observer.log_model(self.trainer.step)
         self.store.raise_if_failed()
-
-    def log_step(self, loss: float) -> None:
         self.observer.log_step(loss, self.trainer.step)
         self.console.progress(self.trainer.step + 1, loss)
 
@@ -222,7 +222,7 @@ class MainRun(Run):
         page.write_report(run, self.trainer, self._samples, console)
         results.copy_export(run, params.train.output)
         self.trackers.flush(self.trainer.step)
-        self._shown_in = self.trackers.working
+        self._shown_in = self.trackers.working_names
 
     def print_summary(self) -> None:
         run, params, progress = self.directory, self.job.params, self.trainer.progress

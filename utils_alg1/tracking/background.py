@@ -200,7 +200,7 @@ class BackgroundTracker:
         self._call("close")
 
     def _call(self, method: str, *arguments: Any) -> None:
-        """Add a call to the next batch, which is sent at once if it is due, or for a flush or close."""
+        """Add a call to the next batch. Send it if BATCH_SECONDS are over, or to flush or close."""
         if not self.working:
             return
         self._calls.append((method, arguments))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from utils_alg1.base.summaries import (
     compute_histogram,
     model_histograms,
 )
+from utils_alg1.network.decoder import eval_mode
 from utils_alg1.tracking.trackers import Trackers
 from utils_alg1.training.progress import Evaluation
 from utils_alg1.training.seeds import generator
@@ -43,18 +44,6 @@ SAMPLE_LENGTH = 200  # characters
 View = Callable[[BigramLanguageModel, Tensor], Any]  # computes what is logged, from tokens (B, T)
 
 
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set the model to evaluation mode, without gradients, and restore its mode at the end."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def _record_modules(
     model: BigramLanguageModel, idx: Tensor, types: tuple[type[nn.Module], ...]
 ) -> dict[str, tuple[Any, Tensor, Tensor]]:
@@ -64,7 +53,7 @@ def _record_modules(
     def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         recorded[name] = (module, inputs[0], output)
 
-    with eval_mode(model), contextlib.ExitStack() as hooks:
+    with eval_mode(model), torch.no_grad(), contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, types):
                 hooks.enter_context(module.register_forward_hook(partial(record, name)))
@@ -117,8 +106,8 @@ def draw_texts(model: BigramLanguageModel, seed: int, n: int, length: int) -> li
     device = model.lm_head.weight.device
     start = tokenizer.encode(tokenizer.default_prompt) * n
     idx = torch.tensor(start, device=device).view(n, 1)
-    draw = generator(seed, "samples", device=device)
-    rows = model.generate(idx, length, generator=draw)[:, 1:].tolist()
+    rng = generator(seed, "samples", device=device)
+    rows = model.generate(idx, length, generator=rng)[:, 1:].tolist()
     return [tokenizer.decode(row) for row in rows]
 
 
@@ -128,7 +117,7 @@ def sample(model: BigramLanguageModel, idx: Tensor, seed: int) -> dict[str, str]
     There is none if the logits for the tokens (B, T) are not finite: sampling from such probabilities fails,
     and on CUDA the whole process is lost.
     """
-    with eval_mode(model):
+    with eval_mode(model), torch.no_grad():
         finite = model(idx)[0].isfinite().all()
     return {"samples": draw_texts(model, seed, 1, SAMPLE_LENGTH)[0]} if finite else {}
 
@@ -177,7 +166,7 @@ class Observer:
             self._log_view(step, *view)
 
     def _log_view(self, step: int, interval: int, kind: Kind, view: View) -> None:
-        if due(step, interval) and self.trackers.working:
+        if due(step, interval) and self.trackers.working_names:
             with self._trainer.clock.pause():
                 self._guard.attempt(lambda: self.trackers.log(kind, self._look(view), step))
 

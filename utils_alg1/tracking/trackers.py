@@ -57,7 +57,7 @@ class Trackers:
         }
 
     @property
-    def working(self) -> list[str]:
+    def working_names(self) -> list[str]:
         """The names of the background trackers that have not failed."""
         return [name for name, tracker in self.background.items() if tracker.working]
 
@@ -86,21 +86,22 @@ def start_trackers(
         state: `Trackers.state` in the checkpoint of a resumed run. The rows of the metrics file that a
             tracker had not flushed by then are sent again.
     """
-    metrics_file = MetricsFile(run.metrics_path)
     background: dict[str, BackgroundTracker] = {}
-    if params.train.aim:
-        known = (state or {}).get("aim", {})
-        run_hash, flushed_step = known.get("run"), known.get("synced", 0)
-        create_aim = partial(open_aim, run.path.absolute(), run_hash, flushed_step, hparams, metadata)
-        background["aim"] = BackgroundTracker("Aim", create_aim, warn, flushed_step, run_hash)
-    if params.tensorboard.tensorboard:
-        flushed_step = (state or {}).get("tensorboard", {}).get("synced", 0)
-        purge_step = None if state is None else flushed_step
-        create_tensorboard = partial(open_tensorboard, run.path.absolute(), purge_step, hparams)
-        background["tensorboard"] = BackgroundTracker("TensorBoard", create_tensorboard, warn, flushed_step)
-    for tracker in background.values():
-        tracker.start()
-    with contextlib.closing(Trackers(metrics_file, background)) as trackers:
+    with contextlib.closing(Trackers(MetricsFile(run.metrics_path), background)) as trackers:
+        try:
+            if params.train.aim:
+                known = (state or {}).get("aim", {})
+                run_hash, flushed_step = known.get("run"), known.get("synced", 0)
+                create_aim = partial(open_aim, run.path.absolute(), run_hash, flushed_step, hparams, metadata)
+                background["aim"] = BackgroundTracker("Aim", create_aim, warn, flushed_step, run_hash)
+            if params.tensorboard.tensorboard:
+                flushed_step = (state or {}).get("tensorboard", {}).get("synced", 0)
+                purge_step = None if state is None else flushed_step
+                create = partial(open_tensorboard, run.path.absolute(), purge_step, hparams)
+                background["tensorboard"] = BackgroundTracker("TensorBoard", create, warn, flushed_step)
+        finally:  # `close` needs them started
+            for tracker in background.values():
+                tracker.start()
         for tracker in background.values():
             _log_rows(run.metrics_path, tracker, range(tracker.flushed_step, sys.maxsize))
         yield trackers

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -35,8 +36,8 @@ from utils_alg1.run_directory import (
 )
 from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.trainer import Trainer
-from utils_alg1.utils_output import LOGGER
 
+LOGGER = logging.getLogger("alg1")
 FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1
 OTHER_CHECKPOINT = "use another checkpoint, written by train.py"
@@ -93,8 +94,9 @@ class Checkpoint:
             Alg1Error: it is for another model or optimizer.
         """
         stateless = not any(name.startswith("optimizer.") for name in self.tensors)
+        # Earlier versions saved no optimizer before its first update; with float16 all may have been skipped.
         if stateless and (self.progress.step == 0 or trainer.scaler.is_enabled()):
-            self.load_model(trainer.model)  # earlier releases saved no optimizer before its first update
+            self.load_model(trainer.model)
         else:
             self._copy_to(trainer_tensors(trainer))
         if self.metadata["scaler"]:
@@ -139,8 +141,7 @@ class CheckpointStore:
         keep: how many of the newest are kept, besides the best.
 
     Attributes:
-        newest_step: the step of the newest complete checkpoint, which may be the one that was resumed, or
-        None.
+        newest_step: that of the newest complete checkpoint, maybe the one that was resumed, or None.
     """
 
     def __init__(self, folder: Path, keep: int, newest_step: int | None = None):
@@ -154,8 +155,10 @@ class CheckpointStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):  # an error of the last write was raised already
+        try:
             self.wait()
+        except Alg1Error as error:  # another exception ends the block, or its own `wait` would have raised
+            LOGGER.warning("warning: %s", error.message)
         self._writer.shutdown()
 
     def path(self, step: int) -> Path:
@@ -166,7 +169,7 @@ class CheckpointStore:
         """The file of the newest checkpoint, or None if there is none."""
         return None if self.newest_step is None else self.path(self.newest_step)
 
-    def save(self, trainer: Trainer, run_metadata: CheckpointMetadata) -> Path:
+    def save(self, trainer: Trainer, run_metadata: CheckpointMetadata) -> None:
         """Copy the state of a trainer, then write and prune in the background: `wait` tells how it ended.
 
         Args:
@@ -191,7 +194,6 @@ class CheckpointStore:
         }
         tensors = {n: t.detach().to("cpu", copy=True) for n, t in trainer_tensors(trainer).items()}
         self._writing = self._writer.submit(self._write, tensors, metadata, progress.step, progress.best_step)
-        return self.path(progress.step)
 
     def _write(self, tensors: dict, metadata: CheckpointMetadata, step: int, best_step: int | None) -> None:
         """Write and prune, in the writer thread."""
@@ -240,33 +242,33 @@ def read_checkpoint(path: Path) -> Checkpoint:
     metadata = {"world_size": 1, "compiled": None} | metadata
     checkpoint = Checkpoint(path, tensors, metadata)  # type: ignore[arg-type]
     try:
-        valid = _is_valid(checkpoint)
+        fault = _find_fault(checkpoint)
     except (KeyError, TypeError, ValueError, AttributeError, Alg1Error):
-        valid = False
-    if not valid:
-        raise Alg1Error(f"{path}: this checkpoint makes no sense", OTHER_CHECKPOINT)
+        fault = "metadata"
+    if fault is not None:
+        raise Alg1Error(f"{path}: this checkpoint makes no sense ({fault})", OTHER_CHECKPOINT)
     return checkpoint
 
 
-def _is_valid(checkpoint: Checkpoint) -> bool:
-    """Return whether every value has its type and the sizes are those of the tensors; or raise."""
+def _find_fault(checkpoint: Checkpoint) -> str | None:
+    """Return which value has a wrong type or does not fit the others, or None; or raise."""
     metadata, progress = checkpoint.metadata, checkpoint.progress
-    vocabulary, config = metadata["vocabulary"], ModelConfig(**metadata["model"])
+    evaluation, vocabulary = progress.evaluation, metadata["vocabulary"]
+    config = ModelConfig(**metadata["model"])
     config.validate()
     weights = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")]
-    named = CHECKPOINT_NAME.fullmatch(checkpoint.path.name)
-    return (
-        _has_types(metadata, CheckpointMetadata)
-        and all(_has_types(state, TrackerState) for state in metadata["trackers"].values())
-        and _has_types(vars(progress), Progress)
-        and (progress.evaluation is None or _has_types(vars(progress.evaluation), Evaluation))
-        and progress.step == (int(named[1]) if named else max(0, progress.step))
-        and not coerce_all(checkpoint.metadata["parameters"])[1]
-        and sum(tensor.numel() for tensor in weights) == config.n_parameters
-        and vocabulary == sorted(set("".join(vocabulary)))
-        and len(vocabulary) == config.vocab_size
-        and metadata["world_size"] > 0
-    )
+    step_in_name = CHECKPOINT_NAME.fullmatch(checkpoint.path.name)  # None for a renamed copy
+    checks = {
+        "metadata": _has_types(metadata, CheckpointMetadata) and metadata["world_size"] > 0,
+        "trackers": all(_has_types(state, TrackerState) for state in metadata["trackers"].values()),
+        "progress": _has_types(vars(progress), Progress) and progress.step >= 0,
+        "evaluation": evaluation is None or _has_types(vars(evaluation), Evaluation),
+        "step": step_in_name is None or int(step_in_name[1]) == progress.step,
+        "parameters": not coerce_all(metadata["parameters"])[1],
+        "weights": sum(tensor.numel() for tensor in weights) == config.n_parameters,
+        "vocabulary": vocabulary == sorted(set("".join(vocabulary))) and len(vocabulary) == config.vocab_size,
+    }
+    return next((name for name, holds in checks.items() if not holds), None)
 
 
 def _has_types(values: Mapping[str, Any], schema: type) -> bool:

@@ -27,7 +27,7 @@ from utils_alg1.run_directory import (
 )
 from utils_alg1.training.checkpoint import FORMAT, Checkpoint, newest_checkpoint, read_checkpoint
 from utils_alg1.training.progress import Progress
-from utils_alg1.training.schedule import learning_rate
+from utils_alg1.training.schedule import same_learning_rates
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import RunDirectoryCreator
 
@@ -139,8 +139,7 @@ def check_resumable(
             f"the run is at step {step} already, past max_iters = {train.max_iters}",
             f"use --max-iters {step} or more",
         )
-    longer = old_train.max_iters != train.max_iters and not changed
-    if longer and any(learning_rate(old_train, s) != learning_rate(train, s) for s in range(step)):
+    if not changed and not same_learning_rates(old_train, train, step):
         changed.append(
             f"max_iters: {old_train.max_iters} -> {train.max_iters}"
             f" (it moves the {train.lr_schedule} schedule of the steps already taken)"

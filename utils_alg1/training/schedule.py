@@ -34,3 +34,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     decay_steps = max(1, min(steps, round(WSD_DECAY_FRACTION * config.max_iters)))
     left = min(1.0, (config.max_iters - step) / decay_steps)
     return floor + (peak - floor) * left
+
+
+def same_learning_rates(one: TrainConfig, other: TrainConfig, n_steps: int) -> bool:
+    """Return whether the first `n_steps` steps have the same learning rates with both."""
+    return all(learning_rate(one, step) == learning_rate(other, step) for step in range(n_steps))

@@ -12,6 +12,7 @@ from data import get_batch
 from model import BigramLanguageModel
 from parameters import TrainConfig, due
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
+from utils_alg1.network.decoder import eval_mode
 from utils_alg1.training.backward import Backward
 from utils_alg1.training.optimizers import create_optimizer
 from utils_alg1.training.progress import Clock, Evaluation, Progress
@@ -102,14 +103,14 @@ class Trainer:
         if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
             what = "gradient" if math.isfinite(mean_loss) else "loss"
             where = f"at step {self.step}; the weights were not updated"
-            self._raise_not_finite(f"the {what} is not finite {where}")
+            self._raise_in_main_process(f"the {what} is not finite {where}")
         self.gradient_norm = norm
         if config.grad_clip and norm > config.grad_clip:
             torch._foreach_mul_(gradients, config.grad_clip / norm)
         return mean_loss
 
     def _micro_batch_loss(self, micro_batch: int) -> float:
-        """Forward and backward of one micro-batch; returns its loss divided by grad_accum_steps."""
+        """Run forward and backward on one micro-batch. Return its loss divided by grad_accum_steps."""
         x, y = self._batch("train", "batch", self.step, micro_batch)
         if self.model.config.dropout:
             torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step, micro_batch))
@@ -144,23 +145,21 @@ class Trainer:
         """
         self.speed = self.clock.speed("evaluation", self.step)
         if not self.progress.evaluated:
-            with self.clock.pause():
+            with self.clock.pause(), eval_mode(self.model), torch.no_grad():
                 train_loss, val_loss = self._mean_losses()
             if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
-                self._raise_not_finite(f"the evaluation loss is not finite after step {self.step}")
+                self._raise_in_main_process(f"the evaluation loss is not finite after step {self.step}")
             rate = learning_rate(self.config, self.step)
             self.progress.add(Evaluation(self.step, train_loss, val_loss, rate))
         self.clock.measure(self.progress)
         assert self.progress.evaluation is not None
         return self.progress.evaluation
 
-    @torch.no_grad()
     def _mean_losses(self) -> tuple[float, float]:
-        """The mean train and val loss over eval_iters batches, which are the same in every evaluation."""
+        """Return the train and val loss: means over eval_iters batches, the same in every evaluation."""
         config, dist = self.config, self.runtime.dist
         per_pass = max(1, EVALUATION_TOKENS // (config.batch_size * self.block_size))
         numbers = range(dist.rank, config.eval_iters, dist.world_size)
-        self.model.eval()
         sums = []
         for split in ("train", "val"):
             total = 0.0
@@ -171,12 +170,11 @@ class Trainer:
                 with self.runtime.autocast():
                     total += len(batches) * self.model(x, y)[1].item()
             sums.append(total)
-        self.model.train()
         train_loss, val_loss = (total / config.eval_iters for total in dist.all_reduce_sum(sums))
         return train_loss, val_loss
 
-    def _raise_not_finite(self, message: str) -> None:
-        """Raise Alg1Error in the main process; torchrun ends the others when it is gone."""
+    def _raise_in_main_process(self, message: str) -> None:
+        """Raise Alg1Error in the main process; the others go on until torchrun ends them."""
         if self.runtime.dist.is_main:
             raise Alg1Error(message, stability_hint(self.config, self.runtime.dtype), CANNOT_TRAIN)
 
@@ -185,8 +183,8 @@ class Trainer:
         return self._batch("val", "eval-val", 0)[0]
 
     def _batch(self, split: str, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        sizes, draw = (self.block_size, self.config.batch_size), generator(self.config.seed, *key)
-        return get_batch(split, *self.data, *sizes, self.runtime.device, draw)
+        B, rng = self.config.batch_size, generator(self.config.seed, *key)
+        return get_batch(split, *self.data, self.block_size, B, self.runtime.device, rng)
 
 
 def stability_hint(config: TrainConfig, dtype: torch.dtype) -> str:
