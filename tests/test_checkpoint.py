@@ -337,6 +337,21 @@ def test_a_failed_checkpoint_is_told_once(notice, tmp_path, monkeypatch):
     store.wait()
 
 
+def test_a_checkpoint_that_fails_while_the_run_ends_with_another_error_is_a_warning(tmp_path, monkeypatch):
+    def no_space(*_):
+        raise disk_error("write it", OSError(errno.ENOSPC, "No space left on device"))
+
+    warnings: list[str] = []
+    monkeypatch.setattr(checkpoint_module, "write_tensors", no_space)
+    monkeypatch.setattr(
+        checkpoint_module.LOGGER, "warning", lambda line, *values: warnings.append(line % values)
+    )
+    with pytest.raises(KeyError), CheckpointStore(tmp_path, 2) as store:
+        store.save(make_trainer(), ABOUT)
+        raise KeyError
+    assert warnings == ["warning: cannot write it: No space left on device"]
+
+
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_checkpoint_that_fails_ends_the_run_before_the_next_one(step, start, monkeypatch):
     """Also the one after the last step."""

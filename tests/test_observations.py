@@ -238,7 +238,7 @@ def test_characters_that_the_font_lacks_are_escaped():
 class Noting:
     """Trackers that note what is logged and when."""
 
-    working = ("x",)
+    working_names = ("x",)
 
     def __init__(self):
         self.logged: list[tuple] = []
@@ -321,7 +321,7 @@ def test_with_every_interval_at_0_there_is_nothing_but_the_loss(observe, monkeyp
 
 def test_without_a_tracker_the_model_is_not_logged_but_the_scalars_are_kept(observe, monkeypatch):
     monkeypatch.setattr(observer_module, "model_histograms", lambda _: pytest.fail("counted"))
-    monkeypatch.setattr(Noting, "working", ())
+    monkeypatch.setattr(Noting, "working_names", ())
     result = observe(
         all_intervals(1),
         2,

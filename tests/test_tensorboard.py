@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 import types
 from pathlib import Path
@@ -687,8 +688,9 @@ def test_a_server_that_ends_early_is_a_warning(tmp_path):
     assert warnings == [f"the TensorBoard server ended early (exit code {-signal.SIGKILL})"]
 
 
-def test_a_server_that_does_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(server_module, "STOP_TIMEOUT", 0.1)
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_a_server_that_does_not_end_is_killed(tmp_path, monkeypatch, ctrl_c):
+    monkeypatch.setattr(server_module, "STOP_TIMEOUT", 60 if ctrl_c else 0.1)
     deaf = tmp_path / "deaf.sh"
     deaf.write_text("#!/bin/sh\ntrap '' TERM\ntouch ready\nwhile :; do sleep 0.1; done\n")
     deaf.chmod(0o755)
@@ -698,6 +700,8 @@ def test_a_server_that_does_not_end_is_killed(tmp_path, monkeypatch):
         while not Path("ready").exists():
             assert process.poll() is None
             time.sleep(0.01)
+        if ctrl_c:
+            threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
     assert process.poll() == -signal.SIGKILL
 
 

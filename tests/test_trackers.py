@@ -656,6 +656,25 @@ def started(tmp_path, monkeypatch):
         yield start
 
 
+def test_a_start_that_is_interrupted_closes_what_it_has_started(started, monkeypatch):
+    made: list[BackgroundTracker] = []
+    closed: list[MetricsFile] = []
+    close = MetricsFile.close
+
+    def make(name, *rest):
+        if made:
+            raise KeyboardInterrupt
+        made.append(BackgroundTracker(name, *rest))
+        return made[0]
+
+    monkeypatch.setattr(trackers_module, "BackgroundTracker", make)
+    monkeypatch.setattr(MetricsFile, "close", lambda file: (closed.append(file), close(file)))
+    with pytest.raises(KeyboardInterrupt):
+        started(None)
+    assert made[0].ended.is_set() and made[0]._process.exitcode == 0
+    assert [file._file.closed for file in closed] == [True]
+
+
 def rows(steps: range) -> list[tuple]:
     """What a tracker gets for those steps."""
     found: list[tuple] = []
