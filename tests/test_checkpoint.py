@@ -343,9 +343,7 @@ def test_a_checkpoint_that_fails_while_the_run_ends_with_another_error_is_a_warn
 
     warnings: list[str] = []
     monkeypatch.setattr(checkpoint_module, "write_tensors", no_space)
-    monkeypatch.setattr(
-        checkpoint_module.LOGGER, "warning", lambda line, *values: warnings.append(line % values)
-    )
+    monkeypatch.setattr(checkpoint_module.LOGGER, "warning", lambda line, text: warnings.append(line % text))
     with pytest.raises(KeyError), CheckpointStore(tmp_path, 2) as store:
         store.save(make_trainer(), ABOUT)
         raise KeyError
