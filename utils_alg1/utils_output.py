@@ -78,10 +78,6 @@ class Console(logging.Handler):
         """Print a warning."""
         LOGGER.warning("warning: %s", text, extra={"pattern": WARNING_PATTERN})
 
-    @property
-    def _width(self) -> int:
-        return shutil.get_terminal_size().columns
-
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record of the logger."""
         to_stderr = record.levelno == logging.WARNING or self.level == logging.WARNING  # with --quiet
@@ -132,9 +128,9 @@ class Console(logging.Handler):
 
     def block(self, lines: LabelledLines) -> None:
         """Print lines with aligned labels, on a terminal wrapped at words, followed by an empty line."""
-        n = max(map(len, lines))
-        wrapper = textwrap.TextWrapper(self._width, break_long_words=False, break_on_hyphens=False)
-        wrapper.subsequent_indent = " " * (n + 2 if self._width >= 60 else 2)
+        n, width = max(map(len, lines)), shutil.get_terminal_size().columns
+        wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+        wrapper.subsequent_indent = " " * (n + 2 if width >= 60 else 2)
         for label, value in lines.items():
             line = f"{label:{n}}  {value}"
             wrapped = line if isinstance(value, ShellCommand) else wrapper.fill(without_controls(line))
@@ -162,7 +158,8 @@ class Console(logging.Handler):
             f"{tokens_per_second:,.0f} tok/s" if tokens_per_second else "",
         ]
         line = shown = "  ".join(fields).rstrip()
-        while len(shown) > self._width and fields:  # the most important fields come first
+        width = shutil.get_terminal_size().columns
+        while len(shown) > width and fields:  # the most important fields come first
             shown = " ".join(" ".join(fields).replace(" loss", "").split())
             fields.pop()
         self.say(line, "^(?P<bold>step) .* val( loss)? (?P<cyan>[^ ]+)( +(?P<green>best))?", shown)
