@@ -786,7 +786,7 @@ def test_another_text_is_refused_and_the_same_text_elsewhere_is_not(a_run, train
 def test_initial_weights_bring_their_sizes(a_run, train, text_file):
     a_run("--export", "last")
     source = shutil.copy(export_of(), "model.safetensors")
-    flags = ["--max-iters", 1, "--runs-dir", "new", *QUIET_TRACKERS]
+    flags = ["--dropout", 0.3, "--max-iters", 1, "--runs-dir", "new", *QUIET_TRACKERS]
     result = train("--data", text_file, "--init-from", source, *flags)
     assert result.code == 0, result.err
     first = read_checkpoint(checkpoint(0, "new"))
@@ -795,6 +795,7 @@ def test_initial_weights_bring_their_sizes(a_run, train, text_file):
         name: first.metadata["parameters"][name] for name in ("n_embd", "n_head", "n_layer", "block_size")
     }
     assert sizes == {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8}
+    assert first.metadata["parameters"]["dropout"] == 0.3  # no size: the weights fit any
 
 
 def test_a_checkpoint_serves_as_initial_weights(a_run, train, text_file):
@@ -927,9 +928,13 @@ def test_a_missing_best_checkpoint_is_sought_anew_after_a_resume(start, train, v
     val_losses({0: 4.0, 2: 1.0, 4: 1.5, 6: 2.0, 8: 1.9})
     start(*ALL_KEPT)
     checkpoint(2).unlink()
+    tensors, metadata = read_tensors(checkpoint(6))
+    metadata["progress"]["seconds"] = 1000.0
+    write_tensors(checkpoint(6), tensors, metadata)
     result = train("--resume", "latest", "--max-iters", 8)
     assert (result.code, result.err) == (0, "")
     assert final()["export"] == {"weights": "best", "step": 8, "val_loss": 1.9}
+    assert final()["seconds_in_loop"] > 1000  # the time until then still counts
 
 
 def test_output_gets_a_copy_of_the_export(start):

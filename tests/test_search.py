@@ -247,6 +247,13 @@ def test_a_parameter_as_a_word(name, value, word):
 # --- searches with a fake train.py --------------------------------------------------------------------
 
 
+def test_several_workers_divide_the_cores_unless_threads_is_given_or_searched():
+    from search import threads_per_trial
+
+    assert threads_per_trial(0, 2) == [f"--threads={max(1, len(os.sched_getaffinity(0)) // 2)}"]
+    assert threads_per_trial(0, 1) == threads_per_trial(3, 2) == threads_per_trial(None, 2) == []
+
+
 def test_a_search_finds_something_better_than_the_defaults(search, fake_train):
     flags, n = ["--space", write_space(learning_rate=RATES, n_layer=[2, 4])], 8
     result = search(*flags, "--trials", n, "--workers", 3)
@@ -362,6 +369,13 @@ def test_a_hopeless_trial_is_pruned(search, fake_train, monkeypatch):
     assert (first["learning_rate"], first["state"], first["last_step"]) == ("0.02", "complete", "400")
     assert second["state"] == "pruned" and 100 <= int(second["last_step"]) < 400
     assert second["run"] and isinstance(open_study(prune=False, n_layer=[4]).pruner, optuna.pruners.NopPruner)
+
+
+def test_the_defaults_are_not_pruned_because_the_gain_over_them_is_told(search, fake_train, monkeypatch):
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
+    flags = ["--trials", 2, "--max-iters", 400, "--weight-decay", 0.05]
+    assert search("--space", write_space(learning_rate=RATES), *flags).code == 0
+    assert [row["state"] for row in results()] == ["complete", "pruned"]
 
 
 def test_an_earlier_run_with_the_same_tag_is_not_taken(search, fake_train):
