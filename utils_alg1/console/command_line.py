@@ -36,13 +36,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, hint: str = "", **options: Any):
         super().__init__(allow_abbrev=False, **options)
         self.hint = hint or f"{self.prog} --help lists every flag"
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # a value, also with an exponent: -1e-3
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the command line. An Alg1Error names every unknown flag, or else the first mistake."""
         namespace, unknown = self.parse_known_args(args, namespace)
         flags = [word.partition("=")[0] for word in unknown if re.match("--?[A-Za-z]", word)]
-        known = self._option_string_actions
-        problems = [Problem(f"unknown flag {flag}{nearest(flag, known)}") for flag in flags]
+        known = self._option_string_actions  # a flag behind "--" is one of these
+        problems = [Problem(f"unknown flag {f}{nearest(f, known)}") for f in flags if f not in known]
         raise_problems(problems, self.hint)
         words = " ".join(shown(word) for word in unknown if word != "--")
         if words:
@@ -53,6 +54,11 @@ class Parser(argparse.ArgumentParser):
         """Raise Alg1Error with the hints of this mistake and of the parser."""
         if message.endswith("expected one argument"):
             hint = "a value that begins with a dash is written --flag=VALUE"
+        for argparse_words, ours in (
+            ("expected one argument", "needs a value"),
+            ("ignored explicit argument", "takes no value, and was given"),
+        ):
+            message = message.replace(argparse_words, ours)
         raise Alg1Error(message.removeprefix("argument "), f"{hint}; {self.hint}" if hint else self.hint)
 
 
