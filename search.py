@@ -27,6 +27,7 @@ import warnings
 from pathlib import Path
 
 from utils_alg1.base.errors import DONE, Alg1Error
+from utils_alg1.base.files import make_folder
 from utils_alg1.console.command_line import (
     Options,
     Parser,
@@ -78,41 +79,45 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     add_config_flag(group)
     add_parameter_flags(parser)
     values, flags = split_parameters(parser.parse_args(argv))
-    training, options = Options(values, config=flags.pop("config")), argparse.Namespace(**flags)
-    options.study = options.study or Path(options.space).stem
-    if sanitise_tag(options.study) != options.study or not 0 < len(options.study) <= MAX_NAME_LENGTH:
+    options = Options(values, config=flags.pop("config"))
+    arguments = argparse.Namespace(**flags)
+    arguments.study = arguments.study or Path(arguments.space).stem
+    if sanitise_tag(arguments.study) != arguments.study or not 0 < len(arguments.study) <= MAX_NAME_LENGTH:
         expected = f"letters, digits, - _ and . within, at most {MAX_NAME_LENGTH}"
-        parser.error(f"--study {options.study!r}: must be a name of {expected}")
-    return options, training
+        parser.error(f"--study {arguments.study!r}: must be a name of {expected}")
+    return arguments, options
 
 
 def main(argv: list[str] | None = None) -> int:
     # 1. Command line and search space, checked before anything is created.
-    options, training = parse_command_line(argv)
+    arguments, options = parse_command_line(argv)
     require_optuna()
     from utils_alg1.search.results import finished_trials, write_results
     from utils_alg1.search.space import grid_values, make_plan, read_space
-    from utils_alg1.search.study import Search, open_study
+    from utils_alg1.search.study import Search, open_storage, open_study
 
-    is_grid = options.sampler == "grid"
-    plan = make_plan(read_space(options.space, is_grid), training)
-    n_trials, folder = options.trials, SEARCHES_DIR / options.study
+    is_grid = arguments.sampler == "grid"
+    plan = make_plan(read_space(arguments.space, is_grid), options)
+    n_trials, folder = arguments.trials, SEARCHES_DIR / arguments.study
     if is_grid:
         n_trials = min(n_trials, math.prod(len(grid_values(domain)) for domain in plan.space.values()))
 
     with Console() as console:
         # 2. The study: a new one, or an existing one that is continued.
-        study = open_study(plan, folder, options, console)
+        if arguments.storage is None:
+            make_folder(folder)
+        storage = open_storage(arguments.storage or f"sqlite:///{folder / 'study.db'}")
+        study = open_study(storage, plan, folder, arguments, console)
         console.log_to(folder / "search.log")
         n_finished = len(finished_trials(study))
         trials = f"{n_trials}" + (f", {n_finished} of them finished" if n_finished else "")
-        how = f"{options.sampler}, {options.workers} at a time"
-        space = f"{options.space}: {', '.join(plan.space)}"
+        how = f"{arguments.sampler}, {arguments.workers} at a time"
+        space = f"{arguments.space}: {', '.join(plan.space)}"
         console.block({"study": str(folder), "space": space, "trials": trials, "how": how})
 
         # 3. The trials, until all have ended or a signal arrives.
-        threads = threads_per_trial(plan.fixed.get("threads"), options.workers)
-        stopped = Search(study, plan, folder, n_trials, threads, console).run(options.workers)
+        threads = threads_per_trial(plan.fixed.get("threads"), arguments.workers)
+        stopped = Search(storage, study, plan, folder, n_trials, threads, console).run(arguments.workers)
         n_finished = len(finished_trials(study))
         if stopped and n_finished < n_trials:
             command = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])

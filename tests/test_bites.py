@@ -138,8 +138,8 @@ GUARDS = [
     Guard(
         "an interrupted trial is queued again",
         "utils_alg1/search/study.py",
-        "            optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)\n",
-        "            pass\n",
+        "                optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)\n",
+        "                pass\n",
         "tests/test_search.py -k ctrl_c",
     ),
     Guard(

@@ -58,6 +58,7 @@ else:
     for name in ("logs", "eval", "artifacts/checkpoints"):
         (run / name).mkdir(parents=True)
     (run / "artifacts/checkpoints/step_000000000.safetensors").touch()
+    (run / "logs/metrics.jsonl").touch()
     print("run      " + run.name, flush=True)
     steps = range(0, int(flags.get("max-iters", 100)) + 1, 10)
 with (run / "logs/metrics.jsonl").open("a") as file:
@@ -118,8 +119,26 @@ def open_study(
 ) -> optuna.Study:
     """Open a study as search.py does."""
     plan = make_plan(read_space(write_space(**entries), sampler == "grid"), Options())
-    options = argparse.Namespace(storage=None, sampler=sampler, sampler_seed=seed, prune=prune)
-    return study_module.open_study(plan, Path("searches", name), options, Console(quiet=True))
+    arguments = argparse.Namespace(storage=None, sampler=sampler, sampler_seed=seed, prune=prune)
+    folder = Path("searches", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = study_module.open_storage(f"sqlite:///{folder}/study.db")
+    return study_module.open_study(storage, plan, folder, arguments, Console(quiet=True))
+
+
+def search_of(study: optuna.Study, n_trials: int) -> study_module.Search:
+    """The search in this process whose space open_study has written."""
+    plan, folder = make_plan(read_space("space.yaml", False), Options()), Path("searches", study.study_name)
+    storage = study_module.open_storage(f"sqlite:///{folder}/study.db")
+    return study_module.Search(storage, study, plan, folder, n_trials, [], Console(quiet=True))
+
+
+def end_unfinished(search: study_module.Search, trial: optuna.Trial) -> None:
+    """End a trial as if its objective had raised NotFinished."""
+    search.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search.study, "stop", lambda: None)  # works in study.optimize only
+        search.trial_ended(search.study, search.study.trials[trial.number])
 
 
 def results(name: str = "space") -> list[dict[str, str]]:
@@ -151,6 +170,7 @@ SPACE_MISTAKES = {
     "beta1: {low: 0.1, high: 0.5, stp: 0.1}": "beta1: ",
     "beta2: {low: 0.1, high: 0.5, step: 0}": "beta2: `step > 0` must hold",
     "warmup_iters: {low: 1}": "warmup_iters: ",
+    "min_lr: {low: 1e-5, high: 1e-4, log: [0]}": "min_lr: log: [0] must be true or false",
     "run_tag: [a, b]": "run_tag: says where a run is kept; it cannot be searched",
     "seed: [1, 2]": "seed: changes how the loss is measured; losses could not be compared",
 }
@@ -273,12 +293,65 @@ def test_a_search_finds_something_better_than_the_defaults(search, fake_train):
 
 def test_the_last_place_is_that_of_the_lower_number(fake_train):
     study = open_study("space", learning_rate=RATES)
-    plan = make_plan(read_space("space.yaml", False), Options())
     first, second = study.ask(), study.ask()
-    search = study_module.Search(study, plan, Path("searches/space"), 1, [], Console(quiet=True))
-    with pytest.raises(study_module.PutBack):
+    search = search_of(study, 1)
+    with pytest.raises(study_module.NotFinished):
         search.objective(second)
     assert search.objective(first) < 0.1 and len(list_runs("runs")) == 1
+
+
+def test_a_trial_without_a_place_does_not_stand_before_an_interrupted_one(fake_train):
+    study = open_study("space", learning_rate=RATES)
+    interrupted, without_place = study.ask(), study.ask()
+    interrupted.set_user_attr("run", "its run")
+    search = search_of(study, 1)
+    for trial in (without_place, interrupted):
+        end_unfinished(search, trial)
+    assert study.ask().user_attrs["run"] == "its run"
+
+
+def test_a_point_of_the_grid_without_a_place_stays_available(fake_train):
+    study = open_study("space", "grid", n_layer=[1, 2, 3])
+    search = search_of(study, 3)
+    trial = study.ask()
+    end_unfinished(search, trial)
+    search.run(2)
+    assert sorted(trial.params["n_layer"] for trial in counted()) == [1, 2, 3]
+
+
+def test_a_search_killed_while_it_creates_its_study_loses_nothing(search, fake_train, monkeypatch):
+    monkeypatch.setattr(study_module, "CREATION_SECONDS", 0)
+    Path("searches/space").mkdir(parents=True)
+    optuna.create_study(study_name="space", storage="sqlite:///searches/space/study.db")
+    assert search("--space", write_space(learning_rate=RATES), "--trials", 1).code == 0
+    assert results()[0]["learning_rate"] == "0.001"
+    assert "max_iters: " in search("--space", "space.yaml", "--max-iters", 7).err
+
+
+def test_a_train_py_that_does_not_leave_is_killed(fake_train, monkeypatch):
+    monkeypatch.setattr(study_module, "TERMINATE_SECONDS", 0.2)
+    fake_train.write_text("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FAKE_TRAIN)
+    study = open_study("space", learning_rate=RATES)
+    _defaults, trial = study.ask(), study.ask()
+    monkeypatch.setattr(trial, "should_prune", lambda: True)
+    parameters = {"learning_rate": 0.1, "weight_decay": 60}  # seconds between two evaluations
+    code, pruned = search_of(study, 2).train(trial, parameters, Path("log"))
+    assert (code, pruned) == (-signal.SIGKILL, True)
+
+
+def test_a_trial_killed_before_its_run_is_known_finds_its_run(fake_train):
+    study = open_study("space", learning_rate=RATES)
+    old = Path("runs/2026-01-01_009_space-0")  # of a study of the same name that was removed
+    old.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    search, trial = search_of(study, 1), study.ask()
+    assert search.earlier_run(trial) is None
+    end_unfinished(search, trial)
+    again = study.ask()
+    assert search.earlier_run(again) is None
+    run = Path("runs/2026-01-01_001_space-0")
+    run.mkdir()
+    assert search.earlier_run(again) == run
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])

@@ -33,7 +33,7 @@ from utils_alg1.run_directory import list_runs, lock_run
 from utils_alg1.tracking import background as background_module
 from utils_alg1.tracking import trackers as trackers_module
 from utils_alg1.tracking.background import BackgroundTracker
-from utils_alg1.tracking.metrics_file import MetricsFile, cut_metrics, read_metrics
+from utils_alg1.tracking.metrics_file import MetricsFile, cut_metrics, read_metrics, read_rows
 from utils_alg1.tracking.trackers import Trackers, open_aim, open_tensorboard, start_trackers
 from utils_alg1.utils_run_manager import create_run
 
@@ -216,6 +216,11 @@ def test_reading_leaves_out_a_torn_last_line(tmp_path):
     assert len(whole) == 6
     path.write_bytes(path.read_bytes() + b'{"step": 4, "loss/train_step": 1.0}')
     assert list(read_metrics(path)) == whole
+    with path.open("rb") as file, path.open("ab") as writer:  # an open file goes on once the line is whole
+        assert [list(read_rows(file)) for _ in range(2)] == [whole, []]
+        writer.write(b"\n")
+        writer.flush()
+        assert list(read_rows(file)) == [{"step": 4, "loss/train_step": 1.0}]
 
 
 def test_a_metrics_file_that_is_not_there_has_no_rows(tmp_path):

@@ -42,7 +42,7 @@ def rounded(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_row(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the row of a trial in results.csv. Also a pruned trial has a best loss."""
+    """Return the row of a trial in results.csv. A pruned trial has a best loss too."""
     return {
         "trial": trial.number,
         "state": trial.user_attrs.get("state", trial.state.name.lower()),

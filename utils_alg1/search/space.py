@@ -79,11 +79,13 @@ def read_domain(name: Any, entry: Any) -> Any:
         raise ValueError("must be a list of choices" + (", or have low and high" if kind else ""))
     if not {"low", "high"} <= entry.keys() <= {"low", "high", "step", "log"}:
         raise ValueError(f"{shown(entry)} must have low and high, and may have step, or log: true")
+    if not isinstance(log := entry.get("log", False), bool):
+        raise ValueError(f"log: {shown(log)} must be true or false")
     numbers = [key for key in entry if key != "log"]
     bounds = dict(zip(numbers, read_values(spec, [entry[key] for key in numbers]), strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a range whose `high` is not on a step ends at the last step below
-        return kind(log=bool(entry.get("log")), **bounds)
+        return kind(log=log, **bounds)
 
 
 def read_values(spec: Spec, values: list[Any]) -> list[Any]:
@@ -192,7 +194,6 @@ def make_plan(space: Space, options: Options) -> Plan:
         raise Alg1Error(f"--runs-dir {flat['runs_dir']}: this is a file", "name a folder")
     find_device(flat.get("device", "auto"))
     corpus = open_corpus(find_corpus(flat["data_path"]))
-    corpus.split()  # tokenized here, once for all trials
     if "block_size" in flat:
         corpus.check_block_size(flat["block_size"], flat["train_split"], flat["val_split"])
     return Plan(space, options, flat, defaults)

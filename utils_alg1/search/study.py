@@ -7,17 +7,19 @@ searches/NAME/
 
 A trial whose process was killed stays marked as running. Once its heartbeat has stopped, Optuna marks it as
 failed and queues it again with its user attributes, so that its run is resumed. An interrupted search queues
-its trials in the same way. Failed trials do not count; a trial that cannot be trained is told as pruned.
+what it has begun likewise. Failed trials do not count; a trial that cannot be trained is told as pruned.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,14 +28,15 @@ from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line
 from utils_alg1.base.files import make_folder, read_json_object
 from utils_alg1.base.problems import shown
 from utils_alg1.console.signals import StopSignals
-from utils_alg1.run_directory import RunFolder, checkpoint_paths, in_use
+from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, in_use, list_runs
 from utils_alg1.search.results import describe_trial, rounded
 from utils_alg1.search.space import Plan, grid_values, suggest
-from utils_alg1.tracking.metrics_file import read_metrics
+from utils_alg1.tracking.metrics_file import read_rows
 from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages import RDBStorage
 
 TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
 POLL_SECONDS = 1.0  # interval at which the process and the metrics of a trial are checked
@@ -41,14 +44,16 @@ HEARTBEAT_SECONDS = 5
 GRACE_SECONDS = 15  # without a heartbeat until a trial is queued again
 STARTUP_TRIALS = 5  # completed trials before the first one is pruned
 WARMUP_FRACTION = 0.25  # fraction of the steps of a run before it can be pruned
+CREATION_SECONDS = 2  # for another process to store the plan of a study that it has just created
+TERMINATE_SECONDS = 120  # for train.py to save and leave, before it is killed
 STORAGE_HINT = "name a database that SQLAlchemy knows, its driver installed: sqlite:///a.db, postgresql://..."
 
 
-class PutBack(Exception):
-    """Raised in a trial that is to be queued again."""
+class NotFinished(Exception):
+    """Raised in a trial that has no place, or that the end of the search stops."""
 
 
-def open_storage(url: str) -> optuna.storages.RDBStorage:
+def open_storage(url: str) -> RDBStorage:
     """Open a database, with heartbeats. Raises Alg1Error if that fails."""
     import optuna
     from sqlalchemy import event
@@ -78,41 +83,43 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
     return storage
 
 
-def open_study(plan: Plan, folder: Path, options: argparse.Namespace, console: Console) -> optuna.Study:
+def open_study(
+    storage: RDBStorage, plan: Plan, folder: Path, arguments: argparse.Namespace, console: Console
+) -> optuna.Study:
     """Create the study with the name of the folder, whose first trial is the defaults, or load it.
 
     Raises:
-        Alg1Error: the storage cannot be opened, or the study was begun with another plan.
+        Alg1Error: the study was begun with another plan.
     """
     import optuna
 
-    if options.storage is None:
-        make_folder(folder)
-    storage = open_storage(options.storage or f"sqlite:///{folder / 'study.db'}")
-    is_grid, seed = options.sampler == "grid", options.sampler_seed
+    is_grid, seed = arguments.sampler == "grid", arguments.sampler_seed
     lasting = plan.lasting() | {"grid": is_grid}
     try:
         study = optuna.create_study(storage=storage, study_name=folder.name)
-        study.set_user_attr("plan", lasting)
-        if not is_grid:
-            queue_defaults(study, plan, console)
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=folder.name)
         seed = None  # with the seed of the first process, this one would propose the same values
-    begun = study.user_attrs.get("plan", lasting)
+        if "plan" not in study.user_attrs:  # another process creates the study now, or was killed then
+            time.sleep(CREATION_SECONDS)
+    if "plan" not in study.user_attrs:
+        if not is_grid and not study.get_trials(deepcopy=False):
+            queue_defaults(study, plan, console)
+        study.set_user_attr("plan", lasting)  # last: it tells that the study is complete
+    begun = study.user_attrs["plan"]
     changed = [name for name in begun if begun[name] != lasting.get(name)]
     if changed:
         changes = ", ".join(f"{n}: {shown(begun[n])} -> {shown(lasting.get(n))}" for n in changed)
-        hint = "name another --study" if options.storage else f"name another --study, or remove {folder}"
+        hint = "name another --study" if arguments.storage else f"name another --study, or remove {folder}"
         raise Alg1Error(f"the study {folder.name} has begun with other settings: {changes}", hint)
     if is_grid:  # its points are numbered, so every process has the same seed
         study.sampler = optuna.samplers.GridSampler({n: grid_values(d) for n, d in plan.space.items()}, 0)
     else:
         samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-        study.sampler = samplers[options.sampler](seed=seed)
+        study.sampler = samplers[arguments.sampler](seed=seed)
     warmup_steps = max(1, int(WARMUP_FRACTION * plan.fixed.get("max_iters", 0)))
     pruner = optuna.pruners.MedianPruner(STARTUP_TRIALS, warmup_steps)
-    study.pruner = pruner if options.prune else optuna.pruners.NopPruner()
+    study.pruner = pruner if arguments.prune else optuna.pruners.NopPruner()
     make_folder(folder / "trials")
     return study
 
@@ -133,6 +140,7 @@ def queue_defaults(study: optuna.Study, plan: Plan, console: Console) -> None:
 class Search:
     """Runs the trials of a study in threads; other processes may do the same."""
 
+    storage: RDBStorage
     study: optuna.Study
     plan: Plan
     folder: Path
@@ -192,7 +200,7 @@ class Search:
         """Run trials until all places are taken."""
         ended = [self.trial_ended]
         try:
-            self.study.optimize(self.objective, n_jobs=n_workers, callbacks=ended, catch=(PutBack,))
+            self.study.optimize(self.objective, n_jobs=n_workers, callbacks=ended, catch=(NotFinished,))
         except ValueError as error:  # the machine slept: another process took the trial for dead
             if "Cannot tell" not in str(error):
                 raise
@@ -204,62 +212,72 @@ class Search:
                 awaited.add(trial.number)
                 self.console.say(f"waiting for trial {trial.number}, which another process began")
                 # Without any heartbeat, as if killed at its very start, it would never be found.
-                self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+                self.storage.record_heartbeat(trial._trial_id)
         time.sleep(POLL_SECONDS)
 
     def trial_ended(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        """Print a trial, or queue it again; stop if all places are taken."""
+        """Print a trial, or queue it again if it has begun; stop if all places are taken."""
         import optuna
 
         if trial.state.name == "FAIL":
-            optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)
+            # One without values never began, and would stand in the queue before those that did. But a point
+            # of a grid is not proposed a second time.
+            if trial.params or "grid_id" in trial.system_attrs:
+                optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)
         else:
             self.console.say(describe_trial(study, trial))
         if self.stopping or self.n_taken() >= self.n_trials:
             study.stop()
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Run a trial and return its best validation loss.
+        """Run a trial and return its best validation loss. An error ends the search.
 
         Raises:
             TrialPruned: it was ended early, or cannot be trained.
-            PutBack: another process took the last place, or the search is to end.
+            NotFinished: another process took the last place, or the search is to end.
         """
         if self.stopping or self.n_taken(before=trial.number) >= self.n_trials:
-            raise PutBack
+            raise NotFinished
+        try:
+            return self.run_trial(trial)
+        except (Alg1Error, OSError) as error:
+            self.failure = self.failure or error
+            raise NotFinished from error
+
+    def run_trial(self, trial: optuna.Trial) -> float:
+        """See objective. Raises Alg1Error or OSError too, if the disk failed."""
         parameters = rounded({name: suggest(trial, name, d) for name, d in self.plan.space.items()})
         if reason := self.plan.invalid_reason(parameters):
             give_up(trial, "refused", reason)
         log = self.folder / "trials" / f"{trial.number}.log"
-        try:
-            code, pruned = self.train(trial, parameters, log)
-            if code == DONE:
-                trial.set_user_attr("state", "complete")  # raises if another process took the trial for dead
-                return read_json_object(RunFolder(Path(trial.user_attrs["run"])).final_path)["best_val_loss"]
-            reason = failure_reason(log, code)
-            if code == DISK_FAILED:
-                raise Alg1Error(f"trial {trial.number}: {reason}", "fix that and start again", DISK_FAILED)
-        except (Alg1Error, OSError) as error:
-            self.failure = self.failure or error
+        code, pruned = self.train(trial, parameters, log)
+        if code == DONE:
+            trial.set_user_attr("state", "complete")  # raises if another process took the trial for dead
+            return read_json_object(RunFolder(Path(trial.user_attrs["run"])).final_path)["best_val_loss"]
+        if code == DISK_FAILED:
+            message = f"trial {trial.number}: {failure_reason(log, code)}"
+            raise Alg1Error(message, "fix that and start again", DISK_FAILED)
         if self.stopping:
-            raise PutBack
-        give_up(trial, "pruned" if pruned else "failed", None if pruned else reason)
+            raise NotFinished
+        if pruned:
+            give_up(trial, "pruned", None)
+        give_up(trial, "failed", failure_reason(log, code))
 
     def train(self, trial: optuna.Trial, parameters: dict[str, Any], log: Path) -> tuple[int, bool]:
         """Run train.py and report its losses; return its exit code and whether it was pruned.
 
         A trial that was queued again resumes its run, even a finished one.
         """
-        run = trial.user_attrs.get("run")
-        while run and in_use(Path(run)) and not self.stopping:  # by the train.py of a search that was killed
+        run = self.earlier_run(trial)
+        while run and in_use(run) and not self.stopping:  # by the train.py of a search that was killed
             time.sleep(POLL_SECONDS)
-        if run and checkpoint_paths(RunFolder(Path(run)).checkpoint_dir):
-            arguments = ["--resume", run]
+        if run and checkpoint_paths(RunFolder(run).checkpoint_dir):
+            arguments = ["--resume", str(run)]
         else:
             tag = f"--run-tag={self.study.study_name}-{trial.number}"
             arguments = [*self.plan.arguments(parameters), tag]
         command = [sys.executable, str(TRAIN_SCRIPT), *arguments, *self.flags]
-        step, pruned = -1, False
+        reports, pruned = self.reports(trial, log), False
         with (
             log.open("wb") as output,
             # In a session of its own: Ctrl-C reaches search.py only.
@@ -269,27 +287,46 @@ class Search:
             try:
                 while child.poll() is None and not pruned and not self.stopping:
                     time.sleep(POLL_SECONDS)
-                    before, step = step, self.report(trial, log, step)
                     # The defaults are not pruned: the gain over them is told at the end.
-                    pruned = step > before and "defaults" not in trial.user_attrs and trial.should_prune()
+                    new = next(reports, False)
+                    pruned = new and "defaults" not in trial.user_attrs and trial.should_prune()
             finally:
                 child.terminate()  # lets it save and leave; does nothing to one that has ended
-        self.report(trial, log, step)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(TERMINATE_SECONDS)
+                child.kill()
+        next(reports, False)
         return child.returncode, pruned
 
-    def report(self, trial: optuna.Trial, log: Path, after: int) -> int:
-        """Report the validation losses past step `after` to Optuna; return the last reported step."""
-        begun = re.search("^run +(.+)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-        if begun is None:
-            return after
-        run = RunFolder(Path(self.plan.fixed["runs_dir"], begun[1]))
-        if trial.user_attrs.get("run") != str(run.path):
-            trial.set_user_attr("run", str(run.path))
-        for row in read_metrics(run.metrics_path):
-            if "loss/val" in row and row["step"] > after:
-                after = int(row["step"])
-                trial.report(row["loss/val"], after)
-        return after
+    def earlier_run(self, trial: optuna.Trial) -> Path | None:
+        """Return the run of a trial that was queued again; None if it had none."""
+        import optuna
+
+        if "run" in trial.user_attrs:
+            return Path(trial.user_attrs["run"])
+        # Its search was killed before train.py had told the run. A run of an older study is not meant.
+        trials = self.study.get_trials(deepcopy=False)
+        numbers = optuna.storages.RetryHeartbeatStaleTrialCallback.retry_history(trials[trial.number])
+        begun = {f"{self.study.study_name}-{n}": trials[n].datetime_start for n in numbers}
+        for run in reversed(list_runs(self.plan.fixed["runs_dir"])):
+            start = begun.get(RUN_ID.fullmatch(run.name)[3])  # type: ignore[index]
+            if start and run.stat().st_mtime >= start.timestamp():
+                return run
+        return None
+
+    def reports(self, trial: optuna.Trial, log: Path) -> Iterator[bool]:
+        """Report the new validation losses to Optuna whenever asked; yield whether there were any."""
+        while not (begun := re.search(rb"^run +(.+)\n", log.read_bytes(), re.MULTILINE)):
+            yield False
+        run = RunFolder(Path(self.plan.fixed["runs_dir"], begun[1].decode().strip()))
+        trial.set_user_attr("run", str(run.path))
+        # A run that ends before its first checkpoint removes its directory.
+        with contextlib.suppress(FileNotFoundError), run.metrics_path.open("rb") as file:
+            while True:
+                rows = [row for row in read_rows(file) if "loss/val" in row]
+                for row in rows:
+                    trial.report(row["loss/val"], int(row["step"]))
+                yield bool(rows)
 
 
 def give_up(trial: optuna.Trial, state: str, reason: str | None) -> NoReturn:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from utils_alg1.base.errors import disk_error
 from utils_alg1.base.summaries import Kind, Tracker
@@ -66,15 +66,20 @@ def _parse_row(line: bytes) -> dict[str, float] | None:
 
 def read_metrics(path: Path, strict: bool = False) -> Iterator[dict[str, float]]:
     """Yield the rows of a metrics file, up to the first damaged one; if `strict`, that raises ValueError."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            if (row := _parse_row(line)) is None:
-                if strict and line.endswith(b"\n"):  # otherwise it may still be being written
-                    raise ValueError(f"{path}: a row is damaged")
-                return
-            yield row
+    if path.exists():
+        with path.open("rb") as file:
+            yield from read_rows(file, strict)
+
+
+def read_rows(file: BinaryIO, strict: bool = False) -> Iterator[dict[str, float]]:
+    """Yield the next rows of an open metrics file; see read_metrics. A damaged one is read again."""
+    for line in file:
+        if (row := _parse_row(line)) is None:
+            if strict and line.endswith(b"\n"):  # otherwise it may still be being written
+                raise ValueError(f"{file.name}: a row is damaged")
+            file.seek(-len(line), os.SEEK_CUR)
+            return
+        yield row
 
 
 def read_curves(path: Path) -> dict[str, list[Point]]:
