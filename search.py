@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     require_optuna()
     from utils_alg1.search.results import finished_trials, write_results
     from utils_alg1.search.space import grid_values, make_plan, read_space
-    from utils_alg1.search.study import Search, open_storage, open_study
+    from utils_alg1.search.study import Search, open_storage, open_study, storage_guard
 
     is_grid = arguments.sampler == "grid"
     plan = make_plan(read_space(arguments.space, is_grid), options)
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if is_grid:
         n_trials = min(n_trials, math.prod(len(grid_values(domain)) for domain in plan.space.values()))
 
-    with Console() as console:
+    with Console() as console, storage_guard():
         # 2. The study: a new one, or an existing one that is continued.
         if arguments.storage is None:
             make_folder(folder)

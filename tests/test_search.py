@@ -231,8 +231,8 @@ def test_the_shipped_space_holds_the_defaults(text_file):
         ("--n-layer 3", "--n-layer cannot be given: it is searched"),
         ("--run-tag x", "--run-tag cannot be given: the search names its runs itself"),
         ("--space no.yaml", "no.yaml: no such file"),
-        ("--storage text.txt", "--storage text.txt: cannot be used: "),
-        ("--storage nodb://x", "--storage nodb://x: cannot be used: "),
+        ("--storage text.txt", "the storage text.txt cannot be used: "),
+        ("--storage nodb://x", "the storage nodb://x cannot be used: "),
         ("--data nothing.txt", "nothing.txt: no such text file"),
         ("--data short.txt", "short.txt: 6 characters are too few for block_size = 32"),
         ("--device cuda:77", "--device cuda:77: this machine has no such device"),
@@ -403,7 +403,7 @@ def test_a_grid_ends_when_it_is_exhausted(search, fake_train):
 
 def test_defaults_outside_the_space_are_said_and_not_tried(search, fake_train):
     result = search("--space", write_space(n_layer=[1, 2]), "--trials", 1)
-    assert "the defaults are not tried: " in result.out and "n_layer" in result.out
+    assert "the defaults are not tried, they are outside the space: " in result.out and "n_layer" in result.out
     assert results()[0]["n_layer"] in "12" and "gained" not in result.out
 
 
@@ -431,6 +431,17 @@ def test_a_failed_disk_ends_the_search_which_goes_on_later(search, fake_train):
     assert not counted() and {trial.state.name for trial in trials_of()} == {"FAIL", "WAITING"}
     fake_train.write_text(FAKE_TRAIN.replace('"0.25"', '"0.75"'))
     assert search("--space", space, "--trials", 3).code == 0 and len(results()) == 3
+
+
+def test_a_database_that_fails_ends_the_search(search, fake_train, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise optuna.exceptions.StorageInternalError("commit") from OSError("disk is full")
+
+    space = write_space(learning_rate=[1e-3])
+    monkeypatch.setattr(optuna.storages.RDBStorage, "set_trial_state_values", fail)
+    result = search("--space", space, "--trials", 2)
+    assert result.code == 4 and "error: the storage failed: disk is full\n" in result.err
+    monkeypatch.undo()
 
 
 def test_a_hopeless_trial_is_pruned(search, fake_train, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,9 @@ def draw_pictures(study: optuna.Study, plan: Plan, folder: Path, console: Consol
     }
 
     def draw(path: Path) -> None:
-        pictures[path.stem]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as that all trials share a value
+            pictures[path.stem]()
         if path.stem == "slice":
             pyplot.gcf().set_figwidth(3.8 * (len(names) + 1))  # wide enough for its labels
             for axes in pyplot.gcf().axes:  # those between the powers of ten would overlap

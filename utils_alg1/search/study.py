@@ -18,6 +18,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ STARTUP_TRIALS = 5  # completed trials before the first one is pruned
 WARMUP_FRACTION = 0.25  # fraction of the steps of a run before it can be pruned
 CREATION_SECONDS = 2  # for another process to store the plan of a study that it has just created
 TERMINATE_SECONDS = 120  # for train.py to save and leave, before it is killed
-STORAGE_HINT = "name a database that SQLAlchemy knows, its driver installed: sqlite:///a.db, postgresql://..."
+STORAGE_HINT = "check the disk; --storage names a database that SQLAlchemy knows, its driver installed"
 
 
 class NotFinished(Exception):
@@ -73,7 +74,7 @@ def open_storage(url: str) -> RDBStorage:
         except Exception as error:  # depends on the database driver
             if not attempts_left or not isinstance(error, DBAPIError):
                 raise Alg1Error(
-                    f"--storage {url}: cannot be used: {first_line(error)}", STORAGE_HINT
+                    f"the storage {url} cannot be used: {first_line(error)}", STORAGE_HINT
                 ) from None
             time.sleep(0.5)  # another process creates the tables of the new database
     if is_sqlite:  # otherwise two workers may take the same trial out of the queue
@@ -81,6 +82,28 @@ def open_storage(url: str) -> RDBStorage:
             storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
         )
     return storage
+
+
+@contextlib.contextmanager
+def storage_guard() -> Iterator[None]:
+    """Turn a failure of the database into an Alg1Error (exit code 4)."""
+    import optuna
+
+    hook = threading.excepthook
+    threading.excepthook = lambda _: None  # where a heartbeat fails, the next access of this thread does too
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, AssertionError) as error:
+        # Optuna raises AssertionError where it could not store how a trial has ended.
+        cause: BaseException | None = error
+        while isinstance(cause, AssertionError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        reason = first_line(cause.__cause__ or cause)
+        raise Alg1Error(f"the storage failed: {reason}", "fix that and start again", DISK_FAILED) from error
+    finally:
+        threading.excepthook = hook
 
 
 def open_study(
@@ -133,7 +156,7 @@ def queue_defaults(study: optuna.Study, plan: Plan, console: Console) -> None:
         trial = create_trial(state=state, params=plan.defaults, distributions=plan.space, user_attrs=mark)
         study.add_trial(trial)
     except ValueError as error:
-        console.say(f"the defaults are not tried: {first_line(error)}")
+        console.say(f"the defaults are not tried, they are outside the space: {first_line(error)}")
 
 
 @dataclass
@@ -157,26 +180,22 @@ class Search:
         """Run trials until all have finished, and return the signal that ended this early, if one did.
 
         Raises:
-            Alg1Error: the storage or the disk failed (exit code 4).
+            Alg1Error: the disk failed (exit code 4).
         """
         import optuna
 
         awaited: set[int] = set()  # the running trials of other processes, by number
-        try:
-            with self.signals:
-                while not self.stopping:
-                    optuna.storages.fail_stale_trials(self.study)
-                    free = self.n_trials - self.n_taken()
-                    running = self.study.get_trials(False, (optuna.trial.TrialState.RUNNING,))
-                    if free > 0:
-                        self.optimize(min(n_workers, free))
-                    elif running:
-                        self.wait_for(running, awaited)
-                    else:
-                        break
-        except optuna.exceptions.StorageInternalError as error:
-            message = f"the storage failed: {first_line(error.__cause__ or error)}"
-            raise Alg1Error(message, "fix that and start again", DISK_FAILED) from error
+        with self.signals:
+            while not self.stopping:
+                optuna.storages.fail_stale_trials(self.study)
+                free = self.n_trials - self.n_taken()
+                running = self.study.get_trials(False, (optuna.trial.TrialState.RUNNING,))
+                if free > 0:
+                    self.optimize(min(n_workers, free))
+                elif running:
+                    self.wait_for(running, awaited)
+                else:
+                    break
         if self.failure:
             raise self.failure
         return self.signals.received
