@@ -403,7 +403,7 @@ def test_a_grid_ends_when_it_is_exhausted(search, fake_train):
 
 def test_defaults_outside_the_space_are_said_and_not_tried(search, fake_train):
     result = search("--space", write_space(n_layer=[1, 2]), "--trials", 1)
-    assert "the defaults are not tried, they are outside the space: " in result.out and "n_layer" in result.out
+    assert "the defaults are not tried, they are outside the space: " in result.out
     assert results()[0]["n_layer"] in "12" and "gained" not in result.out
 
 

@@ -56,8 +56,6 @@ ALIASES = {
     "checkpoint_interval": ("always_save_checkpoint", "save_interval", "save_every"),
     "device": ("gpu",),
     "workers": ("jobs", "n_jobs"),
-    "low": ("min", "lower"),
-    "high": ("max", "upper"),
     "data_path": ("dataset", "input", "text", "corpus"),
     "data": ("dataset", "data_path", "input", "corpus"),
     "runs_dir": ("out_dir", "output_dir"),

@@ -35,18 +35,13 @@ from utils_tensorboard.server import serve_tensorboard
 
 
 class Run:
-    """A run on a process that keeps nothing.
+    """A run on a process that keeps nothing."""
 
-    Attributes:
-        trainer: the trainer, set by `training`.
-        stop_signal: the signal that the processes have agreed to stop at, or 0.
-    """
-
-    trainer: Trainer
+    trainer: Trainer  # set by `training`
 
     def __init__(self, job: Job, dist: Distributed):
         self.job, self.dist = job, dist
-        self.stop_signal = 0
+        self.stop_signal = 0  # the signal that the processes have agreed to stop at
         self._signals = StopSignals()
         self._stack = contextlib.ExitStack()
 
@@ -107,13 +102,7 @@ class Run:
 
 
 class MainRun(Run):
-    """The run on the main process: it holds the directory, checkpoints, trackers, signals and console.
-
-    Attributes:
-        directory: the run directory, locked by this process.
-        trackers: metrics.jsonl, TensorBoard and Aim.
-        store, observer: the checkpoints and what is logged of the trainer; set by `training`.
-    """
+    """The run on the main process: it holds the directory, checkpoints, trackers, signals and console."""
 
     def __init__(self, job: Job, dist: Distributed, console: Console):
         super().__init__(job, dist)
@@ -151,10 +140,9 @@ class MainRun(Run):
 
     @contextlib.contextmanager
     def training(self, trainer: Trainer) -> Iterator[None]:
-        """See Run.training. The hint of every error says how to continue from the newest checkpoint.
+        """See Run.training. Raises Alg1Error (exit code 4) also if a checkpoint could not be written.
 
-        Raises:
-            Alg1Error: as in Run.training, or a checkpoint could not be written (exit code 4).
+        The hint of every error says how to continue from the newest checkpoint.
         """
         params, progress = self.job.params, trainer.progress
         self.console.block(summary.describe_start(self.directory, params, self.job.corpus, trainer))
@@ -202,11 +190,7 @@ class MainRun(Run):
         self.observer.log_model(self.trainer.step)
 
     def log_step(self, loss: float) -> None:
-        """See Run.log_step.
-
-        Raises:
-            Alg1Error: an earlier checkpoint could not be written (exit code 4).
-        """
+        """See Run.log_step. Raises Alg1Error if the last checkpoint could not be written (exit code 4)."""
         self.store.raise_if_failed()
         self.observer.log_step(loss, self.trainer.step)
         self.console.progress(self.trainer.step + 1, loss)

@@ -95,9 +95,7 @@ def storage_guard() -> Iterator[None]:
         yield
     except (optuna.exceptions.StorageInternalError, AssertionError) as error:
         # Optuna raises AssertionError where it could not store how a trial has ended.
-        cause: BaseException | None = error
-        while isinstance(cause, AssertionError):
-            cause = cause.__context__
+        cause = error.__context__ if isinstance(error, AssertionError) else error
         if cause is None:
             raise
         reason = first_line(cause.__cause__ or cause)
@@ -109,11 +107,7 @@ def storage_guard() -> Iterator[None]:
 def open_study(
     storage: RDBStorage, plan: Plan, folder: Path, arguments: argparse.Namespace, console: Console
 ) -> optuna.Study:
-    """Create the study with the name of the folder, whose first trial is the defaults, or load it.
-
-    Raises:
-        Alg1Error: the study was begun with another plan.
-    """
+    """Create or load the study of a folder, defaults first. Raises Alg1Error if it has another plan."""
     import optuna
 
     is_grid, seed = arguments.sampler == "grid", arguments.sampler_seed
@@ -177,11 +171,7 @@ class Search:
         self.signals = StopSignals(lambda: "stopping: the trials save and leave", exit_callback=self.kill)
 
     def run(self, n_workers: int) -> int | None:
-        """Run trials until all have finished, and return the signal that ended this early, if one did.
-
-        Raises:
-            Alg1Error: the disk failed (exit code 4).
-        """
+        """Run trials until all have finished, and return the signal that ended this early, if one did."""
         import optuna
 
         awaited: set[int] = set()  # the running trials of other processes, by number
@@ -264,7 +254,7 @@ class Search:
             raise NotFinished from error
 
     def run_trial(self, trial: optuna.Trial) -> float:
-        """See objective. Raises Alg1Error or OSError too, if the disk failed."""
+        """See `objective`. Raises Alg1Error or OSError too, if the disk failed."""
         parameters = rounded({name: suggest(trial, name, d) for name, d in self.plan.space.items()})
         if reason := self.plan.invalid_reason(parameters):
             give_up(trial, "refused", reason)
