@@ -275,17 +275,17 @@ SEARCHING_MISTAKES = [
     ("--data nowhere.txt", "nowhere.txt: no such text file", CHECK_DATA),
     (
         "--storage notes.txt",
-        "--storage notes.txt: cannot be used: Could not parse SQLAlchemy URL from given URL string",
+        "the storage notes.txt cannot be used: Could not parse SQLAlchemy URL from given URL string",
         STORAGE_HINT,
     ),
     (
         "--storage sqlite:///notes.txt",
-        "--storage sqlite:///notes.txt: cannot be used: (sqlite3.DatabaseError) file is not a database",
+        "the storage sqlite:///notes.txt cannot be used: (sqlite3.DatabaseError) file is not a database",
         STORAGE_HINT,
     ),
     (
         "--storage sqlite:///nowhere/a.db",
-        "--storage sqlite:///nowhere/a.db: cannot be used:"
+        "the storage sqlite:///nowhere/a.db cannot be used:"
         " (sqlite3.OperationalError) unable to open database file",
         STORAGE_HINT,
     ),

@@ -88,6 +88,7 @@ def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
     lock = Path(runs_dir) / LOCK_NAME
     make_folder(lock.parent)
     try:
+        lock.touch()  # where that fails with ENOENT, as in /proc, FileLock would try again for a minute
         with FileLock(lock, timeout=60):
             path = RunDirectoryCreator(runs_dir).create(RunIDGenerator(runs_dir).generate(tag))
             with _removed_on_failure(path):
