@@ -83,8 +83,8 @@ class Embedding:
     labels: list[str]  # without newlines and tabs
 
 
-def compute_histogram(name: str, kind: str, tensor: Tensor | None) -> list[Histogram]:
-    """Compute the histogram of a tensor of any shape; none if it has no finite value."""
+def compute_histograms(name: str, kind: str, tensor: Tensor | None) -> list[Histogram]:
+    """Compute the histogram of a tensor of any shape: a list of it, or [] if it has no finite value."""
     import numpy as np
 
     values = np.empty(0) if tensor is None else tensor.detach().cpu().double().numpy()
@@ -104,5 +104,5 @@ def model_histograms(model: nn.Module) -> list[Histogram]:
         histogram
         for name, parameter in model.named_parameters()
         for kind, tensor in (("parameter", parameter), ("gradient", parameter.grad))
-        for histogram in compute_histogram(name, kind, tensor)
+        for histogram in compute_histograms(name, kind, tensor)
     ]

@@ -46,7 +46,7 @@ def block_signals() -> Iterator[None]:
 class RaiseSignal:
     """The handler of a whole script: it raises, so that every `with` and `finally` runs."""
 
-    pending: int | None = None  # the newest signal; its exception is lost if it is raised in a destructor
+    pending: int | None = None  # the newest signal: Python drops an exception that is raised in a destructor
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         self.pending = number

@@ -211,7 +211,7 @@ def _write_tokens(corpus: Corpus, descriptor: int) -> str:
     """Write the text's tokens to a file. Returns the SHA-256 of vocabulary and tokens.
 
     Raises:
-        Alg1Error: the text has changed since the corpus.
+        Alg1Error: the text has changed since it was validated.
     """
     table = corpus.tokenizer.lookup_table()
     ascii_table = table[:256].tobytes()  # for bytes.translate, if tokens are single bytes

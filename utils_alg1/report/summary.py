@@ -114,7 +114,7 @@ def longer_training_command(
 
 
 def resume_notice(newest_step: int | None, run: RunDirectory, dist: Distributed) -> str:
-    """Return what is printed when a second signal ends the process; None: there is no checkpoint."""
+    """Return what is printed when a second signal ends the process; without a checkpoint, step is None."""
     if newest_step is None:
         return "left at once: nothing had been saved"
     return f"left at once; go on from step {newest_step} with: {resume_command(run, dist)}"

@@ -29,7 +29,7 @@ from utils_alg1.base.summaries import (
     Histogram,
     Image,
     Kind,
-    compute_histogram,
+    compute_histograms,
     model_histograms,
 )
 from utils_alg1.network.decoder import eval_mode
@@ -64,7 +64,7 @@ def _record_modules(
 def activation_histograms(model: BigramLanguageModel, idx: Tensor) -> list[Histogram]:
     """Compute histograms of the outputs of each attention, ReLU and block for tokens (B, T)."""
     recorded = _record_modules(model, idx, (MultiHeadAttention, nn.ReLU, Block))
-    return [h for name, (_, _, out) in recorded.items() for h in compute_histogram(name, "activation", out)]
+    return [h for name, (_, _, out) in recorded.items() for h in compute_histograms(name, "activation", out)]
 
 
 def attention_weights(model: BigramLanguageModel, idx: Tensor) -> np.ndarray:
