@@ -6,6 +6,7 @@ import cmath
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import random
 import subprocess
@@ -27,7 +28,7 @@ from utils_alg1.base.settings import field_names
 from utils_alg1.network.decoder import Decoder, KeyValueCache, check_sampling, next_token
 from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
-from utils_alg1.network.weights import split_heads
+from utils_alg1.network.weights import model_shapes, split_heads
 
 SIZES = [
     {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 8, "vocab_size": 11},
@@ -787,6 +788,27 @@ def test_save_load_save_gives_the_same_bytes_whatever_the_receivers_sizes(export
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     idx = random_tokens(model, 2, 8)
     assert torch.equal(other.eval()(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("sizes", SIZES + OPTIONS)
+def test_the_shapes_by_which_a_file_is_checked_are_those_of_the_model(sizes):
+    model = build(**sizes)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    assert model_shapes(model.config) == shapes
+    assert sum(map(math.prod, shapes.values())) == model.config.n_parameters
+
+
+def test_loading_starts_no_compiler(exported):
+    """A computation on PyTorch's meta device would import it, which takes a second."""
+    script = (
+        "import sys; from model import BigramLanguageModel;"
+        f"BigramLanguageModel().load_safetensors({str(exported[1])!r}); print('torch._dynamo' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_save_load_save_in_a_fresh_process(exported, tmp_path):

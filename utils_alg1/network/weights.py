@@ -21,6 +21,7 @@ from utils_alg1.base.errors import Alg1Error
 FORMAT = "alg1-model"
 FORMAT_VERSION = 1
 OTHER_WEIGHTS = "use an export of ALG1, or weights with the names that README-ARCH.md lists"
+FUSED = ".sa.qkv.weight"  # ends the name of the fused matrix of a block, in memory
 PROJECTIONS = ("query", "key", "value")  # the order of their rows in the fused matrix
 
 
@@ -109,42 +110,77 @@ def config_from_shapes(
     return config
 
 
+def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the model, by its name in `BigramLanguageModel.state_dict()`."""
+    C, V = config.n_embd, config.vocab_size
+    assert V is not None
+    shapes: dict[str, tuple[int, ...]] = {"token_embedding_table.weight": (V, C)}
+    if config.positions == "learned":
+        shapes["position_embedding_table.weight"] = (config.block_size, C)
+    for layer in range(config.n_layer):
+        block = {
+            "sa.qkv.weight": (3 * C, C),
+            "sa.proj.weight": (C, C),
+            "sa.proj.bias": (C,),
+            "ffwd.net.0.weight": (4 * C, C),
+            "ffwd.net.0.bias": (4 * C,),
+            "ffwd.net.2.weight": (C, 4 * C),
+            "ffwd.net.2.bias": (C,),
+            **{f"{norm}.{part}": (C,) for norm in ("ln1", "ln2") for part in ("weight", "bias")},
+        }
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,), "lm_head.weight": (V, C), "lm_head.bias": (V,)}
+    return shapes
+
+
+def _head_names(layer_prefix: str, config: ModelConfig) -> list[str]:
+    """Return the names of a block's head matrices on disk, in the order of their rows in the fused matrix.
+
+    Args:
+        layer_prefix: "blocks.{i}.sa."
+    """
+    return [f"{layer_prefix}heads.{h}.{part}.weight" for part in PROJECTIONS for h in range(config.n_head)]
+
+
+def shapes_on_disk(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a weights file, by its name there."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in model_shapes(config).items():
+        if name.endswith(FUSED):
+            names = _head_names(name.removesuffix("qkv.weight"), config)
+            shapes |= dict.fromkeys(names, (config.head_size, config.n_embd))
+        else:
+            shapes[name] = shape
+    return shapes
+
+
 def split_heads(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Convert the model's tensors to the layout on disk, with three (S, C) matrices per head."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if not name.endswith(".sa.qkv.weight"):
+        if name.endswith(FUSED):
+            names = _head_names(name.removesuffix("qkv.weight"), config)
+            tensors |= zip(names, tensor.view(len(names), -1, config.n_embd), strict=True)
+        else:
             tensors[name] = tensor
-            continue
-        prefix = name.removesuffix("qkv.weight")
-        heads = tensor.view(len(PROJECTIONS), config.n_head, -1, config.n_embd)  # (3, H, S, C)
-        for h in range(config.n_head):
-            for p, part in enumerate(PROJECTIONS):
-                tensors[f"{prefix}heads.{h}.{part}.weight"] = heads[p, h]
     return tensors
 
 
-def join_heads(
-    tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], config: ModelConfig, path: str | Path
-) -> dict[str, Tensor]:
+def join_heads(tensors: Mapping[str, Tensor], config: ModelConfig, path: str | Path) -> dict[str, Tensor]:
     """Convert tensors in the layout on disk to the model's, leaving out the `...tril` buffers of old files.
-
-    Args:
-        state: the model's own tensors, of which only names and shapes are read.
-        path: for error messages.
 
     Raises:
         Alg1Error: a tensor is missing, unknown, of the wrong shape, or not of a floating-point type.
     """
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".tril")}
-    expected = split_heads(state, config)
+    expected = shapes_on_disk(config)
     for name in (*sorted(expected.keys() ^ tensors.keys()), *expected):
         if name not in tensors:
             problem = f"{name} is missing"
         elif name not in expected:
             problem = f"{name} is unknown"
-        elif tensors[name].shape != expected[name].shape:
-            problem = f"{name} has the shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
+        elif tuple(tensors[name].shape) != expected[name]:
+            problem = f"{name} has the shape {tuple(tensors[name].shape)}, not {expected[name]}"
         elif not tensors[name].is_floating_point():
             problem = f"{name} holds {tensors[name].dtype}, not floating numbers"
         else:
@@ -152,7 +188,6 @@ def join_heads(
         raise Alg1Error(f"{path}: not the weights of this model: {problem}", OTHER_WEIGHTS)
     joined = {name: tensor for name, tensor in tensors.items() if ".sa.heads." not in name}
     for layer in range(config.n_layer):
-        prefix, heads = f"blocks.{layer}.sa.", range(config.n_head)
-        rows = [tensors[f"{prefix}heads.{h}.{part}.weight"] for part in PROJECTIONS for h in heads]
-        joined[f"{prefix}qkv.weight"] = torch.cat(rows)
+        prefix = f"blocks.{layer}.sa."
+        joined[f"{prefix}qkv.weight"] = torch.cat([tensors[name] for name in _head_names(prefix, config)])
     return joined
