@@ -47,7 +47,7 @@ GUARDS = [
     Guard(
         "digest of tensor files",
         "utils_alg1/network/tensor_file.py",
-        'about["sha256"] == digest(tensors, metadata)',
+        'about["sha256"] == digest(arrays, metadata)',
         'bool(about["sha256"])',
         "tests/test_faults_damage.py -k damaged_weights",
     ),

@@ -840,6 +840,25 @@ def test_the_bytes_of_a_file_depend_on_nothing_but_the_model(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_the_bytes_of_a_file_are_those_of_safetensors(tmp_path):
+    from safetensors.numpy import load_file, save
+
+    tensors = {
+        "é.b": torch.randn(2, 3),
+        'a "b"\n': torch.zeros(()),
+        "B": torch.randn(4, 4).t(),
+        "empty": torch.zeros(0),
+    }
+    write_tensors(tmp_path / "file", tensors, {"characters": 'é\n\ud800"'})
+
+    with safe_open(tmp_path / "file", "numpy") as file:
+        metadata = file.metadata()
+    assert (tmp_path / "file").read_bytes() == save(load_file(tmp_path / "file"), metadata)
+    torch.testing.assert_close(read_tensors(tmp_path / "file")[0], tensors, rtol=0, atol=0)
+    with pytest.raises(AssertionError, match="a is float64"):
+        write_tensors(tmp_path / "file", {"a": torch.zeros(1).double()}, {})
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_loading_keeps_the_mode_of_the_model(exported, training):
     _, path = exported

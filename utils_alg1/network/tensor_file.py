@@ -17,6 +17,7 @@ from utils_alg1.base.errors import Alg1Error, first_line, unreadable
 from utils_alg1.base.files import write_atomically
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 METADATA_KEY = "alg1"
@@ -29,29 +30,33 @@ def _compact_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> str:
-    """Compute the SHA-256 (hex) of the metadata and of every tensor's name, dtype, shape and bytes."""
-    import torch
-
-    sha = hashlib.sha256(_compact_json(metadata).encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)  # a 0-dimensional tensor has no byte view
-        sha.update(flat.view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+def digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> str:
+    """Compute the SHA-256 (hex) of the metadata and of every array's name, dtype, shape and bytes."""
+    pieces: list[bytes | memoryview] = [_compact_json(metadata).encode()]
+    for name, array in sorted(arrays.items()):
+        pieces += [f"\0{name}\0torch.{array.dtype}\0{array.shape}\0".encode(), array.data]
+    # Joined first: hundreds of short calls would take the interpreter lock from the training as often.
+    return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-    """Write a tensor file atomically. The same tensors and metadata always give the same bytes.
+    """Write a tensor file of float32 tensors atomically. The same content always gives the same bytes.
 
-    The dtypes must be ones that numpy has too, because safetensors writes arrays faster than tensors.
+    They are the bytes of safetensors.numpy.save, which would copy every tensor three times and hold the
+    interpreter lock meanwhile: the training would wait for the thread that writes a checkpoint.
     """
-    from safetensors.numpy import save
-
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    about = {"metadata": metadata, "sha256": digest(ready, metadata)}
-    arrays = {name: tensor.numpy() for name, tensor in ready.items()}
-    write_atomically(path, save(arrays, {METADATA_KEY: _compact_json(about)}))
+    arrays = {name: tensors[name].detach().cpu().contiguous().numpy() for name in sorted(tensors)}
+    about = {"metadata": metadata, "sha256": digest(arrays, metadata)}
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _compact_json(about)}}
+    size = 0
+    for name, array in arrays.items():
+        assert array.dtype.name == "float32", f"{name} is {array.dtype}"
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": (size, size + array.nbytes)}
+        size += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data = [array.data for array in arrays.values()]
+    write_atomically(path, b"".join([len(text).to_bytes(8, "little"), text, *data]))
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
@@ -108,7 +113,8 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
     try:
         about = json.loads(header[METADATA_KEY])
         metadata = about["metadata"]
-        intact = isinstance(metadata, dict) and about["sha256"] == digest(tensors, metadata)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        intact = isinstance(metadata, dict) and about["sha256"] == digest(arrays, metadata)
     except (ValueError, TypeError, KeyError, RecursionError):
         intact = False
     if not intact:
