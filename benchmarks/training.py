@@ -1,33 +1,41 @@
-"""Training steps per second in steady state, for three sizes, beside nanoGPT and the lecture's gpt.py.
+"""Training steps per second in steady state, beside nanoGPT, a JAX step and the lecture's gpt.py.
 
     python benchmarks/training.py --nanogpt PATH --lecture PATH              PyTorch's choice of threads
-    python benchmarks/training.py --nanogpt PATH --lecture PATH --threads 1
-    python benchmarks/training.py --nanogpt PATH --threads best              each with its own best number
-    python benchmarks/training.py --nanogpt PATH --compile                   compiled too
+    python benchmarks/training.py --nanogpt PATH --jax --threads best        each with its own best number
+    python benchmarks/training.py --nanogpt PATH --compile --dtype float32 bfloat16 auto
+    python benchmarks/training.py --nanogpt PATH --dropout 0.1 --size "384/6/6 T256 B8"
+    python benchmarks/training.py --nanogpt PATH --compile --device cuda
 
 ALG1 is measured as the Trainer of train.py, with the loss read at every step and the gradient clipped at 1.0
-as nanoGPT does. "of SGEMM peak" counts six operations per matrix weight and token, without the products
-inside attention, against a large SGEMM in the same rounds and with the same number of threads.
+as nanoGPT does. GFLOP/s counts six operations per matrix weight and token, without the products inside
+attention. "of peak" divides by the fastest large product that the machine shows in that data type, in the
+same rounds and with the same number of threads.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import statistics
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common import SIZES, Steps, build_trainer, interleave, machine, parser, ratio, table, text_or_docs
 
-PEAK = "SGEMM"
+GPU_SIZES = {"384/6/6 T256 B64": SIZES["384/6/6 T256 B8"] | {"batch_size": 64}}
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     options.add_argument("--lecture", type=Path, help="a checkout of the lecture (ng-video-lecture)")
+    options.add_argument("--jax", action="store_true", help="a JAX step of the same model too, on a CPU")
     options.add_argument("--data", help="a text (default: Python's documentation)")
     options.add_argument(
         "--threads",
@@ -35,20 +43,54 @@ def main() -> None:
         help="of all contestants; 0: PyTorch's choice; best: each one's own best number",
     )
     options.add_argument("--compile", action="store_true", help="also measure nanoGPT and ALG1 compiled")
-    options.add_argument("--size", choices=SIZES, help="only this one")
+    options.add_argument("--device", default="cpu", help="cpu or cuda")
+    options.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16", "auto"), default=["auto"], metavar="DTYPE",
+        help="float32, bfloat16, auto: train.py's choice, and nanoGPT's (float32 on a CPU)",
+    )  # fmt: skip
+    options.add_argument("--dropout", type=float, default=0.0, help="of all contestants but JAX (0)")
+    options.add_argument("--size", choices=SIZES | GPU_SIZES, help="only this one")
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--seconds", type=float, default=1.0, help="of each turn, roughly")
     args = options.parse_args()
     if args.quick:
         args.rounds, args.seconds, args.threads = 2, 0.01, "1"
         args.size = args.size or next(iter(SIZES))
+    if args.jax and not importlib.util.find_spec("jax"):
+        print("jax is not installed: left out (pip install jax)", file=sys.stderr)
+        args.jax = False
     print(machine(), flush=True)
+    sizes = SIZES | GPU_SIZES if args.size or args.device != "cpu" else SIZES
     rows = []
-    for name, size in SIZES.items():
-        if args.size in (None, name):
-            with tempfile.TemporaryDirectory() as folder:
-                rows += measure(name, size, args, Path(folder))
+    for name in [args.size] if args.size else sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += measure(name, sizes[name], args, Path(folder))
     table(rows)
+
+
+@dataclass
+class Contestant:
+    """Something that is timed, with a number of threads.
+
+    Attributes:
+        dtype: as the table shows it.
+        arithmetic: the data type of its products of matrices.
+        take: takes so many steps.
+        flops: of a step.
+        times: the seconds of a step, in each round.
+    """
+
+    who: str
+    dtype: str
+    arithmetic: str
+    threads: int
+    take: Callable[[int], Any]
+    flops: float
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times)
 
 
 def measure(name: str, size: dict[str, int], args: Any, folder: Path) -> list[dict[str, Any]]:
@@ -57,124 +99,136 @@ def measure(name: str, size: dict[str, int], args: Any, folder: Path) -> list[di
 
     chosen = torch.get_num_threads() if args.threads == "0" else args.threads
     counts = range(1, (os.cpu_count() or 1) + 1) if chosen == "best" else [int(chosen)]
-    steps: dict[tuple[str, int], Steps | Peer | Product] = {}
+    entered: list[Contestant] = []
     for threads in counts:
-        for who, function in contestants(size, args, folder, threads).items():
-            steps[who, threads] = function
+        torch.set_num_threads(threads)
+        entered += contestants(size, args, folder, threads)
+    used = {(one.arithmetic, one.threads) for one in entered}
+    peaks = [
+        product for arithmetic, threads in used for product in products(arithmetic, threads, args.device)
+    ]
+    take_turns(entered + peaks, args)
 
-    turns: dict[str, Callable[[], None]] = {}
-    for (who, threads), function in steps.items():
-        turns[f"{who} {threads}"] = turn(function, threads, args.seconds)
-    seconds = interleave(turns, args.rounds)
-
-    per_step = {key: [s / steps[key].count for s in seconds["{} {}".format(*key)]] for key in steps}
-    best: dict[str, tuple[str, int]] = {}  # who -> the key with its best number of threads
-    for key, times in per_step.items():
-        who = key[0]
-        if who not in best or statistics.median(times) < statistics.median(per_step[best[who]]):
-            best[who] = key
+    best: dict[tuple[str, str], Contestant] = {}  # each with its own best number of threads
+    for one in entered:
+        key = one.who, one.dtype
+        best[key] = min(best.get(key, one), one, key=lambda each: each.seconds)
+    nanogpt = [one for one in best.values() if one.who.startswith("nanoGPT")]
+    rivals = [one for one in nanogpt if one.arithmetic == "float32"] or nanogpt
+    rival = min(rivals, key=lambda one: one.seconds, default=None)
+    against = f"x nanoGPT's best in {rival.arithmetic}" if rival else "x nanoGPT's best"
     tokens = size["batch_size"] * size["block_size"]
-    peers = [who for who in best if who.startswith("nanoGPT")]
-    rival = min(peers, key=lambda who: statistics.median(per_step[best[who]]), default=None)
     rows = []
-    for who, key in best.items():
-        if who == PEAK:
-            continue
-        gflops = flops_per_token(size) * tokens / statistics.median(per_step[key]) / 1e9
-        peak = Product.flops / min(per_step[PEAK, key[1]]) / 1e9
+    for one in best.values():
+        alike = [p for p in peaks if (p.arithmetic, p.threads) == (one.arithmetic, one.threads)]
+        peak = min(alike, key=lambda product: min(product.times))
+        gflops, limit = one.flops / one.seconds / 1e9, peak.flops / min(peak.times) / 1e9
         rows.append(
             {
                 "size": name,
-                "who": who,
-                "threads": key[1],
-                "ms/step": 1e3 * statistics.median(per_step[key]),
-                "best": 1e3 * min(per_step[key]),
-                "tok/s": tokens / statistics.median(per_step[key]),
-                "x nanoGPT's best": ratio(per_step[best[rival]], per_step[key]) if rival else None,
+                "who": one.who,
+                "dtype": one.dtype,
+                "threads": one.threads,
+                "ms/step": 1e3 * one.seconds,
+                "best": 1e3 * min(one.times),
+                "tok/s": tokens / one.seconds,
+                against: ratio(rival.times, one.times) if rival else None,
                 "GFLOP/s": gflops,
-                "of SGEMM peak": f"{gflops / peak:.0%} of {peak:.0f}",
+                "of peak": f"{gflops / limit:.0%} of {limit:,.0f} ({peak.who})",
             }
         )
     return rows
 
 
-def contestants(size: dict[str, int], args: Any, folder: Path, threads: int) -> dict[str, Any]:
-    """Return what is measured, by name."""
-    import torch
-
+def contestants(size: dict[str, int], args: Any, folder: Path, threads: int) -> Iterator[Contestant]:
+    """Yield all programs that take training steps of this size, in each data type."""
     from utils_alg1.data.corpus import open_corpus
 
-    torch.set_num_threads(threads)
     text = text_or_docs(args.data, folder)
     corpus = open_corpus(text)
-    tokens = corpus.split()[0]
-    vocab_size = corpus.tokenizer.vocab_size
-    found: dict[str, Any] = {}
+    tokens, vocab_size = corpus.split()[0], corpus.tokenizer.vocab_size
+    # Six operations for each token and weight of the blocks' matrices.
+    flops = 6.0 * 12 * size["n_layer"] * size["n_embd"] ** 2 * size["batch_size"] * size["block_size"]
+    settings = {**size, "dropout": args.dropout, "threads": threads, "device": args.device, "grad_clip": 1.0}
+    peer = {**size, "vocab_size": vocab_size, "dropout": args.dropout, "device": args.device}
+    nanogpt_auto = "float32" if args.device == "cpu" else "bfloat16"
     for compile in [False, True] if args.compile else [False]:
         suffix = " compiled" if compile else ""
-        flags = {"compile": "on"} if compile else {}
-        trainer = build_trainer(text, **size, threads=threads, grad_clip=1.0, **flags)
-        found[f"ALG1{suffix}"] = Steps(trainer, 1)
-        if args.nanogpt:
-            from peers import nanogpt_step
+        for dtype in args.dtype:
+            trainer = build_trainer(text, **settings, dtype=dtype, compile="on" if compile else "off")
+            found = str(trainer.runtime.dtype).removeprefix("torch.")
+            shown = f"auto: {found}" if dtype == "auto" else dtype
+            yield Contestant(f"ALG1{suffix}", shown, found, threads, repeat(Steps(trainer, 1)), flops)
+        for dtype in dict.fromkeys(nanogpt_auto if name == "auto" else name for name in args.dtype):
+            if args.nanogpt:
+                from peers import nanogpt_step
 
-            step = nanogpt_step(args.nanogpt, tokens, vocab_size, size, folder, compile)
-            found[f"nanoGPT{suffix}"] = Peer(step)
+                step = nanogpt_step(args.nanogpt, tokens, peer, dtype, folder, compile)
+                yield Contestant(f"nanoGPT{suffix}", dtype, dtype, threads, repeat(step), flops)
+    if args.jax:
+        from jax_peer import JaxSteps
+
+        weights = {name: weight.detach().cpu().numpy() for name, weight in trainer.model.named_parameters()}
+        for dtype in dict.fromkeys("float32" if name == "auto" else name for name in args.dtype):
+            steps = JaxSteps(weights, tokens, size, dtype, threads, folder)
+            yield Contestant("JAX", dtype, dtype, threads, steps, flops)
     if args.lecture:
         from peers import lecture_step
 
-        found["lecture gpt.py"] = Peer(lecture_step(args.lecture, tokens, vocab_size, size))
-    return found | {PEAK: Product()}
+        step = lecture_step(args.lecture, tokens, peer)
+        yield Contestant("lecture gpt.py", "float32", "float32", threads, repeat(step), flops)
 
 
-class Peer:
-    """Takes `count` steps of a peer per call."""
-
-    def __init__(self, step: Callable[[], float]):
-        self._step = step
-        self.count = 1
-
-    def __call__(self) -> None:
-        for _ in range(self.count):
-            self._step()
-
-
-class Product(Peer):
-    """Multiplies two large float32 matrices: the peak speed of this machine."""
-
-    side = 1536
-    flops = 2 * side**3
-
-    def __init__(self) -> None:
-        import torch
-
-        a, b = torch.randn(self.side, self.side), torch.randn(self.side, self.side)
-        super().__init__(lambda: float((a @ b)[0, 0]))
-
-
-def turn(function: Any, threads: int, seconds: float) -> Callable[[], None]:
-    """Warm up `function`, whose first steps are slower; returns a turn of it of about `seconds`."""
-    import time
-
+def products(arithmetic: str, threads: int, device: str) -> Iterator[Contestant]:
+    """Yield products of two large matrices, by each library: their speed is the peak of this machine."""
     import torch
 
-    torch.set_num_threads(threads)
-    for _ in range(3):
-        function()
-    began = time.perf_counter()
-    function()
-    function.count = max(1, round(seconds / (time.perf_counter() - began)))
+    side = 1536 if device == "cpu" else 8192
+    a, b = torch.randn(2, side, side, device=device, dtype=getattr(torch, arithmetic))
+    flops = 2.0 * side**3
+    library = "MKL" if device == "cpu" and torch.backends.mkl.is_available() else "PyTorch"
+    library = library if arithmetic == "float32" else "PyTorch"
+    yield Contestant(
+        f"{library} {arithmetic}", "", arithmetic, threads, repeat(lambda: (a @ b)[0, 0].item()), flops
+    )
+    if device == "cpu" and arithmetic == "float32" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        linear = torch.ops.mkldnn._linear_pointwise
+        take = repeat(lambda: linear(a, b, None, "none", [], "")[0, 0].item())
+        yield Contestant("oneDNN float32", "", arithmetic, threads, take, flops)
 
-    def take() -> None:
-        torch.set_num_threads(threads)
-        function()
+
+def repeat(step: Callable[[], Any]) -> Callable[[int], None]:
+    """Return a function that takes so many steps."""
+
+    def take(count: int) -> None:
+        for _ in range(count):
+            step()
 
     return take
 
 
-def flops_per_token(size: dict[str, int]) -> float:
-    """Return the operations of a training step per token: six for each weight of the blocks' matrices."""
-    return 6.0 * 12 * size["n_layer"] * size["n_embd"] ** 2
+def take_turns(entered: Sequence[Contestant], args: Any) -> None:
+    """Time all contestants, in turns of about `--seconds`. Each is warmed up: its first steps are slower."""
+    import torch
+
+    def turn(one: Contestant, count: int) -> None:
+        torch.set_num_threads(one.threads)
+        one.take(count)
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+
+    counts = []
+    for one in entered:
+        turn(one, 3)
+        began = time.perf_counter()
+        turn(one, 1)
+        counts.append(max(1, round(args.seconds / (time.perf_counter() - began))))
+    turns = {
+        str(i): functools.partial(turn, one, count)
+        for i, (one, count) in enumerate(zip(entered, counts, strict=True))
+    }
+    for one, count, seconds in zip(entered, counts, interleave(turns, args.rounds).values(), strict=True):
+        one.times = [turn / count for turn in seconds]
 
 
 if __name__ == "__main__":

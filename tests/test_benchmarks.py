@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, run_process
 
 FOLDER = PROJECT / "benchmarks"
-HELPERS = {"common.py", "peers.py"}
+HELPERS = {"common.py", "peers.py", "jax_peer.py"}
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in HELPERS)
 # What the plain suite has time for.
 QUICK = ("checkpoint.py", "optimizers.py")
@@ -55,6 +56,69 @@ def test_a_picture_of_the_growth_is_drawn(workdir, common):
     draw(rows, workdir / "x.png")
 
     assert (workdir / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_is_compared_with_nanogpts_best_in_float32_and_with_the_best_product(common, monkeypatch):
+    import training
+
+    def contestants(size, args, folder, threads):
+        for who, dtype, seconds in (
+            ("ALG1", "bfloat16", 1.0),
+            ("nanoGPT", "bfloat16", 1.0),
+            ("nanoGPT", "float32", 8.0),
+            ("nanoGPT compiled", "float32", 4.0),
+        ):
+            times = [seconds * (3 - threads)] * 2  # two threads are twice as fast
+            yield training.Contestant(who, dtype, dtype, threads, None, 1e12, times)
+
+    def products(arithmetic, threads, device):
+        for library, seconds in ("slow", 0.1), ("fast", 0.05):
+            flops = 1e11 * threads * (2 if arithmetic == "bfloat16" else 1)
+            yield training.Contestant(library, "", arithmetic, threads, None, flops, [seconds, 9.0])
+
+    monkeypatch.setattr(training, "contestants", contestants)
+    monkeypatch.setattr(training, "products", products)
+    monkeypatch.setattr(training, "take_turns", lambda entered, args: None)
+    monkeypatch.setattr(training.os, "cpu_count", lambda: 2)
+    args = SimpleNamespace(threads="best", device="cpu")
+
+    rows = training.measure("a size", {"batch_size": 2, "block_size": 5}, args, None)
+
+    shown = ("who", "dtype", "threads", "tok/s", "x nanoGPT's best in float32", "of peak")
+    assert [tuple(row[name] for name in shown) for row in rows] == [
+        ("ALG1", "bfloat16", 2, 10.0, 4.0, "12% of 8,000 (fast)"),
+        ("nanoGPT", "bfloat16", 2, 10.0, 4.0, "12% of 8,000 (fast)"),
+        ("nanoGPT", "float32", 2, 1.25, 0.5, "3% of 4,000 (fast)"),
+        ("nanoGPT compiled", "float32", 2, 2.5, 1.0, "6% of 4,000 (fast)"),
+    ]
+
+
+def test_a_step_of_the_jax_peer_is_that_of_alg1(common, workdir):
+    jax = pytest.importorskip("jax", reason="needs the extra: pip install alg1[bench]")
+    import numpy as np
+    from jax_peer import JaxSteps, training_step
+
+    size = {"n_embd": 16, "n_head": 2, "n_layer": 2, "block_size": 8, "batch_size": 4}
+    (workdir / "text.txt").write_text("To be, or not to be: that is the question. " * 20, encoding="utf-8")
+    trainer = common.build_trainer(workdir / "text.txt", **size, grad_clip=0.1, learning_rate=1e-3)
+    weights = {name: w.detach().numpy().copy() for name, w in trainer.model.named_parameters()}
+    averages = {name: (np.zeros_like(w), np.zeros_like(w)) for name, w in weights.items()}
+    x, y = trainer._batch("train", "batch", 0, 0)
+    step = training_step(n_head=2, n_layer=2, dtype="float32", grad_clip=0.1)
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        updated, averages, (loss, norm) = step(weights, averages, 1.0, x.numpy(), y.numpy())
+
+    assert loss == pytest.approx(trainer.forward_backward(), rel=1e-5)
+    assert norm == pytest.approx(trainer.gradient_norm.item(), rel=1e-5) and norm > 0.1
+    trainer.optimizer_step()
+    for name, w in trainer.model.named_parameters():
+        np.testing.assert_allclose(
+            averages[name][0], 0.1 * w.grad.numpy(), rtol=1e-4, atol=1e-7, err_msg=name
+        )
+        np.testing.assert_allclose(updated[name], w.detach().numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+    JaxSteps(weights, trainer.data[0], size, "bfloat16", 1, workdir)(2)  # it takes steps, or exits
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
