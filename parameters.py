@@ -164,7 +164,7 @@ class TrainConfig(Part):
     device: str = changeable("auto", "device: auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting(
         "auto",
-        "data type of the forward pass; auto: bfloat16 or float16 on CUDA, else float32",
+        "data type of the products; auto: the fastest, on a CPU by processor and sizes",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: str = changeable(

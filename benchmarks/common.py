@@ -131,7 +131,7 @@ def build_trainer(text: Path, **values: Any) -> Any:
 
     params = parameters(text, **values)
     corpus = open_corpus(text)
-    runtime = start_runtime(params.train, params.flops_per_step())
+    runtime = start_runtime(params)
     job = Job(params, text, corpus.sha256, corpus, runtime)
     return train.build_trainer(job, Console(quiet=True))
 

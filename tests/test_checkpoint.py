@@ -25,10 +25,13 @@ from parameters import MODEL_OPTIONS, ModelConfig, TrainConfig
 from utils_alg1.base import files
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import atomic_file, write_atomically
+from utils_alg1.network.products import onednn_works
 from utils_alg1.network.tensor_file import METADATA_KEY, digest, read_tensors, write_tensors
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import checkpoint_paths
+from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import checkpoint as checkpoint_module
+from utils_alg1.training.arithmetic import Arithmetic, Processor
 from utils_alg1.training.backward import create_backward
 from utils_alg1.training.checkpoint import CheckpointStore, newest_checkpoint, read_checkpoint
 from utils_alg1.training.progress import Evaluation, Progress
@@ -166,7 +169,7 @@ def make_trainer(**settings) -> Trainer:
     model = BigramLanguageModel(ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=4, vocab_size=5))
     model.vocabulary = list("abcde")
     tokens = torch.arange(100).numpy() % 5
-    runtime = Runtime(torch.device("cpu"), torch.float32, 1)
+    runtime = Runtime()
     backward = create_backward(model, runtime, pytest.fail)
     return Trainer(model, backward, (tokens, tokens), TrainConfig(**settings), runtime)
 
@@ -439,6 +442,52 @@ def test_a_signal_and_a_resume_change_no_byte(manner, start, train, monkeypatch)
     assert steps()[-1] == 3
     assert train("--resume", "latest").code == 0
     assert_same_end()
+
+
+ARITHMETICS = {
+    "float32, oneDNN": ([], Processor("AuthenticAMD"), Arithmetic(products="onednn")),
+    "bfloat16": ([], Processor("", frozenset({"amx_bf16"})), Arithmetic(dtype="bfloat16", products="onednn")),
+    "bfloat16, asked for": (
+        ["--dtype", "bfloat16"],
+        Processor(),
+        Arithmetic(dtype="bfloat16", products="onednn"),
+    ),
+}
+
+
+@pytest.mark.skipif(not onednn_works(), reason="this build of PyTorch has no oneDNN")
+@pytest.mark.parametrize("flags, processor, arithmetic", ARITHMETICS.values(), ids=ARITHMETICS)
+def test_a_resume_on_another_processor_changes_no_byte(
+    flags, processor, arithmetic, start, train, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(Processor, "read", lambda: processor)
+        patch.setattr(arithmetic_module, "SMALL_STEP_FLOPS", 0)
+        patch.setattr(arithmetic_module, "BFLOAT16_N_EMBD", 0)
+        assert start(*flags, into="whole").code == 0
+        stop_at(2, patch, lambda: signal.raise_signal(signal.SIGTERM))
+        assert start(*flags).code == 143
+    assert newest_checkpoint(only_run(), pytest.fail).metadata["arithmetic"] == vars(arithmetic)
+    record = json.loads((only_run() / "meta/full_config.json").read_text())
+    assert record["runtime"] == vars(arithmetic) | {"threads": 1}
+    result = train("--resume", "latest")
+    assert result.code == 0 and "warning" not in result.err
+    assert f"cpu, {arithmetic.dtype}, 1 thread" in result.out
+    assert_same_end()
+
+
+@pytest.mark.skipif(not onednn_works(), reason="this build of PyTorch has no oneDNN")
+def test_a_resume_without_the_library_of_the_checkpoint_says_so(start, train, monkeypatch):
+    stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
+    assert start("--dtype", "bfloat16").code == 143
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: False)
+    result = train("--resume", "latest")
+    assert result.code == 0
+    assert result.err.splitlines() == [
+        "warning: the run was computed with cpu, bfloat16, products by oneDNN, manual gradient, which is not"
+        " possible here; it goes on with cpu, bfloat16, products by PyTorch, manual gradient, and will not"
+        " end with the same bytes"
+    ]
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -1145,6 +1194,13 @@ HOSTILE = {
     ),
     "another step than its name says": lambda m: m["progress"].update(step=7),
     "scaler is text": lambda m: m.update(scaler="x"),
+    "arithmetic is text": lambda m: m.update(arithmetic="x"),
+    "unknown arithmetic": lambda m: m["arithmetic"].update(rounding="up"),
+    "unknown library": lambda m: m["arithmetic"].update(products="blas"),
+    "unknown gradient": lambda m: m["arithmetic"].update(gradient="none"),
+    "unknown data type": lambda m: m["arithmetic"].update(dtype="int8"),
+    "device is a number": lambda m: m["arithmetic"].update(device=1),
+    "compiled is text": lambda m: m["arithmetic"].update(compiled="x"),
 }
 
 

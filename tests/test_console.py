@@ -37,7 +37,9 @@ from utils_alg1.console.terminal import Bar
 from utils_alg1.report import results as results_module
 from utils_alg1.report import summary as summary_module
 from utils_alg1.run_directory import list_runs
-from utils_alg1.training.distributed import SINGLE_PROCESS
+from utils_alg1.training.arithmetic import Arithmetic
+from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
+from utils_alg1.training.runtime import Runtime
 from utils_alg1.utils_output import LOGGER, MAX_BUFFERED_LINES, Console, ShellCommand
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|4[0-7]|9[0-7]|38|48)[0-9;]*m")
@@ -152,8 +154,7 @@ def test_the_first_lines_of_a_run_that_goes_on_in_two_processes_with_aim_and_a_c
     corpus: Any = SimpleNamespace(
         path="text.txt", tokens=range(4130), tokenizer=SimpleNamespace(vocab_size=48)
     )
-    runtime = SimpleNamespace(device="cpu", dtype_name="float32", threads=1, compile=True, dist=None)
-    runtime.dist = SimpleNamespace(world_size=2)
+    runtime = Runtime(arithmetic=Arithmetic(compiled=True), dist=Distributed(world_size=2))
     model = SimpleNamespace(config=SimpleNamespace(n_parameters=4976))
     trainer: Any = SimpleNamespace(model=model, runtime=runtime, step=6, tokens_per_step=4 * 32)
     lines = summary_module.describe_start(RUN, params, corpus, trainer)

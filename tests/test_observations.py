@@ -260,7 +260,7 @@ class Noting:
 def make_trainer(model) -> Trainer:
     data = (np.arange(200) % len(VOCABULARY)).astype(np.uint8)
     config = TrainConfig(batch_size=2, eval_iters=2, grad_clip=1e-3)
-    runtime = Runtime(torch.device("cpu"), torch.float32, 1)
+    runtime = Runtime()
     return Trainer(model, create_backward(model, runtime, pytest.fail), (data, data), config, runtime)
 
 

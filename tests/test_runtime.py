@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -12,10 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
+from parameters import ModelConfig, Parameters
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.console.signals import StopSignals
+from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import runtime as runtime_module
+from utils_alg1.training.arithmetic import Arithmetic, Processor
+from utils_alg1.training.distributed import Distributed
 from utils_alg1.training.runtime import (
     Compiled,
     Runtime,
@@ -25,6 +29,11 @@ from utils_alg1.training.runtime import (
     start_runtime,
 )
 from utils_alg1.training.seeds import derive_seed, generator, seed_initial_weights
+
+SMALL = {"n_embd": 64, "n_head": 4, "n_layer": 4, "block_size": 32, "batch_size": 4}
+NARROW = SMALL | {"batch_size": 64}  # a large step of a narrow model
+MIDDLE = {"n_embd": 128, "n_head": 4, "n_layer": 4, "block_size": 64, "batch_size": 12}
+LARGE = {"n_embd": 384, "n_head": 6, "n_layer": 6, "block_size": 256, "batch_size": 8}
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -37,6 +46,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
     return pretend
@@ -49,14 +59,8 @@ def threads_restored():
     torch.set_num_threads(before)
 
 
-def parameters(batch_size=4, grad_accum_steps=1, n_embd=64, n_head=4, positions="learned") -> Parameters:
-    return Parameters(
-        ModelConfig(n_embd=n_embd, n_head=n_head, positions=positions),
-        TrainConfig(batch_size=batch_size, grad_accum_steps=grad_accum_steps),
-        DataConfig(),
-        TensorBoardConfig(),
-        {},
-    )
+def parameters(**values) -> Parameters:
+    return Parameters.from_values(values, {})
 
 
 # --- device, threads, dtype ---------------------------------------------------------------------------
@@ -102,21 +106,68 @@ def test_what_is_no_device_is_an_error(name, machine):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_are_set_and_recorded(threads):
-    runtime = start_runtime(TrainConfig(device="cpu", threads=threads))
+    runtime = start_runtime(parameters(device="cpu", threads=threads))
     assert torch.get_num_threads() == runtime.threads == threads
 
 
 def test_zero_threads_leave_the_choice_to_pytorch():
     torch.set_num_threads(2)
-    assert start_runtime(TrainConfig(device="cpu", threads=0)).threads == torch.get_num_threads() == 2
+    assert start_runtime(parameters(**LARGE, device="cpu")).threads == torch.get_num_threads() == 2
 
 
 def test_a_small_step_gets_one_thread():
     torch.set_num_threads(2)
-    config = TrainConfig(device="cpu", threads=0)
-    assert start_runtime(config, flops_per_step=1.1e9).threads == 2
-    assert start_runtime(config, flops_per_step=0.9e9).threads == torch.get_num_threads() == 1
     assert parameters().flops_per_step() == 6 * (12 * 4 * 64 * 64) * (4 * 32) < 1e9
+    assert start_runtime(parameters(device="cpu", batch_size=28)).threads == 2
+    assert start_runtime(parameters(device="cpu", batch_size=24)).threads == torch.get_num_threads() == 1
+
+
+ZEN5 = Processor("AuthenticAMD", frozenset({"avx2", "avx512_bf16"}))
+ZEN3 = Processor("AuthenticAMD", frozenset({"avx2"}))
+SAPPHIRE_RAPIDS = Processor("GenuineIntel", frozenset({"avx512_bf16", "amx_bf16"}))
+SKYLAKE = Processor("GenuineIntel", frozenset({"avx512f"}))
+UNKNOWN = Processor()
+
+
+@pytest.mark.parametrize(
+    "processor, size, dtype, expected",
+    [
+        (ZEN5, MIDDLE, "auto", ("bfloat16", "onednn")),
+        (ZEN5, LARGE, "auto", ("bfloat16", "onednn")),
+        (ZEN5, SMALL, "auto", ("float32", "pytorch")),
+        (ZEN5, NARROW, "auto", ("float32", "onednn")),
+        (ZEN5, LARGE, "float32", ("float32", "onednn")),
+        (ZEN5, SMALL, "bfloat16", ("bfloat16", "onednn")),
+        (ZEN3, LARGE, "auto", ("float32", "onednn")),
+        (ZEN3, SMALL, "auto", ("float32", "pytorch")),
+        (SAPPHIRE_RAPIDS, LARGE, "auto", ("bfloat16", "onednn")),
+        (SAPPHIRE_RAPIDS, LARGE, "float32", ("float32", "pytorch")),
+        (SAPPHIRE_RAPIDS, NARROW, "auto", ("float32", "pytorch")),
+        (SKYLAKE, LARGE, "auto", ("float32", "pytorch")),
+        (SKYLAKE, LARGE, "bfloat16", ("bfloat16", "onednn")),
+        (UNKNOWN, LARGE, "auto", ("float32", "pytorch")),
+        (UNKNOWN, LARGE, "bfloat16", ("bfloat16", "onednn")),
+    ],
+)
+def test_the_arithmetic_of_a_processor(processor, size, dtype, expected, monkeypatch):
+    monkeypatch.setattr(Processor, "read", lambda: processor)
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: True)
+    params = parameters(**size, device="cpu", dtype=dtype)
+    arithmetic = start_runtime(params).arithmetic
+    assert (arithmetic.dtype, arithmetic.products) == expected
+    assert (arithmetic.device, arithmetic.gradient, arithmetic.compiled) == ("cpu", "manual", False)
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: False)
+    assert start_runtime(params).arithmetic == dataclasses.replace(arithmetic, products="pytorch")
+
+
+def test_the_processor_is_read(tmp_path):
+    file = tmp_path / "cpuinfo"
+    assert Processor.read(file) == Processor.read(tmp_path) == UNKNOWN
+    core = "processor\t: {}\nvendor_id\t: AuthenticAMD\nflags\t\t: avx2 avx512_bf16\n\n"
+    file.write_text(core.format(0) + core.format(1))
+    assert Processor.read(file) == ZEN5
+    file.write_text("processor : 0\nFeatures : asimd bf16\n")  # on ARM
+    assert Processor.read(file) == UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -131,30 +182,142 @@ def test_a_small_step_gets_one_thread():
         ("cuda", "float16", True, torch.float16),
     ],
 )
-def test_the_arithmetic_of_a_device(device, dtype, bf16, expected, machine):
+def test_the_dtype_of_a_device(device, dtype, bf16, expected, machine):
     machine(cuda=1, bf16=bf16)
-    assert start_runtime(TrainConfig(device=device, dtype=dtype)).dtype is expected
+    runtime = start_runtime(parameters(device=device, dtype=dtype))
+    assert runtime.dtype is expected
+    assert runtime.arithmetic.gradient == ("manual" if device == "cpu" else "autograd")
 
 
 def test_float16_without_cuda_is_refused():
     with pytest.raises(Alg1Error, match="--dtype float16 needs CUDA, and the device is cpu") as caught:
-        start_runtime(TrainConfig(device="cpu", dtype="float16"))
+        start_runtime(parameters(device="cpu", dtype="float16"))
     assert caught.value.hint == "use --dtype float32 or --dtype bfloat16"
+
+
+@pytest.mark.parametrize(
+    "mode, before, wanted",
+    [
+        ("on", None, True),
+        ("on", False, True),
+        ("off", True, False),
+        ("auto", None, False),
+        ("auto", True, True),
+        ("auto", False, False),
+    ],
+)
+def test_when_to_compile(mode, before, wanted):
+    params = parameters(device="cpu", compile=mode, threads=1)
+    assert start_runtime(params, recorded={"compiled": before}).arithmetic.compiled is wanted
+
+
+def test_a_long_run_on_a_gpu_is_worth_compiling(machine):
+    machine(cuda=1)
+    sizes = {"n_embd": 384, "n_head": 6, "n_layer": 6, "block_size": 256, "batch_size": 64, "threads": 1}
+    flops = parameters(**sizes).flops_per_step()
+    for device, steps, pays in (
+        ("cuda", int(1e15 // flops), False),
+        ("cuda", int(1e15 // flops) + 1, True),
+        ("cpu", 10**9, False),
+    ):
+        params = parameters(**sizes, device=device, max_iters=steps)
+        assert start_runtime(params).arithmetic.compiled is pays
+    assert parameters().flops_per_step() * parameters().train.max_iters < 1e15  # the reference model
+
+
+# --- the arithmetic of a resumed run ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processor", [ZEN5, SKYLAKE, UNKNOWN])
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({}, Arithmetic()),
+        ({"dtype": "float32"}, Arithmetic()),
+        ({"dropout": 0.1}, Arithmetic(gradient="autograd")),
+        ({"dtype": "bfloat16"}, Arithmetic(dtype="bfloat16", gradient="autograd")),
+        ({"device": "cuda"}, Arithmetic("cuda", "bfloat16", gradient="autograd")),
+    ],
+)
+def test_a_checkpoint_that_records_nothing_goes_on_as_it_was(
+    values, expected, processor, monkeypatch, machine, caplog
+):
+    machine(cuda=1)
+    monkeypatch.setattr(Processor, "read", lambda: processor)
+    params = parameters(**LARGE | {"device": "cpu"} | values)
+    for compiled in (None, False):
+        assert start_runtime(params, recorded={"compiled": compiled}).arithmetic == expected
+    two = start_runtime(params, Distributed(world_size=2), recorded={"compiled": None}).arithmetic
+    assert two == dataclasses.replace(expected, gradient="autograd")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("processor", [ZEN5, SKYLAKE, UNKNOWN])
+@pytest.mark.parametrize(
+    "before",
+    [
+        Arithmetic(),
+        Arithmetic(products="onednn"),
+        Arithmetic(dtype="bfloat16", products="onednn"),
+        Arithmetic(dtype="bfloat16"),
+        Arithmetic(gradient="autograd"),
+        Arithmetic(dtype="bfloat16", gradient="autograd", compiled=True),
+    ],
+)
+def test_a_resumed_run_keeps_its_arithmetic_on_any_processor(before, processor, monkeypatch, caplog):
+    monkeypatch.setattr(Processor, "read", lambda: processor)
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: True)
+    params = parameters(**LARGE, device="cpu")
+    assert start_runtime(params, recorded=dataclasses.asdict(before)).arithmetic == before
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "before, device, world_size, after",
+    [
+        (Arithmetic(products="onednn"), "cpu", 1, Arithmetic()),
+        (Arithmetic(), "cpu", 2, Arithmetic(gradient="autograd")),
+        (Arithmetic(dtype="bfloat16"), "cuda", 1, Arithmetic("cuda", "bfloat16", gradient="autograd")),
+        (Arithmetic(), "cuda", 1, Arithmetic("cuda", gradient="autograd")),
+        (Arithmetic("cuda", "float16", gradient="autograd"), "cpu", 1, Arithmetic(gradient="autograd")),
+    ],
+)
+def test_another_arithmetic_than_the_checkpoints_is_told_in_one_line(
+    before, device, world_size, after, monkeypatch, machine, caplog
+):
+    machine(cuda=1)
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: False)
+    params, recorded = parameters(device=device), dataclasses.asdict(before)
+    dist = Distributed(world_size=world_size)
+    assert start_runtime(params, dist, recorded).arithmetic == after
+    assert [record.getMessage() for record in caplog.records] == [
+        f"warning: the run was computed with {before}, which is not possible here; it goes on with {after},"
+        " and will not end with the same bytes"
+    ]
+    caplog.clear()
+    start_runtime(params, Distributed(rank=1, world_size=2), recorded)
+    assert not caplog.records  # the main process has said it
+
+
+def test_an_arithmetic_in_words():
+    assert str(Arithmetic()) == "cpu, float32, products by PyTorch, manual gradient"
+    words = "cpu, bfloat16, products by oneDNN, manual gradient, compiled"
+    assert str(Arithmetic("cpu", "bfloat16", "onednn", compiled=True)) == words
 
 
 def test_autocast_is_the_chosen_arithmetic_and_nothing_in_float32():
     x = torch.ones(2, 2)
-    for dtype in (torch.float32, torch.bfloat16):
-        with Runtime(torch.device("cpu"), dtype, 1).autocast():
-            assert (x @ x).dtype is dtype
+    for dtype in ("float32", "bfloat16"):
+        with Runtime(arithmetic=Arithmetic(dtype=dtype)).autocast():
+            assert (x @ x).dtype is getattr(torch, dtype)
 
 
 def test_only_float16_scales_the_loss():
     enabled = {
-        dtype: Runtime(torch.device("cpu"), dtype, 1).loss_scaler().is_enabled()
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        dtype: Runtime(arithmetic=Arithmetic(dtype=dtype)).loss_scaler().is_enabled()
+        for dtype in ("float32", "bfloat16", "float16")
     }
-    assert enabled == {torch.float32: False, torch.bfloat16: False, torch.float16: True}
+    assert enabled == {"float32": False, "bfloat16": False, "float16": True}
 
 
 # --- seeds --------------------------------------------------------------------------------------------

@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 
 from data import get_batch
 from model import BigramLanguageModel
-from parameters import DataConfig, ModelConfig, Parameters, TensorBoardConfig, TrainConfig
+from parameters import ModelConfig, TrainConfig
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import trainer as trainer_module
+from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.backward import Backward, create_backward
 from utils_alg1.training.checkpoint import newest_checkpoint
 from utils_alg1.training.optimizers import create_optimizer, orthogonalize, sgd
 from utils_alg1.training.progress import Evaluation, Progress
-from utils_alg1.training.runtime import COMPILE_FLOPS, Compiled, Runtime, start_runtime
+from utils_alg1.training.runtime import Compiled, Runtime
 from utils_alg1.training.schedule import learning_rate
 from utils_alg1.training.seeds import generator, seed_initial_weights
 from utils_alg1.training.trainer import Trainer
@@ -34,7 +35,7 @@ from utils_alg1.training.trainer import Trainer
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
 BLOCK_SIZE, VOCAB_SIZE = 8, 11
 DATA = np.random.default_rng(0).integers(0, VOCAB_SIZE, 400).astype(np.uint8)
-CPU = Runtime(torch.device("cpu"), torch.float32, 1)
+CPU = Runtime()
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -53,7 +54,9 @@ def make_trainer(dropout: float = 0.0, **settings) -> Trainer:
         n_embd=16, n_head=2, n_layer=1, block_size=BLOCK_SIZE, dropout=dropout, vocab_size=VOCAB_SIZE
     )
     model = BigramLanguageModel(sizes)
-    return Trainer(model, create_backward(model, CPU, pytest.fail), (DATA[:300], DATA[300:]), config, CPU)
+    runtime = Runtime(arithmetic=Arithmetic(gradient="autograd")) if dropout else CPU
+    backward = create_backward(model, runtime, pytest.fail)
+    return Trainer(model, backward, (DATA[:300], DATA[300:]), config, runtime)
 
 
 def gradients(trainer: Trainer) -> torch.Tensor:
@@ -578,49 +581,9 @@ def test_a_compiler_that_fails_costs_one_line(compiler, train, text_file, monkey
     line = "torch.compile does not work here (no compiler); going on without it"
     assert result.out.splitlines().count(line) == 1
     (run,) = Path("on").glob("2*")
-    assert newest_checkpoint(run, pytest.fail).metadata["compiled"] is False
+    assert newest_checkpoint(run, pytest.fail).metadata["arithmetic"]["compiled"] is False
     assert train(*flags, "--compile", "off", "--runs-dir", "off").code == 0
     assert_same_bytes(last_state("on"), last_state("off"))
-
-
-@pytest.mark.parametrize(
-    "mode, before, wanted",
-    [
-        ("on", None, True),
-        ("on", False, True),
-        ("off", True, False),
-        ("auto", None, False),
-        ("auto", True, True),
-        ("auto", False, False),
-    ],
-)
-def test_when_to_compile(mode, before, wanted):
-    config = TrainConfig(device="cpu", compile=mode, threads=1)
-    assert start_runtime(config, compiled_before=before).compile is wanted
-
-
-@pytest.mark.parametrize(
-    "device, flops, pays",
-    [("cpu", 1e20, False), ("cuda", 0.9e15, False), ("cuda", 1e15, True)],
-)
-def test_a_long_run_on_a_gpu_is_worth_compiling(device, flops, pays, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    config = TrainConfig(device=device, dtype="float32", threads=1, max_iters=100)
-    assert start_runtime(config, flops / 100).compile is pays
-
-
-def test_the_reference_model_is_not_worth_compiling_and_the_six_layer_one_is():
-    small = ModelConfig(), TrainConfig()
-    large = (
-        ModelConfig(n_embd=384, n_head=6, n_layer=6, block_size=256),
-        TrainConfig(batch_size=64, max_iters=5000),
-    )
-    flops = [
-        Parameters(model, train, DataConfig(), TensorBoardConfig(), {}).flops_per_step() * train.max_iters
-        for model, train in (small, large)
-    ]
-    assert [f >= COMPILE_FLOPS for f in flops] == [False, True]
 
 
 def test_a_compiled_function_is_called(monkeypatch):

@@ -1,8 +1,9 @@
 """Manual forward and backward of the model, operator by operator.
 
-Autograd computes the same gradient, up to rounding, from model.py alone, on any device and with dropout. But
-for small models most of its time is overhead, which plain functions of tensors do not have, and torch.compile
-turns these into a single graph, forward and backward.
+Autograd computes the same gradient, up to rounding, from model.py alone, on any device. But for small models
+most of its time is overhead, which plain functions of tensors do not have, for large ones it knows one way to
+multiply matrices only (see products.py), and torch.compile turns these functions into a single graph, forward
+and backward.
 
 Each operator returns its output and its backward: the function from the gradient of the loss with respect to
 the output to that with respect to the input. Shapes use the letters of model.py, and N = B T.
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parameters import ModelConfig
+from utils_alg1.network.products import Products
 from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
 
 Backward = Callable[[Tensor], Tensor]
@@ -28,7 +30,7 @@ MATH_ATTENTION_MAX_T = 64  # up to here, compiled attention is faster as plain m
 
 
 def loss_and_gradients(
-    weights: Mapping[str, Tensor], config: ModelConfig, idx: Tensor, targets: Tensor
+    weights: Mapping[str, Tensor], config: ModelConfig, idx: Tensor, targets: Tensor, products: Products
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute the mean cross-entropy of a batch and its gradient with respect to every weight.
 
@@ -37,6 +39,8 @@ def loss_and_gradients(
         config: of that model. Its dropout is not applied.
         idx: (B, T) int64 tokens.
         targets: (B, T) int64, the token that follows each of idx.
+        products: how the products of the blocks are computed. Those of the head, which are small, norms,
+            residual stream and loss have the data type of the weights.
 
     Returns:
         the loss in nats (a scalar), and the gradients in the order of `weights`.
@@ -46,16 +50,22 @@ def loss_and_gradients(
     cos_sin = rotary_cos_sin(config, 0, T, idx.device)
     gradients: dict[str, Tensor] = {}
 
-    def linear(name: str, x: Tensor) -> tuple[Tensor, Backward]:
+    def linear(
+        name: str, x: Tensor, relu: bool = False, residual: Tensor | None = None, by: Products = products
+    ) -> tuple[Tensor, Backward]:
         weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        dtype, x, weight = weight.dtype, by.cast(x), by.cast(weight)
 
         def backward(grad: Tensor) -> Tensor:
-            gradients[f"{name}.weight"] = grad.t() @ x
-            if bias is not None:
-                gradients[f"{name}.bias"] = grad.sum(0)
-            return grad @ weight
+            x_grad, weight_grad, bias_grad = by.backward(by.cast(grad), x, weight, bias is not None, dtype)
+            gradients[f"{name}.weight"] = weight_grad
+            if bias_grad is not None:
+                gradients[f"{name}.bias"] = bias_grad
+            return x_grad
 
-        return F.linear(x, weight, bias), backward
+        if residual is not None:
+            return by.linear_add(x, weight, bias, residual), backward
+        return by.linear(x, weight, bias, relu), backward
 
     def layer_norm(name: str, x: Tensor) -> tuple[Tensor, Backward]:
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -63,7 +73,7 @@ def loss_and_gradients(
 
         def backward(grad: Tensor) -> Tensor:
             grad, gradients[f"{name}.weight"], gradients[f"{name}.bias"] = aten.native_layer_norm_backward(
-                grad, x, (C,), mean, rstd, weight, bias, (True, True, True)
+                grad.to(x.dtype), x, (C,), mean, rstd, weight, bias, (True, True, True)
             )
             return grad
 
@@ -80,16 +90,14 @@ def loss_and_gradients(
         out, ln1 = layer_norm(f"{block}.ln1", x)
         out, qkv = linear(f"{block}.sa.qkv", out)  # (N, 3 C)
         out, attend = self_attention(out.view(B, T, 3, config.n_head, -1), config.qk_norm, cos_sin)
-        out, proj = linear(f"{block}.sa.proj", out)
-        x = out.add_(x)
+        x, proj = linear(f"{block}.sa.proj", out, residual=x)
         out, ln2 = layer_norm(f"{block}.ln2", x)
-        out, up = linear(f"{block}.ffwd.net.0", out)  # (N, 4 C)
-        out, activation = relu_(out)
-        out, down = linear(f"{block}.ffwd.net.2", out)
-        x = out.add_(x)
+        out, up = linear(f"{block}.ffwd.net.0", out, relu=True)  # (N, 4 C)
+        activation = relu_backward(out)
+        x, down = linear(f"{block}.ffwd.net.2", out, residual=x)
         branches += (proj, attend, qkv, ln1), (down, activation, up, ln2)
     out, ln_f = layer_norm("ln_f", x)
-    logits, lm_head = linear("lm_head", out)  # (N, V)
+    logits, lm_head = linear("lm_head", out, by=Products(out.dtype))  # (N, V)
     log_probs = logits.log_softmax(1)
     targets = targets.reshape(N, 1)
     loss = -log_probs.gather(1, targets).mean()
@@ -110,10 +118,9 @@ def loss_and_gradients(
     return loss, [gradients[name] for name in weights]
 
 
-def relu_(x: Tensor) -> tuple[Tensor, Backward]:
-    """ReLU in place."""
-    out = x.relu_()
-    return out, lambda grad: aten.threshold_backward(grad, out, 0)
+def relu_backward(out: Tensor) -> Backward:
+    """Return the backward of a ReLU from its output."""
+    return lambda grad: aten.threshold_backward(grad, out, 0)
 
 
 def self_attention(qkv: Tensor, qk_norm: bool, cos_sin: Tensor | None) -> tuple[Tensor, Backward]:

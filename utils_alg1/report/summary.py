@@ -29,8 +29,8 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
     """Return the lines printed at the start of a run: device, model, text, steps, folder and parameters."""
     model, train, runtime = params.model, params.train, trainer.runtime
     sequences = trainer.tokens_per_step // model.block_size
-    device = f"{runtime.device}, {runtime.dtype_name}, {format_count(runtime.threads, 'thread')}"
-    if runtime.compile:
+    device = f"{runtime.device}, {runtime.arithmetic.dtype}, {format_count(runtime.threads, 'thread')}"
+    if runtime.arithmetic.compiled:
         device += ", compiled"
     if runtime.dist.world_size > 1:
         device += f", in each of {runtime.dist.world_size} processes"

@@ -163,5 +163,5 @@ def _sizes(initial: BigramLanguageModel) -> dict[str, Any]:
 def _start_runtime(params: Parameters, checkpoint: Checkpoint | None, dist: Distributed) -> Runtime:
     from utils_alg1.training.runtime import start_runtime
 
-    compiled_before = checkpoint.metadata.get("compiled") if checkpoint else None
-    return start_runtime(params.train, params.flops_per_step(), dist, compiled_before)
+    recorded = checkpoint.metadata["arithmetic"] if checkpoint else None
+    return start_runtime(params, dist, recorded)

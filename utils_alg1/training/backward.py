@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from model import BigramLanguageModel
-from parameters import MODEL_OPTIONS
-from utils_alg1.network.gradient import OPTIONS, loss_and_gradients
+from utils_alg1.network.gradient import loss_and_gradients
+from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.runtime import Compiled, Runtime
 
 LOGGER = logging.getLogger("alg1")
@@ -31,9 +32,10 @@ class Backward:
         self.scaler = runtime.loss_scaler()
 
     @property
-    def compiled(self) -> bool:
-        """Whether the forward pass is compiled: it was asked for, and did not fail."""
-        return isinstance(self._forward, Compiled) and not self._forward.failed
+    def arithmetic(self) -> Arithmetic:
+        """That of the runtime; not compiled if that failed."""
+        compiled = isinstance(self._forward, Compiled) and not self._forward.failed
+        return dataclasses.replace(self._runtime.arithmetic, compiled=compiled)
 
     def __call__(self, x: Tensor, y: Tensor, n_micro_batches: int) -> Tensor:
         """Add the gradients of the mean loss divided by `n_micro_batches`, and return that quotient.
@@ -51,20 +53,20 @@ class Backward:
 class ManualBackward(Backward):
     """Computes the same gradients, except for rounding, by the formulas of network/gradient.py.
 
-    It is faster than autograd, and supports a CPU, float32, no dropout and a single process.
+    It is faster than autograd; `supports_manual_gradient` tells where it can be used.
     """
 
     def __init__(self, model: BigramLanguageModel, runtime: Runtime, say: Callable[[str], None]):
         function: Callable = loss_and_gradients
-        if runtime.compile:
+        if runtime.arithmetic.compiled:
             function = Compiled(function, say, {"cpp_wrapper": True})  # no Python between kernels
         super().__init__(function, runtime)
-        self._config = model.config
+        self._config, self._products = model.config, runtime.arithmetic.products_of_gradient()
         self._weights = dict(model.named_parameters())
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor, n_micro_batches: int) -> Tensor:
-        loss, gradients = self._forward(self._weights, self._config, x, y)
+        loss, gradients = self._forward(self._weights, self._config, x, y, self._products)
         if n_micro_batches > 1:
             torch._foreach_div_(gradients, n_micro_batches)
         for parameter, gradient in zip(self._weights.values(), gradients, strict=True):
@@ -73,17 +75,13 @@ class ManualBackward(Backward):
 
 
 def create_backward(model: BigramLanguageModel, runtime: Runtime, say: Callable[[str], None]) -> Backward:
-    """Return the fastest backward pass that supports the model; compiled if the runtime says so.
+    """Return the backward pass of the runtime's arithmetic, compiled if that says so.
 
     Args:
         say: prints a line about compiling.
     """
-    config = model.config
-    known = all(getattr(config, name) == MODEL_OPTIONS[name] for name in MODEL_OPTIONS.keys() - OPTIONS)
-    plain_cpu = runtime.device.type == "cpu" and runtime.dtype is torch.float32
-    if known and plain_cpu and runtime.dist.world_size == 1 and not config.dropout:
-        LOGGER.debug("gradients: by formulas (network/gradient.py)")
+    LOGGER.debug("arithmetic: %s", runtime.arithmetic)
+    if runtime.arithmetic.gradient == "manual":
         return ManualBackward(model, runtime, say)
-    LOGGER.debug("gradients: by autograd")
     forward: Callable = runtime.dist.wrap(model, runtime.device)
-    return Backward(Compiled(forward, say) if runtime.compile else forward, runtime)
+    return Backward(Compiled(forward, say) if runtime.arithmetic.compiled else forward, runtime)

@@ -34,6 +34,7 @@ from utils_alg1.run_directory import (
     checkpoint_paths,
     checkpoint_step,
 )
+from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.trainer import Trainer
 
@@ -51,7 +52,7 @@ class TrackerState(TypedDict):
 
 
 class CheckpointMetadata(TypedDict, total=False):
-    """What a checkpoint holds besides its tensors. Old files may lack `world_size` and `compiled`."""
+    """What a checkpoint holds besides its tensors. Old files may lack `world_size` and `arithmetic`."""
 
     format: str  # FORMAT
     format_version: int  # FORMAT_VERSION
@@ -63,7 +64,7 @@ class CheckpointMetadata(TypedDict, total=False):
     progress: dict[str, Any]  # Progress: step, best loss, newest evaluation, seconds
     scaler: dict[str, Any]  # GradScaler.state_dict(): empty unless float16
     world_size: int  # the number of processes
-    compiled: bool | None  # whether the training steps were compiled; None if that is not known
+    arithmetic: dict[str, Any]  # Arithmetic: how its steps were computed; of old files, only if compiled
     trackers: dict[str, TrackerState]  # by name
 
 
@@ -189,7 +190,7 @@ class CheckpointStore:
             "vocabulary": model.vocabulary,
             "scaler": trainer.scaler.state_dict(),
             "world_size": trainer.runtime.dist.world_size,
-            "compiled": trainer.backward.compiled,
+            "arithmetic": dataclasses.asdict(trainer.backward.arithmetic),
             **run_metadata,
         }
         tensors = {n: t.detach().to("cpu", copy=True) for n, t in trainer_tensors(trainer).items()}
@@ -239,7 +240,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: checkpoint format {metadata.get('format_version')!r} is not known",
             "use the release of ALG1 that wrote it",
         )
-    metadata = {"world_size": 1, "compiled": None} | metadata
+    metadata = {"world_size": 1, "arithmetic": {"compiled": metadata.get("compiled")}} | metadata
     checkpoint = Checkpoint(path, tensors, metadata)  # type: ignore[arg-type]
     try:
         fault = _find_fault(checkpoint)
@@ -264,6 +265,7 @@ def _find_fault(checkpoint: Checkpoint) -> str | None:
         "progress": _has_types(vars(progress), Progress) and progress.step >= 0,
         "evaluation": evaluation is None or _has_types(vars(evaluation), Evaluation),
         "step": step_in_name is None or int(step_in_name[1]) == progress.step,
+        "arithmetic": Arithmetic(**metadata["arithmetic"]).is_known,
         "parameters": not coerce_all(metadata["parameters"])[1],
         "weights": sum(tensor.numel() for tensor in weights) == config.n_parameters,
         "vocabulary": vocabulary == sorted(set("".join(vocabulary))) and len(vocabulary) == config.vocab_size,

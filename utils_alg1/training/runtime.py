@@ -1,25 +1,32 @@
-"""The device of a run and how it computes there: dtype, threads, compilation, memory."""
+"""The device of a run and how it computes there: arithmetic, threads, compilation, memory."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from parameters import Parameters, TrainConfig
+from parameters import Parameters
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
+from utils_alg1.training.arithmetic import (
+    SMALL_STEP_FLOPS,
+    Arithmetic,
+    Processor,
+    choose_arithmetic,
+    keep_arithmetic,
+    recorded_arithmetic,
+)
 from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
 
+LOGGER = logging.getLogger("alg1")
 BYTES_PER_PARAMETER = 12  # at least: float32 weight, gradient and one optimizer moment
-SMALL_STEP_FLOPS = 1e9  # a training step with fewer floating-point operations gets one CPU thread
-COMPILE_FLOPS = 1e15  # a run on CUDA with at least so many is compiled: a guess, not a measurement
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -28,25 +35,24 @@ class Runtime:
 
     Attributes:
         device: the device of the model.
-        dtype: of the forward pass; weights and optimizer state stay float32.
+        arithmetic: how training steps are computed; weights and optimizer state are float32.
         threads: the number of CPU threads.
         dist: this process among those of the run.
-        compile: whether to compile the training step.
     """
 
-    device: torch.device
-    dtype: torch.dtype
-    threads: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+    threads: int = 1
     dist: Distributed = SINGLE_PROCESS
-    compile: bool = False
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def dtype(self) -> torch.dtype:
+        """The data type of the forward pass."""
+        return getattr(torch, self.arithmetic.dtype)
 
     def describe(self) -> dict[str, Any]:
         """Return what the records of a run keep of it."""
-        return {"device": str(self.device), "dtype": self.dtype_name, "threads": self.threads}
+        return {**dataclasses.asdict(self.arithmetic), "device": str(self.device), "threads": self.threads}
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return the autocast context of a forward pass; a null context in float32."""
@@ -65,41 +71,39 @@ class Runtime:
 
 
 def start_runtime(
-    config: TrainConfig,
-    flops_per_step: float = math.inf,
-    dist: Distributed = SINGLE_PROCESS,
-    compiled_before: bool | None = None,
+    params: Parameters, dist: Distributed = SINGLE_PROCESS, recorded: dict[str, Any] | None = None
 ) -> Runtime:
-    """Choose the device, the number of threads, the dtype and whether to compile; set the threads.
+    """Choose the device, the number of threads and the arithmetic; set the threads.
 
     Args:
-        flops_per_step: see Parameters.flops_per_step.
         dist: this process among those of the run.
-        compiled_before: whether the steps of a resumed run were compiled (`--compile auto` keeps to that),
-            or None for a new run.
+        recorded: the arithmetic that the checkpoint of a resumed run holds, which is kept as far as this
+            machine supports it; a difference costs a warning. None for a new run.
 
     Raises:
         Alg1Error: there is no such device, or it does not support the dtype.
     """
+    config = params.train
     device = find_device(config.device)
     if dist.world_size > 1:
         device = device_of_process(device, dist)
     if config.threads:
         torch.set_num_threads(config.threads)
-    elif device.type == "cpu" and flops_per_step < SMALL_STEP_FLOPS:
+    elif device.type == "cpu" and params.flops_per_step() < SMALL_STEP_FLOPS:
         torch.set_num_threads(1)  # a second one gains little there, and takes a core from the trackers
-    dtype = DTYPES.get(config.dtype, torch.float32)
-    if config.dtype == "auto" and device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if dtype is torch.float16 and device.type != "cuda":
-        text = f"--dtype float16 needs CUDA, and the device is {device}"
-        raise Alg1Error(text, "use --dtype float32 or --dtype bfloat16")
-    compile_it = {"on": True, "off": False}.get(config.compile, compiled_before)
-    if compile_it is None:
-        # By figures, not by the clock, so that the same run always decides the same. On a CPU compiling pays
-        # after some ten thousand steps, and needs a C++ compiler that may be missing: it has to be asked for.
-        compile_it = device.type == "cuda" and flops_per_step * config.max_iters >= COMPILE_FLOPS
-    return Runtime(device, dtype, torch.get_num_threads(), dist, compile_it)
+    if recorded is None:
+        arithmetic = choose_arithmetic(params, device, dist, Processor.read())
+    else:
+        before = recorded_arithmetic(recorded, params, device, dist)
+        arithmetic = keep_arithmetic(before, params, device, dist)
+        if dist.is_main and dataclasses.replace(before, compiled=arithmetic.compiled) != arithmetic:
+            LOGGER.warning(
+                "warning: the run was computed with %s, which is not possible here; it goes on with %s,"
+                " and will not end with the same bytes",
+                before,
+                arithmetic,
+            )
+    return Runtime(device, arithmetic, torch.get_num_threads(), dist)
 
 
 def device_of_process(device: torch.device, dist: Distributed) -> torch.device:

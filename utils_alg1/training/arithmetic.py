@@ -1,0 +1,160 @@
+"""How training steps are computed: in which data type, by which library and which gradient.
+
+It is chosen from the device, the processor and the sizes, never from a clock, so that the same run always
+decides the same. A checkpoint holds it, and a resumed run keeps to it: only so it gets the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parameters import MODEL_OPTIONS, Parameters
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.network.gradient import OPTIONS
+from utils_alg1.network.products import Products, onednn_works
+from utils_alg1.training.distributed import Distributed
+
+SMALL_STEP_FLOPS = 1e9  # a training step with fewer floating-point operations is bound by calls, not products
+BFLOAT16_N_EMBD = 128  # bfloat16 pays for its conversions from this width on
+COMPILE_FLOPS = 1e15  # a run on CUDA with at least so many is compiled: a guess, not a measurement
+DTYPES = ("float32", "bfloat16", "float16")
+LIBRARIES = {"pytorch": "PyTorch", "onednn": "oneDNN"}
+GRADIENTS = ("manual", "autograd")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # of a processor that multiplies bfloat16 faster than float32
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What /proc/cpuinfo says of the processor; where there is none, as on macOS, nothing is known of it."""
+
+    vendor: str = ""
+    flags: frozenset[str] = frozenset()
+
+    @classmethod
+    def read(cls, path: Path = Path("/proc/cpuinfo")) -> Processor:
+        try:
+            lines = [line.partition(":") for line in path.read_text("utf-8", "replace").splitlines()]
+        except OSError:
+            return cls()
+        values = {name.strip(): value.strip() for name, _, value in reversed(lines)}  # the first core's
+        return cls(values.get("vendor_id", ""), frozenset(values.get("flags", "").split()))
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How training steps are computed.
+
+    Attributes:
+        device: the type of the device: cpu, cuda, mps.
+        dtype: the data type of the products.
+        products: the library of the manual gradient's products: pytorch (its own choice) or onednn.
+        gradient: manual (network/gradient.py) or autograd.
+        compiled: whether by torch.compile; None if an older checkpoint does not tell.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    products: str = "pytorch"
+    gradient: str = "manual"
+    compiled: bool | None = False
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.device}, {self.dtype}, products by {LIBRARIES[self.products]}, {self.gradient} gradient"
+        )
+        return text + ", compiled" if self.compiled else text
+
+    @property
+    def is_known(self) -> bool:
+        """Whether this version knows the values."""
+        known = self.dtype in DTYPES and self.products in LIBRARIES and self.gradient in GRADIENTS
+        return known and isinstance(self.device, str) and self.compiled in (None, False, True)
+
+    def products_of_gradient(self) -> Products:
+        """Return the products of the manual gradient."""
+        return Products(getattr(torch, self.dtype), self.products == "onednn")
+
+
+def choose_arithmetic(
+    params: Parameters, device: torch.device, dist: Distributed, processor: Processor
+) -> Arithmetic:
+    """Return the fastest arithmetic for a new run; or what --dtype and --compile ask for.
+
+    Raises:
+        Alg1Error: the device does not support the dtype.
+    """
+    config, flops = params.train, params.flops_per_step()
+    small = flops < SMALL_STEP_FLOPS
+    if (dtype := config.dtype) == "auto":
+        has_bfloat16 = processor.flags & BFLOAT16_FLAGS
+        if device.type == "cuda":
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        elif device.type == "cpu" and has_bfloat16 and not small and params.model.n_embd >= BFLOAT16_N_EMBD:
+            dtype = "bfloat16"
+        else:
+            dtype = "float32"
+    if dtype == "float16" and device.type != "cuda":
+        text = f"--dtype float16 needs CUDA, and the device is {device}"
+        raise Alg1Error(text, "use --dtype float32 or --dtype bfloat16")
+    manual = supports_manual_gradient(params, device, dist)
+    faster = dtype == "bfloat16" or (processor.vendor == "AuthenticAMD" and not small)
+    # On a CPU compiling pays after some ten thousand steps, and needs a C++ compiler that may be missing: it
+    # has to be asked for.
+    compiled = {"on": True, "off": False}.get(
+        config.compile, device.type == "cuda" and flops * config.max_iters >= COMPILE_FLOPS
+    )
+    return Arithmetic(
+        device.type,
+        dtype,
+        "onednn" if manual and faster and onednn_works() else "pytorch",
+        "manual" if manual else "autograd",
+        compiled,
+    )
+
+
+def supports_manual_gradient(params: Parameters, device: torch.device, dist: Distributed) -> bool:
+    """Return whether network/gradient.py computes this model here: one process, on a CPU."""
+    model = params.model
+    known = all(getattr(model, name) == MODEL_OPTIONS[name] for name in MODEL_OPTIONS.keys() - OPTIONS)
+    return known and device.type == "cpu" and dist.world_size == 1 and not model.dropout
+
+
+def recorded_arithmetic(
+    recorded: dict[str, Any], params: Parameters, device: torch.device, dist: Distributed
+) -> Arithmetic:
+    """Return the arithmetic that a checkpoint holds; or that of the versions that recorded none.
+
+    Those knew nothing of the processor, and the manual gradient in float32 without dropout only.
+    """
+    if "dtype" in recorded:
+        return Arithmetic(**recorded)
+    old = dataclasses.replace(choose_arithmetic(params, device, dist, Processor()), **recorded)
+    if old.dtype != "float32" or params.model.dropout:
+        return dataclasses.replace(old, products="pytorch", gradient="autograd")
+    return old
+
+
+def keep_arithmetic(
+    before: Arithmetic, params: Parameters, device: torch.device, dist: Distributed
+) -> Arithmetic:
+    """Return the arithmetic of a resumed run: that of the checkpoint, as far as this machine supports it.
+
+    Raises:
+        Alg1Error: the device does not support the dtype.
+    """
+    new = choose_arithmetic(params, device, dist, Processor())
+    dtype = new.dtype if before.dtype == "float16" and device.type != "cuda" else before.dtype
+    manual = before.gradient == "manual" and supports_manual_gradient(params, device, dist)
+    compiled = before.compiled if params.train.compile == "auto" else new.compiled
+    return Arithmetic(
+        device.type,
+        dtype,
+        before.products if manual and (before.products == "pytorch" or onednn_works()) else "pytorch",
+        "manual" if manual else "autograd",
+        new.compiled if compiled is None else compiled,
+    )
