@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -43,6 +44,35 @@ def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[
             functions[name]()
             seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def seconds_per_step(
+    functions: Mapping[str, Callable[[int], Any]], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Time functions that take so many steps, in turns of about `seconds`; returns a step's in each turn.
+
+    Each function is warmed up: its first steps are slower.
+    """
+    counts = {}
+    for name, take in functions.items():
+        take(3)
+        began = time.perf_counter()
+        take(1)
+        counts[name] = max(1, round(seconds / (time.perf_counter() - began)))
+    turns = {name: functools.partial(take, counts[name]) for name, take in functions.items()}
+    return {
+        name: [turn / counts[name] for turn in times] for name, times in interleave(turns, rounds).items()
+    }
+
+
+def repeat(step: Callable[[], Any]) -> Callable[[int], None]:
+    """Return a function that takes so many steps."""
+
+    def take(count: int) -> None:
+        for _ in range(count):
+            step()
+
+    return take
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:

@@ -20,22 +20,34 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import SIZES, Steps, build_trainer, interleave, machine, parser, ratio, table, text_or_docs
+from common import (
+    SIZES,
+    Steps,
+    build_trainer,
+    machine,
+    parser,
+    ratio,
+    repeat,
+    seconds_per_step,
+    table,
+    text_or_docs,
+)
 
 GPU_SIZES = {"384/6/6 T256 B64": SIZES["384/6/6 T256 B8"] | {"batch_size": 64}}
 
 
 def main() -> None:
+    import torch
+
     options = parser(__doc__)
     options.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     options.add_argument("--lecture", type=Path, help="a checkout of the lecture (ng-video-lecture)")
-    options.add_argument("--jax", action="store_true", help="a JAX step of the same model too, on a CPU")
+    options.add_argument("--jax", action="store_true", help="a JAX step of the same model too")
     options.add_argument("--data", help="a text (default: Python's documentation)")
     options.add_argument(
         "--threads",
@@ -43,12 +55,12 @@ def main() -> None:
         help="of all contestants; 0: PyTorch's choice; best: each one's own best number",
     )
     options.add_argument("--compile", action="store_true", help="also measure nanoGPT and ALG1 compiled")
-    options.add_argument("--device", default="cpu", help="cpu or cuda")
+    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of all contestants (cpu)")
     options.add_argument(
         "--dtype", nargs="+", choices=("float32", "bfloat16", "auto"), default=["auto"], metavar="DTYPE",
         help="float32, bfloat16, auto: train.py's choice, and nanoGPT's (float32 on a CPU)",
     )  # fmt: skip
-    options.add_argument("--dropout", type=float, default=0.0, help="of all contestants but JAX (0)")
+    options.add_argument("--dropout", type=float, default=0.0, help="of all contestants (0)")
     options.add_argument("--size", choices=SIZES | GPU_SIZES, help="only this one")
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--seconds", type=float, default=1.0, help="of each turn, roughly")
@@ -56,10 +68,14 @@ def main() -> None:
     if args.quick:
         args.rounds, args.seconds, args.threads = 2, 0.01, "1"
         args.size = args.size or next(iter(SIZES))
+    if args.jax and (args.dropout or args.device != "cpu"):
+        options.error("the JAX step is for a CPU and has no dropout")
     if args.jax and not importlib.util.find_spec("jax"):
         print("jax is not installed: left out (pip install jax)", file=sys.stderr)
         args.jax = False
     print(machine(), flush=True)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        options.error("this machine has no CUDA device")
     sizes = SIZES | GPU_SIZES if args.size or args.device != "cpu" else SIZES
     rows = []
     for name in [args.size] if args.size else sizes:
@@ -183,32 +199,21 @@ def products(arithmetic: str, threads: int, device: str) -> Iterator[Contestant]
     """Yield products of two large matrices, by each library: their speed is the peak of this machine."""
     import torch
 
+    from utils_alg1.network.products import Products, onednn_works
+
     side = 1536 if device == "cpu" else 8192
     a, b = torch.randn(2, side, side, device=device, dtype=getattr(torch, arithmetic))
-    flops = 2.0 * side**3
-    library = "MKL" if device == "cpu" and torch.backends.mkl.is_available() else "PyTorch"
-    library = library if arithmetic == "float32" else "PyTorch"
-    yield Contestant(
-        f"{library} {arithmetic}", "", arithmetic, threads, repeat(lambda: (a @ b)[0, 0].item()), flops
-    )
-    if device == "cpu" and arithmetic == "float32" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        linear = torch.ops.mkldnn._linear_pointwise
-        take = repeat(lambda: linear(a, b, None, "none", [], "")[0, 0].item())
-        yield Contestant("oneDNN float32", "", arithmetic, threads, take, flops)
-
-
-def repeat(step: Callable[[], Any]) -> Callable[[int], None]:
-    """Return a function that takes so many steps."""
-
-    def take(count: int) -> None:
-        for _ in range(count):
-            step()
-
-    return take
+    mkl = device == "cpu" and arithmetic == "float32" and torch.backends.mkl.is_available()
+    libraries = {"MKL" if mkl else "PyTorch": Products(a.dtype)}
+    if device == "cpu" and onednn_works():
+        libraries["oneDNN"] = Products(a.dtype, onednn=True)
+    for library, by in libraries.items():
+        take = repeat(functools.partial(by.linear, a, b, None))
+        yield Contestant(f"{library} {arithmetic}", "", arithmetic, threads, take, 2.0 * side**3)
 
 
 def take_turns(entered: Sequence[Contestant], args: Any) -> None:
-    """Time all contestants, in turns of about `--seconds`. Each is warmed up: its first steps are slower."""
+    """Time all contestants, in turns of about `--seconds`."""
     import torch
 
     def turn(one: Contestant, count: int) -> None:
@@ -217,18 +222,10 @@ def take_turns(entered: Sequence[Contestant], args: Any) -> None:
         if args.device != "cpu":
             torch.cuda.synchronize()
 
-    counts = []
-    for one in entered:
-        turn(one, 3)
-        began = time.perf_counter()
-        turn(one, 1)
-        counts.append(max(1, round(args.seconds / (time.perf_counter() - began))))
-    turns = {
-        str(i): functools.partial(turn, one, count)
-        for i, (one, count) in enumerate(zip(entered, counts, strict=True))
-    }
-    for one, count, seconds in zip(entered, counts, interleave(turns, args.rounds).values(), strict=True):
-        one.times = [turn / count for turn in seconds]
+    turns = {str(i): functools.partial(turn, one) for i, one in enumerate(entered)}
+    times = seconds_per_step(turns, args.rounds, args.seconds)
+    for i, one in enumerate(entered):
+        one.times = times[str(i)]
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def test_a_picture_of_the_growth_is_drawn(workdir, common):
     from scaling import draw
 
     rows = [
-        {"what changes": axis, "to": value, "tok/s": 10.0 * value, "peak memory, MB": 5.0}
-        for axis in ("n_embd", "batch_size")
+        {"what changes": axis, "dtype": dtype, "to": value, "tok/s": 10.0 * value, "peak memory, MB": 5.0}
+        for axis, dtype in (("n_embd", "float32"), ("batch_size", "float32"), ("n_embd", "bfloat16"))
         for value in (1, 2)
     ]
     draw(rows, workdir / "x.png")

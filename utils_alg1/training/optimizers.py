@@ -2,7 +2,7 @@
 
 torch.optim is not used: creating one of its optimizers imports PyTorch's compiler, 822 modules, which takes
 1.05 to 1.3 s at each start (0.02 s here), and the fused AdamW step of 40 small tensors takes 0.34 ms (0.18 ms
-here). benchmarks/README.md has the lines that measure it.
+here). benchmarks/shortcuts.py measures both.
 """
 
 from __future__ import annotations

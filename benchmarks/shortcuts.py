@@ -1,0 +1,153 @@
+"""What each shortcut that exists only for speed earns: the same work with it and without it, in turns.
+
+    python benchmarks/shortcuts.py --data TEXT          TEXT is tiny Shakespeare in the README
+    python benchmarks/shortcuts.py --data TEXT --size "64/4/4 T32 B4" --threads 1
+
+The ratio is how many times longer it takes without the shortcut: the median over the rounds, with quartiles.
+Everything else is as train.py chooses it. Sampling is one text of block_size characters, 64 at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import (
+    SIZES,
+    Steps,
+    build_trainer,
+    child,
+    machine,
+    parser,
+    repeat,
+    seconds_per_step,
+    table,
+    text_or_docs,
+)
+
+# Training steps: name -> parameters of the run and fields of its Arithmetic, with the shortcut and without.
+STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "written-out gradient, against autograd": ({"gradient": "manual"}, {"gradient": "autograd"}),
+    "products by oneDNN, against PyTorch's": (
+        {"dtype": "float32", "products": "onednn"},
+        {"dtype": "float32", "products": "pytorch"},
+    ),
+    "bfloat16, against float32": ({"dtype": "bfloat16"}, {"dtype": "float32"}),
+    "compiled, against eager": ({"compile": "on"}, {"compile": "off"}),
+}
+CREATE = """
+import torch
+from model import BigramLanguageModel
+from parameters import ModelConfig, TrainConfig
+from utils_alg1.training.optimizers import create_optimizer
+model = BigramLanguageModel(ModelConfig(vocab_size=65))
+began = time.perf_counter()
+if sys.argv[1] == "ours":
+    create_optimizer(model, TrainConfig())
+else:
+    torch.optim.AdamW(model.parameters(), fused=True)
+report(seconds=time.perf_counter() - began)
+"""
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--data", help="a text (default: Python's documentation)")
+    options.add_argument("--threads", type=int, default=0, help="0: train.py's choice")
+    options.add_argument("--size", choices=SIZES, help="only this one")
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--seconds", type=float, default=1.0, help="of each turn, roughly")
+    args = options.parse_args()
+    if args.quick:
+        args.rounds, args.seconds, args.size = 2, 0.0, next(iter(SIZES))
+    print(machine(), flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = text_or_docs(args.data, folder)
+        for size in [args.size] if args.size else SIZES:
+            for shortcut, pair in pairs(text, SIZES[size], args):
+                rows.append(row(shortcut, size, **seconds_per_step(pair, args.rounds, args.seconds)))
+        both = [
+            [child(CREATE, who, folder=folder)["seconds"] for _ in range(3)] for who in ("ours", "theirs")
+        ]
+        rows.append(row("creating AdamW, against torch.optim's", "64/4/4 T32 B4", *both))
+    table(rows)
+
+
+def pairs(
+    text: Path, size: dict[str, int], args: Any
+) -> Iterator[tuple[str, dict[str, Callable[[int], Any]]]]:
+    """Yield the name of each shortcut, and the work with it and without it."""
+    settings = {**size, "threads": args.threads}
+    for shortcut, sides in STEPS.items():
+        if not (args.quick and "compiled" in shortcut):  # compiling takes too long for that
+            with_it, without = (repeat(Steps(make_trainer(text, settings | side), 1)) for side in sides)
+            yield shortcut, {"with_it": with_it, "without": without}
+    yield "AdamW, against torch.optim's", optimizer_steps(make_trainer(text, settings))
+    yield "decoder, against the model's forward", samplers(make_trainer(text, settings).model.eval())
+
+
+def make_trainer(text: Path, values: dict[str, Any]) -> Any:
+    """Return a Trainer; `values` may name fields of Arithmetic that are no parameters too."""
+    from utils_alg1.training.backward import create_backward
+
+    fields = {name: values[name] for name in ("gradient", "products") if name in values}
+    trainer = build_trainer(text, **{name: value for name, value in values.items() if name not in fields})
+    arithmetic = dataclasses.replace(trainer.runtime.arithmetic, **fields)
+    runtime = dataclasses.replace(trainer.runtime, arithmetic=arithmetic)
+    trainer.backward = create_backward(trainer.model, runtime, lambda _: None)
+    return trainer
+
+
+def optimizer_steps(trainer: Any) -> dict[str, Callable[[int], Any]]:
+    """Return our update of the weights, and that of torch.optim with the same fused operator."""
+    import torch
+
+    trainer.forward_backward()
+    theirs = torch.optim.AdamW(trainer.model.parameters(), fused=True)
+    return {"with_it": repeat(trainer.optimizer.step), "without": repeat(theirs.step)}
+
+
+def samplers(model: Any) -> dict[str, Callable[[int], Any]]:
+    """Return functions that draw a text: `generate`, and a loop over the cached forward of the model."""
+    import torch
+
+    from utils_alg1.network.decoder import KeyValueCache, next_token
+
+    n = min(64, model.config.block_size) - 1
+    start = torch.zeros(1, 1, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def sample() -> None:
+        token, cache = start, KeyValueCache(model.config, 1, model.lm_head.weight)
+        for _ in range(n):
+            token = next_token(model(token, cache=cache)[0][:, -1])[:, None]
+
+    return {"with_it": repeat(functools.partial(model.generate, start, n)), "without": repeat(sample)}
+
+
+def row(shortcut: str, size: str, with_it: Sequence[float], without: Sequence[float]) -> dict[str, Any]:
+    """Return a row of the table from the seconds of both in each round."""
+    import torch
+
+    ratios = [b / a for a, b in zip(with_it, without, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "shortcut": shortcut,
+        "size": size,
+        "threads": torch.get_num_threads(),
+        "with it, ms": 1e3 * statistics.median(with_it),
+        "without, ms": 1e3 * statistics.median(without),
+        "ratio": middle,
+        "quartiles": f"{low:.3g} to {high:.3g}",
+    }
+
+
+if __name__ == "__main__":
+    main()
