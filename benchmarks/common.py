@@ -152,7 +152,7 @@ def text_or_docs(path: str | None, folder: Path) -> Path:
 
 
 def build_trainer(text: Path, **values: Any) -> Any:
-    """Return the Trainer that train.py would build for these parameters."""
+    """Return the Trainer that train.py would build for these parameters; compiled, if they ask for it."""
     import train
     from utils_alg1.data.corpus import open_corpus
     from utils_alg1.run.job import Job
@@ -163,7 +163,12 @@ def build_trainer(text: Path, **values: Any) -> Any:
     corpus = open_corpus(text)
     runtime = start_runtime(params)
     job = Job(params, text, corpus.sha256, corpus, runtime)
-    return train.build_trainer(job, Console(quiet=True))
+    trainer = train.build_trainer(job, Console(quiet=True))
+    if runtime.arithmetic.compiled:
+        Steps(trainer, 1)()
+        if not trainer.backward.arithmetic.compiled:  # a run goes on without it, a figure would be wrong
+            raise SystemExit("torch.compile does not work here")
+    return trainer
 
 
 def parameters(text: Path, **values: Any) -> Any:

@@ -99,9 +99,10 @@ def make_trainer(text: Path, values: dict[str, Any]) -> Any:
 
     fields = {name: values[name] for name in ("gradient", "products") if name in values}
     trainer = build_trainer(text, **{name: value for name, value in values.items() if name not in fields})
-    arithmetic = dataclasses.replace(trainer.runtime.arithmetic, **fields)
-    runtime = dataclasses.replace(trainer.runtime, arithmetic=arithmetic)
-    trainer.backward = create_backward(trainer.model, runtime, lambda _: None)
+    if fields:
+        arithmetic = dataclasses.replace(trainer.runtime.arithmetic, **fields)
+        runtime = dataclasses.replace(trainer.runtime, arithmetic=arithmetic)
+        trainer.backward = create_backward(trainer.model, runtime, say=print)
     return trainer
 
 
