@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -133,6 +134,59 @@ def test_turns_are_taken_forwards_and_backwards(common):
 
     assert "".join(taken) == "abccbaabc"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_steps_are_timed_in_turns_after_a_warm_up(common):
+    taken = []
+
+    def take(count):
+        taken.append(count)
+        time.sleep(0.01 * count)
+
+    times = common.seconds_per_step({"a": take}, rounds=2, seconds=0.04)
+
+    assert taken[:2] == [3, 1] and len(taken) == 4 and taken[2] == taken[3] in range(1, 5)
+    assert len(times["a"]) == 2 and all(0.01 <= seconds < 0.04 for seconds in times["a"])
+
+
+def test_a_step_that_is_not_compiled_is_no_figure(common, workdir, monkeypatch):
+    import torch
+
+    (workdir / "text.txt").write_text("To be, or not to be: that is the question. " * 20, encoding="utf-8")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
+
+    with pytest.raises(SystemExit, match=r"torch\.compile does not work here"):
+        common.build_trainer(workdir / "text.txt", compile="on", n_embd=8, n_layer=1, device="cpu")
+
+
+def test_the_loss_to_reach_is_that_of_all_whole_sequences_of_the_text(common):
+    import torch
+    from time_to_loss import mean_loss
+
+    class Model(torch.nn.Module):
+        config = SimpleNamespace(block_size=2)
+
+        def forward(self, x, y):
+            assert not self.training and torch.equal(y, x + 1)
+            seen.extend(x.tolist())
+            return None, x.double().mean()
+
+    seen: list = []
+    n = 150  # more than one batch, the last one smaller
+    loss = mean_loss(Model(), torch.arange(2 * n + 2))
+
+    assert seen == [[i, i + 1] for i in range(0, 2 * n, 2)]
+    assert loss == pytest.approx((2 * n - 1) / 2)
+
+
+def test_the_row_of_a_shortcut_has_the_quartiles_of_the_ratio(common):
+    from shortcuts import row
+
+    made = row("a shortcut", "a size", [1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 4.0, 3.0, 5.0])
+
+    assert made["ratio"] == 3.0
+    assert made["quartiles"] == "2 to 4"
+    assert made["with it, ms"] == 1000.0 and made["without, ms"] == 3000.0
 
 
 def test_a_ratio_is_the_median_over_the_rounds(common):
