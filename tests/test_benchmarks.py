@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -136,17 +135,14 @@ def test_turns_are_taken_forwards_and_backwards(common):
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_steps_are_timed_in_turns_after_a_warm_up(common):
+def test_steps_are_timed_in_turns_after_a_warm_up(common, monkeypatch):
     taken = []
+    monkeypatch.setattr(common.time, "perf_counter", lambda: 0.5 * sum(taken))  # half a second a step
 
-    def take(count):
-        taken.append(count)
-        time.sleep(0.01 * count)
+    times = common.seconds_per_step({"a": taken.append}, rounds=2, seconds=2.0)
 
-    times = common.seconds_per_step({"a": take}, rounds=2, seconds=0.04)
-
-    assert taken[:2] == [3, 1] and len(taken) == 4 and taken[2] == taken[3] in range(1, 5)
-    assert len(times["a"]) == 2 and all(0.01 <= seconds < 0.04 for seconds in times["a"])
+    assert taken == [3, 1, 4, 4]
+    assert times == {"a": [0.5, 0.5]}
 
 
 def test_a_step_that_is_not_compiled_is_no_figure(common, workdir, monkeypatch):
