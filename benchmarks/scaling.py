@@ -126,13 +126,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             panel.set_xticks(x, [f"{value:,}" for value in x])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
-            if line:
-                panel.set_ylim(bottom=0)
-            else:
+            if line == 0:
                 panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 panel.yaxis.set_major_formatter("{x:,.0f}")
             if column == 0:
                 panel.set_ylabel(name)
+    panels[1, 0].set_ylim(bottom=0)  # of the whole row, once all curves are there
     figure.savefig(path)
 
 
