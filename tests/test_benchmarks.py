@@ -93,6 +93,46 @@ def test_a_step_is_compared_with_nanogpts_best_in_float32_and_with_the_best_prod
     ]
 
 
+NANOGPT = """
+import torch
+from types import SimpleNamespace as GPTConfig
+
+class GPT(torch.nn.Linear):
+    def __init__(self, config):
+        print("number of parameters: 0.00M")
+        super().__init__(config.n_embd, config.vocab_size, config.bias)
+        self.config = config
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.SGD(self.parameters(), lr=learning_rate)
+
+    def forward(self, x, y):
+        logits = super().forward(torch.ones(len(x), self.config.n_embd))
+        seen.append((logits.dtype, self.config.dropout, x.shape, bool((y == x + 1).all())))
+        return logits, logits.float().square().mean()
+
+seen = []
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_of_nanogpt_is_autocast_where_that_is_asked_for(dtype, common, workdir, capsys):
+    import numpy as np
+    import torch
+    from peers import nanogpt_step
+
+    (workdir / "model.py").write_text(NANOGPT)
+    size = {"n_embd": 4, "n_head": 1, "n_layer": 1, "block_size": 8, "vocab_size": 3, "batch_size": 2}
+    step = nanogpt_step(
+        workdir, np.arange(100), {**size, "dropout": 0.25, "device": "cpu"}, dtype, workdir, compile=False
+    )
+    losses = [step() for _ in range(100)]
+
+    assert sys.modules.pop("nanogpt_model").seen == [(getattr(torch, dtype), 0.25, (2, 8), True)] * 100
+    assert losses[0] > losses[-1], "it trains"
+    assert capsys.readouterr().out == ""
+
+
 def test_a_step_of_the_jax_peer_is_that_of_alg1(common, workdir):
     jax = pytest.importorskip("jax", reason="needs the extra: pip install alg1[bench]")
     import numpy as np
