@@ -84,6 +84,9 @@ def pairs(
     text: Path, size: dict[str, int], args: Any
 ) -> Iterator[tuple[str, dict[str, Callable[[int], Any]]]]:
     """Yield the name of each shortcut, and the work with it and without it."""
+    import torch
+
+    torch.compiler.reset()  # else what was compiled for another size is compiled for any size, and slower
     settings = {**size, "threads": args.threads}
     for shortcut, sides in STEPS.items():
         if not (args.quick and "compiled" in shortcut):  # compiling takes too long for that

@@ -115,6 +115,8 @@ def measure(name: str, size: dict[str, int], args: Any, folder: Path) -> list[di
 
     chosen = torch.get_num_threads() if args.threads == "0" else args.threads
     counts = range(1, (os.cpu_count() or 1) + 1) if chosen == "best" else [int(chosen)]
+    if args.compile:
+        torch.compiler.reset()  # else what was compiled for another size is compiled for any size, and slower
     entered: list[Contestant] = []
     for threads in counts:
         torch.set_num_threads(threads)
