@@ -447,6 +447,11 @@ def test_a_signal_and_a_resume_change_no_byte(manner, start, train, monkeypatch)
 ARITHMETICS = {
     "float32, oneDNN": ([], Processor("AuthenticAMD"), Arithmetic(products="onednn")),
     "bfloat16": ([], Processor("", frozenset({"amx_bf16"})), Arithmetic(dtype="bfloat16", products="onednn")),
+    "bfloat16 with dropout": (
+        ["--dropout", 0.2],
+        Processor("", frozenset({"amx_bf16"})),
+        Arithmetic(dtype="bfloat16", products="onednn"),
+    ),
     "bfloat16, asked for": (
         ["--dtype", "bfloat16"],
         Processor(),
@@ -463,7 +468,7 @@ def test_a_resume_on_another_processor_changes_no_byte(
     with monkeypatch.context() as patch:
         patch.setattr(Processor, "read", lambda: processor)
         patch.setattr(arithmetic_module, "SMALL_STEP_FLOPS", 0)
-        patch.setattr(arithmetic_module, "BFLOAT16_N_EMBD", 0)
+        patch.setitem(arithmetic_module.BFLOAT16_N_EMBD, "manual", 0)
         assert start(*flags, into="whole").code == 0
         stop_at(2, patch, lambda: signal.raise_signal(signal.SIGTERM))
         assert start(*flags).code == 143

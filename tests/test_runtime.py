@@ -160,6 +160,13 @@ def test_the_arithmetic_of_a_processor(processor, size, dtype, expected, monkeyp
     assert start_runtime(params).arithmetic == dataclasses.replace(arithmetic, products="pytorch")
 
 
+@pytest.mark.parametrize("size, dtype", [(MIDDLE, "float32"), (LARGE, "bfloat16")])
+def test_autograd_needs_a_larger_model_for_bfloat16(size, dtype, monkeypatch):
+    monkeypatch.setattr(Processor, "read", lambda: ZEN5)
+    arithmetic = start_runtime(parameters(**size, device="cpu"), Distributed(world_size=2)).arithmetic
+    assert arithmetic == Arithmetic(dtype=dtype, gradient="autograd")
+
+
 def test_the_processor_is_read(tmp_path):
     file = tmp_path / "cpuinfo"
     assert Processor.read(file) == Processor.read(tmp_path) == UNKNOWN
@@ -280,6 +287,7 @@ def test_a_resumed_run_keeps_its_arithmetic_on_any_processor(before, processor, 
         (Arithmetic(dtype="bfloat16"), "cuda", 1, Arithmetic("cuda", "bfloat16", gradient="autograd")),
         (Arithmetic(), "cuda", 1, Arithmetic("cuda", gradient="autograd")),
         (Arithmetic("cuda", "float16", gradient="autograd"), "cpu", 1, Arithmetic(gradient="autograd")),
+        (Arithmetic(products="onednn", compiled=True), "cpu", 1, Arithmetic(compiled=True)),
     ],
 )
 def test_another_arithmetic_than_the_checkpoints_is_told_in_one_line(

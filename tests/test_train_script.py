@@ -182,7 +182,7 @@ def test_full_config_holds_every_value_and_its_origin(finished):
     assert {name: (parameters[name], origins[name]) for name in expected} == expected
     assert record["corpus"]["characters"] == len(TEXT)
     assert record["corpus"]["vocab_size"] == len(set(TEXT))
-    assert record["runtime"] == {**vars(Arithmetic(gradient="autograd")), "threads": 1}
+    assert record["runtime"] == {**vars(Arithmetic()), "threads": 1}
 
 
 def test_origin_files_name_commit_and_versions(finished):

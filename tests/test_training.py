@@ -22,7 +22,6 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import trainer as trainer_module
-from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.backward import Backward, create_backward
 from utils_alg1.training.checkpoint import newest_checkpoint
 from utils_alg1.training.optimizers import create_optimizer, orthogonalize, sgd
@@ -54,9 +53,7 @@ def make_trainer(dropout: float = 0.0, **settings) -> Trainer:
         n_embd=16, n_head=2, n_layer=1, block_size=BLOCK_SIZE, dropout=dropout, vocab_size=VOCAB_SIZE
     )
     model = BigramLanguageModel(sizes)
-    runtime = Runtime(arithmetic=Arithmetic(gradient="autograd")) if dropout else CPU
-    backward = create_backward(model, runtime, pytest.fail)
-    return Trainer(model, backward, (DATA[:300], DATA[300:]), config, runtime)
+    return Trainer(model, create_backward(model, CPU, pytest.fail), (DATA[:300], DATA[300:]), config, CPU)
 
 
 def gradients(trainer: Trainer) -> torch.Tensor:
@@ -300,8 +297,8 @@ def break_loss(trainer: Trainer) -> None:
 def break_gradient(trainer: Trainer) -> None:
     backward = trainer.backward
 
-    def broken(x, y, parts):
-        loss = backward(x, y, parts)
+    def broken(*batch):
+        loss = backward(*batch)
         trainer.model.lm_head.bias.grad *= math.inf
         return loss
 

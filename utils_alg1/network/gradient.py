@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parameters import ModelConfig
+from utils_alg1.network.attention import attention
+from utils_alg1.network.dropout import DropoutMasks, LayerMasks
 from utils_alg1.network.products import Products
 from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
 
@@ -26,21 +28,26 @@ Backward = Callable[[Tensor], Tensor]
 aten = torch.ops.aten
 LAYER_NORM_EPS = 1e-5  # the default of torch.nn.LayerNorm
 OPTIONS = {"positions", "qk_norm", "zero_init"}  # the MODEL_OPTIONS implemented here; others need autograd
-MATH_ATTENTION_MAX_T = 64  # up to here, compiled attention is faster as plain matrix products
 
 
 def loss_and_gradients(
-    weights: Mapping[str, Tensor], config: ModelConfig, idx: Tensor, targets: Tensor, products: Products
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    idx: Tensor,
+    targets: Tensor,
+    products: Products,
+    masks: DropoutMasks | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute the mean cross-entropy of a batch and its gradient with respect to every weight.
 
     Args:
         weights: by the names of BigramLanguageModel.named_parameters().
-        config: of that model. Its dropout is not applied.
+        config: of that model.
         idx: (B, T) int64 tokens.
         targets: (B, T) int64, the token that follows each of idx.
         products: how the products of the blocks are computed. Those of the head, which are small, norms,
             residual stream and loss have the data type of the weights.
+        masks: what dropout keeps, of `draw_masks`; None for no dropout.
 
     Returns:
         the loss in nats (a scalar), and the gradients in the order of `weights`.
@@ -49,23 +56,34 @@ def loss_and_gradients(
     N, C = B * T, config.n_embd
     cos_sin = rotary_cos_sin(config, 0, T, idx.device)
     gradients: dict[str, Tensor] = {}
+    kept = [LayerMasks()] * config.n_layer if masks is None else masks.layers
+    scale = 1.0 if masks is None else masks.scale
 
     def linear(
-        name: str, x: Tensor, relu: bool = False, residual: Tensor | None = None, by: Products = products
+        name: str,
+        x: Tensor,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        kept: Tensor | None = None,
+        by: Products = products,
     ) -> tuple[Tensor, Backward]:
         weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
         dtype, x, weight = weight.dtype, by.cast(x), by.cast(weight)
+        factor = None if kept is None else kept.to(dtype).mul_(scale)  # of dropout
 
         def backward(grad: Tensor) -> Tensor:
-            x_grad, weight_grad, bias_grad = by.backward(by.cast(grad), x, weight, bias is not None, dtype)
+            grad = by.cast(grad if factor is None else grad * factor)
+            x_grad, weight_grad, bias_grad = by.backward(grad, x, weight, bias is not None, dtype)
             gradients[f"{name}.weight"] = weight_grad
             if bias_grad is not None:
                 gradients[f"{name}.bias"] = bias_grad
             return x_grad
 
-        if residual is not None:
+        if residual is None:
+            return by.linear(x, weight, bias, relu), backward
+        if factor is None:
             return by.linear_add(x, weight, bias, residual), backward
-        return by.linear(x, weight, bias, relu), backward
+        return torch.addcmul(residual, by.linear(x, weight, bias).to(dtype), factor), backward
 
     def layer_norm(name: str, x: Tensor) -> tuple[Tensor, Backward]:
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -89,12 +107,13 @@ def loss_and_gradients(
         block = f"blocks.{layer}"
         out, ln1 = layer_norm(f"{block}.ln1", x)
         out, qkv = linear(f"{block}.sa.qkv", out)  # (N, 3 C)
-        out, attend = self_attention(out.view(B, T, 3, config.n_head, -1), config.qk_norm, cos_sin)
-        x, proj = linear(f"{block}.sa.proj", out, residual=x)
+        out = out.view(B, T, 3, config.n_head, -1)
+        out, attend = self_attention(out, config.qk_norm, cos_sin, kept[layer].attention, scale)
+        x, proj = linear(f"{block}.sa.proj", out, residual=x, kept=kept[layer].proj)
         out, ln2 = layer_norm(f"{block}.ln2", x)
         out, up = linear(f"{block}.ffwd.net.0", out, relu=True)  # (N, 4 C)
         activation = relu_backward(out)
-        x, down = linear(f"{block}.ffwd.net.2", out, residual=x)
+        x, down = linear(f"{block}.ffwd.net.2", out, residual=x, kept=kept[layer].down)
         branches += (proj, attend, qkv, ln1), (down, activation, up, ln2)
     out, ln_f = layer_norm("ln_f", x)
     logits, lm_head = linear("lm_head", out, by=Products(out.dtype))  # (N, V)
@@ -123,13 +142,17 @@ def relu_backward(out: Tensor) -> Backward:
     return lambda grad: aten.threshold_backward(grad, out, 0)
 
 
-def self_attention(qkv: Tensor, qk_norm: bool, cos_sin: Tensor | None) -> tuple[Tensor, Backward]:
-    """Causal attention of queries, keys and values (B, T, 3, H, S), with the heads joined: (N, C)."""
+def self_attention(
+    qkv: Tensor, qk_norm: bool, cos_sin: Tensor | None, kept: list[Tensor] | None, scale: float
+) -> tuple[Tensor, Backward]:
+    """Causal attention of queries, keys and values (B, T, 3, H, S), with the heads joined: (N, C).
+
+    kept, scale: the dropout of attention weights; see `blocked_attention`.
+    """
     B, T, _, H, S = qkv.shape
     qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2, B, H, T, S), (1, B, H, T, S)
     qk, qk_backward = qk_norm_and_rotary(qk, qk_norm, cos_sin)
-    use_math = torch.compiler.is_compiling() and T <= MATH_ATTENTION_MAX_T
-    out, attention_backward = (math_attention if use_math else flash_attention)(qk[0], qk[1], v[0])
+    out, attention_backward = attention(qk[0], qk[1], v[0], kept, scale)
 
     def backward(grad: Tensor) -> Tensor:
         q_grad, k_grad, v_grad = attention_backward(grad.view(B, T, H, S).transpose(1, 2))
@@ -153,29 +176,3 @@ def qk_norm_and_rotary(x: Tensor, qk_norm: bool, cos_sin: Tensor | None) -> tupl
         return (grad - normed * (grad * normed).mean(-1, keepdim=True)) * rrms
 
     return normed if cos_sin is None else apply_rotary(normed, cos_sin), backward
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """Causal attention of q, k and v, (B, H, T, S) each; its backward returns their gradients."""
-    out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-
-    def backward(grad: Tensor) -> tuple[Tensor, ...]:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, logsumexp, 0.0, True
-        )
-
-    return out, backward
-
-
-def math_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """`flash_attention` by matrix products: faster if T is small and the compiler fuses what is between."""
-    T, scale = q.shape[-2], q.shape[-1] ** -0.5
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = ((q @ k.mT) * scale).masked_fill(future, float("-inf")).softmax(-1)  # (B, H, T, T)
-
-    def backward(grad: Tensor) -> tuple[Tensor, ...]:
-        weights_grad = grad @ v.mT
-        scores_grad = weights * (weights_grad - (weights_grad * weights).sum(-1, keepdim=True)) * scale
-        return scores_grad @ k, scores_grad.mT @ q, weights.mT @ grad
-
-    return weights @ v, backward

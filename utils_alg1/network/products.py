@@ -26,7 +26,8 @@ class Products:
     Attributes:
         dtype: of the operands, to which activations, weights and gradients are converted; sums are float32.
             Residual stream, norms and loss stay in the data type of the weights.
-        onednn: whether to call oneDNN's operators instead of PyTorch's choice: see `onednn_works`.
+        onednn: whether to call oneDNN's operators instead of PyTorch's choice, if `onednn_works`. They cannot
+            be compiled.
     """
 
     dtype: torch.dtype = torch.float32

@@ -20,7 +20,7 @@ from utils_alg1.network.products import Products, onednn_works
 from utils_alg1.training.distributed import Distributed
 
 SMALL_STEP_FLOPS = 1e9  # a training step with fewer floating-point operations is bound by calls, not products
-BFLOAT16_N_EMBD = 128  # bfloat16 pays for its conversions from this width on
+BFLOAT16_N_EMBD = {"manual": 128, "autograd": 384}  # bfloat16 pays for its conversions from this width on
 COMPILE_FLOPS = 1e15  # a run on CUDA with at least so many is compiled: a guess, not a measurement
 DTYPES = ("float32", "bfloat16", "float16")
 LIBRARIES = {"pytorch": "PyTorch", "onednn": "oneDNN"}
@@ -51,7 +51,7 @@ class Arithmetic:
 
     Attributes:
         device: the type of the device: cpu, cuda, mps.
-        dtype: the data type of the products.
+        dtype: the data type of the products of the forward pass.
         products: the library of the manual gradient's products: pytorch (its own choice) or onednn.
         gradient: manual (network/gradient.py) or autograd.
         compiled: whether by torch.compile; None if an older checkpoint does not tell.
@@ -91,37 +91,40 @@ def choose_arithmetic(
     config, flops = params.train, params.flops_per_step()
     small = flops < SMALL_STEP_FLOPS
     if (dtype := config.dtype) == "auto":
-        has_bfloat16 = processor.flags & BFLOAT16_FLAGS
+        gradient = supported(Arithmetic(device.type), params, dist).gradient
+        wide = params.model.n_embd >= BFLOAT16_N_EMBD[gradient] and not small
         if device.type == "cuda":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-        elif device.type == "cpu" and has_bfloat16 and not small and params.model.n_embd >= BFLOAT16_N_EMBD:
+        elif device.type == "cpu" and wide and processor.flags & BFLOAT16_FLAGS:
             dtype = "bfloat16"
         else:
             dtype = "float32"
     if dtype == "float16" and device.type != "cuda":
         text = f"--dtype float16 needs CUDA, and the device is {device}"
         raise Alg1Error(text, "use --dtype float32 or --dtype bfloat16")
-    manual = supports_manual_gradient(params, device, dist)
-    faster = dtype == "bfloat16" or (processor.vendor == "AuthenticAMD" and not small)
     # On a CPU compiling pays after some ten thousand steps, and needs a C++ compiler that may be missing: it
     # has to be asked for.
     compiled = {"on": True, "off": False}.get(
         config.compile, device.type == "cuda" and flops * config.max_iters >= COMPILE_FLOPS
     )
-    return Arithmetic(
-        device.type,
-        dtype,
-        "onednn" if manual and faster and onednn_works() else "pytorch",
-        "manual" if manual else "autograd",
-        compiled,
-    )
+    faster = dtype == "bfloat16" or (processor.vendor == "AuthenticAMD" and not small)
+    products = "onednn" if faster else "pytorch"
+    return supported(Arithmetic(device.type, dtype, products, "manual", compiled), params, dist)
 
 
-def supports_manual_gradient(params: Parameters, device: torch.device, dist: Distributed) -> bool:
-    """Return whether network/gradient.py computes this model here: one process, on a CPU."""
+def supported(arithmetic: Arithmetic, params: Parameters, dist: Distributed) -> Arithmetic:
+    """Return the same, without what cannot be used here.
+
+    The manual gradient (network/gradient.py) supports a single process on a CPU. oneDNN's operators may be
+    missing, and cannot be compiled.
+    """
     model = params.model
     known = all(getattr(model, name) == MODEL_OPTIONS[name] for name in MODEL_OPTIONS.keys() - OPTIONS)
-    return known and device.type == "cpu" and dist.world_size == 1 and not model.dropout
+    if not (known and arithmetic.device == "cpu" and dist.world_size == 1):
+        arithmetic = dataclasses.replace(arithmetic, gradient="autograd")
+    if arithmetic.gradient == "autograd" or arithmetic.compiled or not onednn_works():
+        arithmetic = dataclasses.replace(arithmetic, products="pytorch")
+    return arithmetic
 
 
 def recorded_arithmetic(
@@ -149,12 +152,8 @@ def keep_arithmetic(
     """
     new = choose_arithmetic(params, device, dist, Processor())
     dtype = new.dtype if before.dtype == "float16" and device.type != "cuda" else before.dtype
-    manual = before.gradient == "manual" and supports_manual_gradient(params, device, dist)
     compiled = before.compiled if params.train.compile == "auto" else new.compiled
-    return Arithmetic(
-        device.type,
-        dtype,
-        before.products if manual and (before.products == "pytorch" or onednn_works()) else "pytorch",
-        "manual" if manual else "autograd",
-        new.compiled if compiled is None else compiled,
-    )
+    if compiled is None:
+        compiled = new.compiled
+    wanted = dataclasses.replace(before, device=device.type, dtype=dtype, compiled=compiled)
+    return supported(wanted, params, dist)

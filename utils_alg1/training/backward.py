@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model import BigramLanguageModel
+from utils_alg1.network.dropout import draw_masks
 from utils_alg1.network.gradient import loss_and_gradients
 from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.runtime import Compiled, Runtime
@@ -37,13 +38,16 @@ class Backward:
         compiled = isinstance(self._forward, Compiled) and not self._forward.failed
         return dataclasses.replace(self._runtime.arithmetic, compiled=compiled)
 
-    def __call__(self, x: Tensor, y: Tensor, n_micro_batches: int) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, n_micro_batches: int, dropout_seed: int | None = None) -> Tensor:
         """Add the gradients of the mean loss divided by `n_micro_batches`, and return that quotient.
 
         Args:
             x, y: (B, T) int64 tokens and targets.
             n_micro_batches: how many of them make one step of this process.
+            dropout_seed: decides what dropout drops; None for a model without dropout.
         """
+        if dropout_seed is not None:
+            torch.manual_seed(dropout_seed)
         with self._runtime.autocast():
             loss = self._forward(x, y)[1] / n_micro_batches
         self.scaler.scale(loss).backward()
@@ -65,8 +69,10 @@ class ManualBackward(Backward):
         self._weights = dict(model.named_parameters())
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, y: Tensor, n_micro_batches: int) -> Tensor:
-        loss, gradients = self._forward(self._weights, self._config, x, y, self._products)
+    def __call__(self, x: Tensor, y: Tensor, n_micro_batches: int, dropout_seed: int | None = None) -> Tensor:
+        B, T = x.shape
+        masks = None if dropout_seed is None else draw_masks(self._config, B, T, dropout_seed)
+        loss, gradients = self._forward(self._weights, self._config, x, y, self._products, masks)
         if n_micro_batches > 1:
             torch._foreach_div_(gradients, n_micro_batches)
         for parameter, gradient in zip(self._weights.values(), gradients, strict=True):

@@ -112,9 +112,10 @@ class Trainer:
     def _micro_batch_loss(self, micro_batch: int) -> float:
         """Run forward and backward on one micro-batch. Return its loss divided by grad_accum_steps."""
         x, y = self._batch("train", "batch", self.step, micro_batch)
+        dropout_seed = None
         if self.model.config.dropout:
-            torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step, micro_batch))
-        return self.backward(x, y, self.config.grad_accum_steps).item()
+            dropout_seed = derive_seed(self.config.seed, "dropout", self.step, micro_batch)
+        return self.backward(x, y, self.config.grad_accum_steps, dropout_seed).item()
 
     def _zero_grad(self) -> None:
         for parameter in self.parameters:
