@@ -12,26 +12,34 @@ Characters appear as they are drawn. The same model, prompt, settings and --seed
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import io
 import itertools
+import os
+import random
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parameters import specs
-from utils import show_characters
+from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty, number
 from utils_alg1.console.dialogue import add_settings, interact
 from utils_alg1.console.messages import print_warning, text_for_stream
 from utils_alg1.console.script import importing, run_script
+from utils_alg1.run_directory import find_weights, refuse_run
 from utils_alg1.utils_config_loader import ConfigLoader
 
 if TYPE_CHECKING:
     import torch
 
-    from model import BigramLanguageModel
-    from utils import Tokenizer
+    from utils_alg1.network.sampling import LogitsDecoder
+    from utils_alg1.network.weights import Weights
+
+BATCH_SIZE = 32  # so many texts of --num-samples are drawn at a time
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,58 +71,89 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
-
-    with importing():
-        import torch
-
-        from utils import Tokenizer
-        from utils_alg1.training.runtime import find_device
-
     device = find_device(arguments.device)
-    model, path = load_model(arguments)
-    model.to(device).eval()
+    weights, path = load_weights(arguments)
+    decoder = create_decoder(weights, device)
     print(text_for_stream(sys.stderr, str(path)), file=sys.stderr)
-    assert model.vocabulary is not None  # load_model has seen to it
-    tokenizer = Tokenizer(model.vocabulary)
+    assert weights.vocabulary is not None  # load_weights has seen to it
+    tokenizer = Tokenizer(weights.vocabulary)
     if never_drawn := tokenizer.unseen(arguments.stop or ""):
         raise Alg1Error(
             f"--stop: not in the model's vocabulary: {show_characters(never_drawn)}",
             "no text would ever stop there: leave --stop out, or name characters that the model knows",
         )
-    generator = torch.Generator(device).manual_seed(arguments.seed)
+
+    def write(prompt: str, generators: list[random.Random], headings: list[str]) -> None:
+        write_texts(prompt, draw_characters(decoder, tokenizer, prompt, arguments, generators), headings)
 
     if arguments.interactive:
+        generator = random.Random(arguments.seed)
 
         def answer(line: str) -> None:
-            prompt = handle_unknown(line, tokenizer, arguments.unknown, ":unknown")
-            write_sample(model, tokenizer, prompt, arguments, generator)
+            write(handle_unknown(line, tokenizer, arguments.unknown, ":unknown"), [generator], [""])
 
-        return interact(arguments, answer, generator.manual_seed)
+        return interact(arguments, answer, generator.seed)
 
-    prompt = handle_unknown(arguments.prompt or "", tokenizer, arguments.unknown)
-    for i in range(arguments.num_samples):
-        if arguments.num_samples > 1:
-            print(f"--- sample {i + 1}")
-        generator.manual_seed(arguments.seed + i)
-        write_sample(model, tokenizer, prompt, arguments, generator)
+    prompt, n = handle_unknown(arguments.prompt or "", tokenizer, arguments.unknown), arguments.num_samples
+    for first in range(0, n, BATCH_SIZE):
+        numbers = range(first, min(first + BATCH_SIZE, n))
+        generators = [random.Random(arguments.seed + i) for i in numbers]
+        write(prompt, generators, [f"--- sample {i + 1}\n" if n > 1 else "" for i in numbers])
     return DONE
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[BigramLanguageModel, Path]:
-    """Load the model that the flags name, with its vocabulary, on the CPU; return it and its file."""
-    from utils_alg1.training.resume import find_weights, load_model_file
+def find_device(name: str) -> torch.device | None:
+    """Return the device of PyTorch that --device names, or None for the CPU, which needs no PyTorch.
+
+    Raises:
+        Alg1Error: there is no such device.
+    """
+    if name == "cpu" or (name == "auto" and not may_have_gpu()):
+        return None
+    with importing():
+        from utils_alg1.training import runtime
+    device = runtime.find_device(name)
+    return None if device.type == "cpu" else device
+
+
+def may_have_gpu() -> bool:
+    """Return whether the machine has a GPU that PyTorch may support, without importing PyTorch."""
+    for driver_name in ("libcuda.so.1", "nvcuda.dll"):
+        with contextlib.suppress(OSError):
+            driver, count = ctypes.CDLL(driver_name), ctypes.c_int()
+            return driver.cuInit(0) == driver.cuDeviceGetCount(ctypes.byref(count)) == 0 < count.value
+    return os.path.exists("/dev/kfd")  # of AMD's driver
+
+
+def create_decoder(weights: Weights, device: torch.device | None) -> LogitsDecoder:
+    """Return what computes the logits of a text on a device; None is the CPU."""
+    if device is None:
+        from utils_alg1.network.decoder import Decoder
+
+        return Decoder(weights.config, weights.tensors)
+    from model import BigramLanguageModel
+    from utils_alg1.network.cache import CachedForward
+
+    return CachedForward(BigramLanguageModel().load(weights).to(device).eval())
+
+
+def load_weights(arguments: argparse.Namespace) -> tuple[Weights, Path]:
+    """Load the weights that the flags name, with their vocabulary; return them and their file."""
+    with importing():
+        from utils_alg1.network.weights import read_weights
 
     named = arguments.model and Path(arguments.model)
     path = named or find_weights(arguments.runs_dir or ConfigLoader().runs_dir, arguments.run)
-    model = load_model_file(path)
-    if model.vocabulary is None:
-        model.vocabulary = read_vocabulary(arguments.vocabulary, model, path)
+    refuse_run(path)
+    weights = read_weights(path)
+    if weights.vocabulary is None:
+        weights.vocabulary = read_vocabulary(arguments.vocabulary, weights, path)
     elif arguments.vocabulary is not None:
         print_warning("--vocabulary is not used: the model holds its own; leave the flag out")
-    return model, path
+    return weights, path
 
 
-def read_vocabulary(text_path: str | None, model: BigramLanguageModel, path: Path) -> list[str]:
+def read_vocabulary(text_path: str | None, weights: Weights, path: Path) -> list[str]:
     """Return the characters of a text, for weights of another program that come without a vocabulary."""
     from utils_alg1.data.corpus import open_corpus
     from utils_alg1.data.sources import find_corpus
@@ -127,8 +166,8 @@ def read_vocabulary(text_path: str | None, model: BigramLanguageModel, path: Pat
     except Alg1Error as error:  # its own hint names --data
         raise Alg1Error(error.message, hint) from None
     vocabulary = open_corpus(path_of_text).tokenizer.vocabulary
-    if len(vocabulary) != model.config.vocab_size:
-        of_model = f"{path} is for {model.config.vocab_size}"
+    if len(vocabulary) != weights.config.vocab_size:
+        of_model = f"{path} is for {weights.config.vocab_size}"
         raise Alg1Error(f"{text_path}: the text has {len(vocabulary)} characters, {of_model}", hint)
     return vocabulary
 
@@ -145,32 +184,49 @@ def handle_unknown(prompt: str, tokenizer: Tokenizer, unknown: str, flag: str = 
     return "".join(replacement if character in unseen else character for character in prompt)
 
 
-def write_sample(
-    model: BigramLanguageModel,
+def draw_characters(
+    decoder: LogitsDecoder,
     tokenizer: Tokenizer,
     prompt: str,
     arguments: argparse.Namespace,
-    generator: torch.Generator,
-) -> None:
-    """Write the prompt and its continuation to stdout, character by character, and a final newline."""
-    import torch
+    generators: list[random.Random],
+) -> Iterator[list[str]]:
+    """Draw a continuation of the prompt with each generator, and yield the next character of all of them.
 
-    device = model.lm_head.weight.device
-    tokens = tokenizer.encode(prompt or tokenizer.default_prompt)
-    stream = model.generate_stream(
-        torch.tensor([tokens], device=device),
-        arguments.max_new_tokens,
-        arguments.temperature,
-        arguments.top_k,
-        arguments.top_p,
-        generator,
-        stop=tokenizer.encode(arguments.stop or ""),
-    )
-    # Holds back a trailing "\r", so that `without_controls` sees a CRLF as one line end.
-    newlines = io.IncrementalNewlineDecoder(None, translate=False)
-    for text in itertools.chain([prompt], (tokenizer.decode(token.tolist()) for token in stream), ["\n"]):
-        sys.stdout.write(text_for_stream(sys.stdout, newlines.decode(text)))
-        sys.stdout.flush()
+    It is "" for a text that has ended with --stop.
+    """
+    import numpy as np
+
+    from utils_alg1.network.sampling import Sampling, draw_with, generate_tokens
+
+    tokens = np.array([tokenizer.encode(prompt or tokenizer.default_prompt)] * len(generators))
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    stop = arguments.stop or ""
+    ends = [""] * len(generators)  # the newest characters of each text, as many as --stop has
+    for token in generate_tokens(
+        decoder, tokens, arguments.max_new_tokens, sampling, draw_with(generators), tokenizer.encode(stop)
+    ):
+        characters = list(tokenizer.decode(token.tolist()))
+        if stop:
+            characters = ["" if end == stop else c for end, c in zip(ends, characters, strict=True)]
+            ends = [(end + c)[-len(stop) :] for end, c in zip(ends, characters, strict=True)]
+        yield characters
+
+
+def write_texts(prompt: str, characters: Iterator[list[str]], headings: list[str]) -> None:
+    """Write texts that are drawn together: the first as its characters come, the others when all are drawn.
+
+    Each is a heading, the prompt, its continuation and a newline.
+    """
+    shown, kept = itertools.tee(characters)
+    drawn: Iterable[list[str]] = shown
+    for i, heading in enumerate(headings):
+        # Holds back a trailing "\r", so that `without_controls` sees a CRLF as one line end.
+        newlines = io.IncrementalNewlineDecoder(None, translate=False)
+        for text in itertools.chain([heading + prompt], (of_all[i] for of_all in drawn), ["\n"]):
+            sys.stdout.write(text_for_stream(sys.stdout, newlines.decode(text)))
+            sys.stdout.flush()
+        drawn = list(kept) if i == 0 else drawn
 
 
 if __name__ == "__main__":

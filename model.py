@@ -14,16 +14,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parameters import ModelConfig
 from utils_alg1.base.settings import field_names
-from utils_alg1.network.decoder import Decoder, KeyValueCache, check_sampling, eval_mode, next_token
+from utils_alg1.network.cache import CachedForward, KeyValueCache, eval_mode
+from utils_alg1.network.decoder import Decoder
 from utils_alg1.network.rotary import apply_qk_norm_and_rotary, rotary_cos_sin
-from utils_alg1.network.tensor_file import read_tensors, write_tensors
-from utils_alg1.network.weights import describe_weights, join_heads, split_heads, weights_metadata
+from utils_alg1.network.sampling import LogitsDecoder, Sampling, generate_tokens
+from utils_alg1.network.tensor_file import read_arrays, write_tensors
+from utils_alg1.network.weights import Weights, split_heads, weights_metadata, weights_of_export
 
 INIT_STD = 0.02  # standard deviation of the initial weights
 
@@ -231,48 +234,41 @@ class BigramLanguageModel(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue each row of idx, yielding (B,) tokens as they are drawn.
 
-        The model sees the whole text while it fits into block_size. Beyond that, every new character would
-        shift the positions of all others, which would invalidate the cache. So when the context is full, its
-        older half is dropped: from then on the context of a character is between block_size / 2 and
-        block_size characters long.
+        For a context longer than block_size see `generate_tokens`.
 
         Args:
             idx: (B, T) int64 tokens, T >= 1.
             max_new_tokens: how many tokens to draw.
-            temperature: the logits are divided by it; 0 always takes the most likely token.
-            top_k: draw from the k most likely tokens only.
-            top_p: draw from the smallest set of most likely tokens whose probabilities sum to at least p.
+            temperature, top_k, top_p: see `Sampling`.
             generator: on the model's device; the same state draws the same text.
             stop: generation ends once every row has drawn this sequence of tokens.
 
         Raises:
             ValueError: idx is empty, or an argument is out of range.
         """
-        check_sampling(temperature, top_k, top_p)
+        sampling = Sampling(temperature, top_k, top_p)
         if idx.shape[1] < 1:
             raise ValueError("idx must hold at least one token")
-        B, block_size = idx.shape[0], self.config.block_size
+
+        def draw(probs: np.ndarray) -> np.ndarray:
+            # The draw of torch.multinomial from the same generator state.
+            exponential = torch.empty(probs.shape, dtype=torch.from_numpy(probs).dtype, device=idx.device)
+            return (probs / exponential.exponential_(generator=generator).cpu().numpy()).argmax(axis=-1)
+
         with eval_mode(self):
-            decoder = Decoder(self, B)
-            unread = idx[:, -block_size:]  # what the decoder has not seen yet
-            context = [unread]  # in pieces (B, T)
-            stop_sequence = idx.new_tensor(list(stop or ()))
-            recent = idx.new_full((B, len(stop_sequence)), -1)
-            stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
-            for _ in range(max_new_tokens):
-                logits = decoder.logits(unread)  # (B, V)
-                token = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
-                yield token
-                if stop:
-                    recent = torch.cat([recent[:, 1:], token[:, None]], dim=1)
-                    stopped |= (recent == stop_sequence).all(dim=1)
-                    if stopped.all():
-                        return
-                unread = token[:, None]
-                context.append(unread)
-                if decoder.cache.length == block_size:  # drop the older half, and read the rest again
-                    unread = torch.cat(context, dim=1)[:, -max(1, block_size // 2) :]
-                    context, decoder.cache.length = [unread], 0
+            prompts = idx.cpu().numpy()
+            for token in generate_tokens(
+                self._decoder(), prompts, max_new_tokens, sampling, draw, stop or ()
+            ):
+                yield torch.from_numpy(token).to(idx.device)
+
+    def _decoder(self) -> LogitsDecoder:
+        """Return what computes the logits of a text on this device."""
+        weight = self.lm_head.weight
+        plain = weight.dtype is torch.float32 and not torch.is_autocast_enabled(weight.device.type)
+        if weight.device.type == "cpu" and plain:
+            return Decoder(self.config, {name: tensor.numpy() for name, tensor in self.state_dict().items()})
+        return CachedForward(self)
 
     def save_safetensors(self, path: str | Path) -> None:
         """Write the weights, sizes, vocabulary and provenance to one file, atomically.
@@ -300,13 +296,15 @@ class BigramLanguageModel(nn.Module):
         Raises:
             Alg1Error: the file is incomplete, damaged, or not of such a model; the model is unchanged.
         """
-        tensors, metadata = read_tensors(path)
-        config, characters, provenance = describe_weights(tensors, metadata, path, vocabulary)
-        state = join_heads(tensors, config, path)
-        self._build(config)
-        self.load_state_dict(state)
+        tensors, metadata = read_arrays(path)
+        return self.load(weights_of_export(tensors, metadata, path, vocabulary))
+
+    def load(self, weights: Weights) -> BigramLanguageModel:
+        """Replace sizes, weights, vocabulary and provenance, on the CPU; returns the model itself."""
+        self._build(weights.config)
+        self.load_state_dict({name: torch.from_numpy(array) for name, array in weights.tensors.items()})
         self.train(self.training)  # the new modules are in training mode, whatever the old ones were in
-        self.vocabulary, self.provenance = characters, provenance
+        self.vocabulary, self.provenance = weights.vocabulary, weights.provenance
         return self
 
 

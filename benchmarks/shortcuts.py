@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -122,16 +123,16 @@ def samplers(model: Any) -> dict[str, Callable[[int], Any]]:
     """Return functions that draw a text: `generate`, and a loop over the cached forward of the model."""
     import torch
 
-    from utils_alg1.network.decoder import KeyValueCache, next_token
+    from utils_alg1.network.cache import CachedForward
+    from utils_alg1.network.sampling import Sampling, draw_with, generate_tokens
 
     n = min(64, model.config.block_size) - 1
     start = torch.zeros(1, 1, dtype=torch.int64)
 
-    @torch.inference_mode()
     def sample() -> None:
-        token, cache = start, KeyValueCache(model.config, 1, model.lm_head.weight)
-        for _ in range(n):
-            token = next_token(model(token, cache=cache)[0][:, -1])[:, None]
+        draw = draw_with([random.Random(1)])
+        for _ in generate_tokens(CachedForward(model), start.numpy(), n, Sampling(), draw):
+            pass
 
     return {"with_it": repeat(functools.partial(model.generate, start, n)), "without": repeat(sample)}
 

@@ -94,7 +94,8 @@ class Ours:
         import torch
 
         from utils_alg1.data.corpus import open_corpus
-        from utils_alg1.training.resume import find_weights, load_model_file
+        from utils_alg1.run_directory import find_weights
+        from utils_alg1.training.resume import load_model_file
 
         model = load_model_file(find_weights(str(self.folder / "runs")))
         self.own_loss = float(model.provenance["val_loss"])

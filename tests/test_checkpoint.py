@@ -35,6 +35,7 @@ from utils_alg1.training.arithmetic import Arithmetic, Processor
 from utils_alg1.training.backward import create_backward
 from utils_alg1.training.checkpoint import CheckpointStore, newest_checkpoint, read_checkpoint
 from utils_alg1.training.progress import Evaluation, Progress
+from utils_alg1.training.resume import load_model_file
 from utils_alg1.training.runtime import Runtime
 from utils_alg1.training.trainer import Trainer
 
@@ -215,7 +216,7 @@ def test_a_checkpoint_brings_everything_back(optimizer, tmp_path):
 
 def test_a_checkpoint_builds_a_model_to_sample_from(tmp_path):
     trainer = make_trainer()
-    model = read_checkpoint(saved_in(tmp_path, trainer, Progress(), ABOUT)).build_model()
+    model = load_model_file(saved_in(tmp_path, trainer, Progress(), ABOUT))
     assert model.config == trainer.model.config
     assert model.vocabulary == list("abcde")
     assert torch.equal(model.lm_head.weight, trainer.model.lm_head.weight)
@@ -845,7 +846,7 @@ def test_initial_weights_bring_their_sizes(a_run, train, text_file):
     result = train("--data", text_file, "--init-from", source, *flags)
     assert result.code == 0, result.err
     first = read_checkpoint(checkpoint(0, "new"))
-    assert_same_weights(first.build_model(), BigramLanguageModel().load_safetensors(source))
+    assert_same_weights(load_model_file(first.path), BigramLanguageModel().load_safetensors(source))
     sizes = {
         name: first.metadata["parameters"][name] for name in ("n_embd", "n_head", "n_layer", "block_size")
     }
@@ -861,7 +862,7 @@ def test_a_checkpoint_serves_as_initial_weights(a_run, train, text_file):
     )
     assert result.code == 0, result.err
     ours, theirs = read_checkpoint(checkpoint(0, "new")), read_checkpoint(source)
-    assert_same_weights(ours.build_model(), theirs.build_model())
+    assert_same_weights(load_model_file(ours.path), load_model_file(theirs.path))
     assert ours.progress.step == 0
     assert not any(t.any() for name, t in ours.tensors.items() if name.startswith("optimizer."))
 
@@ -907,7 +908,7 @@ def test_initial_weights_bring_their_options_and_others_are_refused(a_run, train
 
     assert train(*flags).code == 0
     first = read_checkpoint(checkpoint(0, "new"))
-    assert_same_weights(first.build_model(), BigramLanguageModel().load_safetensors(source))
+    assert_same_weights(load_model_file(first.path), BigramLanguageModel().load_safetensors(source))
     options = {name: first.metadata["parameters"][name] for name in MODEL_OPTIONS}
     assert options == {"positions": "rotary", "qk_norm": True, "zero_init": False}
 
@@ -952,7 +953,7 @@ def test_lost_patience_ends_the_run_and_exports_the_best(start, val_losses):
     provenance = read_tensors(export_of())[1]["provenance"]
     assert provenance == {"run_id": only_run().name, "weights": "best", "step": 2, "val_loss": 1.0}
     exported = BigramLanguageModel().load_safetensors(export_of())
-    assert_same_weights(exported, read_checkpoint(checkpoint(2)).build_model())
+    assert_same_weights(exported, load_model_file(checkpoint(2)))
 
 
 @pytest.mark.parametrize("which, step, loss", [("best", 2, 1.0), ("last", 6, 2.0)])
@@ -965,7 +966,7 @@ def test_the_export_is_what_was_asked_for_and_says_so(which, step, loss, start, 
     assert read_tensors(export_of())[1]["provenance"] == {"run_id": only_run().name, **about}
     assert f"{export_of()} ({which} weights, of step {step})" in result.out
     exported = BigramLanguageModel().load_safetensors(export_of())
-    assert_same_weights(exported, read_checkpoint(checkpoint(step)).build_model())
+    assert_same_weights(exported, load_model_file(checkpoint(step)))
 
 
 def test_without_its_best_checkpoint_a_run_exports_the_last_weights(start, val_losses, monkeypatch):
@@ -976,7 +977,7 @@ def test_without_its_best_checkpoint_a_run_exports_the_last_weights(start, val_l
     assert "warning: " in result.err and "exporting the last weights instead of the best" in result.err
     assert final()["export"] == {"weights": "last", "step": 6, "val_loss": 2.0}
     exported = BigramLanguageModel().load_safetensors(export_of())
-    assert_same_weights(exported, read_checkpoint(checkpoint(6)).build_model())
+    assert_same_weights(exported, load_model_file(checkpoint(6)))
 
 
 def test_a_missing_best_checkpoint_is_sought_anew_after_a_resume(start, train, val_losses):
@@ -1219,6 +1220,25 @@ def test_a_checkpoint_with_a_good_digest_and_bad_values_is_refused(how, tmp_path
     with pytest.raises(Alg1Error) as caught:
         read_checkpoint(path)
     assert caught.value.message.startswith(f"{path}: this checkpoint makes no sense (")
+    assert caught.value.exit_code == 2
+
+
+HOSTILE_TO_SAMPLING = [
+    *("no model", "huge model", "more layers", "rotary positions with a table", "unknown option"),
+    *("heads do not divide", "vocabulary of numbers", "vocabulary too short", "vocabulary unsorted"),
+    "no vocabulary",
+]
+
+
+@pytest.mark.parametrize("how", HOSTILE_TO_SAMPLING)
+def test_from_such_a_checkpoint_nothing_is_sampled(how, tmp_path):
+    path = saved_in(tmp_path, make_trainer(), Progress(), ABOUT)
+    tensors, metadata = read_tensors(path)
+    HOSTILE[how](metadata)
+    write_tensors(path, tensors, metadata)
+    with pytest.raises(Alg1Error) as caught:
+        load_model_file(path)
+    assert caught.value.message == f"{path}: this checkpoint makes no sense (weights)"
     assert caught.value.exit_code == 2
 
 

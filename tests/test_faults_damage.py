@@ -116,7 +116,8 @@ def test_damaged_weights_are_refused_or_unharmed(kind, reference, tmp_path, camp
     path = faults.checkpoints(reference.folder)[-1]
     if kind == "export":
         path = faults.only_run(reference.folder) / "artifacts" / "export" / "model.safetensors"
-    state = load_model_file(path).state_dict()
+    whole = load_model_file(path)
+    state = whole.state_dict()
     refused = 0
     cases = damages(path)
     for name, damage in cases.items():
@@ -128,9 +129,10 @@ def test_damaged_weights_are_refused_or_unharmed(kind, reference, tmp_path, camp
             assert error.exit_code == 2, name
             refused += 1
             continue
-        # Only a flip in the name of the metadata gets through: the weights are whole, the vocabulary is gone.
+        # Only a flip in the name of the metadata gets through, which loses the vocabulary but no weights; or
+        # one that makes the capital letter of a hexadecimal digit, which changes nothing.
         assert "cut" not in name
-        assert model.vocabulary is None, name
+        assert model.vocabulary in (None, whole.vocabulary), name
         assert all(state[key].equal(value) for key, value in model.state_dict().items()), name
     assert refused >= len(cases) - 5
     campaign.count(f"{kind} cut at an edge or with a flipped bit, then read", len(cases))

@@ -9,6 +9,7 @@ import pty
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -16,17 +17,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
-from conftest import QUIET_TRACKERS, TINY
+from conftest import PROJECT, QUIET_TRACKERS, TINY
 from safetensors.torch import load_file, save_file
 
 import inference
-import model as model_module
 from model import BigramLanguageModel
 from parameters import ModelConfig
 from utils_alg1.console import dialogue as dialogue_module
 from utils_alg1.console.script import run_script
+from utils_alg1.network.cache import CachedForward
+from utils_alg1.network.sampling import Sampling
 from utils_alg1.report import page as page_module
 from utils_alg1.report import results as results_module
 
@@ -229,6 +232,48 @@ def test_each_of_several_samples_has_its_own_seed(sample, model):
     assert len(set(texts)) == 3
 
 
+def test_more_samples_than_are_drawn_at_a_time_are_the_same(sample, model, monkeypatch):
+    flags = ("--max-new-tokens", 30, "--seed", 7, "--num-samples", 5)
+    at_once = sample(*flags)
+    monkeypatch.setattr(inference, "BATCH_SIZE", 2)
+
+    assert sample(*flags).out == at_once.out
+    assert at_once.out.count("--- sample ") == 5
+
+
+def test_each_of_several_samples_ends_with_its_own_stop(sample, model):
+    stop = sample("--prompt", "ab", "--seed", 7).out[30]
+    flags = ("--prompt", "ab", "--max-new-tokens", 60, "--stop", stop)
+    texts = [sample(*flags, "--seed", seed).out for seed in (7, 8, 9, 10)]
+
+    result = sample(*flags, "--seed", 7, "--num-samples", 4)
+
+    assert result.out == "".join(f"--- sample {i + 1}\n{text}" for i, text in enumerate(texts))
+    assert len({len(text) for text in texts}) > 2
+    assert all(text[2:].find(stop) == len(text) - 4 for text in texts)
+
+
+def test_the_first_of_several_samples_appears_as_it_is_drawn(model, monkeypatch):
+    written: list[str] = []
+    next_token, (one, other) = Sampling.next_token, greedy(model, "ab", 2)[2:]
+
+    def draw(*arguments):
+        written.append("draw")
+        return next_token(*arguments)
+
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "write", written.append)
+    monkeypatch.setattr(Sampling, "next_token", draw)
+    monkeypatch.setattr(sys, "stdout", screen)
+
+    inference.main(["--prompt", "ab", "--temperature", "0", "--max-new-tokens", "2", "--num-samples", "2"])
+
+    assert written == [
+        *("--- sample 1\nab", "draw", one, "draw", other, "\n"),
+        *("--- sample 2\nab", one, other, "\n"),
+    ]
+
+
 @pytest.mark.parametrize("flags", [("--temperature", 0), ("--top-k", 1), ("--top-p", 1e-9)])
 def test_the_likeliest_text_needs_no_seed(sample, model, flags):
     for seed in (1, 2):
@@ -258,8 +303,8 @@ def test_a_stop_that_the_model_can_never_draw_is_an_error(sample, model, further
 
 
 def test_stop_is_not_sought_in_the_prompt(sample, model, monkeypatch):
-    drawn = iter([torch.tensor([VOCABULARY.index(character)]) for character in "babcd"])
-    monkeypatch.setattr(model_module, "next_token", lambda *_: next(drawn))
+    drawn = iter([np.array([VOCABULARY.index(character)]) for character in "babcd"])
+    monkeypatch.setattr(Sampling, "next_token", lambda *_: next(drawn))
 
     assert sample("--prompt", "a", "--stop", "ab", "--max-new-tokens", 5).out == "abab\n"
 
@@ -275,13 +320,13 @@ def test_characters_appear_one_by_one_as_they_are_drawn(model, monkeypatch):
         def flush(self):
             events.append("flush")
 
-    next_token, text = model_module.next_token, greedy(model, "ab", 3)[2:]
+    next_token, text = Sampling.next_token, greedy(model, "ab", 3)[2:]
 
     def draw(*arguments):
         events.append("draw")
         return next_token(*arguments)
 
-    monkeypatch.setattr(model_module, "next_token", draw)
+    monkeypatch.setattr(Sampling, "next_token", draw)
     monkeypatch.setattr(sys, "stdout", Screen())
 
     inference.main(["--prompt", "ab", "--temperature", "0", "--max-new-tokens", "3"])
@@ -293,6 +338,85 @@ def test_characters_appear_one_by_one_as_they_are_drawn(model, monkeypatch):
         *("draw", text[2], "flush"),
         *("\n", "flush"),
     ]
+
+
+# --- the device ---------------------------------------------------------------------------------------
+
+
+def in_a_new_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run inference.py; its exit code is 77 if it has imported PyTorch."""
+    code = (
+        "import sys, inference;"
+        f"inference.main({[str(argument) for argument in arguments]!r});"
+        "sys.exit(77 if 'torch' in sys.modules else 0)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("kind", ["export", "checkpoint", "bfloat16", "float16"])
+def test_on_a_cpu_no_text_needs_pytorch(sample, train, text_file, workdir, kind, monkeypatch):
+    monkeypatch.setattr(page_module, "write_report", lambda *_: None)
+    monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
+    flags: tuple[object, ...] = ("--run", "latest")
+    if kind == "export":
+        export(RUN, build())
+    elif kind == "checkpoint":
+        assert train("--data", text_file, *TINY, *QUIET_TRACKERS, "--max-iters", 2).code == 0
+        shutil.rmtree(next(Path("runs").glob("2*")) / "artifacts/export")
+    else:
+        path = export(RUN, build())
+        tensors = {name: tensor.to(getattr(torch, kind)) for name, tensor in load_file(path).items()}
+        save_file(tensors, "other.safetensors")
+        Path("text.txt").write_text("".join(VOCABULARY), encoding="utf-8")
+        flags = ("--model", "other.safetensors", "--vocabulary", "text.txt")
+    if not torch.cuda.is_available():
+        assert in_a_new_process(*flags, "--max-new-tokens", 3).returncode == 0
+
+    alone = in_a_new_process(*flags, "--device", "cpu", "--max-new-tokens", 20, "--num-samples", 2)
+
+    assert (alone.returncode, alone.stdout) == (
+        0,
+        sample(*flags, "--max-new-tokens", 20, "--num-samples", 2).out,
+    )
+    assert len(alone.stdout) > 60
+
+
+def test_on_another_device_the_model_itself_draws_the_same_text(sample, model, monkeypatch):
+    flags = ("--prompt", "ab", "--max-new-tokens", 40, "--num-samples", 3, "--top-k", 5)
+    on_cpu = sample(*flags)
+    decoders: list[object] = []
+    create = inference.create_decoder
+    monkeypatch.setattr(inference, "find_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(inference, "create_decoder", lambda *a: decoders.append(create(*a)) or decoders[0])
+
+    assert sample(*flags).out == on_cpu.out
+    assert isinstance(decoders[0], CachedForward)
+
+
+@pytest.mark.parametrize(("initialized", "gpus", "found"), [(0, 1, True), (0, 0, False), (100, 0, False)])
+def test_a_gpu_is_looked_for_without_pytorch(monkeypatch, initialized, gpus, found):
+    def count(pointer):
+        pointer._obj.value = gpus
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda _: initialized, cuDeviceGetCount=count)
+    monkeypatch.setattr(inference.ctypes, "CDLL", lambda name: driver)
+
+    assert inference.may_have_gpu() is found
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(inference.ctypes, "CDLL", missing)
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    assert not inference.may_have_gpu()
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/kfd")
+    assert inference.may_have_gpu()
 
 
 # --- interactive --------------------------------------------------------------------------------------
@@ -346,7 +470,7 @@ def test_one_prompt_twice_gives_two_texts_and_the_seed_decides_both(sample, mode
 
 def test_ctrl_c_ends_a_text_and_asks_again(sample, model, type_in, monkeypatch):
     type_in("ab", "cd")
-    next_token, draws = model_module.next_token, []
+    next_token, draws = Sampling.next_token, []
 
     def interrupted(*arguments):
         draws.append(arguments)
@@ -354,7 +478,7 @@ def test_ctrl_c_ends_a_text_and_asks_again(sample, model, type_in, monkeypatch):
             raise KeyboardInterrupt
         return next_token(*arguments)
 
-    monkeypatch.setattr(model_module, "next_token", interrupted)
+    monkeypatch.setattr(Sampling, "next_token", interrupted)
 
     result = sample("--interactive", *GREEDY)
 
@@ -579,8 +703,8 @@ SHOWN = "a\nb␍b␛[3m\ufffd␡\t␍\n␇a\n"  # the last newline ends every te
 def drawing(workdir, monkeypatch):
     """A model that has the vocabulary CONTROLS and draws DRAWN."""
     export(RUN, build(vocabulary=CONTROLS))
-    drawn = iter([torch.tensor([CONTROLS.index(character)]) for character in DRAWN * 2])
-    monkeypatch.setattr(model_module, "next_token", lambda *_: next(drawn))
+    drawn = iter([np.array([CONTROLS.index(character)]) for character in DRAWN * 2])
+    monkeypatch.setattr(Sampling, "next_token", lambda *_: next(drawn))
 
 
 @pytest.fixture
@@ -620,7 +744,7 @@ def test_no_terminal_obeys_a_text_or_a_prompt(drawing, terminal, term):
 
 def test_a_crlf_between_prompt_and_text_is_one_line_end(workdir, terminal, monkeypatch):
     export(RUN, build(vocabulary=CONTROLS))
-    monkeypatch.setattr(model_module, "next_token", lambda *_: torch.tensor([CONTROLS.index("\n")]))
+    monkeypatch.setattr(Sampling, "next_token", lambda *_: np.array([CONTROLS.index("\n")]))
     shown = terminal()
 
     inference.main(["--prompt", "a\r", "--max-new-tokens", "1"])
@@ -680,7 +804,7 @@ def test_ctrl_c_ends_it_without_a_traceback(sample, model, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_module, "next_token", interrupted)
+    monkeypatch.setattr(Sampling, "next_token", interrupted)
 
     result = sample()
 

@@ -134,6 +134,41 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
     raise Alg1Error(f"{name}: no such run in {runs_dir}, and no run directory", hint)
 
 
+NO_WEIGHTS_HINT = "train one: python train.py, or name a --model"
+
+
+def find_weights(runs_dir: str, name: str | None = None) -> Path:
+    """Return the file to sample a run from: its export, or its newest checkpoint if it has no export yet.
+
+    Args:
+        name: a run id or a run directory; None and "latest" mean the latest run that has weights.
+
+    Raises:
+        Alg1Error: there is no such run, or nothing to sample from.
+    """
+    newest = name in (None, "latest")
+    runs = existing_runs(runs_dir)[::-1] if newest else [find_run(runs_dir, str(name))]
+    for run_dir in runs:
+        if path := weights_of(run_dir):
+            return path
+    nothing = f"no run in {runs_dir} has any weights yet" if newest else f"{name} has no weights yet"
+    raise Alg1Error(nothing, NO_WEIGHTS_HINT)
+
+
+def weights_of(run_dir: Path) -> Path | None:
+    """Return a run's export, or its newest checkpoint if it has no export, or None if it has neither."""
+    run = RunFolder(run_dir)
+    candidates = [run.export_path, *checkpoint_paths(run.checkpoint_dir)[::-1]]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def refuse_run(path: Path) -> None:
+    """Raise Alg1Error if a path that should be a file of weights is a run."""
+    if path.is_dir() and (weights := weights_of(path)):
+        hint = f"name {weights}, or the run with --run (inference.py) or --resume (train.py)"
+        raise Alg1Error(f"{path}: this is a run, not a file of weights", hint)
+
+
 def lock_run(path: Path, timeout: float = LOCK_TIMEOUT) -> RunDirectory:
     """Lock a run directory for this process; wait for the lock so many seconds.
 

@@ -1,186 +1,217 @@
-"""Inference: a key/value cache, a fast forward pass for one character, and the draw from its logits.
+"""The forward pass of model.py in numpy, which draws texts on a CPU without PyTorch.
+
+For one character, the number of calls costs more than the arithmetic. So the weights are rewritten once such
+that few calls are left. The results are those of the model but for rounding:
+
+- The weight and bias of a layer norm are part of the matrix that follows it. The bias of a matrix is its last
+  row, and the last number of its input is 1.
+- The mean over C is taken out of all that is added to the residual stream x; a layer norm would do so anyway.
+  With one more number in x, the norm of x is the square root that a layer norm divides by.
+- The scale of the attention scores is part of the queries and keys, whose numbers are in another order: a
+  rotation of pairs is then a product of complex numbers.
+- Each value is followed by a 1. So the weighted sum of the values is followed by the sum of the weights.
 
 Shapes use the letters of model.py: B batch, T time, C = n_embd, H = n_head, S = C / H, V = vocab_size.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+import numpy as np
 
 from parameters import ModelConfig
-from utils_alg1.network.rotary import apply_qk_norm_and_rotary, rotary_cos_sin
+from utils_alg1.network.blas import limit_threads
 
-ONE_THREAD_FLOPS = 3e8  # below this, two threads were never faster than one, and much slower on busy cores
-
-
-class KeyValueCache:
-    """Keys and values of the characters read so far, so that each is computed only once.
-
-    Args:
-        batch_size: the number of texts, B.
-        like: a tensor of the dtype and on the device that the cache shall have.
-
-    Attributes:
-        store: (n_layer, 2, B, H, block_size, S): keys at index 0 of the second dimension, values at 1.
-        length: the number of characters it holds, the same in every layer.
-    """
-
-    def __init__(self, config: ModelConfig, batch_size: int, like: Tensor):
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, config.head_size)
-        self.store = like.new_empty(shape)
-        self.length = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, H, T, S) of a layer; return all of it so far (B, H, length + T, S).
-
-        The caller advances `length` after the last layer.
-        """
-        end = self.length + k.shape[2]
-        self.store[layer, 0, :, :, self.length : end] = k
-        self.store[layer, 1, :, :, self.length : end] = v
-        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+LAYER_NORM_EPS = 1e-5  # PyTorch's default
+MAX_SUM = 1e30  # of the attention weights before they are divided by their sum; 1 / MAX_SUM is the minimum
 
 
 class Decoder:
-    """Computes a model's logits character by character, with a key/value cache of its own.
-
-    For a single character, calling modules costs more than the arithmetic. So the weights are taken out of
-    the modules once, as views: they follow the model when an optimizer updates it in place.
+    """Computes the logits of texts character by character; see `LogitsDecoder`.
 
     Args:
-        model: a BigramLanguageModel.
-        batch_size: the number of texts, B.
+        tensors: by their names in `BigramLanguageModel.state_dict()`. They are copied, so a decoder does not
+            follow a model that is trained on.
+        dtype: of the arithmetic.
     """
 
-    def __init__(self, model: Any, batch_size: int):
-        self.model, self.config = model, model.config
-        weight = model.lm_head.weight
-        B, C, H, S = batch_size, self.config.n_embd, self.config.n_head, self.config.head_size
-        self.cache = KeyValueCache(self.config, B, weight)
-        self.cos_sin = rotary_cos_sin(self.config, 0, self.config.block_size, weight.device)
-        table = model.position_embedding_table
-        self.positions = None if table is None else table.weight
-        self.tokens = model.token_embedding_table.weight
-        self.blocks = [_weights(block) for block in model.blocks]
-        self.ln_f, self.head = _weights(model.ln_f), _weights(model.lm_head)
-        self.flops = 2.0 * self.config.n_parameters  # per character
-        self.qkv = weight.new_empty(B, 3 * C)  # a buffer, so that its views are made once
-        qkv = self.qkv.view(B, 3, H, S).transpose(0, 1)  # (3, B, H, S)
-        self.q, self.qk, self.kv = qkv[0].unsqueeze(2), qkv[:2], qkv[1:]
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: Any = np.float32):
+        self.config, self.dtype = config, np.dtype(dtype)
+        self.block_size, self.length = config.block_size, 0
+        weights = {name: np.asarray(tensor, self.dtype) for name, tensor in tensors.items()}
+        norm = math.sqrt(config.n_embd * LAYER_NORM_EPS)
+        self.tokens = _centered(weights["token_embedding_table.weight"], norm)  # (V, C + 1)
+        self.positions = self.rotations = None
+        if config.positions == "learned":
+            self.positions = _centered(weights["position_embedding_table.weight"], 0)  # (block_size, C + 1)
+        else:
+            self.rotations = _rotations(config).astype(np.result_type(self.dtype, np.complex64))
+        self.blocks = [self._block(weights, f"blocks.{layer}.") for layer in range(config.n_layer)]
+        head, bias = weights["lm_head.weight"], weights["lm_head.bias"]
+        self.head = _after_norm(head, bias, weights["ln_f.weight"], weights["ln_f.bias"])  # (C + 2, V)
+        self.zero = np.zeros((), self.dtype)
+        self._safe_softmax = False
 
-    def logits(self, idx: Tensor) -> Tensor:
-        """Add idx (B, T) to the cache and return the logits (B, V) of the next character.
+    def _block(self, weights: Mapping[str, np.ndarray], prefix: str) -> tuple[np.ndarray, ...]:
+        """Return the matrices of a block.
 
-        T is 1, or the cache is empty.
+        (C + 2, 3 C), (C + 1, C + 1), (C + 2, 4 C + 1) and (4 C + 1, C + 1).
         """
-        with torch.inference_mode(), _limit_threads(self.flops * idx.numel(), idx.device):
-            if self.cache.length == 0 or torch.is_autocast_enabled(idx.device.type):
-                return self.model(idx, cache=self.cache)[0][:, -1]
-            return self._step(idx.view(-1))
+        C, H, S = self.config.n_embd, self.config.n_head, self.config.head_size
+        ln1, ln1_bias, ln2, ln2_bias, proj, proj_bias, up, up_bias, down, down_bias = (
+            weights[f"{prefix}{name}.{part}"]
+            for name in ("ln1", "ln2", "sa.proj", "ffwd.net.0", "ffwd.net.2")
+            for part in ("weight", "bias")
+        )
+        qkv = weights[f"{prefix}sa.qkv.weight"].copy()
+        qk = qkv[: 2 * C]
+        if self.rotations is not None:  # each pair side by side
+            qk[:] = qk.reshape(2 * H, 2, S // 2, C).swapaxes(1, 2).reshape(2 * C, C)
+        if not self.config.qk_norm:
+            qk *= S**-0.25  # so the scores are divided by S ** 0.5
+        qkv = _after_norm(qkv, np.zeros(3 * C, self.dtype), ln1, ln1_bias)
+        hidden_one = np.append(up_bias, self.dtype.type(1))
+        up = _after_norm(np.pad(up, ((0, 1), (0, 0))), hidden_one, ln2, ln2_bias)
+        return qkv, _onto_stream(proj, proj_bias), up, _onto_stream(down, down_bias)
 
-    def _step(self, token: Tensor) -> Tensor:
-        """Run the forward pass of model.py for one character: (B,) -> (B, V)."""
-        t = self.cache.length
-        shape = token.shape[0], self.config.n_embd
-        mm, norm, attention = torch.mm, torch.layer_norm, F.scaled_dot_product_attention
-        slots = self.cache.store[:, :, :, :, t].unbind(0)  # (2, B, H, S) of each layer
-        keys = self.cache.store[:, 0, :, :, : t + 1].unbind(0)  # (B, H, t + 1, S)
-        values = self.cache.store[:, 1, :, :, : t + 1].unbind(0)
-        cos_sin = None if self.cos_sin is None else self.cos_sin[:, t]  # (2, S / 2)
-        x = F.embedding(token, self.tokens)  # (B, C)
+    def start(self, batch_size: int) -> None:
+        """Begin so many new texts."""
+        config, B, S = self.config, batch_size, self.config.head_size
+        self.length = 0
+        cache = np.empty((config.n_layer, 2, B, config.n_head, config.block_size, S + 1), self.dtype)
+        cache[:, 1, ..., S] = 1
+        self.cache = cache[..., :S]  # keys at index 0 of the second dimension, values at 1
+        self.keys = self.cache[:, 0].swapaxes(-1, -2)  # (n_layer, B, H, S, block_size)
+        self.values = cache[:, 1]  # (n_layer, B, H, block_size, S + 1)
+        self.one_character = _Buffers(config, B, 1, self.dtype)
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        B, T = tokens.shape
+        buffers = self.one_character if T == 1 else _Buffers(self.config, B, T, self.dtype)
+        flops = 2.0 * self.config.n_parameters * B * T
+        with limit_threads(flops), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            self._run_blocks(tokens, buffers)
+            sums = buffers.sums
+            if not (self._safe_softmax or (sums.min() > 1 / MAX_SUM and sums.max() < MAX_SUM)):
+                self._safe_softmax = True
+                self._run_blocks(tokens, buffers)
+            self.length += T
+            return buffers.normalize()[-B:].dot(self.head)
+
+    def _run_blocks(self, tokens: np.ndarray, buffers: _Buffers) -> None:
+        """Compute the residual stream of new characters, and add them to the cache."""
+        T = tokens.shape[1]
+        start, end = self.length, self.length + T
+        x, delta, hidden = buffers.x, buffers.delta, buffers.hidden
+        self.tokens.take(tokens.T.reshape(-1), axis=0, out=x, mode="clip")
         if self.positions is not None:
-            x.add_(self.positions[t])
-        for block, slot, k, v in zip(self.blocks, slots, keys, values, strict=True):
-            # In the order of the modules: attention, feed-forward, layer norms.
-            qkv, proj, proj_bias, up, up_bias, down, down_bias, ln1, ln1_bias, ln2, ln2_bias = block
-            mm(norm(x, shape[1:], ln1, ln1_bias), qkv, out=self.qkv)
-            if self.config.qk_norm or cos_sin is not None:
-                self.qk.copy_(apply_qk_norm_and_rotary(self.qk, self.config.qk_norm, cos_sin))
-            slot.copy_(self.kv)
-            x.addmm_(attention(self.q, k, v).view(shape), proj).add_(proj_bias)
-            hidden = mm(norm(x, shape[1:], ln2, ln2_bias), up).add_(up_bias).relu_()  # (B, 4 C)
-            x.addmm_(hidden, down).add_(down_bias)
-        self.cache.length += 1
-        (ln_f, ln_f_bias), (head, head_bias) = self.ln_f, self.head
-        return torch.addmm(head_bias, norm(x, shape[1:], ln_f, ln_f_bias), head)
+            buffers.x_of_time += self.positions[start:end, None]
+        layers = zip(
+            self.blocks,
+            self.cache[..., start:end, :],
+            self.keys[..., :end],
+            self.values[..., :end, :],
+            buffers.layers,
+            strict=True,
+        )
+        for (qkv, proj, up, down), slots, k, v, (both, weighted, sums) in layers:
+            np.dot(buffers.normalize(), qkv, out=buffers.qkv)
+            self._normalize_and_rotate(buffers.qk)
+            slots[:] = buffers.kv
+            scores = np.matmul(buffers.q, k)  # (B, H, T, end)
+            if T > 1:
+                scores += buffers.mask
+            if self._safe_softmax:
+                scores -= scores.max(axis=-1, keepdims=True)
+            np.matmul(np.exp(scores, out=scores), v, out=both)  # (B, H, T, S + 1)
+            np.divide(weighted, sums, out=buffers.mixed)
+            x += np.dot(buffers.attention, proj, out=delta)
+            np.dot(buffers.normalize(), up, out=hidden)
+            x += np.dot(np.maximum(hidden, self.zero, out=hidden), down, out=delta)
+
+    def _normalize_and_rotate(self, qk: np.ndarray) -> None:
+        """Apply QK-norm and rotary positions, each if the model has it, to (T, B, 2, H, S) in place."""
+        S = self.config.head_size
+        if self.config.qk_norm:
+            eps = np.finfo(self.dtype).eps
+            squares = np.add.reduce(qk * qk, axis=-1, keepdims=True)
+            qk /= np.sqrt(squares * S**-0.5 + eps * S**0.5)  # the scores are divided by S ** 0.5 too
+        if self.rotations is not None:
+            pairs = qk.view(self.rotations.dtype)
+            pairs *= self.rotations[self.length : self.length + len(qk), None, None, None]
 
 
-def _weights(module: nn.Module) -> list[Tensor]:
-    """Return the parameters of a module, matrices as (in, out)."""
-    return [parameter.detach().t() for parameter in module.parameters()]
+class _Buffers:
+    """What is computed of T characters of B texts; rows are in the order (T, B).
 
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set the model to evaluation mode, and restore its mode at the end."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextlib.contextmanager
-def _limit_threads(flops: float, device: torch.device) -> Iterator[None]:
-    """On a CPU, use one thread if there is little to compute: several would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu" and flops < ONE_THREAD_FLOPS:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError if a sampling argument is out of range."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature = {temperature} must be 0 or above")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k = {top_k} must be above 0")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p} must be above 0 and at most 1")
-
-
-def next_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw a token from each row of logits: (B, V) -> (B,).
-
-    See `BigramLanguageModel.generate_stream` for the arguments.
-
-    Raises:
-        RuntimeError: the logits are not finite.
+    Attributes:
+        x: the residual stream (T B, C + 1).
+        attention: the outputs of all heads (T B, C + 1); its last column is 1.
+        layers: of each layer the weighted sum of the values and the sum of the weights (B, H, T, S + 1), both
+            together and each alone.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    if temperature != 1:
-        # Subtracting the maximum first keeps a tiny temperature from overflowing; one below the smallest
-        # normal number of the dtype would divide by zero.
-        temperature = max(temperature, torch.finfo(logits.dtype).tiny)
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probs = logits.softmax(dim=-1)  # (B, V)
-    if top_p is not None and top_p < 1:
-        sorted_probs, order = probs.sort(dim=-1, descending=True)
-        outside = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p  # more likely tokens suffice
-        probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
-    if not math.isfinite(probs.sum()):
-        raise RuntimeError("the model's logits are not finite: there is nothing to draw from")
-    # The same draw as torch.multinomial from the same generator state, without its dozen argument checks.
-    exponential = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / exponential).argmax(dim=-1)
+
+    def __init__(self, config: ModelConfig, B: int, T: int, dtype: np.dtype):
+        C, H, S, rows = config.n_embd, config.n_head, config.head_size, T * B
+        self.x, self.delta, self.attention = (np.ones((rows, C + 1), dtype) for _ in range(3))
+        self.hidden = np.empty((rows, 4 * C + 1), dtype)
+        self.x_of_time = self.x.reshape(T, B, C + 1)
+        self.qkv = np.empty((rows, 3 * C), dtype)
+        by_part = self.qkv.reshape(T, B, 3, H, S)
+        self.qk = by_part[:, :, :2]  # (T, B, 2, H, S)
+        by_part = by_part.transpose(2, 1, 3, 0, 4)
+        self.q, self.kv = by_part[0], by_part[1:]  # (B, H, T, S), (2, B, H, T, S)
+        self.mixed = self.attention[:, :C].reshape(T, B, H, S).transpose(1, 2, 0, 3)
+        both = np.empty((config.n_layer, B, H, T, S + 1), dtype)
+        self.sums = both[..., -1:]
+        self.layers = list(zip(both, both[..., :-1], self.sums, strict=True))
+        self.mask = np.triu(np.full((T, T), -np.inf, dtype), 1)
+        self._normed = np.ones((rows, C + 2), dtype)
+        self._squares = np.empty((rows, 1, 1), dtype)
+        self._out, self._norms = self._normed[:, :-1], self._squares[:, 0]
+        self._factors = self.x[:, None], self.x[:, :, None]
+
+    def normalize(self) -> np.ndarray:
+        """Return what the matrix behind a layer norm takes: (T B, C + 2)."""
+        if len(self.x) == 1:
+            x = self.x[0]
+            np.multiply(x, 1 / math.sqrt(x.dot(x)), out=self._out[0])
+        else:
+            np.matmul(*self._factors, out=self._squares)
+            np.divide(self.x, np.sqrt(self._norms, out=self._norms), out=self._out)
+        return self._normed
+
+
+def _rotations(config: ModelConfig) -> np.ndarray:
+    """Return the rotation of each pair at each position, as complex numbers (block_size, S / 2)."""
+    exponents = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
+    angles = (
+        np.arange(config.block_size, dtype=np.float32)[:, None] * np.float32(config.block_size) ** -exponents
+    )
+    return np.exp(1j * angles)
+
+
+def _centered(table: np.ndarray, last: float) -> np.ndarray:
+    """Return an embedding table (N, C) as it is added to the residual stream: (N, C + 1)."""
+    return np.pad(table - table.mean(axis=1, keepdims=True), ((0, 0), (0, 1)), constant_values=last)
+
+
+def _after_norm(matrix: np.ndarray, bias: np.ndarray, norm: np.ndarray, norm_bias: np.ndarray) -> np.ndarray:
+    """Return the matrix (N, C) and bias (N) that follow a layer norm as one matrix (C + 2, N)."""
+    N, C = matrix.shape
+    joined = np.zeros((C + 2, N), matrix.dtype)
+    np.multiply(matrix.T, norm[:, None] * norm.dtype.type(math.sqrt(C)), out=joined[:C])
+    joined[-1] = matrix @ norm_bias + bias
+    return joined
+
+
+def _onto_stream(matrix: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Return a matrix (C, N) and bias (C), whose product is added to the stream, as one (N + 1, C + 1)."""
+    C, N = matrix.shape
+    joined = np.zeros((N + 1, C + 1), matrix.dtype)
+    np.subtract(matrix.T, matrix.mean(axis=0)[:, None], out=joined[:-1, :C])
+    joined[-1, :C] = bias - bias.mean()
+    return joined

@@ -3,6 +3,8 @@
 A tensor file has one metadata string, JSON, with a description of the content and a SHA-256 of that and of
 every tensor. safetensors itself has no checksum, so a flipped bit would go unnoticed. (It is a single string
 because safetensors writes several in varying order, so that the same content would give different bytes.)
+
+A file is read as numpy arrays, without PyTorch, which takes seconds to import; `read_tensors` gives tensors.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
     import torch
 
 METADATA_KEY = "alg1"
+DTYPES = {  # of the format -> of numpy
+    "F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bool", "U8": "uint8", "I8": "int8",
+    "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64", "U64": "uint64",
+}  # fmt: skip
+FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # of the format -> of PyTorch
 WHERE_WEIGHTS_ARE = (
     "the weights of a run are runs/RUN/artifacts/export/model.safetensors; inference.py --run RUN finds them"
 )
@@ -74,20 +82,57 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Read a tensor file as PyTorch tensors; see `read_arrays`."""
+    import torch
+
+    arrays, metadata = read_arrays(path)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}, metadata
+
+
+def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
     """Read a tensor file and verify its SHA-256.
 
     Returns:
-        the tensors by name, and the metadata, which is None for a safetensors file of another program.
+        the arrays by name, float32 in place of types that numpy does not have, and the metadata, which is
+        None for a safetensors file of another program.
 
     Raises:
         Alg1Error: not found, not a safetensors file, truncated, or altered since it was written.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, deserialize, safe_open
 
     path = Path(path)
+    magic = _first_bytes(path)
+    if magic in (b"PK", b"\x80\x02"):
+        problem = f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read"
+        raise Alg1Error(problem, "convert it to safetensors with the program that wrote it")
+    try:
+        with safe_open(str(path), framework="numpy") as file:  # checks the header; reads no tensor yet
+            header = file.metadata() or {}
+        stored_tensors = sorted(deserialize(path.read_bytes()), key=itemgetter(0))
+        arrays = {name: _to_array(**stored) for name, stored in stored_tensors}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Types and messages vary between releases of safetensors.
+        hint = "it may be truncated or of another format; use another file"
+        raise Alg1Error(f"{path}: not a whole safetensors file ({first_line(error)})", hint) from None
+    if METADATA_KEY not in header:
+        return arrays, None
+    try:
+        about = json.loads(header[METADATA_KEY])
+        metadata = about["metadata"]
+        intact = isinstance(metadata, dict) and about["sha256"] == digest(arrays, metadata)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        intact = False
+    if not intact:
+        raise Alg1Error(f"{path}: damaged: its bytes do not match its SHA-256", "use another copy of it")
+    return arrays, metadata
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Return the first two bytes of a file; Alg1Error if it cannot be read."""
     try:
         with path.open("rb") as file:
-            magic = file.read(2)
+            return file.read(2)
     except FileNotFoundError:
         if path.parts[0] in ("http:", "https:"):
             url = str(path).replace(":/", "://", 1)  # Path has merged the two slashes
@@ -97,26 +142,16 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, A
         raise Alg1Error(f"{path}: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE) from None
     except OSError as error:
         raise unreadable(path, error) from None
-    if magic in (b"PK", b"\x80\x02"):
-        problem = f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read"
-        raise Alg1Error(problem, "convert it to safetensors with the program that wrote it")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # Types and messages vary between releases of safetensors.
-        hint = "it may be truncated or of another format; use another file"
-        raise Alg1Error(f"{path}: not a whole safetensors file ({first_line(error)})", hint) from None
-    if METADATA_KEY not in header:
-        return tensors, None
-    try:
-        about = json.loads(header[METADATA_KEY])
-        metadata = about["metadata"]
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        intact = isinstance(metadata, dict) and about["sha256"] == digest(arrays, metadata)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        intact = False
-    if not intact:
-        raise Alg1Error(f"{path}: damaged: its bytes do not match its SHA-256", "use another copy of it")
-    return tensors, metadata
+
+
+def _to_array(dtype: str, shape: list[int], data: bytearray) -> np.ndarray:
+    """Return a stored tensor as an array that shares its memory, or as float32 if numpy lacks the dtype."""
+    import numpy as np
+
+    if dtype in DTYPES:
+        return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    import torch
+
+    return torch.frombuffer(data, dtype=getattr(torch, FLOAT8[dtype])).float().reshape(shape).numpy()

@@ -9,19 +9,24 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from parameters import MODEL_OPTIONS, ModelConfig
 from utils_alg1.base.errors import Alg1Error
+from utils_alg1.network.tensor_file import read_arrays
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 FORMAT = "alg1-model"
-FORMAT_VERSION = 1
+CHECKPOINT_FORMAT = "alg1-checkpoint"
+FORMAT_VERSION = 1  # of both
 OTHER_WEIGHTS = "use an export of ALG1, or weights with the names that README-ARCH.md lists"
 FUSED = ".sa.qkv.weight"  # ends the name of the fused matrix of a block, in memory
+OTHER_CHECKPOINT = "use another checkpoint, written by train.py"
 PROJECTIONS = ("query", "key", "value")  # the order of their rows in the fused matrix
 
 
@@ -33,16 +38,67 @@ def weights_metadata(
     return about | {"vocabulary": vocabulary, "provenance": provenance}
 
 
-def describe_weights(
-    tensors: Mapping[str, Tensor],
+@dataclass
+class Weights:
+    """The weights of a model, and what its file says of it.
+
+    Attributes:
+        tensors: by their names in `BigramLanguageModel.state_dict()`, of any floating-point types.
+        vocabulary: the characters by token, or None if unknown.
+        provenance: where the weights come from (JSON values).
+    """
+
+    config: ModelConfig
+    tensors: dict[str, np.ndarray]
+    vocabulary: list[str] | None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def read_weights(path: Path) -> Weights:
+    """Read an export, a checkpoint, or any safetensors file in the layout of the lecture.
+
+    Raises:
+        Alg1Error: the file is none of these, or damaged.
+    """
+    tensors, metadata = read_arrays(path)
+    if metadata is not None and metadata.get("format") == CHECKPOINT_FORMAT:
+        return weights_of_checkpoint(tensors, metadata, path)
+    return weights_of_export(tensors, metadata, path)
+
+
+def weights_of_checkpoint(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], path: str | Path
+) -> Weights:
+    """Return the weights that a checkpoint of training/checkpoint.py holds, from what `read_arrays` returns.
+
+    Raises:
+        Alg1Error: its format is not known, or its parts do not agree.
+    """
+    _check_version(metadata, path)
+    prefix = "model."
+    model = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+    try:
+        config = ModelConfig(**metadata["model"])
+        config.validate()
+        size = sum(tensor.size for tensor in model.values())
+        fits = size == config.n_parameters and _find_mismatch(model, model_shapes(config)) is None
+        if fits and _fits_vocabulary(metadata["vocabulary"], config):
+            return Weights(config, model, metadata["vocabulary"])
+    except (KeyError, TypeError, ValueError, Alg1Error):
+        pass
+    raise Alg1Error(f"{path}: this checkpoint makes no sense (weights)", OTHER_CHECKPOINT)
+
+
+def weights_of_export(
+    tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, Any] | None,
     path: str | Path,
     vocabulary: Sequence[str] | None = None,
-) -> tuple[ModelConfig, list[str] | None, dict[str, Any]]:
-    """Read config, vocabulary and provenance of a weights file, and check that they agree with its tensors.
+) -> Weights:
+    """Return the weights of an exported model or of a file of another program.
 
     Args:
-        tensors, metadata: as `read_tensors` returns them.
+        tensors, metadata: as `read_arrays` returns them.
         path: for error messages.
         vocabulary: the characters by token, for a file that does not hold them.
 
@@ -53,27 +109,39 @@ def describe_weights(
         metadata = {}
     elif (kind := metadata.get("format")) != FORMAT:
         raise Alg1Error(f"{path}: this is {kind!r}, not an exported model", OTHER_WEIGHTS)
-    elif (version := metadata.get("format_version")) != FORMAT_VERSION:
-        hint = "use the release of ALG1 that wrote it"
-        raise Alg1Error(f"{path}: format version {version!r} is not known", hint)
+    else:
+        _check_version(metadata, path)
     model = metadata.get("model")
     stored = model if isinstance(model, dict) else {}
     config = config_from_shapes(tensors, path, stored)
     if model is not None and dataclasses.asdict(config) != MODEL_OPTIONS | stored:
         raise Alg1Error(f"{path}: its sizes and its tensors do not agree", OTHER_WEIGHTS)
     characters = metadata.get("vocabulary") if vocabulary is None else list(vocabulary)
-    if characters is not None and (
-        characters != sorted(set(characters)) or len(characters) != config.vocab_size
-    ):
+    if characters is not None and not _fits_vocabulary(characters, config):
         raise Alg1Error(
             f"{path}: its vocabulary must be {config.vocab_size} characters, sorted and each once",
             "give the vocabulary of the text that it was trained on",
         )
-    return config, characters, metadata.get("provenance") or {}
+    return Weights(config, join_heads(tensors, config, path), characters, metadata.get("provenance") or {})
+
+
+def _check_version(metadata: Mapping[str, Any], path: str | Path) -> None:
+    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+        hint = "use the release of ALG1 that wrote it"
+        raise Alg1Error(f"{path}: format version {version!r} is not known", hint)
+
+
+def _fits_vocabulary(characters: Any, config: ModelConfig) -> bool:
+    are_strings = isinstance(characters, list) and all(isinstance(c, str) for c in characters)
+    return (
+        are_strings
+        and characters == sorted(set("".join(characters)))
+        and len(characters) == config.vocab_size
+    )
 
 
 def config_from_shapes(
-    tensors: Mapping[str, Tensor], path: str | Path, stored: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray], path: str | Path, stored: Mapping[str, Any]
 ) -> ModelConfig:
     """Read the sizes of a model from the names and shapes of its tensors on disk.
 
@@ -90,7 +158,7 @@ def config_from_shapes(
 
     def table(kind: str) -> Sequence[int]:
         found = tensors.get(f"{kind}_embedding_table.weight")
-        if found is None or found.dim() != 2:
+        if found is None or found.ndim != 2:
             message = "there is no model of this kind in it (no embedding tables)"
             raise Alg1Error(f"{path}: {message}", OTHER_WEIGHTS)
         return found.shape
@@ -166,28 +234,36 @@ def split_heads(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
     return tensors
 
 
-def join_heads(tensors: Mapping[str, Tensor], config: ModelConfig, path: str | Path) -> dict[str, Tensor]:
+def join_heads(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, path: str | Path
+) -> dict[str, np.ndarray]:
     """Convert tensors in the layout on disk to the model's, leaving out the `...tril` buffers of old files.
 
     Raises:
         Alg1Error: a tensor is missing, unknown, of the wrong shape, or not of a floating-point type.
     """
-    tensors = {name: t for name, t in tensors.items() if not name.endswith(".tril")}
-    expected = shapes_on_disk(config)
-    for name in (*sorted(expected.keys() ^ tensors.keys()), *expected):
-        if name not in tensors:
-            problem = f"{name} is missing"
-        elif name not in expected:
-            problem = f"{name} is unknown"
-        elif tuple(tensors[name].shape) != expected[name]:
-            problem = f"{name} has the shape {tuple(tensors[name].shape)}, not {expected[name]}"
-        elif not tensors[name].is_floating_point():
-            problem = f"{name} holds {tensors[name].dtype}, not floating numbers"
-        else:
-            continue
+    import numpy as np
+
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".tril")}
+    if problem := _find_mismatch(tensors, shapes_on_disk(config)):
         raise Alg1Error(f"{path}: not the weights of this model: {problem}", OTHER_WEIGHTS)
     joined = {name: tensor for name, tensor in tensors.items() if ".sa.heads." not in name}
     for layer in range(config.n_layer):
         prefix = f"blocks.{layer}.sa."
-        joined[f"{prefix}qkv.weight"] = torch.cat([tensors[name] for name in _head_names(prefix, config)])
+        matrices = [tensors[name] for name in _head_names(prefix, config)]
+        joined[f"{prefix}qkv.weight"] = np.concatenate(matrices)
     return joined
+
+
+def _find_mismatch(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return how tensors differ from the names and shapes that are expected of them, or None."""
+    for name in (*sorted(expected.keys() ^ tensors.keys()), *expected):
+        if name not in tensors:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is unknown"
+        if tensors[name].shape != expected[name]:
+            return f"{name} has the shape {tensors[name].shape}, not {expected[name]}"
+        if tensors[name].dtype.kind != "f":
+            return f"{name} holds torch.{tensors[name].dtype}, not floating numbers"
+    return None

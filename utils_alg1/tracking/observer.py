@@ -32,7 +32,7 @@ from utils_alg1.base.summaries import (
     compute_histograms,
     model_histograms,
 )
-from utils_alg1.network.decoder import eval_mode
+from utils_alg1.network.cache import eval_mode
 from utils_alg1.tracking.trackers import Trackers
 from utils_alg1.training.progress import Evaluation
 from utils_alg1.training.seeds import generator

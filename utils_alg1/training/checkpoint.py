@@ -27,6 +27,7 @@ from model import BigramLanguageModel
 from parameters import ModelConfig, coerce_all
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
+from utils_alg1.network.weights import CHECKPOINT_FORMAT, FORMAT_VERSION, OTHER_CHECKPOINT
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
     RunFolder,
@@ -39,9 +40,6 @@ from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.trainer import Trainer
 
 LOGGER = logging.getLogger("alg1")
-FORMAT = "alg1-checkpoint"
-FORMAT_VERSION = 1
-OTHER_CHECKPOINT = "use another checkpoint, written by train.py"
 
 
 class TrackerState(TypedDict):
@@ -54,7 +52,7 @@ class TrackerState(TypedDict):
 class CheckpointMetadata(TypedDict, total=False):
     """What a checkpoint holds besides its tensors. Old files may lack `world_size` and `arithmetic`."""
 
-    format: str  # FORMAT
+    format: str  # CHECKPOINT_FORMAT
     format_version: int  # FORMAT_VERSION
     run_id: str
     parameters: dict[str, Any]  # the parameters of the run, by name
@@ -114,13 +112,6 @@ class Checkpoint:
                 raise Alg1Error(text, OTHER_CHECKPOINT)
         for name, tensor in tensors.items():
             tensor.detach().copy_(saved[name])
-
-    def build_model(self) -> BigramLanguageModel:
-        """Return a new model with these weights, to sample from."""
-        model = BigramLanguageModel(ModelConfig(**self.metadata["model"]))
-        self.load_model(model)
-        model.vocabulary = self.metadata["vocabulary"]
-        return model
 
 
 def trainer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -183,7 +174,7 @@ class CheckpointStore:
         model, progress = trainer.model, trainer.progress
         assert model.vocabulary is not None
         metadata: CheckpointMetadata = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "format_version": FORMAT_VERSION,
             "progress": dataclasses.asdict(progress),
             "model": model.config.stored(),
@@ -233,7 +224,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         Alg1Error: not there, damaged, not a checkpoint, or one with values that no run has written.
     """
     tensors, metadata = read_tensors(path)
-    if metadata is None or metadata.get("format") != FORMAT:
+    if metadata is None or metadata.get("format") != CHECKPOINT_FORMAT:
         raise Alg1Error(f"{path}: this is not a checkpoint", OTHER_CHECKPOINT)
     if metadata.get("format_version") != FORMAT_VERSION:
         raise Alg1Error(

@@ -1,4 +1,4 @@
-"""Read what a run resumes or starts from, and what is sampled: runs, exports, weights of other programs."""
+"""Read what a run resumes or starts from: runs, exports, weights of other programs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import remove_temporary_files
 from utils_alg1.base.problems import shown
-from utils_alg1.network.tensor_file import read_metadata
+from utils_alg1.network.weights import read_weights
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
     RunDirectory,
     RunFolder,
     checkpoint_path,
     checkpoint_paths,
-    existing_runs,
     find_run,
     list_runs,
     lock_run,
+    refuse_run,
 )
-from utils_alg1.training.checkpoint import FORMAT, Checkpoint, newest_checkpoint, read_checkpoint
+from utils_alg1.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from utils_alg1.training.progress import Progress
 from utils_alg1.training.schedule import same_learning_rates
 from utils_alg1.utils_output import Console
@@ -168,43 +168,11 @@ def micro_batches_changed(old_steps: int, old_world_size: int, steps: int, world
     return [f"micro-batches of a step: {change}{fix}"]
 
 
-NO_WEIGHTS_HINT = "train one: python train.py, or name a --model"
-
-
-def find_weights(runs_dir: str, name: str | None = None) -> Path:
-    """Return the file to sample a run from: its export, or its newest checkpoint if it has no export yet.
-
-    Args:
-        name: a run id or a run directory; None and "latest" mean the latest run that has weights.
-
-    Raises:
-        Alg1Error: there is no such run, or nothing to sample from.
-    """
-    newest = name in (None, "latest")
-    runs = existing_runs(runs_dir)[::-1] if newest else [find_run(runs_dir, str(name))]
-    for run_dir in runs:
-        if path := weights_of(run_dir):
-            return path
-    nothing = f"no run in {runs_dir} has any weights yet" if newest else f"{name} has no weights yet"
-    raise Alg1Error(nothing, NO_WEIGHTS_HINT)
-
-
-def weights_of(run_dir: Path) -> Path | None:
-    """Return a run's export, or its newest checkpoint if it has no export, or None if it has neither."""
-    run = RunFolder(run_dir)
-    candidates = [run.export_path, *checkpoint_paths(run.checkpoint_dir)[::-1]]
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def load_model_file(path: Path) -> BigramLanguageModel:
     """Load a model from an export, a checkpoint, or any file in the lecture's layout.
 
     Raises:
         Alg1Error: the file is none of these, or damaged.
     """
-    if path.is_dir() and (weights := weights_of(path)):
-        hint = f"name {weights}, or the run with --run (inference.py) or --resume (train.py)"
-        raise Alg1Error(f"{path}: this is a run, not a file of weights", hint)
-    if read_metadata(path).get("format") == FORMAT:
-        return read_checkpoint(path).build_model()
-    return BigramLanguageModel().load_safetensors(path)
+    refuse_run(path)
+    return BigramLanguageModel().load(read_weights(path))

@@ -12,7 +12,7 @@ from data import get_batch
 from model import BigramLanguageModel
 from parameters import TrainConfig, due
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
-from utils_alg1.network.decoder import eval_mode
+from utils_alg1.network.cache import eval_mode
 from utils_alg1.training.backward import Backward
 from utils_alg1.training.optimizers import create_optimizer
 from utils_alg1.training.progress import Clock, Evaluation, Progress
