@@ -34,6 +34,10 @@ from common import (
 # Training steps: name -> parameters of the run and fields of its Arithmetic, with the shortcut and without.
 STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "written-out gradient, against autograd": ({"gradient": "manual"}, {"gradient": "autograd"}),
+    "its dropout, against autograd's": (
+        {"dropout": 0.1, "gradient": "manual"},
+        {"dropout": 0.1, "gradient": "autograd"},
+    ),
     "products by oneDNN, against PyTorch's": (
         {"dtype": "float32", "products": "onednn"},
         {"dtype": "float32", "products": "pytorch"},
