@@ -4,14 +4,12 @@
     python benchmarks/shortcuts.py --data TEXT --size "64/4/4 T32 B4" --threads 1
 
 The ratio is how many times longer it takes without the shortcut: the median over the rounds, with quartiles.
-Everything else is as train.py chooses it. Sampling is one text of block_size characters, 64 at most.
+Everything else is as train.py chooses it. The decoder reads block_size characters, 64 at most.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -98,7 +96,7 @@ def pairs(
             with_it, without = (repeat(Steps(make_trainer(text, settings | side), 1)) for side in sides)
             yield shortcut, {"with_it": with_it, "without": without}
     yield "AdamW, against torch.optim's", optimizer_steps(make_trainer(text, settings))
-    yield "decoder, against the model's forward", samplers(make_trainer(text, settings).model.eval())
+    yield "decoder, against the model's forward", decoders(make_trainer(text, settings).model.eval())
 
 
 def make_trainer(text: Path, values: dict[str, Any]) -> Any:
@@ -123,22 +121,19 @@ def optimizer_steps(trainer: Any) -> dict[str, Callable[[int], Any]]:
     return {"with_it": repeat(trainer.optimizer.step), "without": repeat(theirs.step)}
 
 
-def samplers(model: Any) -> dict[str, Callable[[int], Any]]:
-    """Return functions that draw a text: `generate`, and a loop over the cached forward of the model."""
-    import torch
+def decoders(model: Any) -> dict[str, Callable[[int], Any]]:
+    """Return functions that compute the logits of a text: by the decoder, and by the model itself."""
+    import numpy as np
 
     from utils_alg1.network.cache import CachedForward
-    from utils_alg1.network.sampling import Sampling, draw_with, generate_tokens
 
-    n = min(64, model.config.block_size) - 1
-    start = torch.zeros(1, 1, dtype=torch.int64)
+    def read(decoder: Any) -> None:
+        decoder.start(batch_size=1)
+        for _ in range(min(64, model.config.block_size)):
+            decoder.logits(np.zeros((1, 1), dtype=np.int64))
 
-    def sample() -> None:
-        draw = draw_with([random.Random(1)])
-        for _ in generate_tokens(CachedForward(model), start.numpy(), n, Sampling(), draw):
-            pass
-
-    return {"with_it": repeat(functools.partial(model.generate, start, n)), "without": repeat(sample)}
+    with_it, without = model._decoder(), CachedForward(model)
+    return {"with_it": repeat(lambda: read(with_it)), "without": repeat(lambda: read(without))}
 
 
 def row(shortcut: str, size: str, with_it: Sequence[float], without: Sequence[float]) -> dict[str, Any]:

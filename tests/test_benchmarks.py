@@ -80,7 +80,7 @@ def test_a_step_is_compared_with_nanogpts_best_in_float32_and_with_the_best_prod
     monkeypatch.setattr(training, "products", products)
     monkeypatch.setattr(training, "take_turns", lambda entered, args: None)
     monkeypatch.setattr(training.os, "cpu_count", lambda: 2)
-    args = SimpleNamespace(threads="best", device="cpu")
+    args = SimpleNamespace(threads="best", device="cpu", compile=False)
 
     rows = training.measure("a size", {"batch_size": 2, "block_size": 5}, args, None)
 
