@@ -123,6 +123,26 @@ def test_the_compiler_sees_one_graph_with_the_same_gradient(products, options, m
     assert flat(difference).norm() < 0.1 * flat(plain).norm()
 
 
+@pytest.mark.parametrize(("T", "dtypes"), [(5, [torch.float32]), (6, [])])
+def test_bfloat16_attends_in_float32_to_a_short_context_and_in_blocks_to_a_long_one(T, dtypes, monkeypatch):
+    seen = []
+
+    def spy(q, k, v):
+        seen.append(q.dtype)
+        return flash_attention(q, k, v)
+
+    monkeypatch.setattr(attention_module, "BFLOAT16_BLOCKS_MIN_T", 6)
+    monkeypatch.setattr(attention_module, "flash_attention", spy)
+    q, k, v, grad = torch.randn(4, 2, 3, T, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out, backward = attention_module.attention(q, k, v)
+    exact, exact_backward = math_attention(q.double(), k.double(), v.double())
+    assert seen == dtypes
+    found, expected = [out, *backward(grad)], [exact, *exact_backward(grad.double())]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype is torch.bfloat16
+        torch.testing.assert_close(mine.double(), theirs, atol=0.03, rtol=0.03)
+
+
 # --- dropout ------------------------------------------------------------------------------------------
 
 

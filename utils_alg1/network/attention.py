@@ -16,7 +16,7 @@ AttentionBackward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 aten = torch.ops.aten
 MATH_ATTENTION_MAX_T = 64  # up to here, compiled attention is faster as plain matrix products
 QUERY_BLOCK = 64  # queries of a block: the scores of all heads with all keys then fit into the cache
-BFLOAT16_BLOCKS_MIN_T = 128  # from here on, blocks are faster than flash attention in bfloat16
+BFLOAT16_BLOCKS_MIN_T = 128  # below it, flash attention in float32 is faster than anything in bfloat16
 
 
 def attention(
@@ -30,6 +30,8 @@ def attention(
     T = q.shape[-2]
     if kept is not None or (q.dtype is torch.bfloat16 and T >= BFLOAT16_BLOCKS_MIN_T):
         return blocked_attention(q, k, v, kept, scale)
+    if q.dtype is torch.bfloat16:
+        return attention_in_float32(q, k, v)
     if torch.compiler.is_compiling() and T <= MATH_ATTENTION_MAX_T:
         return math_attention(q, k, v)
     return flash_attention(q, k, v)
@@ -45,6 +47,17 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionB
         )
 
     return out, backward
+
+
+def attention_in_float32(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionBackward]:
+    """Causal attention of another data type, computed in float32."""
+    out, float32_backward = attention(q.float(), k.float(), v.float())
+
+    def backward(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_grad, k_grad, v_grad = (x.to(q.dtype) for x in float32_backward(grad.float()))
+        return q_grad, k_grad, v_grad
+
+    return out.to(q.dtype), backward
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionBackward]:
