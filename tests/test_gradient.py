@@ -17,7 +17,7 @@ from utils_alg1.network import attention as attention_module
 from utils_alg1.network import products as products_module
 from utils_alg1.network.attention import blocked_attention, flash_attention, math_attention
 from utils_alg1.network.dropout import DropoutMasks, draw_masks
-from utils_alg1.network.gradient import OPTIONS, loss_and_gradients
+from utils_alg1.network.gradient import OPTIONS, loss_and_gradients, self_attention
 from utils_alg1.network.products import Products, onednn_works
 from utils_alg1.network.rotary import apply_qk_norm_and_rotary, rotary_cos_sin
 from utils_alg1.training import arithmetic as arithmetic_module
@@ -123,24 +123,33 @@ def test_the_compiler_sees_one_graph_with_the_same_gradient(products, options, m
     assert flat(difference).norm() < 0.1 * flat(plain).norm()
 
 
-@pytest.mark.parametrize(("T", "dtypes"), [(5, [torch.float32]), (6, [])])
-def test_bfloat16_attends_in_float32_to_a_short_context_and_in_blocks_to_a_long_one(T, dtypes, monkeypatch):
+@pytest.mark.parametrize("T, dtypes", [(5, [torch.float32]), (6, [])])
+@pytest.mark.parametrize("options", [{}, {"positions": "rotary", "qk_norm": True}])
+def test_bfloat16_attends_in_float32_to_a_short_context_and_in_blocks_to_a_long_one(
+    T, dtypes, options, monkeypatch
+):
     seen = []
 
     def spy(q, k, v):
         seen.append(q.dtype)
         return flash_attention(q, k, v)
 
-    monkeypatch.setattr(attention_module, "BFLOAT16_BLOCKS_MIN_T", 6)
+    monkeypatch.setattr(attention_module, "BFLOAT16_ATTENTION_MIN_T", 6)
     monkeypatch.setattr(attention_module, "flash_attention", spy)
-    q, k, v, grad = torch.randn(4, 2, 3, T, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
-    out, backward = attention_module.attention(q, k, v)
-    exact, exact_backward = math_attention(q.double(), k.double(), v.double())
+    config = dataclasses.replace(SMALL, **options)
+    cos_sin = rotary_cos_sin(config, 0, T, torch.device("cpu"))
+    draw = torch.Generator().manual_seed(1)
+    qkv = torch.randn(2, T, 3, 2, 4, generator=draw)
+    grad = torch.randn(2 * T, 8, generator=draw)
+    out, backward = self_attention(qkv.bfloat16(), config.qk_norm, cos_sin)
     assert seen == dtypes
-    found, expected = [out, *backward(grad)], [exact, *exact_backward(grad.double())]
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype is torch.bfloat16
-        torch.testing.assert_close(mine.double(), theirs, atol=0.03, rtol=0.03)
+    monkeypatch.setattr(attention_module, "flash_attention", math_attention)
+    exact, exact_backward = self_attention(qkv.double(), config.qk_norm, cos_sin)
+    assert out.dtype is (dtypes[0] if dtypes else torch.bfloat16)  # what comes next converts it
+    torch.testing.assert_close(out.double(), exact, atol=0.03, rtol=0.03)
+    found = backward(grad.bfloat16())
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.double(), exact_backward(grad.double()), atol=0.05, rtol=0.03)
 
 
 # --- dropout ------------------------------------------------------------------------------------------
@@ -276,7 +285,7 @@ def threads(request):
 @pytest.mark.parametrize("blocks_from", [0, 1000])
 def test_bfloat16_is_about_as_precise_as_autocast(onednn, options, blocks_from, monkeypatch):
     """As the distance from the gradient in double precision, over all weights."""
-    monkeypatch.setattr(attention_module, "BFLOAT16_BLOCKS_MIN_T", blocks_from)
+    monkeypatch.setattr(attention_module, "BFLOAT16_ATTENTION_MIN_T", blocks_from)
     monkeypatch.setattr(attention_module, "QUERY_BLOCK", 8)
     config = ModelConfig(32, 2, 2, 32, 0.0, 11, **options)
     model, (x, y) = make_model(config), draw_batch(config, 8)

@@ -6,35 +6,38 @@ its backward: the function from the gradient with respect to the output to those
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 AttentionBackward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, AttentionBackward]]
 
 aten = torch.ops.aten
 MATH_ATTENTION_MAX_T = 64  # up to here, compiled attention is faster as plain matrix products
 QUERY_BLOCK = 64  # queries of a block: the scores of all heads with all keys then fit into the cache
-BFLOAT16_BLOCKS_MIN_T = 128  # below it, flash attention in float32 is faster than anything in bfloat16
+BFLOAT16_ATTENTION_MIN_T = 128  # below, attention is faster in float32 also between products in bfloat16
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor] | None = None, scale: float = 1.0
-) -> tuple[Tensor, AttentionBackward]:
-    """Causal attention in the way that is fastest for the sizes.
+def choose_attention(
+    dtype: torch.dtype, T: int, kept: list[Tensor] | None = None, scale: float = 1.0
+) -> tuple[Attention, torch.dtype]:
+    """Return the way that is fastest for T characters, and the data type to compute it in.
+
+    In bfloat16 that is never PyTorch's kernel: its backward is slower than in float32.
 
     Args:
-        kept: what dropout keeps of the attention weights; see `blocked_attention`.
+        dtype: of queries, keys and values.
+        kept, scale: the dropout of attention weights; see `blocked_attention`.
     """
-    T = q.shape[-2]
-    if kept is not None or (q.dtype is torch.bfloat16 and T >= BFLOAT16_BLOCKS_MIN_T):
-        return blocked_attention(q, k, v, kept, scale)
-    if q.dtype is torch.bfloat16:
-        return attention_in_float32(q, k, v)
-    if torch.compiler.is_compiling() and T <= MATH_ATTENTION_MAX_T:
-        return math_attention(q, k, v)
-    return flash_attention(q, k, v)
+    if dtype is torch.bfloat16 and T < BFLOAT16_ATTENTION_MIN_T:
+        dtype = torch.float32
+    if kept is not None or dtype is torch.bfloat16:
+        return functools.partial(blocked_attention, kept=kept, scale=scale), dtype
+    compiled = torch.compiler.is_compiling() and T <= MATH_ATTENTION_MAX_T
+    return math_attention if compiled else flash_attention, dtype
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionBackward]:
@@ -47,17 +50,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionB
         )
 
     return out, backward
-
-
-def attention_in_float32(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionBackward]:
-    """Causal attention of another data type, computed in float32."""
-    out, float32_backward = attention(q.float(), k.float(), v.float())
-
-    def backward(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_grad, k_grad, v_grad = (x.to(q.dtype) for x in float32_backward(grad.float()))
-        return q_grad, k_grad, v_grad
-
-    return out.to(q.dtype), backward
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionBackward]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parameters import ModelConfig
-from utils_alg1.network.attention import attention
+from utils_alg1.network.attention import choose_attention
 from utils_alg1.network.dropout import DropoutMasks, LayerMasks
 from utils_alg1.network.products import Products
 from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
@@ -143,36 +143,82 @@ def relu_backward(out: Tensor) -> Backward:
 
 
 def self_attention(
-    qkv: Tensor, qk_norm: bool, cos_sin: Tensor | None, kept: list[Tensor] | None, scale: float
+    qkv: Tensor,
+    qk_norm: bool,
+    cos_sin: Tensor | None,
+    kept: list[Tensor] | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Backward]:
     """Causal attention of queries, keys and values (B, T, 3, H, S), with the heads joined: (N, C).
 
     kept, scale: the dropout of attention weights; see `blocked_attention`.
     """
     B, T, _, H, S = qkv.shape
+    attention, dtype = choose_attention(qkv.dtype, T, kept, scale)
     qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2, B, H, T, S), (1, B, H, T, S)
     qk, qk_backward = qk_norm_and_rotary(qk, qk_norm, cos_sin)
-    out, attention_backward = attention(qk[0], qk[1], v[0], kept, scale)
+    q, k = qk.to(dtype)
+    out, attention_backward = attention(q, k, v[0].to(dtype))
 
     def backward(grad: Tensor) -> Tensor:
-        q_grad, k_grad, v_grad = attention_backward(grad.view(B, T, H, S).transpose(1, 2))
+        grads = attention_backward(grad.to(dtype).view(B, T, H, S).transpose(1, 2))
         if cos_sin is not None or qk_norm:
-            q_grad, k_grad = qk_backward(torch.stack((q_grad, k_grad)))
-        return torch.stack([g.transpose(1, 2) for g in (q_grad, k_grad, v_grad)], dim=2).view(B * T, -1)
+            grads = (*qk_backward(torch.stack(grads[:2])), grads[2])
+        joined = torch.empty_like(qkv)
+        torch._foreach_copy_(joined.unbind(2), [g.transpose(1, 2) for g in grads])
+        return joined.view(B * T, -1)
 
     return out.transpose(1, 2).reshape(B * T, -1), backward
 
 
 def qk_norm_and_rotary(x: Tensor, qk_norm: bool, cos_sin: Tensor | None) -> tuple[Tensor, Backward]:
-    """`apply_qk_norm_and_rotary`, for queries and keys (2, B, H, T, S) at once."""
-    rrms = (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt() if qk_norm else None
-    normed = x if rrms is None else x * rrms
+    """`apply_qk_norm_and_rotary`, for queries and keys (2, B, H, T, S) at once; in float32 if they have less.
+
+    bfloat16 takes fewer passes through memory, float32 is rounded as it always was.
+    """
+    if not qk_norm and cos_sin is None:
+        return x, lambda grad: grad
+    fused, S = x.dtype is torch.bfloat16, x.shape[-1]
+    x = x.float() if fused else x
+    normed, rrms = x, None
+    if qk_norm:
+        if fused:
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / S
+        else:
+            mean_square = x.square().mean(-1, keepdim=True)
+        rrms = (mean_square + torch.finfo(x.dtype).eps).rsqrt()
+        normed = x * rrms
 
     def backward(grad: Tensor) -> Tensor:
+        grad = grad.to(x.dtype)
         if cos_sin is not None:
-            grad = apply_rotary(grad, torch.stack([cos_sin[0], -cos_sin[1]]))  # the inverse rotation
+            grad = rotate(grad, torch.stack([cos_sin[0], -cos_sin[1]]), fused)  # the inverse rotation
         if rrms is None:
             return grad
-        return (grad - normed * (grad * normed).mean(-1, keepdim=True)) * rrms
+        mean = (grad * normed).mean(-1, keepdim=True)
+        if fused:
+            return torch.addcmul(grad, normed, mean, value=-1).mul_(rrms)
+        return (grad - normed * mean) * rrms
 
-    return normed if cos_sin is None else apply_rotary(normed, cos_sin), backward
+    return normed if cos_sin is None else rotate(normed, cos_sin, fused), backward
+
+
+def rotate(x: Tensor, cos_sin: Tensor, fused: bool) -> Tensor:
+    """`apply_rotary` with fewer passes through memory.
+
+    fused: whether to round once where apply_rotary rounds twice.
+    """
+    if torch.compiler.is_compiling():  # it fuses all of it
+        return apply_rotary(x, cos_sin)
+    cos, sin = cos_sin
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (a, b), (rotated_a, rotated_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=rotated_a)
+    torch.mul(a, sin, out=rotated_b)
+    if fused:
+        rotated_a.addcmul_(b, sin, value=-1)
+        rotated_b.addcmul_(b, cos)
+    else:
+        rotated_a.sub_(b * sin)
+        rotated_b.add_(b * cos)
+    return out
