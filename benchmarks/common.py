@@ -83,7 +83,7 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows (column name -> value) as a Markdown table; None or a missing value is shown as "-"."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, *([_cell(row.get(name)) for name in columns] for row in rows)]
+    lines = [columns, *([cell(row.get(name)) for name in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
@@ -91,7 +91,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Format a value for a table."""
     if value is None:
         return "-"
     if not isinstance(value, float):

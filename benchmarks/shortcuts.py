@@ -20,6 +20,7 @@ from common import (
     SIZES,
     Steps,
     build_trainer,
+    cell,
     child,
     machine,
     parser,
@@ -95,6 +96,7 @@ def pairs(
         if not (args.quick and "compiled" in shortcut):  # compiling takes too long for that
             with_it, without = (repeat(Steps(make_trainer(text, settings | side), 1)) for side in sides)
             yield shortcut, {"with_it": with_it, "without": without}
+    yield "attention in bfloat16, against PyTorch's kernel", attentions(size)
     yield "AdamW, against torch.optim's", optimizer_steps(make_trainer(text, settings))
     yield "decoder, against the model's forward", decoders(make_trainer(text, settings).model.eval())
 
@@ -110,6 +112,25 @@ def make_trainer(text: Path, values: dict[str, Any]) -> Any:
         runtime = dataclasses.replace(trainer.runtime, arithmetic=arithmetic)
         trainer.backward = create_backward(trainer.model, runtime, say=print)
     return trainer
+
+
+def attentions(size: dict[str, int]) -> dict[str, Callable[[int], Any]]:
+    """Return causal attention and its gradient in bfloat16, by the written-out gradient and by PyTorch."""
+    import torch
+
+    from utils_alg1.network.attention import attention, flash_attention
+
+    shape = size["batch_size"], size["n_head"], size["block_size"], size["n_embd"] // size["n_head"]
+    q, k, v = torch.randn(3, *shape, dtype=torch.bfloat16)
+
+    def both_ways(attend: Callable) -> None:
+        out, backward = attend(q, k, v)
+        backward(out)
+
+    return {
+        "with_it": repeat(lambda: both_ways(attention)),
+        "without": repeat(lambda: both_ways(flash_attention)),
+    }
 
 
 def optimizer_steps(trainer: Any) -> dict[str, Callable[[int], Any]]:
@@ -149,7 +170,7 @@ def row(shortcut: str, size: str, with_it: Sequence[float], without: Sequence[fl
         "with it, ms": 1e3 * statistics.median(with_it),
         "without, ms": 1e3 * statistics.median(without),
         "ratio": middle,
-        "quartiles": f"{low:.3g} to {high:.3g}",
+        "quartiles": f"{cell(low)} to {cell(high)}",
     }
 
 
