@@ -61,7 +61,6 @@ def build_trainer(job: Job, console: Console) -> Trainer:
     import dataclasses
 
     from model import BigramLanguageModel
-    from utils_alg1.training.backward import create_backward
     from utils_alg1.training.runtime import memory_guard
     from utils_alg1.training.seeds import seed_initial_weights
     from utils_alg1.training.trainer import Trainer
@@ -81,8 +80,7 @@ def build_trainer(job: Job, console: Console) -> Trainer:
             model.load_state_dict(job.initial.state_dict())
         model.vocabulary = corpus.tokenizer.vocabulary
         model.to(runtime.device)
-        backward = create_backward(model, runtime, console.say)
-        trainer = Trainer(model, backward, data, job.params.train, runtime)
+        trainer = Trainer(model, data, job.params.train, runtime, console.say)
         trainer.warm_up_ddp()
         if job.checkpoint:
             job.checkpoint.load_trainer(trainer)

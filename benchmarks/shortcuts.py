@@ -110,7 +110,7 @@ def make_trainer(text: Path, values: dict[str, Any]) -> Any:
     if fields:
         arithmetic = dataclasses.replace(trainer.runtime.arithmetic, **fields)
         runtime = dataclasses.replace(trainer.runtime, arithmetic=arithmetic)
-        trainer.backward = create_backward(trainer.model, runtime, say=print)
+        trainer.backward = create_backward(trainer.model, trainer.optimizer.flats, runtime, say=print)
     return trainer
 
 

@@ -74,9 +74,9 @@ GUARDS = [
     ),
     Guard(
         "names of tensors as earlier versions had them in a checkpoint",
-        "utils_alg1/training/checkpoint.py",
-        'tensors[f"optimizer.{key}.{name}"] = value',
-        'tensors[f"optimizer.{name}.{key}"] = value',
+        "utils_alg1/training/optimizers.py",
+        'f"{key}.{name}": t for',
+        'f"{name}.{key}": t for',
         "tests/test_compatibility.py -k stopped_run_resumes",
     ),
     Guard(

@@ -32,7 +32,6 @@ from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import checkpoint as checkpoint_module
 from utils_alg1.training.arithmetic import Arithmetic, Processor
-from utils_alg1.training.backward import create_backward
 from utils_alg1.training.checkpoint import CheckpointStore, newest_checkpoint, read_checkpoint
 from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.resume import load_model_file
@@ -171,8 +170,7 @@ def make_trainer(**settings) -> Trainer:
     model.vocabulary = list("abcde")
     tokens = torch.arange(100).numpy() % 5
     runtime = Runtime()
-    backward = create_backward(model, runtime, pytest.fail)
-    return Trainer(model, backward, (tokens, tokens), TrainConfig(**settings), runtime)
+    return Trainer(model, (tokens, tokens), TrainConfig(**settings), runtime, pytest.fail)
 
 
 def take_steps(trainer: Trainer, *numbers: int) -> None:
@@ -210,7 +208,7 @@ def test_a_checkpoint_brings_everything_back(optimizer, tmp_path):
     read.load_trainer(twin)
     take_steps(trainer, 2)
     take_steps(twin, 2)
-    for ours, theirs in zip(trainer.parameters, twin.parameters, strict=True):
+    for ours, theirs in zip(trainer.model.parameters(), twin.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -300,7 +298,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved(held_back, tmp_path
     trainer, store = make_trainer(), CheckpointStore(tmp_path, 2)
     take_steps(trainer, 0)
     then = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    moments = [trainer.optimizer.state[parameter]["exp_avg"].clone() for parameter in trainer.parameters]
+    moments = {name: tensor.clone() for name, tensor in trainer.optimizer.named_state().items()}
     progress = Progress(step=1)
     path = store.path(1)
     store.save(having(trainer, progress), ABOUT)
@@ -314,8 +312,9 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved(held_back, tmp_path
     read.load_trainer(twin)
     assert read.progress == Progress(step=1)
     assert all(torch.equal(tensor, then[name]) for name, tensor in twin.model.state_dict().items())
-    loaded = [twin.optimizer.state[parameter]["exp_avg"] for parameter in twin.parameters]
-    assert all(torch.equal(a, b) for a, b in zip(loaded, moments, strict=True))
+    loaded = twin.optimizer.named_state()
+    assert loaded.keys() == moments.keys()
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in loaded.items())
 
 
 def test_leaving_the_store_waits_for_the_last_checkpoint(held_back, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import BigramLanguageModel
-from parameters import MODEL_OPTIONS, ModelConfig, Parameters
+from parameters import MODEL_OPTIONS, ModelConfig, Parameters, TrainConfig
 from utils_alg1.network import attention as attention_module
 from utils_alg1.network import products as products_module
 from utils_alg1.network.attention import blocked_attention, flash_attention, math_attention
@@ -24,6 +24,7 @@ from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training.arithmetic import Arithmetic, Processor, choose_arithmetic
 from utils_alg1.training.backward import Backward, ManualBackward, create_backward
 from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
+from utils_alg1.training.optimizers import create_optimizer
 from utils_alg1.training.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -326,10 +327,11 @@ def test_a_build_without_onednn_is_noticed(monkeypatch):
 def test_micro_batches_add_up_and_the_loss_is_their_share():
     config, parts = SMALL, 4
     ours, theirs = make_model(), make_model()
-    written, autograd = ManualBackward(ours, CPU, pytest.fail), Backward(theirs, CPU)
+    flats = [create_optimizer(model, TrainConfig()).flats for model in (ours, theirs)]
+    written, autograd = ManualBackward(ours, flats[0], CPU, pytest.fail), Backward(theirs, flats[1], CPU)
     x, y = draw_batch(config)
-    for _ in range(parts):
-        mine, other = written(x, y, parts), autograd(x, y, parts)
+    for i in range(parts):
+        mine, other = (backward(x, y, parts, accumulate=i > 0) for backward in (written, autograd))
         assert mine.item() == pytest.approx(other.item(), abs=1e-7)
         assert not mine.requires_grad and not other.requires_grad
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -356,7 +358,7 @@ def test_what_it_does_not_support_is_left_to_autograd(gradient, where):
 @pytest.mark.parametrize("gradient, kind", [("manual", ManualBackward), ("autograd", Backward)])
 def test_the_runtime_decides_which_gradient_is_used(gradient, kind):
     runtime = Runtime(arithmetic=Arithmetic(gradient=gradient))
-    assert type(create_backward(make_model(), runtime, pytest.fail)) is kind
+    assert type(create_backward(make_model(), [], runtime, pytest.fail)) is kind
 
 
 def test_an_option_that_it_does_not_know_is_left_to_autograd(monkeypatch):
@@ -376,7 +378,22 @@ def test_the_compiler_is_told_to_leave_python_out(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    backward = create_backward(make_model(), Runtime(arithmetic=Arithmetic(compiled=True)), lambda _: None)
-    assert not Backward(pytest.fail, Runtime()).arithmetic.compiled
-    backward(*draw_batch(SMALL), 1)
-    assert told == [(loss_and_gradients, {"cpp_wrapper": True})] and backward.arithmetic.compiled
+    model, plain = make_model(), make_model()
+    flats, runtime = (
+        create_optimizer(model, TrainConfig()).flats,
+        Runtime(arithmetic=Arithmetic(compiled=True)),
+    )
+    backward = create_backward(model, flats, runtime, lambda _: None)
+    assert not Backward(pytest.fail, [], Runtime()).arithmetic.compiled
+    batch = draw_batch(SMALL)
+    loss = backward(*batch, 1)
+    ((function, options),) = told
+    assert options == {"cpp_wrapper": True} and backward.arithmetic.compiled
+    # The compiled function joins the gradients; they are those of the plain one.
+    arguments = SMALL, *batch, Products(torch.float32)
+    with torch.no_grad():
+        expected, gradients = loss_and_gradients(dict(plain.named_parameters()), *arguments)
+        assert len(function(dict(model.named_parameters()), *arguments)[1]) == len(flats) == 2
+    assert loss == expected
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)

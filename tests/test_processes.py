@@ -130,10 +130,10 @@ def test_each_process_draws_micro_batches_of_its_own(folder, monkeypatch):
 
         real = trainer_module.Trainer._micro_batch_loss
 
-        def backward(self, micro_batch):
+        def backward(self, micro_batch, **flags):
             with Path(f"drawn-{rank}").open("a") as file:
                 file.write(f"{self.step}/{micro_batch}\n")
-            return real(self, micro_batch)
+            return real(self, micro_batch, **flags)
 
         trainer_module.Trainer._micro_batch_loss = backward
 

@@ -22,7 +22,8 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import trainer as trainer_module
-from utils_alg1.training.backward import Backward, create_backward
+from utils_alg1.training.arithmetic import Arithmetic
+from utils_alg1.training.backward import Backward
 from utils_alg1.training.checkpoint import newest_checkpoint
 from utils_alg1.training.optimizers import create_optimizer, orthogonalize, sgd
 from utils_alg1.training.progress import Evaluation, Progress
@@ -46,22 +47,22 @@ def no_picture_and_short_samples(monkeypatch):
     monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
 
 
-def make_trainer(dropout: float = 0.0, **settings) -> Trainer:
+def make_trainer(dropout: float = 0.0, runtime: Runtime | None = None, **settings) -> Trainer:
     config = TrainConfig(**{"batch_size": 2, "eval_iters": 5, **settings})
     seed_initial_weights(config.seed)
     sizes = ModelConfig(
         n_embd=16, n_head=2, n_layer=1, block_size=BLOCK_SIZE, dropout=dropout, vocab_size=VOCAB_SIZE
     )
     model = BigramLanguageModel(sizes)
-    return Trainer(model, create_backward(model, CPU, pytest.fail), (DATA[:300], DATA[300:]), config, CPU)
+    return Trainer(model, (DATA[:300], DATA[300:]), config, runtime or CPU, pytest.fail)
 
 
 def gradients(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in trainer.parameters])
+    return torch.cat([parameter.grad.flatten() for parameter in list(trainer.model.parameters())])
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
+    return torch.cat([parameter.detach().flatten() for parameter in list(trainer.model.parameters())])
 
 
 def last_state(runs_dir: Path | str) -> dict[str, torch.Tensor]:
@@ -185,47 +186,61 @@ def test_weight_decay_shrinks_matrices_and_nothing_else(name):
     trainer = make_trainer()
     config = TrainConfig(optimizer=name, learning_rate=0.1, weight_decay=0.5)
     optimizer = create_optimizer(trainer.model, config)
-    for parameter in trainer.parameters:
+    for parameter in list(trainer.model.parameters()):
         parameter.data += 1.0
-        parameter.grad = torch.zeros_like(parameter)
-    before = [parameter.detach().clone() for parameter in trainer.parameters]
+        parameter.grad.zero_()
+    before = [parameter.detach().clone() for parameter in list(trainer.model.parameters())]
     optimizer.step()
-    for old, new in zip(before, trainer.parameters, strict=True):
+    for old, new in zip(before, list(trainer.model.parameters()), strict=True):
         torch.testing.assert_close(new.detach(), old * 0.95 if old.dim() >= 2 else old)
 
 
 def test_the_optimizer_gets_every_parameter_once_and_its_settings():
     trainer = make_trainer(beta1=0.8, beta2=0.7)
     groups = trainer.optimizer.param_groups
-    given = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(given) == sorted(id(parameter) for parameter in trainer.model.parameters())
+    given = [name for group in groups for name in group["flat"].names]
+    assert sorted(given) == sorted(name for name, _ in trainer.model.named_parameters())
     assert {group["betas"] for group in groups} == {(0.8, 0.7)}
     groups = make_trainer(optimizer="sgd", beta1=0.6).optimizer.param_groups
     assert {(group["update"], group["momentum"]) for group in groups} == {(sgd, 0.6)}
 
 
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "sgd without momentum"])
-def test_the_updates_are_those_of_torch_optim_to_the_byte(name):
+def test_the_updates_are_those_of_torch_optim_to_the_byte(name, joined):
+    """torch.optim gets the joined tensors of both groups, or, as in earlier versions, each parameter."""
     beta1 = 0.0 if "without" in name else 0.9
-    ours = make_trainer(optimizer=name.split()[0], learning_rate=0.01, weight_decay=0.1, beta1=beta1)
-    theirs = make_trainer()
-    matrices = [p for p in theirs.parameters if p.dim() >= 2]
-    vectors = {"params": [p for p in theirs.parameters if p.dim() < 2], "weight_decay": 0.0}
-    groups = [{"params": matrices, "weight_decay": 0.1}, vectors]
+    runtime = Runtime(arithmetic=Arithmetic(joined=joined))
+    settings = {"optimizer": name.split()[0], "learning_rate": 0.01, "weight_decay": 0.1, "beta1": beta1}
+    ours = make_trainer(runtime=runtime, **settings)
+    form = "joined" if joined else "each"
+    pairs = [
+        [(mine, mine.detach().clone()) for mine in flat.views(flat.tensor, form)]
+        for flat in ours.optimizer.flats
+    ]
+    groups = [
+        {"params": [other for _, other in pair], "weight_decay": decay}
+        for pair, decay in zip(pairs, (0.1, 0.0), strict=True)
+    ]
     if name == "adamw":
         reference = torch.optim.AdamW(groups, lr=0.01, betas=(beta1, ours.config.beta2), fused=True)
     else:
         reference = torch.optim.SGD(groups, lr=0.01, momentum=beta1)
     for step in range(4):
         at(ours, step).forward_backward()
-        for mine, other in zip(ours.parameters, theirs.parameters, strict=True):
-            other.grad = mine.grad.clone()
+        for flat, group in zip(ours.optimizer.flats, groups, strict=True):
+            for other, gradient in zip(group["params"], flat.views(flat.gradient, form), strict=True):
+                other.grad = gradient.clone()
         ours.optimizer_step()
         reference.step()
-    assert_same_bytes(ours.model.state_dict(), theirs.model.state_dict())
-    for mine, other in zip(ours.parameters, theirs.parameters, strict=True):
-        kept = {key: value for key, value in reference.state[other].items() if value is not None}
-        assert_same_bytes(ours.optimizer.state.get(mine, {}), kept)
+    for flat, pair in zip(ours.optimizer.flats, pairs, strict=True):
+        kept = {key: flat.views(t, form) for key, t in ours.optimizer.state[flat.tensor].items() if t.dim()}
+        for i, (mine, other) in enumerate(pair):
+            assert torch.equal(mine, other)
+            state = {k: v for k, v in reference.state[other].items() if v is not None and k != "step"}
+            assert_same_bytes({key: views[i] for key, views in kept.items()}, state)
+    steps = [state["step"].item() for state in ours.optimizer.state.values() if "step" in state]
+    assert steps == ([4.0, 4.0] if name == "adamw" else [])
 
 
 # --- gradients ----------------------------------------------------------------------------------------
@@ -270,8 +285,8 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction():
 def test_a_loss_scaler_scales_checks_and_takes_our_step():
     """On a GPU it serves float16; here on the CPU, with a scale that rounds nothing."""
     scaled, plain = make_trainer(), make_trainer()
-    scaled.backward = Backward(scaled.model, CPU)
-    plain.backward = Backward(plain.model, CPU)
+    scaled.backward = Backward(scaled.model, scaled.optimizer.flats, CPU)
+    plain.backward = Backward(plain.model, plain.optimizer.flats, CPU)
     scaled.scaler = scaled.backward.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     for step in range(3):
         assert at(scaled, step).forward_backward() == at(plain, step).forward_backward()
@@ -281,7 +296,7 @@ def test_a_loss_scaler_scales_checks_and_takes_our_step():
 
     before = weights(scaled).clone()
     at(scaled, 3).forward_backward()
-    scaled.parameters[0].grad.fill_(math.inf)
+    next(scaled.model.parameters()).grad.fill_(math.inf)
     scaled.scaler._per_optimizer_states.clear()  # it has looked for overflows already
     scaled.scaler.unscale_(scaled.optimizer)
     scaled.optimizer_step()
@@ -291,7 +306,7 @@ def test_a_loss_scaler_scales_checks_and_takes_our_step():
 
 def break_loss(trainer: Trainer) -> None:
     model = trainer.model
-    trainer.backward = Backward(lambda x, y: (None, model(x, y)[1] * math.nan), CPU)
+    trainer.backward = Backward(lambda x, y: (None, model(x, y)[1] * math.nan), trainer.optimizer.flats, CPU)
 
 
 def break_gradient(trainer: Trainer) -> None:
@@ -390,7 +405,7 @@ def test_an_evaluation_is_without_dropout_and_leaves_the_model_training():
     trainer = make_trainer(dropout=0.5)
     at(trainer, 0).evaluate()
     assert trainer.model.training
-    assert all(parameter.grad is None for parameter in trainer.parameters)
+    assert not gradients(trainer).any()
 
 
 @pytest.mark.parametrize(
@@ -448,7 +463,7 @@ def test_every_micro_batch_has_its_own_dropout(monkeypatch):
         losses.append(model(x, y)[1].item())
         return model(x, y)
 
-    trainer.backward = Backward(forward, CPU)
+    trainer.backward = Backward(forward, trainer.optimizer.flats, CPU)
     at(trainer, 0).forward_backward()
     at(trainer, 1).forward_backward()
     assert len(set(losses)) == 6
@@ -519,12 +534,12 @@ def test_muon_leaves_all_that_is_no_hidden_matrix_to_adamw():
     """With the hidden matrices' gradients taken away, both optimizers do the same."""
     states = []
     for optimizer in ("muon", "adamw"):
-        trainer = make_trainer(optimizer=optimizer, learning_rate=0.01)
+        trainer = make_trainer(optimizer=optimizer, learning_rate=0.01, weight_decay=0.0)
         for step in range(3):
             at(trainer, step).forward_backward()
             for name, parameter in trainer.model.named_parameters():
                 if name.startswith("blocks.") and parameter.dim() == 2:
-                    parameter.grad = None
+                    parameter.grad.zero_()
             trainer.optimizer_step()
         states.append(trainer.model.state_dict())
     assert_same_bytes(*states)

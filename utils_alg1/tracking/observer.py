@@ -150,7 +150,7 @@ class Observer:
         """Log the loss and the gradients of a step, before the update."""
         values = {"loss/train_step": loss}
         if due(step, self._config.gradient_norm_interval):
-            norm = float(self._trainer.gradient_norm)
+            norm = self._trainer.gradient_norm
             if math.isfinite(norm):  # with float16 it may overflow, and the update is skipped
                 values["gradient_norm"] = norm
         self.trackers.log("scalars", values, step)

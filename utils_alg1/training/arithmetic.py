@@ -55,6 +55,8 @@ class Arithmetic:
         products: the library of the manual gradient's products: pytorch (its own choice) or onednn.
         gradient: manual (network/gradient.py) or autograd.
         compiled: whether by torch.compile; None if an older checkpoint does not tell.
+        joined: whether the norm of the gradients and AdamW take many parameters as one tensor, which changes
+            the last digits. Older checkpoints do not.
     """
 
     device: str = "cpu"
@@ -62,6 +64,7 @@ class Arithmetic:
     products: str = "pytorch"
     gradient: str = "manual"
     compiled: bool | None = False
+    joined: bool = True
 
     def __str__(self) -> str:
         text = (
@@ -73,7 +76,8 @@ class Arithmetic:
     def is_known(self) -> bool:
         """Whether this version knows the values."""
         known = self.dtype in DTYPES and self.products in LIBRARIES and self.gradient in GRADIENTS
-        return known and isinstance(self.device, str) and self.compiled in (None, False, True)
+        flags = self.compiled in (None, False, True) and self.joined in (False, True)
+        return known and flags and isinstance(self.device, str)
 
     def products_of_gradient(self) -> Products:
         """Return the products of the manual gradient."""
@@ -136,7 +140,8 @@ def recorded_arithmetic(
     """
     if "dtype" in recorded:
         return Arithmetic(**recorded)
-    old = dataclasses.replace(choose_arithmetic(params, device, dist, Processor()), **recorded)
+    chosen = choose_arithmetic(params, device, dist, Processor())
+    old = dataclasses.replace(chosen, joined=False, **recorded)
     if old.dtype != "float32" or params.model.dropout:
         return dataclasses.replace(old, products="pytorch", gradient="autograd")
     return old

@@ -117,10 +117,7 @@ class Checkpoint:
 def trainer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Return the tensors of the state of a trainer, by their names in a checkpoint."""
     tensors = {f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    for name, parameter in trainer.model.named_parameters():
-        for key, value in trainer.optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    return tensors
+    return tensors | {f"optimizer.{name}": t for name, t in trainer.optimizer.named_state().items()}
 
 
 class CheckpointStore:

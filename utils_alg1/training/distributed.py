@@ -121,7 +121,7 @@ class Distributed:
         from torch.nn.parallel import DistributedDataParallel
 
         device_ids = [device] if device.type == "cuda" else None
-        self._ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        self._ddp = DistributedDataParallel(model, device_ids=device_ids)
         return self._ddp
 
     def no_sync(self, enabled: bool) -> contextlib.AbstractContextManager:

@@ -7,12 +7,15 @@ here). benchmarks/shortcuts.py measures both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parameters import TrainConfig
+from utils_alg1.training.flat import FlatParameters
 
 ADAMW_EPS = 1e-8
 
@@ -22,7 +25,6 @@ NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ADAMW_RMS = 0.2  # typical RMS of AdamW's update, in units of the learning rate
 
-
 Tensors = list[Tensor]
 
 
@@ -30,32 +32,50 @@ class Optimizer:
     """Updates parameters in groups. Its attributes have the names of torch.optim, which GradScaler relies on.
 
     Args:
-        groups: dictionaries with "params", "lr", "weight_decay", "update" (a function below), "state" (the
-            names of its state tensors), and what else it reads.
+        groups: dictionaries with "flat" (FlatParameters), "form" (that in which they are updated), "lr",
+            "weight_decay", "update" (a function below), "state" (the names of its state tensors), and what
+            else it reads.
 
     Attributes:
-        param_groups: the groups that have parameters.
-        state: the state tensors of each parameter, by name; zeros before the first step.
+        param_groups: the same, where "params" is the tensor of its parameters.
+        state: the state tensors of each of these, by name; zeros before the first step.
     """
 
     def __init__(self, groups: list[dict[str, Any]]):
-        self.param_groups = [group for group in groups if group["params"]]
+        self.param_groups = groups
         self.state: dict[Tensor, dict[str, Tensor]] = {}
-        for group in self.param_groups:
-            step = group["params"][0].new_zeros(())  # one tensor for all parameters of a group
-            for p in group["params"]:
-                self.state[p] = {
-                    key: step if key == "step" else torch.zeros_like(p) for key in group["state"]
-                }
+        self._updates: list[Callable[[], None]] = []
+        for group in groups:
+            flat, form = group["flat"], group["form"]
+            group["params"] = [flat.tensor]
+            state = {key: torch.zeros_like(flat.tensor) for key in group["state"]}
+            if "step" in state:
+                state["step"] = flat.tensor.new_zeros(())  # one for all parameters of a group
+            self.state[flat.tensor] = state
+            lists = {key: [t] if key == "step" else flat.views(t, form) for key, t in state.items()}
+            params, gradients = flat.views(flat.tensor, form), flat.views(flat.gradient, form)
+            self._updates.append(partial(group["update"], group, params, gradients, **lists))
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter."""
+        for update in self._updates:
+            update()
+
+    @property
+    def flats(self) -> list[FlatParameters]:
+        """The parameters of each group."""
+        return [group["flat"] for group in self.param_groups]
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return the state of every parameter, as "<state>.<parameter>"."""
+        named: dict[str, Tensor] = {}
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                states = {key: [self.state[p][key] for p in params] for key in group["state"]}
-                group["update"](group, params, [p.grad for p in params], **states)
+            flat = group["flat"]
+            for key, tensor in self.state[flat.tensor].items():
+                of_each = dict.fromkeys(flat.names, tensor) if key == "step" else flat.split(tensor)
+                named |= {f"{key}.{name}": t for name, t in of_each.items()}
+        return named
 
 
 def adamw(
@@ -63,9 +83,10 @@ def adamw(
 ) -> None:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
     step[0] += 1
+    steps = step * len(params)
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(
-        params, gradients, exp_avg, exp_avg_sq, [], step,
+        params, gradients, exp_avg, exp_avg_sq, [], steps,
         lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=ADAMW_EPS,
         amsgrad=False, maximize=False,
     )  # fmt: skip
@@ -89,17 +110,14 @@ def muon(group: dict, params: Tensors, gradients: Tensors, momentum_buffer: Tens
     updates as in Liu et al. 2025, Muon is scalable for LLM training. Weight decay is decoupled. A matrix of
     shape (3 C, C) is taken as three: the fused query, key and value matrices.
     """
-    torch._foreach_lerp_(momentum_buffer, gradients, 1 - group["momentum"])
-    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-    for shape in {p.shape: None for p in params}:  # stacked, for few and large matrix products
-        places = [i for i, p in enumerate(params) if p.shape == shape]
-        steps = torch.stack([gradients[i] for i in places])  # (N, R, C)
-        steps.lerp_(torch.stack([momentum_buffer[i] for i in places]), group["momentum"])
-        R, C = shape
-        steps = orthogonalize(steps.view(-1, C, C) if R == 3 * C else steps)
+    for p, gradient, momentum in zip(params, gradients, momentum_buffer, strict=True):  # (N, R, C) each
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        steps = gradient.lerp(momentum, group["momentum"])
+        R, C = p.shape[1:]
+        steps = orthogonalize(steps.reshape(-1, C, C) if R == 3 * C else steps)
         scale = ADAMW_RMS * max(steps.shape[1:]) ** 0.5
-        updates = steps.reshape(-1, R, C).unbind()
-        torch._foreach_add_([params[i] for i in places], updates, alpha=-group["lr"] * scale)
+        p.add_(steps.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -118,26 +136,34 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+def create_optimizer(model: nn.Module, config: TrainConfig, joined: bool = True) -> Optimizer:
     """Return the optimizer of the model's parameters. Matrices have weight decay, biases and norms have none.
 
     Muon updates the matrices of the blocks; AdamW updates embeddings, head and vectors.
+
+    Args:
+        joined: whether AdamW takes the parameters of a group as one tensor. One by one, the last digits are
+            others, as its operator computes the last few elements of a tensor in another way.
     """
-    named = dict(model.named_parameters())
-    matrices = {name: p for name, p in named.items() if p.dim() >= 2}
-    vectors = [p for p in named.values() if p.dim() < 2]
-    hidden = [name for name in matrices if name.startswith("blocks.") and config.optimizer == "muon"]
-    for_muon = [matrices.pop(name) for name in hidden]
     rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     momentum = {"momentum": config.beta1}
     rule: dict[str, Any] = {"update": adamw, "state": ("step", "exp_avg", "exp_avg_sq")}
-    rule["betas"] = config.beta1, config.beta2
+    rule |= {"betas": (config.beta1, config.beta2), "form": "joined" if joined else "each"}
     if config.optimizer == "sgd":
-        rule = {"update": sgd, "state": ("momentum_buffer",) if config.beta1 else (), **momentum}
+        state = ("momentum_buffer",) if config.beta1 else ()
+        rule = {"update": sgd, "state": state, "form": "joined", **momentum}
+    named = dict(model.named_parameters())
+    matrices = {name: p for name, p in named.items() if p.dim() >= 2}
+    vectors = {name: p for name, p in named.items() if p.dim() < 2}
+    for_muon: dict[torch.Size, dict[str, nn.Parameter]] = {}  # by shape
+    for name in [n for n in matrices if n.startswith("blocks.") and config.optimizer == "muon"]:
+        p = matrices.pop(name)
+        for_muon.setdefault(p.shape, {})[name] = p
+    muon_rule = {"update": muon, "state": ("momentum_buffer",), "form": "stacked", **momentum}
     return Optimizer(
         [
-            {"params": for_muon, **rates, "update": muon, "state": ("momentum_buffer",), **momentum},
-            {"params": list(matrices.values()), **rates, **rule},
-            {"params": vectors, **rates, **rule, "weight_decay": 0.0},
+            *({"flat": FlatParameters(same), **rates, **muon_rule} for same in for_muon.values()),
+            {"flat": FlatParameters(matrices), **rates, **rule},
+            {"flat": FlatParameters(vectors), **rates, **rule, "weight_decay": 0.0},
         ]
     )

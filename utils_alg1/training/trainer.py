@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from model import BigramLanguageModel
 from parameters import TrainConfig, due
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.network.cache import eval_mode
-from utils_alg1.training.backward import Backward
+from utils_alg1.training.backward import create_backward
 from utils_alg1.training.optimizers import create_optimizer
 from utils_alg1.training.progress import Clock, Evaluation, Progress
 from utils_alg1.training.runtime import Runtime
@@ -30,35 +31,41 @@ class Trainer:
     neither an interruption nor the number of evaluations changes what a step does.
 
     Args:
-        model: the model itself, not its compiled or DistributedDataParallel form.
-        backward: adds the gradients of a micro-batch.
+        model: the model itself, not its compiled or DistributedDataParallel form. Its parameters become views
+            of few tensors.
         data: the tokens of the train and val splits, (n,) unsigned integers each.
 
     Attributes:
         progress: the state besides the tensors.
+        backward: computes the gradients of a micro-batch.
         optimizer, scaler: their state belongs to a checkpoint.
-        gradient_norm: of the newest gradients, before clipping: a scalar.
+        gradients: tensors that hold all of them together.
+        gradient_norm: of the newest gradients, before clipping.
         speed: tokens/s before the newest evaluation, or None.
     """
 
     def __init__(
         self,
         model: BigramLanguageModel,
-        backward: Backward,
         data: tuple[np.ndarray, np.ndarray],
         config: TrainConfig,
         runtime: Runtime,
+        say: Callable[[str], None],
     ):
-        self.model, self.backward, self.data = model, backward, data
+        self.model, self.data = model, data
         self.config, self.runtime = config, runtime
         self.progress = Progress()
         self.block_size = model.config.block_size
-        self.optimizer, self.scaler = create_optimizer(model, config), backward.scaler
-        self.parameters = list(model.parameters())
+        self.optimizer = create_optimizer(model, config, runtime.arithmetic.joined)
+        self.gradients = [flat.gradient for flat in self.optimizer.flats]
+        if not runtime.arithmetic.joined:
+            self.gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self.backward = create_backward(model, self.optimizer.flats, runtime, say)
+        self.scaler = self.backward.scaler
         sequences = config.batch_size * config.grad_accum_steps * runtime.dist.world_size
         self.tokens_per_step = sequences * self.block_size
         self.clock = Clock(runtime.synchronize, self.tokens_per_step)
-        self.gradient_norm = torch.tensor(math.nan)
+        self.gradient_norm = math.nan
         self.speed: float | None = None
 
     @property
@@ -90,36 +97,31 @@ class Trainer:
                 weights are unchanged.
         """
         config, dist = self.config, self.runtime.dist
-        self._zero_grad()
         loss_sum = 0.0
         for i in range(config.grad_accum_steps):
             with dist.no_sync(i < config.grad_accum_steps - 1):
-                loss_sum += self._micro_batch_loss(dist.rank + dist.world_size * i)
+                loss_sum += self._micro_batch_loss(dist.rank + dist.world_size * i, accumulate=i > 0)
         mean_loss = dist.all_reduce_sum([loss_sum])[0] / dist.world_size
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        norm = torch.stack(torch._foreach_norm(self.gradients)).norm()
+        self.gradient_norm = norm.item()
         # With float16 the scaler handles a gradient that overflows: it skips that update.
-        if not math.isfinite(mean_loss) or not (norm.isfinite() or self.scaler.is_enabled()):
+        is_norm_fine = math.isfinite(self.gradient_norm) or self.scaler.is_enabled()
+        if not math.isfinite(mean_loss) or not is_norm_fine:
             what = "gradient" if math.isfinite(mean_loss) else "loss"
             where = f"at step {self.step}; the weights were not updated"
             self._raise_in_main_process(f"the {what} is not finite {where}")
-        self.gradient_norm = norm
-        if config.grad_clip and norm > config.grad_clip:
-            torch._foreach_mul_(gradients, config.grad_clip / norm)
+        if config.grad_clip and self.gradient_norm > config.grad_clip:
+            torch._foreach_mul_(self.gradients, config.grad_clip / norm)
         return mean_loss
 
-    def _micro_batch_loss(self, micro_batch: int) -> float:
+    def _micro_batch_loss(self, micro_batch: int, accumulate: bool = False) -> float:
         """Run forward and backward on one micro-batch. Return its loss divided by grad_accum_steps."""
         x, y = self._batch("train", "batch", self.step, micro_batch)
         dropout_seed = None
         if self.model.config.dropout:
             dropout_seed = derive_seed(self.config.seed, "dropout", self.step, micro_batch)
-        return self.backward(x, y, self.config.grad_accum_steps, dropout_seed).item()
-
-    def _zero_grad(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+        return self.backward(x, y, self.config.grad_accum_steps, dropout_seed, accumulate).item()
 
     def warm_up_ddp(self) -> None:
         """Run one backward pass and discard it, as DistributedDataParallel reorders the gradients after it.
@@ -128,7 +130,6 @@ class Trainer:
         """
         if self.runtime.dist.world_size > 1:
             self._micro_batch_loss(self.runtime.dist.rank)
-            self._zero_grad()
 
     def optimizer_step(self) -> None:
         """Update the weights from the gradients, and count the step."""
