@@ -6,7 +6,8 @@
     python inference.py --prompt "ROMEO:" --max-new-tokens 300 --temperature 0.8
     python inference.py --interactive                    prompt after prompt; :help lists its commands
 
-Characters appear as they are drawn. The same model, prompt, settings and --seed give the same text.
+Characters appear as they are drawn. The same model, prompt, settings and --seed give the same text. On a CPU
+PyTorch is not imported: the forward pass is utils_alg1/network/decoder.py.
 """
 
 from __future__ import annotations

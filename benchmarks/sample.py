@@ -4,13 +4,15 @@
     python benchmarks/sample.py --nanogpt PATH --transformers
 
 The models have the same sizes and random weights, and each its own sampling loop, at temperature 1. The texts
-are longer than block_size. The figures are medians over rounds in which the programs take turns.
+are longer than block_size. "ALG1" is how inference.py draws texts on a CPU; `generate` also makes its decoder
+for each text. The figures are medians over rounds in which the programs take turns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import BigramLanguageModel
 from parameters import ModelConfig
+from utils_alg1.network.decoder import Decoder
+from utils_alg1.network.sampling import Sampling, draw_with, generate_tokens
 
 VOCAB_SIZE = 65
 SIZES = [(64, 4, 4, 32), (128, 4, 4, 64), (384, 6, 6, 256)]  # n_embd, n_head, n_layer, block_size
@@ -31,12 +35,20 @@ SIZES = [(64, 4, 4, 32), (128, 4, 4, 64), (384, 6, 6, 256)]  # n_embd, n_head, n
 Sampler = Callable[[], object]
 
 
-def alg1(size: tuple[int, ...], streams: int, n: int) -> Sampler:
+def alg1(size: tuple[int, ...], streams: int, n: int) -> dict[str, Sampler]:
+    """Return the samplers of ALG1: as inference.py draws texts, and `generate`."""
     n_embd, n_head, n_layer, block_size = size
-    model = BigramLanguageModel(
-        ModelConfig(n_embd, n_head, n_layer, block_size, vocab_size=VOCAB_SIZE)
-    ).eval()
-    return functools.partial(model.generate, torch.zeros(streams, 1, dtype=torch.int64), n)
+    config = ModelConfig(n_embd, n_head, n_layer, block_size, vocab_size=VOCAB_SIZE)
+    model = BigramLanguageModel(config).eval()
+    start = torch.zeros(streams, 1, dtype=torch.int64)
+    decoder = Decoder(config, {name: t.numpy() for name, t in model.state_dict().items()})
+    draw = draw_with([random.Random(seed) for seed in range(streams)])
+
+    def sample() -> None:
+        for _ in generate_tokens(decoder, start.numpy(), n, Sampling(), draw):
+            pass
+
+    return {"ALG1": sample, "generate": functools.partial(model.generate, start, n)}
 
 
 def nanogpt(path: str, size: tuple[int, ...], streams: int, n: int) -> Sampler:
@@ -95,7 +107,7 @@ def main() -> None:
     for streams in map(int, arguments.streams.split(",")):
         for size in sizes:
             n = arguments.characters or max(200, size[-1] * 3 // 2)
-            samplers = {"ALG1": alg1(size, streams, n)}
+            samplers = alg1(size, streams, n)
             if arguments.nanogpt is not None:
                 samplers["nanoGPT"] = nanogpt(arguments.nanogpt, size, streams, n)
             if arguments.transformers:
@@ -105,7 +117,7 @@ def main() -> None:
             row: dict[str, Any] = {"streams": streams, "size": f"{n_embd}/{n_head}/{n_layer} T{block_size}"}
             for name, times in seconds.items():
                 row[name] = streams * n / statistics.median(times)
-                if name != "ALG1":
+                if name not in ("ALG1", "generate"):
                     row[f"ratio to {name}"] = ratio(times, seconds["ALG1"])
             rows.append(row)
     table(rows)

@@ -1,10 +1,11 @@
-"""Start-up time: of --help, and until the first step of a run, compared with importing torch alone.
+"""Start-up time: of --help, until a text begins, and until the first step of a run, beside importing torch.
 
     python benchmarks/start.py
 
 Every turn starts a new process. The first step is that of a run with the default settings, trackers included,
 on a text whose tokens are cached; before it the loop evaluates once and saves a checkpoint. After each turn
-the tracker processes may finish, which is not timed.
+the tracker processes may finish, which is not timed. The text is drawn from a run with the default model, on
+the CPU, in a folder with the project's configs/.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = str(text_or_docs(args.data, folder))
+        sampled = folder_to_sample(folder / "sampled")
         first_step = [sys.executable, "-c", UNTIL_FIRST_STEP, "--data", text]
         commands = {
             "python -c pass": [sys.executable, "-c", "pass"],
@@ -65,6 +67,10 @@ def main() -> None:
             commands = dict(list(commands.items())[1::2])
 
         turns = {name: Turn(command, folder) for name, command in commands.items()}
+        first_character = [sys.executable, str(PROJECT / "inference.py"), "--device", "cpu"]
+        turns["first character of inference.py"] = Turn(
+            [*first_character, "--max-new-tokens", "1"], sampled, until_output=True
+        )
         if not args.quick:
             for turn in turns.values():
                 turn()  # warm the file cache and the token cache
@@ -85,20 +91,44 @@ def main() -> None:
     )
 
 
-class Turn:
-    """Runs a program; `seconds` are the times until it exits, though processes it started may still run."""
+def folder_to_sample(folder: Path) -> Path:
+    """Create a folder with the project's configs/ and a run of the default model."""
+    from model import BigramLanguageModel
+    from parameters import ModelConfig
+    from utils_alg1.run_directory import RunFolder
 
-    def __init__(self, command: list[str], folder: Path):
-        self.command, self.folder = command, folder
+    shutil.copytree(PROJECT / "configs", folder / "configs")
+    model = BigramLanguageModel(ModelConfig(vocab_size=65))
+    model.vocabulary = [chr(ord(" ") + token) for token in range(65)]
+    export = RunFolder(folder / "runs" / "2026-01-31_001").export_path
+    export.parent.mkdir(parents=True)
+    model.save_safetensors(export)
+    return folder
+
+
+class Turn:
+    """Runs a program; `seconds` are the times until it exits, though processes it started may still run.
+
+    Args:
+        until_output: the times end at the first character of its output, and its runs are kept.
+    """
+
+    def __init__(self, command: list[str], folder: Path, until_output: bool = False):
+        self.command, self.folder, self.until_output = command, folder, until_output
         self.seconds: list[float] = []
 
     def __call__(self) -> None:
         began = time.perf_counter()
         with start(self.command, self.folder) as program:
-            program.wait()
+            if self.until_output:
+                assert program.stdout is not None
+                program.stdout.read(1)
+            else:
+                program.wait()
             self.seconds.append(time.perf_counter() - began)
             finish(program)  # the processes that it started keep its output open
-        shutil.rmtree(self.folder / "runs", ignore_errors=True)
+        if not self.until_output:
+            shutil.rmtree(self.folder / "runs", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -352,8 +352,8 @@ def test_the_decoder_gives_the_logits_of_the_model(sizes, B, spread):
 @pytest.mark.parametrize("sizes", [SIZES[2], SIZES[4]])
 @pytest.mark.parametrize("sign", [1, -1])
 @torch.no_grad()
-def test_attention_scores_beyond_the_range_of_exp_are_shifted(sizes, sign):
-    """All scores are large, or all far below zero: x has the mean 3, and so has what queries and keys see."""
+def test_attention_scores_beyond_the_range_of_exp_do_not_overflow(sizes, sign):
+    """All scores are large, or all far below zero: the input of the attention has the mean 3."""
     model = build(spread=0.05, **sizes)
     for block in model.blocks:
         block.ln1.bias += 3

@@ -26,7 +26,6 @@ from parameters import ModelConfig
 from utils_alg1.network.blas import limit_threads
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default
-MAX_SUM = 1e30  # of the attention weights before they are divided by their sum; 1 / MAX_SUM is the minimum
 
 
 class Decoder:
@@ -53,7 +52,6 @@ class Decoder:
         head, bias = weights["lm_head.weight"], weights["lm_head.bias"]
         self.head = _after_norm(head, bias, weights["ln_f.weight"], weights["ln_f.bias"])  # (C + 2, V)
         self.zero = np.zeros((), self.dtype)
-        self._safe_softmax = False
 
     def _block(self, weights: Mapping[str, np.ndarray], prefix: str) -> tuple[np.ndarray, ...]:
         """Return the matrices of a block.
@@ -66,15 +64,14 @@ class Decoder:
             for name in ("ln1", "ln2", "sa.proj", "ffwd.net.0", "ffwd.net.2")
             for part in ("weight", "bias")
         )
-        qkv = weights[f"{prefix}sa.qkv.weight"].copy()
-        qk = qkv[: 2 * C]
-        if self.rotations is not None:  # each pair side by side
-            qk[:] = qk.reshape(2 * H, 2, S // 2, C).swapaxes(1, 2).reshape(2 * C, C)
+        order = np.arange(3 * C)
+        if self.rotations is not None:  # each pair of the queries and keys side by side
+            order[: 2 * C] = order[: 2 * C].reshape(2 * H, 2, S // 2).swapaxes(1, 2).reshape(-1)
+        no_bias = np.zeros(3 * C, self.dtype)
+        qkv = _after_norm(weights[f"{prefix}sa.qkv.weight"][order], no_bias, ln1, ln1_bias)
         if not self.config.qk_norm:
-            qk *= S**-0.25  # so the scores are divided by S ** 0.5
-        qkv = _after_norm(qkv, np.zeros(3 * C, self.dtype), ln1, ln1_bias)
-        hidden_one = np.append(up_bias, self.dtype.type(1))
-        up = _after_norm(np.pad(up, ((0, 1), (0, 0))), hidden_one, ln2, ln2_bias)
+            qkv[:, : 2 * C] *= S**-0.25  # so the scores are divided by S ** 0.5
+        up = _after_norm(up, np.append(up_bias, self.dtype.type(1)), ln2, ln2_bias)
         return qkv, _onto_stream(proj, proj_bias), up, _onto_stream(down, down_bias)
 
     def start(self, batch_size: int) -> None:
@@ -92,12 +89,8 @@ class Decoder:
         B, T = tokens.shape
         buffers = self.one_character if T == 1 else _Buffers(self.config, B, T, self.dtype)
         flops = 2.0 * self.config.n_parameters * B * T
-        with limit_threads(flops), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        with limit_threads(flops):
             self._run_blocks(tokens, buffers)
-            sums = buffers.sums
-            if not (self._safe_softmax or (sums.min() > 1 / MAX_SUM and sums.max() < MAX_SUM)):
-                self._safe_softmax = True
-                self._run_blocks(tokens, buffers)
             self.length += T
             return buffers.normalize()[-B:].dot(self.head)
 
@@ -124,8 +117,7 @@ class Decoder:
             scores = np.matmul(buffers.q, k)  # (B, H, T, end)
             if T > 1:
                 scores += buffers.mask
-            if self._safe_softmax:
-                scores -= scores.max(axis=-1, keepdims=True)
+            scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
             np.matmul(np.exp(scores, out=scores), v, out=both)  # (B, H, T, S + 1)
             np.divide(weighted, sums, out=buffers.mixed)
             x += np.dot(buffers.attention, proj, out=delta)
@@ -166,8 +158,7 @@ class _Buffers:
         self.q, self.kv = by_part[0], by_part[1:]  # (B, H, T, S), (2, B, H, T, S)
         self.mixed = self.attention[:, :C].reshape(T, B, H, S).transpose(1, 2, 0, 3)
         both = np.empty((config.n_layer, B, H, T, S + 1), dtype)
-        self.sums = both[..., -1:]
-        self.layers = list(zip(both, both[..., :-1], self.sums, strict=True))
+        self.layers = list(zip(both, both[..., :-1], both[..., -1:], strict=True))
         self.mask = np.triu(np.full((T, T), -np.inf, dtype), 1)
         self._normed = np.ones((rows, C + 2), dtype)
         self._squares = np.empty((rows, 1, 1), dtype)
@@ -200,11 +191,16 @@ def _centered(table: np.ndarray, last: float) -> np.ndarray:
 
 
 def _after_norm(matrix: np.ndarray, bias: np.ndarray, norm: np.ndarray, norm_bias: np.ndarray) -> np.ndarray:
-    """Return the matrix (N, C) and bias (N) that follow a layer norm as one matrix (C + 2, N)."""
+    """Return the matrix (N, C) and bias that follow a layer norm as one matrix (C + 2, len(bias)).
+
+    Where the bias is longer than N, the product is the bias alone.
+    """
     N, C = matrix.shape
-    joined = np.zeros((C + 2, N), matrix.dtype)
-    np.multiply(matrix.T, norm[:, None] * norm.dtype.type(math.sqrt(C)), out=joined[:C])
-    joined[-1] = matrix @ norm_bias + bias
+    joined = np.zeros((C + 2, len(bias)), matrix.dtype)
+    joined[:C, :N] = matrix.T
+    joined[:C] *= norm[:, None] * norm.dtype.type(math.sqrt(C))
+    joined[-1] = bias
+    joined[-1, :N] += matrix @ norm_bias
     return joined
 
 
@@ -212,6 +208,7 @@ def _onto_stream(matrix: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """Return a matrix (C, N) and bias (C), whose product is added to the stream, as one (N + 1, C + 1)."""
     C, N = matrix.shape
     joined = np.zeros((N + 1, C + 1), matrix.dtype)
-    np.subtract(matrix.T, matrix.mean(axis=0)[:, None], out=joined[:-1, :C])
-    joined[-1, :C] = bias - bias.mean()
+    joined[:N, :C] = matrix.T
+    joined[N, :C] = bias
+    joined[:, :C] -= joined[:, :C].mean(axis=1, keepdims=True)
     return joined
