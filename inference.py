@@ -20,7 +20,7 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from utils_alg1.network.sampling import LogitsDecoder
     from utils_alg1.network.weights import Weights
 
-BATCH_SIZE = 32  # so many texts of --num-samples are drawn at a time
+BATCH_TOKENS = 8192  # of context: so many texts of --num-samples are drawn at a time, for the sake of memory
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
@@ -96,8 +96,9 @@ def main(argv: list[str] | None = None) -> int:
         return interact(arguments, answer, generator.seed)
 
     prompt, n = handle_unknown(arguments.prompt or "", tokenizer, arguments.unknown), arguments.num_samples
-    for first in range(0, n, BATCH_SIZE):
-        numbers = range(first, min(first + BATCH_SIZE, n))
+    batch_size = max(1, BATCH_TOKENS // decoder.block_size)
+    for first in range(0, n, batch_size):
+        numbers = range(first, min(first + batch_size, n))
         generators = [random.Random(arguments.seed + i) for i in numbers]
         write(prompt, generators, [f"--- sample {i + 1}\n" if n > 1 else "" for i in numbers])
     return DONE
@@ -219,15 +220,21 @@ def write_texts(prompt: str, characters: Iterator[list[str]], headings: list[str
 
     Each is a heading, the prompt, its continuation and a newline.
     """
-    shown, kept = itertools.tee(characters)
-    drawn: Iterable[list[str]] = shown
+    kept: list[list[str]] = []  # of all texts, if there are others
+
+    def first() -> Iterator[str]:
+        for of_all in characters:
+            if len(headings) > 1:
+                kept.append(of_all)
+            yield of_all[0]
+
     for i, heading in enumerate(headings):
+        continuation = (of_all[i] for of_all in kept) if i else first()
         # Holds back a trailing "\r", so that `without_controls` sees a CRLF as one line end.
         newlines = io.IncrementalNewlineDecoder(None, translate=False)
-        for text in itertools.chain([heading + prompt], (of_all[i] for of_all in drawn), ["\n"]):
+        for text in itertools.chain([heading + prompt], continuation, ["\n"]):
             sys.stdout.write(text_for_stream(sys.stdout, newlines.decode(text)))
             sys.stdout.flush()
-        drawn = list(kept) if i == 0 else drawn
 
 
 if __name__ == "__main__":

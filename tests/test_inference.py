@@ -235,7 +235,7 @@ def test_each_of_several_samples_has_its_own_seed(sample, model):
 def test_more_samples_than_are_drawn_at_a_time_are_the_same(sample, model, monkeypatch):
     flags = ("--max-new-tokens", 30, "--seed", 7, "--num-samples", 5)
     at_once = sample(*flags)
-    monkeypatch.setattr(inference, "BATCH_SIZE", 2)
+    monkeypatch.setattr(inference, "BATCH_TOKENS", 2 * model.config.block_size)
 
     assert sample(*flags).out == at_once.out
     assert at_once.out.count("--- sample ") == 5

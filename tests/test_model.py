@@ -605,6 +605,21 @@ def test_the_same_state_draws_what_torch_multinomial_draws(B):
         assert torch.equal(drawn[:, 1], expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"positions": "rotary", "qk_norm": True}])
+def test_on_a_gpu_the_same_state_draws_what_torch_multinomial_draws(options):
+    model = build(spread=0.2, **options).cuda()
+    idx = random_tokens(model, 3, 4).cuda()
+    generators = [torch.Generator("cuda").manual_seed(3) for _ in range(2)]
+
+    text = model.generate(idx, 4, generator=generators[0])
+
+    for _ in range(4):
+        probs = model(idx)[0][:, -1].softmax(-1)
+        idx = torch.cat([idx, torch.multinomial(probs, 1, generator=generators[1])], dim=1)
+    assert text.device == idx.device and torch.equal(text, idx)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_from_logits_that_are_not_finite_nothing_is_drawn(value, temperature):
