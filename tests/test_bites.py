@@ -74,9 +74,9 @@ GUARDS = [
     ),
     Guard(
         "names of tensors as earlier versions had them in a checkpoint",
-        "utils_alg1/training/optimizers.py",
-        'f"{key}.{name}": t for',
-        'f"{name}.{key}": t for',
+        "utils_alg1/training/checkpoint.py",
+        'f"{kind}.{name}": tensor',
+        'f"{name}.{kind}": tensor',
         "tests/test_compatibility.py -k stopped_run_resumes",
     ),
     Guard(

@@ -32,7 +32,13 @@ from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import checkpoint as checkpoint_module
 from utils_alg1.training.arithmetic import Arithmetic, Processor
-from utils_alg1.training.checkpoint import CheckpointStore, newest_checkpoint, read_checkpoint
+from utils_alg1.training.checkpoint import (
+    CheckpointStore,
+    joined_tensors,
+    named_tensors,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.resume import load_model_file
 from utils_alg1.training.runtime import Runtime
@@ -298,7 +304,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved(held_back, tmp_path
     trainer, store = make_trainer(), CheckpointStore(tmp_path, 2)
     take_steps(trainer, 0)
     then = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    moments = {name: tensor.clone() for name, tensor in trainer.optimizer.named_state().items()}
+    state = {name: tensor.clone() for name, tensor in named_tensors(joined_tensors(trainer)).items()}
     progress = Progress(step=1)
     path = store.path(1)
     store.save(having(trainer, progress), ABOUT)
@@ -312,9 +318,9 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved(held_back, tmp_path
     read.load_trainer(twin)
     assert read.progress == Progress(step=1)
     assert all(torch.equal(tensor, then[name]) for name, tensor in twin.model.state_dict().items())
-    loaded = twin.optimizer.named_state()
-    assert loaded.keys() == moments.keys()
-    assert all(torch.equal(tensor, moments[name]) for name, tensor in loaded.items())
+    loaded = named_tensors(joined_tensors(twin))
+    assert loaded.keys() == state.keys() == read.tensors.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
 
 
 def test_leaving_the_store_waits_for_the_last_checkpoint(held_back, tmp_path):

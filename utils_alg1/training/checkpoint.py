@@ -36,10 +36,14 @@ from utils_alg1.run_directory import (
     checkpoint_step,
 )
 from utils_alg1.training.arithmetic import Arithmetic
+from utils_alg1.training.flat import FlatParameters
 from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.trainer import Trainer
 
 LOGGER = logging.getLogger("alg1")
+
+# The state of each group of parameters, by its kind: "model", "optimizer.exp_avg", ...
+JoinedTensors = list[tuple[FlatParameters, dict[str, torch.Tensor]]]
 
 
 class TrackerState(TypedDict):
@@ -97,7 +101,7 @@ class Checkpoint:
         if stateless and (self.progress.step == 0 or trainer.scaler.is_enabled()):
             self.load_model(trainer.model)
         else:
-            self._copy_to(trainer_tensors(trainer))
+            self._copy_to(named_tensors(joined_tensors(trainer)))
         if self.metadata["scaler"]:
             trainer.scaler.load_state_dict(self.metadata["scaler"])
         trainer.progress = self.progress
@@ -114,10 +118,23 @@ class Checkpoint:
             tensor.detach().copy_(saved[name])
 
 
-def trainer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Return the tensors of the state of a trainer, by their names in a checkpoint."""
-    tensors = {f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    return tensors | {f"optimizer.{name}": t for name, t in trainer.optimizer.named_state().items()}
+def joined_tensors(trainer: Trainer) -> JoinedTensors:
+    """Return the tensors of the state of a trainer, as they lie in memory."""
+    joined = []
+    for flat in trainer.optimizer.flats:
+        state = trainer.optimizer.state[flat.tensor]
+        joined.append((flat, {"model": flat.tensor} | {f"optimizer.{key}": t for key, t in state.items()}))
+    return joined
+
+
+def named_tensors(joined: JoinedTensors) -> dict[str, torch.Tensor]:
+    """Return the tensors of the single parameters, by their names in a checkpoint."""
+    return {
+        f"{kind}.{name}": tensor
+        for flat, tensors in joined
+        for kind, of_all in tensors.items()
+        for name, tensor in flat.split(of_all).items()
+    }
 
 
 class CheckpointStore:
@@ -181,12 +198,17 @@ class CheckpointStore:
             "arithmetic": dataclasses.asdict(trainer.backward.arithmetic),
             **run_metadata,
         }
-        tensors = {n: t.detach().to("cpu", copy=True) for n, t in trainer_tensors(trainer).items()}
-        self._writing = self._writer.submit(self._write, tensors, metadata, progress.step, progress.best_step)
+        copies = [
+            (flat, {kind: tensor.to("cpu", copy=True) for kind, tensor in tensors.items()})
+            for flat, tensors in joined_tensors(trainer)
+        ]
+        self._writing = self._writer.submit(self._write, copies, metadata, progress.step, progress.best_step)
 
-    def _write(self, tensors: dict, metadata: CheckpointMetadata, step: int, best_step: int | None) -> None:
+    def _write(
+        self, joined: JoinedTensors, metadata: CheckpointMetadata, step: int, best_step: int | None
+    ) -> None:
         """Write and prune, in the writer thread."""
-        write_tensors(self.path(step), tensors, dict(metadata))
+        write_tensors(self.path(step), named_tensors(joined), dict(metadata))
         self.newest_step = step
         self.prune(best_step)
 

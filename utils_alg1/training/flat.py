@@ -43,7 +43,12 @@ class FlatParameters:
         return torch.cat([F.pad(t, (0, n - len(t))) for t, n in zip(parts, self._sizes, strict=True)])
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return the views of a tensor like `tensor` that belong to the parameters, by name."""
+        """Return the views of a tensor like `tensor` that belong to the parameters, by name.
+
+        A scalar, such as the number of updates, belongs to each of them.
+        """
+        if not flat.dim():
+            return dict.fromkeys(self.names, flat)
         parts = zip(self._shapes.items(), flat.split(self._sizes), strict=True)
         return {name: part[: shape.numel()].view(shape) for (name, shape), part in parts}
 

@@ -67,16 +67,6 @@ class Optimizer:
         """The parameters of each group."""
         return [group["flat"] for group in self.param_groups]
 
-    def named_state(self) -> dict[str, Tensor]:
-        """Return the state of every parameter, as "<state>.<parameter>"."""
-        named: dict[str, Tensor] = {}
-        for group in self.param_groups:
-            flat = group["flat"]
-            for key, tensor in self.state[flat.tensor].items():
-                of_each = dict.fromkeys(flat.names, tensor) if key == "step" else flat.split(tensor)
-                named |= {f"{key}.{name}": t for name, t in of_each.items()}
-        return named
-
 
 def adamw(
     group: dict, params: Tensors, gradients: Tensors, step: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors
