@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -153,16 +154,22 @@ def text_or_docs(path: str | None, folder: Path) -> Path:
 
 
 def build_trainer(text: Path, **values: Any) -> Any:
-    """Return the Trainer that train.py would build for these parameters; compiled, if they ask for it."""
+    """Return the Trainer that train.py would build for these parameters; compiled, if they ask for it.
+
+    Args:
+        values: parameters; and gradient, products, joined: fields of Arithmetic, which are no parameters.
+    """
     import train
     from utils_alg1.data.corpus import open_corpus
     from utils_alg1.run.job import Job
     from utils_alg1.training.runtime import start_runtime
     from utils_alg1.utils_output import Console
 
+    changes = {name: values.pop(name) for name in ("gradient", "products", "joined") if name in values}
     params = parameters(text, **values)
     corpus = open_corpus(text)
     runtime = start_runtime(params)
+    runtime = dataclasses.replace(runtime, arithmetic=dataclasses.replace(runtime.arithmetic, **changes))
     job = Job(params, text, corpus.sha256, corpus, runtime)
     trainer = train.build_trainer(job, Console(quiet=True))
     if runtime.arithmetic.compiled:

@@ -9,7 +9,6 @@ Everything else is as train.py chooses it. The decoder reads block_size characte
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,13 +29,14 @@ from common import (
     text_or_docs,
 )
 
-# Training steps: name -> parameters of the run and fields of its Arithmetic, with the shortcut and without.
+# Training steps: name -> what `build_trainer` is given, with the shortcut and without it.
 STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "written-out gradient, against autograd": ({"gradient": "manual"}, {"gradient": "autograd"}),
     "its dropout, against autograd's": (
         {"dropout": 0.1, "gradient": "manual"},
         {"dropout": 0.1, "gradient": "autograd"},
     ),
+    "weights side by side, against one by one": ({"joined": True}, {"joined": False}),
     "products by oneDNN, against PyTorch's": (
         {"dtype": "float32", "products": "onednn"},
         {"dtype": "float32", "products": "pytorch"},
@@ -94,42 +94,32 @@ def pairs(
     settings = {**size, "threads": args.threads}
     for shortcut, sides in STEPS.items():
         if not (args.quick and "compiled" in shortcut):  # compiling takes too long for that
-            with_it, without = (repeat(Steps(make_trainer(text, settings | side), 1)) for side in sides)
+            with_it, without = (repeat(Steps(build_trainer(text, **settings | side), 1)) for side in sides)
             yield shortcut, {"with_it": with_it, "without": without}
     yield "attention in bfloat16, against PyTorch's kernel", attentions(size)
-    yield "AdamW, against torch.optim's", optimizer_steps(make_trainer(text, settings))
-    yield "decoder, against the model's forward", decoders(make_trainer(text, settings).model.eval())
-
-
-def make_trainer(text: Path, values: dict[str, Any]) -> Any:
-    """Return a Trainer; `values` may name fields of Arithmetic that are no parameters too."""
-    from utils_alg1.training.backward import create_backward
-
-    fields = {name: values[name] for name in ("gradient", "products") if name in values}
-    trainer = build_trainer(text, **{name: value for name, value in values.items() if name not in fields})
-    if fields:
-        arithmetic = dataclasses.replace(trainer.runtime.arithmetic, **fields)
-        runtime = dataclasses.replace(trainer.runtime, arithmetic=arithmetic)
-        trainer.backward = create_backward(trainer.model, trainer.optimizer.flats, runtime, say=print)
-    return trainer
+    yield "AdamW, against torch.optim's", optimizer_steps(build_trainer(text, **settings))
+    yield "decoder, against the model's forward", decoders(build_trainer(text, **settings).model.eval())
 
 
 def attentions(size: dict[str, int]) -> dict[str, Callable[[int], Any]]:
     """Return causal attention and its gradient in bfloat16, by the written-out gradient and by PyTorch."""
     import torch
 
-    from utils_alg1.network.attention import attention, flash_attention
+    from utils_alg1.network.attention import choose_attention, flash_attention
 
-    shape = size["batch_size"], size["n_head"], size["block_size"], size["n_embd"] // size["n_head"]
-    q, k, v = torch.randn(3, *shape, dtype=torch.bfloat16)
+    T = size["block_size"]
+    shape = size["batch_size"], size["n_head"], T, size["n_embd"] // size["n_head"]
+    qkv = torch.randn(3, *shape, dtype=torch.bfloat16)
 
-    def both_ways(attend: Callable) -> None:
-        out, backward = attend(q, k, v)
-        backward(out)
+    def both_ways(attention: Callable, dtype: torch.dtype) -> None:
+        out, backward = attention(*qkv.to(dtype))
+        for gradient in backward(out):
+            gradient.to(qkv.dtype)
 
+    chosen = choose_attention(qkv.dtype, T)
     return {
-        "with_it": repeat(lambda: both_ways(attention)),
-        "without": repeat(lambda: both_ways(flash_attention)),
+        "with_it": repeat(lambda: both_ways(*chosen)),
+        "without": repeat(lambda: both_ways(flash_attention, qkv.dtype)),
     }
 
 
