@@ -1033,6 +1033,21 @@ def test_every_number_of_a_small_type_is_read_exactly(tmp_path, dtype):
     assert np.array_equal(arrays["a"], numbers.double().numpy())
 
 
+def test_numbers_that_are_not_aligned_in_the_file_are_read(tmp_path):
+    numbers = np.arange(6, dtype=np.float32).reshape(2, 3)
+    header = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+    text = json.dumps(header).encode()
+    for padding in range(4):
+        padded = text + b" " * padding
+        (tmp_path / "file").write_bytes(len(padded).to_bytes(8, "little") + padded + numbers.tobytes())
+
+        arrays, _ = read_arrays(tmp_path / "file")
+
+        assert (
+            np.array_equal(arrays["a"], numbers) and arrays["a"].flags.aligned and arrays["a"].flags.writeable
+        )
+
+
 def test_its_vocabulary_is_given_and_travels_with_the_export(tmp_path):
     path = tmp_path / "reference.safetensors"
     write_reference(path, build())

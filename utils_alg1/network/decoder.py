@@ -48,9 +48,10 @@ class Decoder:
             self.positions = _centered(weights["position_embedding_table.weight"], 0)  # (block_size, C + 1)
         else:
             self.rotations = _rotations(config).astype(np.result_type(self.dtype, np.complex64))
-        self.blocks = [self._block(weights, f"blocks.{layer}.") for layer in range(config.n_layer)]
-        head, bias = weights["lm_head.weight"], weights["lm_head.bias"]
-        self.head = _after_norm(head, bias, weights["ln_f.weight"], weights["ln_f.bias"])  # (C + 2, V)
+        with limit_threads(2.0 * config.n_parameters):
+            self.blocks = [self._block(weights, f"blocks.{layer}.") for layer in range(config.n_layer)]
+            head, bias = weights["lm_head.weight"], weights["lm_head.bias"]
+            self.head = _after_norm(head, bias, weights["ln_f.weight"], weights["ln_f.bias"])  # (C + 2, V)
         self.zero = np.zeros((), self.dtype)
 
     def _block(self, weights: Mapping[str, np.ndarray], prefix: str) -> tuple[np.ndarray, ...]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +98,8 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]
     Raises:
         Alg1Error: not found, not a safetensors file, truncated, or altered since it was written.
     """
-    from safetensors import SafetensorError, deserialize, safe_open
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     magic = _first_bytes(path)
@@ -107,18 +107,20 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]
         problem = f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read"
         raise Alg1Error(problem, "convert it to safetensors with the program that wrote it")
     try:
-        with safe_open(str(path), framework="numpy") as file:  # checks the header; reads no tensor yet
-            header = file.metadata() or {}
-        stored_tensors = sorted(deserialize(path.read_bytes()), key=itemgetter(0))
-        arrays = {name: _to_array(**stored) for name, stored in stored_tensors}
+        with safe_open(str(path), framework="numpy"):  # checks the header and the size
+            content = np.fromfile(path, np.uint8)
+        start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+        header = json.loads(content[8:start].tobytes())
+        strings = header.pop("__metadata__", {})
+        arrays = {name: _to_array(content[start:], **header[name]) for name in sorted(header)}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Types and messages vary between releases of safetensors.
         hint = "it may be truncated or of another format; use another file"
         raise Alg1Error(f"{path}: not a whole safetensors file ({first_line(error)})", hint) from None
-    if METADATA_KEY not in header:
+    if METADATA_KEY not in strings:
         return arrays, None
     try:
-        about = json.loads(header[METADATA_KEY])
+        about = json.loads(strings[METADATA_KEY])
         metadata = about["metadata"]
         intact = isinstance(metadata, dict) and about["sha256"] == digest(arrays, metadata)
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -144,14 +146,16 @@ def _first_bytes(path: Path) -> bytes:
         raise unreadable(path, error) from None
 
 
-def _to_array(dtype: str, shape: list[int], data: bytearray) -> np.ndarray:
-    """Return a stored tensor as an array that shares its memory, or as float32 if numpy lacks the dtype."""
+def _to_array(content: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+    """Return a stored tensor as a view of the bytes of all, or as float32 if numpy lacks the dtype."""
     import numpy as np
 
+    data = content[slice(*data_offsets)]
     if dtype in DTYPES:
-        return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+        return np.require(data.view(DTYPES[dtype]).reshape(shape), requirements="A")
     if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
     import torch
 
-    return torch.frombuffer(data, dtype=getattr(torch, FLOAT8[dtype])).float().reshape(shape).numpy()
+    stored = torch.from_numpy(data).view(getattr(torch, FLOAT8[dtype]))
+    return stored.float().reshape(shape).numpy()
