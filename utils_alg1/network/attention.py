@@ -86,30 +86,36 @@ def blocked_attention(
     future = q.new_full((QUERY_BLOCK, QUERY_BLOCK), float("-inf")).triu(1)
     blocks, outs = [], []
     for i, (start, end) in enumerate(query_blocks(shape[-2])):
-        scores = torch.baddbmm(future[0, 0], q[:, start:end], k[:, :end].mT, beta=0, alpha=root)
+        queries, keys, values = (packed(x) for x in (q[:, start:end], k[:, :end], v[:, :end]))
+        scores = torch.baddbmm(future[0, 0], queries, keys.mT, beta=0, alpha=root)
         scores[:, :, start:] += future[: end - start, : end - start]
         weights = scores.softmax(-1)
         mask = None if kept is None else kept[i]
         dropped = weights if mask is None else mask.to(q.dtype).mul_(weights)
-        outs.append(dropped @ v[:, :end])
-        blocks.append((start, end, weights, mask))
+        outs.append(dropped @ values)
+        blocks.append((start, end, queries, keys, values, weights, mask))
 
     def backward(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad = grad.flatten(0, 1)
         q_grads, k_grad, v_grad = [], torch.zeros_like(k), torch.zeros_like(v)
-        for start, end, weights, mask in blocks:
-            out_grad, dropped = grad[:, start:end], weights
-            weights_grad = out_grad @ v[:, :end].mT
+        for start, end, queries, keys, values, weights, mask in blocks:
+            out_grad, dropped = packed(grad[:, start:end]), weights
+            weights_grad = out_grad @ values.mT
             if mask is not None:
                 kept_here = mask.to(q.dtype)
                 weights_grad.mul_(kept_here)
                 dropped = kept_here.mul_(weights)
             v_grad[:, :end].baddbmm_(dropped.mT, out_grad)
             scores_grad = aten._softmax_backward_data(weights_grad, weights, -1, q.dtype)
-            q_grads.append(torch.baddbmm(future[0, 0], scores_grad, k[:, :end], beta=0, alpha=root))
-            k_grad[:, :end].baddbmm_(scores_grad.mT, q[:, start:end], alpha=root)
+            q_grads.append(torch.baddbmm(future[0, 0], scores_grad, keys, beta=0, alpha=root))
+            k_grad[:, :end].baddbmm_(scores_grad.mT, queries, alpha=root)
         if kept is not None:
             v_grad *= scale
         return torch.cat(q_grads, 1).view(shape), k_grad.view(shape), v_grad.view(shape)
 
     return torch.cat(outs, 1).view(shape), backward
+
+
+def packed(x: Tensor) -> Tensor:
+    """Return x as products need it: in bfloat16 each of them would copy what is not contiguous."""
+    return x.contiguous() if x.dtype is torch.bfloat16 else x

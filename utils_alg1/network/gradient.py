@@ -138,8 +138,8 @@ def loss_and_gradients(
 
 
 def relu_backward(out: Tensor) -> Backward:
-    """Return the backward of a ReLU from its output."""
-    return lambda grad: aten.threshold_backward(grad, out, 0)
+    """Return the backward of a ReLU from its output. It works in place."""
+    return lambda grad: aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
 
 
 def self_attention(

@@ -63,8 +63,12 @@ class Products:
         """
         if self.onednn and self.dtype is torch.float32:
             return _convolution_backward(grad, x, weight, with_bias)
-        weight_grad = (grad.t() @ x).to(dtype)
-        return grad @ weight, weight_grad, grad.sum(0).to(dtype) if with_bias else None
+        weight_grad, bias_grad = (grad.t() @ x).to(dtype), None
+        if with_bias and self.dtype is torch.bfloat16:  # for wide rows, a product is much faster than a sum
+            bias_grad = (grad.new_ones(1, len(grad)) @ grad)[0].to(dtype)
+        elif with_bias:
+            bias_grad = grad.sum(0).to(dtype)
+        return grad @ weight, weight_grad, bias_grad
 
 
 def _convolution_backward(
