@@ -52,7 +52,7 @@ from utils_alg1.training.optimizers import create_optimizer
 model = BigramLanguageModel(ModelConfig(vocab_size=65))
 began = time.perf_counter()
 if sys.argv[1] == "ours":
-    create_optimizer(model, TrainConfig())
+    create_optimizer(model, TrainConfig(), Arithmetic())
 else:
     torch.optim.AdamW(model.parameters(), fused=True)
 report(seconds=time.perf_counter() - began)

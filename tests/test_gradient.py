@@ -327,7 +327,7 @@ def test_a_build_without_onednn_is_noticed(monkeypatch):
 def test_micro_batches_add_up_and_the_loss_is_their_share():
     config, parts = SMALL, 4
     ours, theirs = make_model(), make_model()
-    flats = [create_optimizer(model, TrainConfig()).flats for model in (ours, theirs)]
+    flats = [create_optimizer(model, TrainConfig(), Arithmetic()).flats for model in (ours, theirs)]
     written, autograd = ManualBackward(ours, flats[0], CPU, pytest.fail), Backward(theirs, flats[1], CPU)
     x, y = draw_batch(config)
     for i in range(parts):
@@ -380,7 +380,7 @@ def test_the_compiler_is_told_to_leave_python_out(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     model, plain = make_model(), make_model()
     flats, runtime = (
-        create_optimizer(model, TrainConfig()).flats,
+        create_optimizer(model, TrainConfig(), Arithmetic()).flats,
         Runtime(arithmetic=Arithmetic(compiled=True)),
     )
     backward = create_backward(model, flats, runtime, lambda _: None)

@@ -18,8 +18,8 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.console.signals import StopSignals
 from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import runtime as runtime_module
-from utils_alg1.training.arithmetic import Arithmetic, Processor
-from utils_alg1.training.distributed import Distributed
+from utils_alg1.training.arithmetic import Arithmetic, Processor, choose_arithmetic, recorded_arithmetic
+from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
 from utils_alg1.training.runtime import (
     Compiled,
     Runtime,
@@ -175,7 +175,7 @@ def test_the_arithmetic_of_a_processor(processor, size, dtype, expected, monkeyp
 def test_autograd_needs_a_larger_model_for_bfloat16(size, dtype, monkeypatch):
     monkeypatch.setattr(Processor, "read", lambda: ZEN5)
     arithmetic = start_runtime(parameters(**size, device="cpu"), Distributed(world_size=2)).arithmetic
-    assert arithmetic == Arithmetic(dtype=dtype, gradient="autograd")
+    assert arithmetic == Arithmetic(dtype=dtype, gradient="autograd", muon=dtype)
 
 
 def test_the_processor_is_read(tmp_path):
@@ -281,6 +281,8 @@ def test_a_checkpoint_that_records_nothing_goes_on_as_it_was(
         Arithmetic(dtype="bfloat16"),
         Arithmetic(gradient="autograd"),
         Arithmetic(dtype="bfloat16", gradient="autograd", compiled=True),
+        Arithmetic(dtype="bfloat16", muon="bfloat16"),
+        Arithmetic(joined=False),
     ],
 )
 def test_a_resumed_run_keeps_its_arithmetic_on_any_processor(before, processor, monkeypatch, caplog):
@@ -289,6 +291,21 @@ def test_a_resumed_run_keeps_its_arithmetic_on_any_processor(before, processor, 
     params = parameters(**LARGE, device="cpu")
     assert start_runtime(params, recorded=dataclasses.asdict(before)).arithmetic == before
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "values, processor, expected",
+    [
+        ({"dtype": "bfloat16"}, ZEN5, "bfloat16"),
+        ({"dtype": "float32"}, ZEN5, "float32"),
+        ({"dtype": "bfloat16"}, SKYLAKE, "float32"),  # it would be slower there
+    ],
+)
+def test_muon_computes_in_bfloat16_where_the_steps_do_and_it_is_fast(values, processor, expected):
+    chosen = choose_arithmetic(parameters(**values), torch.device("cpu"), SINGLE_PROCESS, processor)
+    assert chosen.muon == expected
+    old = recorded_arithmetic({"compiled": False}, parameters(**values), torch.device("cpu"), SINGLE_PROCESS)
+    assert (old.muon, old.joined) == ("float32", False)
 
 
 @pytest.mark.parametrize(

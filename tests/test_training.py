@@ -21,6 +21,7 @@ from parameters import ModelConfig, TrainConfig
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import checkpoint_paths
+from utils_alg1.training import optimizers as optimizers_module
 from utils_alg1.training import trainer as trainer_module
 from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.backward import Backward
@@ -185,7 +186,7 @@ def test_an_update_uses_the_learning_rate_of_its_step(optimizer):
 def test_weight_decay_shrinks_matrices_and_nothing_else(name):
     trainer = make_trainer()
     config = TrainConfig(optimizer=name, learning_rate=0.1, weight_decay=0.5)
-    optimizer = create_optimizer(trainer.model, config)
+    optimizer = create_optimizer(trainer.model, config, Arithmetic())
     for parameter in list(trainer.model.parameters()):
         parameter.data += 1.0
         parameter.grad.zero_()
@@ -511,6 +512,29 @@ def test_an_orthogonalised_matrix_is_as_strong_in_every_direction(shape):
     product = orthogonalize(matrices) @ matrices.mT
     assert torch.allclose(product, product.mT, atol=1e-3)
     assert torch.linalg.eigvalsh(product).min() > -1e-3
+
+
+def test_bfloat16_is_precise_enough_to_orthogonalise():
+    matrices = torch.randn(3, 16, 48, generator=torch.Generator().manual_seed(1))
+    exact, rounded = orthogonalize(matrices), orthogonalize(matrices, torch.bfloat16)
+    assert rounded.dtype is torch.float32
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+def test_muon_computes_its_products_as_the_arithmetic_says(monkeypatch):
+    seen = []
+
+    def spy(matrices, dtype):
+        seen.append(dtype)
+        return matrices
+
+    monkeypatch.setattr(optimizers_module, "orthogonalize", spy)
+    for muon in ("float32", "bfloat16"):
+        trainer = make_trainer(optimizer="muon", runtime=Runtime(arithmetic=Arithmetic(muon=muon)))
+        at(trainer, 0).forward_backward()
+        trainer.optimizer_step()
+    # One call for each shape: fused query, key and value, projection, and the two of the feed-forward.
+    assert seen == [torch.float32] * 4 + [torch.bfloat16] * 4
 
 
 def test_muon_steps_hidden_matrices_by_their_orthogonalised_momentum():

@@ -57,6 +57,7 @@ class Arithmetic:
         compiled: whether by torch.compile; None if an older checkpoint does not tell.
         joined: whether the norm of the gradients and AdamW take many parameters as one tensor, which changes
             the last digits. Older checkpoints do not.
+        muon: the data type of the products of Muon's iteration, whose result need not be exact.
     """
 
     device: str = "cpu"
@@ -65,6 +66,7 @@ class Arithmetic:
     gradient: str = "manual"
     compiled: bool | None = False
     joined: bool = True
+    muon: str = "float32"
 
     def __str__(self) -> str:
         text = (
@@ -76,8 +78,8 @@ class Arithmetic:
     def is_known(self) -> bool:
         """Whether this version knows the values."""
         known = self.dtype in DTYPES and self.products in LIBRARIES and self.gradient in GRADIENTS
-        flags = self.compiled in (None, False, True) and self.joined in (False, True)
-        return known and flags and isinstance(self.device, str)
+        known = known and self.muon in DTYPES and isinstance(self.device, str)
+        return known and self.compiled in (None, False, True) and self.joined in (False, True)
 
     def products_of_gradient(self) -> Products:
         """Return the products of the manual gradient."""
@@ -113,7 +115,9 @@ def choose_arithmetic(
     )
     faster = dtype == "bfloat16" or (processor.vendor == "AuthenticAMD" and not small)
     products = "onednn" if faster else "pytorch"
-    return supported(Arithmetic(device.type, dtype, products, "manual", compiled), params, dist)
+    fast_bfloat16 = device.type == "cuda" or processor.flags & BFLOAT16_FLAGS
+    muon = "bfloat16" if dtype == "bfloat16" and fast_bfloat16 else "float32"
+    return supported(Arithmetic(device.type, dtype, products, "manual", compiled, muon=muon), params, dist)
 
 
 def supported(arithmetic: Arithmetic, params: Parameters, dist: Distributed) -> Arithmetic:
@@ -141,7 +145,7 @@ def recorded_arithmetic(
     if "dtype" in recorded:
         return Arithmetic(**recorded)
     chosen = choose_arithmetic(params, device, dist, Processor())
-    old = dataclasses.replace(chosen, joined=False, **recorded)
+    old = dataclasses.replace(chosen, joined=False, muon="float32", **recorded)
     if old.dtype != "float32" or params.model.dropout:
         return dataclasses.replace(old, products="pytorch", gradient="autograd")
     return old

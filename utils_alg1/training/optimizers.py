@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from parameters import TrainConfig
+from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.flat import FlatParameters
 
 ADAMW_EPS = 1e-8
@@ -105,40 +106,36 @@ def muon(group: dict, params: Tensors, gradients: Tensors, momentum_buffer: Tens
         p.mul_(1 - group["lr"] * group["weight_decay"])
         steps = gradient.lerp(momentum, group["momentum"])
         R, C = p.shape[1:]
-        steps = orthogonalize(steps.reshape(-1, C, C) if R == 3 * C else steps)
+        steps = orthogonalize(steps.reshape(-1, C, C) if R == 3 * C else steps, group["dtype"])
         scale = ADAMW_RMS * max(steps.shape[1:]) ** 0.5
         p.add_(steps.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return approximately the nearest semi-orthogonal matrices: (N, R, C) -> (N, R, C).
 
     By Newton-Schulz iteration, which needs matrix products only: it brings the singular values close to 1 and
-    keeps the singular vectors.
+    keeps the singular vectors. The products may be computed in bfloat16, as Jordan et al. do.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices  # so that the products below have the smaller side
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig, joined: bool = True) -> Optimizer:
+def create_optimizer(model: nn.Module, config: TrainConfig, arithmetic: Arithmetic) -> Optimizer:
     """Return the optimizer of the model's parameters. Matrices have weight decay, biases and norms have none.
 
     Muon updates the matrices of the blocks; AdamW updates embeddings, head and vectors.
-
-    Args:
-        joined: whether AdamW takes the parameters of a group as one tensor. One by one, the last digits are
-            others, as its operator computes the last few elements of a tensor in another way.
     """
     rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     momentum = {"momentum": config.beta1}
     rule: dict[str, Any] = {"update": adamw, "state": ("step", "exp_avg", "exp_avg_sq")}
-    rule |= {"betas": (config.beta1, config.beta2), "form": "joined" if joined else "each"}
+    rule |= {"betas": (config.beta1, config.beta2), "form": "joined" if arithmetic.joined else "each"}
     if config.optimizer == "sgd":
         state = ("momentum_buffer",) if config.beta1 else ()
         rule = {"update": sgd, "state": state, "form": "joined", **momentum}
@@ -150,6 +147,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig, joined: bool = True)
         p = matrices.pop(name)
         for_muon.setdefault(p.shape, {})[name] = p
     muon_rule = {"update": muon, "state": ("momentum_buffer",), "form": "stacked", **momentum}
+    muon_rule["dtype"] = getattr(torch, arithmetic.muon)
     return Optimizer(
         [
             *({"flat": FlatParameters(same), **rates, **muon_rule} for same in for_muon.values()),

@@ -56,7 +56,7 @@ class Trainer:
         self.config, self.runtime = config, runtime
         self.progress = Progress()
         self.block_size = model.config.block_size
-        self.optimizer = create_optimizer(model, config, runtime.arithmetic.joined)
+        self.optimizer = create_optimizer(model, config, runtime.arithmetic)
         self.gradients = [flat.gradient for flat in self.optimizer.flats]
         if not runtime.arithmetic.joined:
             self.gradients = [p.grad for p in model.parameters() if p.grad is not None]
