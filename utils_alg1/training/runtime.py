@@ -87,8 +87,6 @@ def start_runtime(
     device = find_device(config.device)
     if dist.world_size > 1:
         device = device_of_process(device, dist)
-    if device.type == "cuda":
-        make_deterministic()
     if config.threads:
         torch.set_num_threads(config.threads)
     elif device.type == "cpu" and params.flops_per_step() < SMALL_STEP_FLOPS:
@@ -106,16 +104,6 @@ def start_runtime(
                 arithmetic,
             )
     return Runtime(device, arithmetic, torch.get_num_threads(), dist)
-
-
-def make_deterministic() -> None:
-    """Have CUDA compute the same bytes from the same state: a resumed run must.
-
-    Otherwise the backward of attention adds in the order in which its threads come.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def device_of_process(device: torch.device, dist: Distributed) -> torch.device:
