@@ -59,6 +59,13 @@ GUARDS = [
         "tests/test_checkpoint.py -k change_no_byte",
     ),
     Guard(
+        "arithmetic of a resumed run",
+        "utils_alg1/training/runtime.py",
+        "arithmetic = keep_arithmetic(before, params, device, dist)",
+        "arithmetic = choose_arithmetic(params, device, dist, Processor.read())",
+        "tests/test_checkpoint.py -k another_processor",
+    ),
+    Guard(
         "seeds as earlier versions derived them",
         "utils_alg1/training/seeds.py",
         'text = f"{seed}/{purpose}/{step}/{micro_batch}".encode()',

@@ -42,10 +42,10 @@ def choose_attention(
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionBackward]:
     """Causal attention by PyTorch's kernel for a CPU, which keeps no attention weights."""
-    out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, True)
 
     def backward(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
             grad, q, k, v, out, logsumexp, 0.0, True
         )
 
@@ -106,7 +106,7 @@ def blocked_attention(
                 weights_grad.mul_(kept_here)
                 dropped = kept_here.mul_(weights)
             v_grad[:, :end].baddbmm_(dropped.mT, out_grad)
-            scores_grad = aten._softmax_backward_data(weights_grad, weights, -1, q.dtype)
+            scores_grad = aten._softmax_backward_data.default(weights_grad, weights, -1, q.dtype)
             q_grads.append(torch.baddbmm(future[0, 0], scores_grad, keys, beta=0, alpha=root))
             k_grad[:, :end].baddbmm_(scores_grad.mT, queries, alpha=root)
         if kept is not None:

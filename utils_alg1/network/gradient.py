@@ -20,7 +20,7 @@ from torch import Tensor
 from parameters import ModelConfig
 from utils_alg1.network.attention import choose_attention
 from utils_alg1.network.dropout import DropoutMasks, LayerMasks
-from utils_alg1.network.products import Products
+from utils_alg1.network.products import Products, convert
 from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
 
 Backward = Callable[[Tensor], Tensor]
@@ -83,17 +83,18 @@ def loss_and_gradients(
             return by.linear(x, weight, bias, relu), backward
         if factor is None:
             return by.linear_add(x, weight, bias, residual), backward
-        return torch.addcmul(residual, by.linear(x, weight, bias).to(dtype), factor), backward
+        return torch.addcmul(residual, convert(by.linear(x, weight, bias), dtype), factor), backward
 
     def layer_norm(name: str, x: Tensor) -> tuple[Tensor, Backward]:
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
         out, mean, rstd = torch.native_layer_norm(x, (C,), weight, bias, LAYER_NORM_EPS)
 
         def backward(grad: Tensor) -> Tensor:
-            grad, gradients[f"{name}.weight"], gradients[f"{name}.bias"] = aten.native_layer_norm_backward(
-                grad.to(x.dtype), x, (C,), mean, rstd, weight, bias, (True, True, True)
+            x_grad, weight_grad, bias_grad = aten.native_layer_norm_backward.default(
+                convert(grad, x.dtype), x, (C,), mean, rstd, weight, bias, (True, True, True)
             )
-            return grad
+            gradients[f"{name}.weight"], gradients[f"{name}.bias"] = weight_grad, bias_grad
+            return x_grad
 
         return out, backward
 
@@ -157,15 +158,18 @@ def self_attention(
     attention, dtype = choose_attention(qkv.dtype, T, kept, scale)
     qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2, B, H, T, S), (1, B, H, T, S)
     qk, qk_backward = qk_norm_and_rotary(qk, qk_norm, cos_sin)
-    q, k = qk.to(dtype)
-    out, attention_backward = attention(q, k, v[0].to(dtype))
+    qk = convert(qk, dtype)
+    out, attention_backward = attention(qk[0], qk[1], convert(v[0], dtype))
 
     def backward(grad: Tensor) -> Tensor:
-        grads = attention_backward(grad.to(dtype).view(B, T, H, S).transpose(1, 2))
+        grads = attention_backward(convert(grad, dtype).view(B, T, H, S).transpose(1, 2))
         if cos_sin is not None or qk_norm:
             grads = (*qk_backward(torch.stack(grads[:2])), grads[2])
+        by_head = [g.transpose(1, 2) for g in grads]
+        if dtype is qkv.dtype and grads[0].dtype is dtype:
+            return torch.stack(by_head, dim=2).view(B * T, -1)
         joined = torch.empty_like(qkv)
-        torch._foreach_copy_(joined.unbind(2), [g.transpose(1, 2) for g in grads])
+        torch._foreach_copy_(joined.unbind(2), by_head)  # converts too
         return joined.view(B * T, -1)
 
     return out.transpose(1, 2).reshape(B * T, -1), backward
@@ -190,7 +194,7 @@ def qk_norm_and_rotary(x: Tensor, qk_norm: bool, cos_sin: Tensor | None) -> tupl
         normed = x * rrms
 
     def backward(grad: Tensor) -> Tensor:
-        grad = grad.to(x.dtype)
+        grad = convert(grad, x.dtype)
         if cos_sin is not None:
             grad = rotate(grad, torch.stack([cos_sin[0], -cos_sin[1]]), fused)  # the inverse rotation
         if rrms is None:

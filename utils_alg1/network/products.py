@@ -19,6 +19,11 @@ from torch import Tensor
 CONVOLUTION_BATCH = 16  # from here on, PyTorch gives a convolution to oneDNN with one thread too
 
 
+def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in this data type, without a call of `Tensor.to` if it has it: small steps have many."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 @dataclass(frozen=True)
 class Products:
     """Computes products. The gradients of weights and biases are returned in the data type of the weights.
@@ -35,7 +40,7 @@ class Products:
 
     def cast(self, x: Tensor) -> Tensor:
         """Return x in the data type of the operands."""
-        return x if x.dtype is self.dtype else x.to(self.dtype)
+        return convert(x, self.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
         """Compute x @ weight.T + bias, and its ReLU if asked for. x and weight have been cast."""
@@ -49,7 +54,7 @@ class Products:
         """Compute residual + x @ weight.T + bias, in the data type of the residual."""
         if self.onednn and self.dtype is residual.dtype:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-        return self.linear(x, weight, bias).to(residual.dtype).add_(residual)
+        return convert(self.linear(x, weight, bias), residual.dtype).add_(residual)
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool, dtype: torch.dtype
@@ -63,12 +68,12 @@ class Products:
         """
         if self.onednn and self.dtype is torch.float32:
             return _convolution_backward(grad, x, weight, with_bias)
-        weight_grad, bias_grad = (grad.t() @ x).to(dtype), None
+        weight_grad, bias_grad = convert(torch.mm(grad.t(), x), dtype), None
         if with_bias and self.dtype is torch.bfloat16:  # for wide rows, a product is much faster than a sum
-            bias_grad = (grad.new_ones(1, len(grad)) @ grad)[0].to(dtype)
+            bias_grad = convert(torch.mm(grad.new_ones(1, len(grad)), grad)[0], dtype)
         elif with_bias:
-            bias_grad = grad.sum(0).to(dtype)
-        return grad @ weight, weight_grad, bias_grad
+            bias_grad = grad.sum(0)
+        return torch.mm(grad, weight), weight_grad, bias_grad
 
 
 def _convolution_backward(
@@ -79,7 +84,7 @@ def _convolution_backward(
     batch = CONVOLUTION_BATCH if N % CONVOLUTION_BATCH == 0 else 1
     images = [t.reshape(batch, N // batch, 1, -1).permute(0, 3, 1, 2) for t in (grad, x)]
     kernel, wanted = weight.view(n_out, n_in, 1, 1), (True, True, with_bias)
-    x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
+    x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward.default(
         *images, kernel, [n_out], (1, 1), (0, 0), (1, 1), False, (0, 0), 1, wanted
     )
     x_grad = x_grad.permute(0, 2, 3, 1).reshape(N, n_in)
