@@ -68,12 +68,11 @@ def get_batch(
             f"the {split} split has {len(data):,} characters, too few for block_size = {block_size}",
             f"use --block-size {len(data) - 1} at most" if len(data) > 1 else "use a longer text",
         )
-    starts = torch.randint(n_starts, (batch_size, 1), generator=generator)  # (B, 1)
-    indices = (starts + torch.arange(block_size + 1)).numpy()  # (B, T + 1)
-    sequences = torch.from_numpy(np.asarray(data)[indices].astype(np.int64))  # (B, T + 1)
+    starts = torch.randint(n_starts, (batch_size, 1), generator=generator).numpy()  # (B, 1)
+    sequences = np.asarray(data)[starts + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
+    x = torch.from_numpy(np.ascontiguousarray(sequences[:, :-1]))
+    y = torch.from_numpy(np.ascontiguousarray(sequences[:, 1:]))
     device = torch.device(device)
     if device.type == "cuda":
-        sequences = sequences.pin_memory().to(device, non_blocking=True)
-    else:
-        sequences = sequences.to(device)
-    return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
+        x, y = x.pin_memory(), y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
