@@ -470,7 +470,7 @@ ARITHMETICS = {
 }
 
 
-@pytest.mark.skipif(not onednn_works(), reason="this build of PyTorch has no oneDNN")
+@pytest.mark.skipif(not onednn_works(torch.bfloat16), reason="this build of PyTorch has no oneDNN")
 @pytest.mark.parametrize("flags, processor, arithmetic", ARITHMETICS.values(), ids=ARITHMETICS)
 def test_a_resume_on_another_processor_changes_no_byte(
     flags, processor, arithmetic, start, train, monkeypatch
@@ -491,11 +491,11 @@ def test_a_resume_on_another_processor_changes_no_byte(
     assert_same_end()
 
 
-@pytest.mark.skipif(not onednn_works(), reason="this build of PyTorch has no oneDNN")
+@pytest.mark.skipif(not onednn_works(torch.bfloat16), reason="this build of PyTorch has no oneDNN")
 def test_a_resume_without_the_library_of_the_checkpoint_says_so(start, train, monkeypatch):
     stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
     assert start("--dtype", "bfloat16").code == 143
-    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: False)
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: False)
     result = train("--resume", "latest")
     assert result.code == 0
     assert result.err.splitlines() == [

@@ -30,7 +30,9 @@ from utils_alg1.training.runtime import Runtime
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = Runtime()
-needs_onednn = pytest.mark.skipif(not onednn_works(), reason="this build of PyTorch has no oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not onednn_works(torch.bfloat16), reason="this build of PyTorch has no oneDNN"
+)
 SMALL = ModelConfig(vocab_size=7, n_embd=8, n_head=2, n_layer=2, block_size=6)
 
 
@@ -318,6 +320,22 @@ def test_a_build_without_onednn_is_noticed(monkeypatch):
     monkeypatch.setattr(products_module.Products, "linear_add", lambda *_: torch.zeros(16, 3))
     onednn_works.cache_clear()
     assert not onednn_works()  # nor one that computes something else
+    monkeypatch.undo()
+    onednn_works.cache_clear()
+
+
+@needs_onednn
+def test_a_processor_that_oneDNN_gives_no_bfloat16_still_gets_its_float32(monkeypatch):
+    class Refusing(Products):
+        def linear(self, x, *arguments, **options):
+            if self.dtype is torch.bfloat16:
+                raise RuntimeError("bf16 path needs the cpu support")
+            return super().linear(x, *arguments, **options)
+
+    onednn_works.cache_clear()
+    monkeypatch.setattr(products_module, "Products", Refusing)
+    assert onednn_works() and not onednn_works(torch.bfloat16)
+    monkeypatch.undo()
     onednn_works.cache_clear()
 
 

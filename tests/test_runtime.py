@@ -151,12 +151,12 @@ UNKNOWN = Processor()
 )
 def test_the_arithmetic_of_a_processor(processor, size, dtype, expected, monkeypatch):
     monkeypatch.setattr(Processor, "read", lambda: processor)
-    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: True)
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: True)
     params = parameters(**size, device="cpu", dtype=dtype)
     arithmetic = start_runtime(params).arithmetic
     assert (arithmetic.dtype, arithmetic.products) == expected
     assert (arithmetic.device, arithmetic.gradient, arithmetic.compiled) == ("cpu", "manual", False)
-    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: False)
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: False)
     assert start_runtime(params).arithmetic == dataclasses.replace(arithmetic, products="pytorch")
 
 
@@ -276,7 +276,7 @@ def test_a_checkpoint_that_records_nothing_goes_on_as_it_was(
 )
 def test_a_resumed_run_keeps_its_arithmetic_on_any_processor(before, processor, monkeypatch, caplog):
     monkeypatch.setattr(Processor, "read", lambda: processor)
-    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: True)
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: True)
     params = parameters(**LARGE, device="cpu")
     assert start_runtime(params, recorded=dataclasses.asdict(before)).arithmetic == before
     assert not caplog.records
@@ -312,7 +312,7 @@ def test_another_arithmetic_than_the_checkpoints_is_told_in_one_line(
     before, device, world_size, after, monkeypatch, machine, caplog
 ):
     machine(cuda=1)
-    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda: False)
+    monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: False)
     params, recorded = parameters(device=device), dataclasses.asdict(before)
     dist = Distributed(world_size=world_size)
     assert start_runtime(params, dist, recorded).arithmetic == after

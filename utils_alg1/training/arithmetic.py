@@ -130,7 +130,8 @@ def supported(arithmetic: Arithmetic, params: Parameters, dist: Distributed) -> 
     known = all(getattr(model, name) == MODEL_OPTIONS[name] for name in MODEL_OPTIONS.keys() - OPTIONS)
     if not (known and arithmetic.device == "cpu" and dist.world_size == 1):
         arithmetic = dataclasses.replace(arithmetic, gradient="autograd")
-    if arithmetic.gradient == "autograd" or arithmetic.compiled or not onednn_works():
+    usable = arithmetic.gradient == "manual" and not arithmetic.compiled
+    if arithmetic.products == "onednn" and not (usable and onednn_works(getattr(torch, arithmetic.dtype))):
         arithmetic = dataclasses.replace(arithmetic, products="pytorch")
     return arithmetic
 
