@@ -4,7 +4,7 @@
     python train.py --data book.txt --max-iters 2000    your own text
     python train.py --config configs/laptop             a preset: a folder of settings, or a file of them
     python train.py --print-config                      every value and where it came from
-    python train.py --resume latest                     continue an interrupted run, on a CPU to the same bytes
+    python train.py --resume latest                     continue an interrupted run, on CPUs to the same bytes
     python train.py --init-from model.safetensors       start from trained weights
     torchrun --standalone --nproc_per_node=2 train.py   two processes, on two GPUs or CPU cores
 
