@@ -26,6 +26,7 @@ from utils_alg1.training import trainer as trainer_module
 from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.backward import Backward
 from utils_alg1.training.checkpoint import newest_checkpoint
+from utils_alg1.training.flat import FlatParameters
 from utils_alg1.training.optimizers import create_optimizer, orthogonalize, sgd
 from utils_alg1.training.progress import Evaluation, Progress
 from utils_alg1.training.runtime import Compiled, Runtime
@@ -242,6 +243,24 @@ def test_the_updates_are_those_of_torch_optim_to_the_byte(name, joined):
             assert_same_bytes({key: views[i] for key, views in kept.items()}, state)
     steps = [state["step"].item() for state in ours.optimizer.state.values() if "step" in state]
     assert steps == ([4.0, 4.0] if name == "adamw" else [])
+
+
+def test_joined_parameters_are_views_of_one_tensor_aligned_as_pytorch_aligns():
+    named = {name: torch.nn.Parameter(torch.randn(3, 5)) for name in "ab"}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    flat = FlatParameters(named)
+    for name, p in named.items():
+        assert torch.equal(p, before[name]) and p.is_contiguous()
+        assert p.data_ptr() % 64 == 0 and p.grad.data_ptr() % 64 == 0
+    assert flat.tensor.shape == (32,) and not flat.tensor[[15, 31]].any()  # zeros between them
+    flat.tensor.add_(1.0)
+    flat.gradient.fill_(2.0)
+    assert torch.equal(named["b"], before["b"] + 1) and (named["b"].grad == 2).all()
+    (stack,) = flat.views(flat.tensor, "stacked")
+    assert torch.equal(stack, torch.stack([named["a"], named["b"]]))
+    assert torch.equal(flat.join(flat.split(flat.gradient))[:15], flat.gradient[:15])
+    count = torch.tensor(7.0)
+    assert flat.split(count) == {"a": count, "b": count}
 
 
 # --- gradients ----------------------------------------------------------------------------------------
