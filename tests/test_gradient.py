@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from model import BigramLanguageModel
 from parameters import MODEL_OPTIONS, ModelConfig, Parameters, TrainConfig
 from utils_alg1.network import attention as attention_module
+from utils_alg1.network import dropout as dropout_module
 from utils_alg1.network import products as products_module
 from utils_alg1.network.attention import blocked_attention, flash_attention, math_attention
 from utils_alg1.network.dropout import DropoutMasks, draw_masks
@@ -231,6 +232,13 @@ def test_the_seed_decides_the_masks_and_no_two_layers_have_the_same():
     assert not draws[0][:half].equal(draws[0][half:])
     first = "".join(map(str, draws[0][:24].tolist()))
     assert first == "101101000101010001000011"  # also in years, as old runs resume
+
+
+def test_masks_are_the_same_by_any_number_of_threads(threads, monkeypatch):
+    config = ModelConfig(8, 2, 5, 9, 0.5, 5)
+    alone = mask_values(draw_masks(config, 3, 9, 7))
+    monkeypatch.setattr(dropout_module, "THREADS_PAY", 0)
+    assert mask_values(draw_masks(config, 3, 9, 7)).equal(alone)
 
 
 def test_a_dropout_of_almost_one_keeps_something():

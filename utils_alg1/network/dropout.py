@@ -6,6 +6,7 @@ numpy draws 16 random bits an element, which is ten times as fast as PyTorch's B
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from parameters import ModelConfig
 from utils_alg1.network.attention import query_blocks
 
 LEVELS = 1 << 16  # of a random number of 16 bits
+THREADS_PAY = 1 << 18  # layers with so many elements are drawn by several threads
 
 
 class LayerMasks(NamedTuple):
@@ -37,18 +39,23 @@ def draw_masks(config: ModelConfig, B: int, T: int, seed: int) -> DropoutMasks:
     """Draw what dropout keeps for a batch of (B, T) tokens. The probability is exact to 1 / 2**17.
 
     Args:
-        seed: the same seed draws the same masks.
+        seed: the same seed draws the same masks, by any number of threads.
     """
-    random = np.random.Generator(np.random.SFC64(seed))
     threshold = max(1, round((1 - config.dropout) * LEVELS))  # so many of LEVELS are kept
     shapes: list[tuple[int, ...]] = [(B * config.n_head, end - start, end) for start, end in query_blocks(T)]
     shapes += [(B * T, config.n_embd)] * 2
     sizes = [math.prod(shape) for shape in shapes]
-    layers = []
-    for _ in range(config.n_layer):
+
+    def draw(layer: int) -> LayerMasks:
+        random = np.random.Generator(np.random.SFC64([seed, layer]))
         words = random.integers(2**64 - 1, size=-(-sum(sizes) // 4), dtype=np.uint64, endpoint=True)
         kept = words.view(np.uint16)[: sum(sizes)] < threshold
         parts = torch.from_numpy(kept.view(np.uint8)).split(sizes)
         *attention, proj, down = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-        layers.append(LayerMasks(attention, proj, down))
-    return DropoutMasks(layers, LEVELS / threshold)
+        return LayerMasks(attention, proj, down)
+
+    layers = range(config.n_layer)
+    if sum(sizes) < THREADS_PAY or torch.get_num_threads() == 1:
+        return DropoutMasks([draw(layer) for layer in layers], LEVELS / threshold)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy draws without the GIL
+        return DropoutMasks(list(pool.map(draw, layers)), LEVELS / threshold)
