@@ -48,6 +48,7 @@ CREATE = """
 import torch
 from model import BigramLanguageModel
 from parameters import ModelConfig, TrainConfig
+from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.optimizers import create_optimizer
 model = BigramLanguageModel(ModelConfig(vocab_size=65))
 began = time.perf_counter()
