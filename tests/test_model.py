@@ -469,6 +469,12 @@ def test_texts_that_are_drawn_by_turns_are_those_drawn_alone():
     assert all(torch.equal(torch.cat(one), other) for one, other in zip(by_turns, alone, strict=True))
 
 
+def test_a_token_outside_the_vocabulary_is_an_error():
+    model = build()
+    with pytest.raises(IndexError):
+        model.generate(torch.tensor([[0, model.config.vocab_size]]), 1)
+
+
 def test_what_was_drawn_can_be_trained_on():
     model = build()
     text = model.generate(random_tokens(model, 2, 3), 5)

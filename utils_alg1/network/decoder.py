@@ -100,7 +100,7 @@ class Decoder:
         T = tokens.shape[1]
         start, end = self.length, self.length + T
         x, delta, hidden = buffers.x, buffers.delta, buffers.hidden
-        self.tokens.take(tokens.T.reshape(-1), axis=0, out=x, mode="clip")
+        self.tokens.take(tokens.T.reshape(-1), axis=0, out=x)
         if self.positions is not None:
             buffers.x_of_time += self.positions[start:end, None]
         layers = zip(
@@ -108,10 +108,9 @@ class Decoder:
             self.cache[..., start:end, :],
             self.keys[..., :end],
             self.values[..., :end, :],
-            buffers.layers,
             strict=True,
         )
-        for (qkv, proj, up, down), slots, k, v, (both, weighted, sums) in layers:
+        for (qkv, proj, up, down), slots, k, v in layers:
             np.dot(buffers.normalize(), qkv, out=buffers.qkv)
             self._normalize_and_rotate(buffers.qk)
             slots[:] = buffers.kv
@@ -119,8 +118,8 @@ class Decoder:
             if T > 1:
                 scores += buffers.mask
             scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
-            np.matmul(np.exp(scores, out=scores), v, out=both)  # (B, H, T, S + 1)
-            np.divide(weighted, sums, out=buffers.mixed)
+            np.matmul(np.exp(scores, out=scores), v, out=buffers.weighted)
+            np.divide(*buffers.quotient, out=buffers.mixed)
             x += np.dot(buffers.attention, proj, out=delta)
             np.dot(buffers.normalize(), up, out=hidden)
             x += np.dot(np.maximum(hidden, self.zero, out=hidden), down, out=delta)
@@ -143,8 +142,7 @@ class _Buffers:
     Attributes:
         x: the residual stream (T B, C + 1).
         attention: the outputs of all heads (T B, C + 1); its last column is 1.
-        layers: of each layer the weighted sum of the values and the sum of the weights (B, H, T, S + 1), both
-            together and each alone.
+        weighted: the weighted sum of the values, followed by the sum of the weights (B, H, T, S + 1).
     """
 
     def __init__(self, config: ModelConfig, B: int, T: int, dtype: np.dtype):
@@ -158,8 +156,8 @@ class _Buffers:
         by_part = by_part.transpose(2, 1, 3, 0, 4)
         self.q, self.kv = by_part[0], by_part[1:]  # (B, H, T, S), (2, B, H, T, S)
         self.mixed = self.attention[:, :C].reshape(T, B, H, S).transpose(1, 2, 0, 3)
-        both = np.empty((config.n_layer, B, H, T, S + 1), dtype)
-        self.layers = list(zip(both, both[..., :-1], both[..., -1:], strict=True))
+        self.weighted = np.empty((B, H, T, S + 1), dtype)
+        self.quotient = self.weighted[..., :-1], self.weighted[..., -1:]
         self.mask = np.triu(np.full((T, T), -np.inf, dtype), 1)
         self._normed = np.ones((rows, C + 2), dtype)
         self._squares = np.empty((rows, 1, 1), dtype)
