@@ -157,7 +157,7 @@ def build_trainer(text: Path, **values: Any) -> Any:
     """Return the Trainer that train.py would build for these parameters; compiled, if they ask for it.
 
     Args:
-        values: parameters; and gradient, products, joined: fields of Arithmetic, which are no parameters.
+        values: parameters, and fields of Arithmetic that are no parameters.
     """
     import train
     from utils_alg1.data.corpus import open_corpus
@@ -165,7 +165,8 @@ def build_trainer(text: Path, **values: Any) -> Any:
     from utils_alg1.training.runtime import start_runtime
     from utils_alg1.utils_output import Console
 
-    changes = {name: values.pop(name) for name in ("gradient", "products", "joined") if name in values}
+    names = ("gradient", "products", "joined", "muon")
+    changes = {name: values.pop(name) for name in names if name in values}
     params = parameters(text, **values)
     corpus = open_corpus(text)
     runtime = start_runtime(params)

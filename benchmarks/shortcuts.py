@@ -42,6 +42,10 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dtype": "float32", "products": "pytorch"},
     ),
     "bfloat16, against float32": ({"dtype": "bfloat16"}, {"dtype": "float32"}),
+    "Muon in bfloat16, against float32": (
+        {"optimizer": "muon", "muon": "bfloat16"},
+        {"optimizer": "muon", "muon": "float32"},
+    ),
     "compiled, against eager": ({"compile": "on"}, {"compile": "off"}),
 }
 CREATE = """
