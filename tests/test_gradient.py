@@ -24,7 +24,6 @@ from utils_alg1.network.rotary import apply_qk_norm_and_rotary, rotary_cos_sin
 from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training.arithmetic import Arithmetic, Processor, choose_arithmetic
 from utils_alg1.training.backward import Backward, ManualBackward, create_backward
-from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
 from utils_alg1.training.optimizers import create_optimizer
 from utils_alg1.training.runtime import Runtime
 
@@ -369,12 +368,11 @@ def test_micro_batches_add_up_and_the_loss_is_their_share():
     [
         ("manual", {}),
         ("manual", {"dtype": "bfloat16", "dropout": 0.1}),
-        ("autograd", {"dist": Distributed(world_size=2)}),
         ("autograd", {"device": torch.device("meta")}),
     ],
 )
 def test_what_it_does_not_support_is_left_to_autograd(gradient, where):
-    here = {"device": torch.device("cpu"), "dist": SINGLE_PROCESS, "processor": Processor()}
+    here = {"device": torch.device("cpu"), "processor": Processor()}
     values = {key: where[key] for key in ("dtype", "dropout") if key in where}
     params = Parameters.from_values(values, {})
     here |= {key: value for key, value in where.items() if key not in values}
@@ -392,7 +390,7 @@ def test_an_option_that_it_does_not_know_is_left_to_autograd(monkeypatch):
     monkeypatch.setattr(arithmetic_module, "OPTIONS", OPTIONS - {"qk_norm"})
     for values, expected in ({}, "manual"), ({"qk_norm": True}, "autograd"):
         params = Parameters.from_values(values, {})
-        chosen = choose_arithmetic(params, torch.device("cpu"), SINGLE_PROCESS, Processor())
+        chosen = choose_arithmetic(params, torch.device("cpu"), Processor())
         assert chosen.gradient == expected
 
 

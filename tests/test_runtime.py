@@ -160,13 +160,6 @@ def test_the_arithmetic_of_a_processor(processor, size, dtype, expected, monkeyp
     assert start_runtime(params).arithmetic == dataclasses.replace(arithmetic, products="pytorch")
 
 
-@pytest.mark.parametrize("size, dtype", [(MIDDLE, "float32"), (LARGE, "bfloat16")])
-def test_autograd_needs_a_larger_model_for_bfloat16(size, dtype, monkeypatch):
-    monkeypatch.setattr(Processor, "read", lambda: ZEN5)
-    arithmetic = start_runtime(parameters(**size, device="cpu"), Distributed(world_size=2)).arithmetic
-    assert arithmetic == Arithmetic(dtype=dtype, gradient="autograd", muon=dtype)
-
-
 def test_the_processor_is_read(tmp_path):
     file = tmp_path / "cpuinfo"
     assert Processor.read(file) == Processor.read(tmp_path) == UNKNOWN
@@ -291,31 +284,29 @@ def test_a_resumed_run_keeps_its_arithmetic_on_any_processor(before, processor, 
     ],
 )
 def test_muon_computes_in_bfloat16_where_the_steps_do_and_it_is_fast(values, processor, expected):
-    chosen = choose_arithmetic(parameters(**values), torch.device("cpu"), SINGLE_PROCESS, processor)
+    chosen = choose_arithmetic(parameters(**values), torch.device("cpu"), processor)
     assert chosen.muon == expected
     old = recorded_arithmetic({"compiled": False}, parameters(**values), torch.device("cpu"), SINGLE_PROCESS)
     assert (old.muon, old.joined) == ("float32", False)
 
 
 @pytest.mark.parametrize(
-    "before, device, world_size, after",
+    "before, device, after",
     [
-        (Arithmetic(products="onednn"), "cpu", 1, Arithmetic()),
-        (Arithmetic(), "cpu", 2, Arithmetic(gradient="autograd")),
-        (Arithmetic(dtype="bfloat16"), "cuda", 1, Arithmetic("cuda", "bfloat16", gradient="autograd")),
-        (Arithmetic(), "cuda", 1, Arithmetic("cuda", gradient="autograd")),
-        (Arithmetic("cuda", "float16", gradient="autograd"), "cpu", 1, Arithmetic(gradient="autograd")),
-        (Arithmetic(products="onednn", compiled=True), "cpu", 1, Arithmetic(compiled=True)),
+        (Arithmetic(products="onednn"), "cpu", Arithmetic()),
+        (Arithmetic(dtype="bfloat16"), "cuda", Arithmetic("cuda", "bfloat16", gradient="autograd")),
+        (Arithmetic(), "cuda", Arithmetic("cuda", gradient="autograd")),
+        (Arithmetic("cuda", "float16", gradient="autograd"), "cpu", Arithmetic(gradient="autograd")),
+        (Arithmetic(products="onednn", compiled=True), "cpu", Arithmetic(compiled=True)),
     ],
 )
 def test_another_arithmetic_than_the_checkpoints_is_told_in_one_line(
-    before, device, world_size, after, monkeypatch, machine, caplog
+    before, device, after, monkeypatch, machine, caplog
 ):
     machine(cuda=1)
     monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: False)
     params, recorded = parameters(device=device), dataclasses.asdict(before)
-    dist = Distributed(world_size=world_size)
-    assert start_runtime(params, dist, recorded).arithmetic == after
+    assert start_runtime(params, recorded=recorded).arithmetic == after
     assert [record.getMessage() for record in caplog.records] == [
         f"warning: the run was computed with {before}, which is not possible here; it goes on with {after},"
         " and will not end with the same bytes"

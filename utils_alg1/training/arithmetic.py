@@ -20,7 +20,7 @@ from utils_alg1.network.products import Products, onednn_works
 from utils_alg1.training.distributed import Distributed
 
 SMALL_STEP_FLOPS = 1e9  # a training step with fewer floating-point operations is bound by calls, not products
-BFLOAT16_N_EMBD = {"manual": 128, "autograd": 384}  # bfloat16 pays for its conversions from this width on
+BFLOAT16_N_EMBD = 128  # bfloat16 pays for its conversions from this width on
 COMPILE_FLOPS = 1e15  # a run on CUDA with at least so many is compiled: a guess, not a measurement
 DTYPES = ("float32", "bfloat16", "float16")
 LIBRARIES = {"pytorch": "PyTorch", "onednn": "oneDNN"}
@@ -86,9 +86,7 @@ class Arithmetic:
         return Products(getattr(torch, self.dtype), self.products == "onednn")
 
 
-def choose_arithmetic(
-    params: Parameters, device: torch.device, dist: Distributed, processor: Processor
-) -> Arithmetic:
+def choose_arithmetic(params: Parameters, device: torch.device, processor: Processor) -> Arithmetic:
     """Return the fastest arithmetic for a new run; or what --dtype and --compile ask for.
 
     Raises:
@@ -97,8 +95,7 @@ def choose_arithmetic(
     config, flops = params.train, params.flops_per_step()
     small = flops < SMALL_STEP_FLOPS
     if (dtype := config.dtype) == "auto":
-        gradient = supported(Arithmetic(device.type), params, dist).gradient
-        wide = params.model.n_embd >= BFLOAT16_N_EMBD[gradient] and not small
+        wide = params.model.n_embd >= BFLOAT16_N_EMBD and not small
         if device.type == "cuda":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
         elif device.type == "cpu" and wide and processor.flags & BFLOAT16_FLAGS:
@@ -117,18 +114,18 @@ def choose_arithmetic(
     products = "onednn" if faster else "pytorch"
     fast_bfloat16 = device.type == "cuda" or processor.flags & BFLOAT16_FLAGS
     muon = "bfloat16" if dtype == "bfloat16" and fast_bfloat16 else "float32"
-    return supported(Arithmetic(device.type, dtype, products, "manual", compiled, muon=muon), params, dist)
+    return supported(Arithmetic(device.type, dtype, products, "manual", compiled, muon=muon), params)
 
 
-def supported(arithmetic: Arithmetic, params: Parameters, dist: Distributed) -> Arithmetic:
+def supported(arithmetic: Arithmetic, params: Parameters) -> Arithmetic:
     """Return the same, without what cannot be used here.
 
-    The manual gradient (network/gradient.py) supports a single process on a CPU. oneDNN's operators may be
-    missing, and cannot be compiled.
+    The manual gradient (network/gradient.py) is for a CPU. oneDNN's operators may be missing, and cannot be
+    compiled.
     """
     model = params.model
     known = all(getattr(model, name) == MODEL_OPTIONS[name] for name in MODEL_OPTIONS.keys() - OPTIONS)
-    if not (known and arithmetic.device == "cpu" and dist.world_size == 1):
+    if not (known and arithmetic.device == "cpu"):
         arithmetic = dataclasses.replace(arithmetic, gradient="autograd")
     usable = arithmetic.gradient == "manual" and not arithmetic.compiled
     if arithmetic.products == "onednn" and not (usable and onednn_works(getattr(torch, arithmetic.dtype))):
@@ -141,29 +138,28 @@ def recorded_arithmetic(
 ) -> Arithmetic:
     """Return the arithmetic that a checkpoint holds; or that of the versions that recorded none.
 
-    Those knew nothing of the processor, and the manual gradient in float32 without dropout only.
+    Those knew nothing of the processor, and the manual gradient only of one process, in float32 and without
+    dropout.
     """
     if "dtype" in recorded:
         return Arithmetic(**recorded)
-    chosen = choose_arithmetic(params, device, dist, Processor())
+    chosen = choose_arithmetic(params, device, Processor())
     old = dataclasses.replace(chosen, joined=False, muon="float32", **recorded)
-    if old.dtype != "float32" or params.model.dropout:
+    if old.dtype != "float32" or params.model.dropout or dist.world_size > 1:
         return dataclasses.replace(old, products="pytorch", gradient="autograd")
     return old
 
 
-def keep_arithmetic(
-    before: Arithmetic, params: Parameters, device: torch.device, dist: Distributed
-) -> Arithmetic:
+def keep_arithmetic(before: Arithmetic, params: Parameters, device: torch.device) -> Arithmetic:
     """Return the arithmetic of a resumed run: that of the checkpoint, as far as this machine supports it.
 
     Raises:
         Alg1Error: the device does not support the dtype.
     """
-    new = choose_arithmetic(params, device, dist, Processor())
+    new = choose_arithmetic(params, device, Processor())
     dtype = new.dtype if before.dtype == "float16" and device.type != "cuda" else before.dtype
     compiled = before.compiled if params.train.compile == "auto" else new.compiled
     if compiled is None:
         compiled = new.compiled
     wanted = dataclasses.replace(before, device=device.type, dtype=dtype, compiled=compiled)
-    return supported(wanted, params, dist)
+    return supported(wanted, params)

@@ -36,7 +36,7 @@ class Backward:
 
     def __init__(self, forward: Callable, flats: Flats, runtime: Runtime):
         self._forward, self._runtime = forward, runtime
-        self._gradients = [flat.gradient for flat in flats]
+        self._joined = self._gradients = [flat.gradient for flat in flats]
         self.scaler = runtime.loss_scaler()
 
     @property
@@ -69,6 +69,9 @@ class Backward:
             loss = self._forward(x, y)[1] / n_micro_batches
         self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def average_gradients(self) -> None:
+        """Average the gradients of a step over all processes; here DistributedDataParallel has done it."""
 
 
 class ManualBackward(Backward):
@@ -106,6 +109,9 @@ class ManualBackward(Backward):
             torch._foreach_div_(gradients, n_micro_batches)
         (torch._foreach_add_ if accumulate else torch._foreach_copy_)(self._gradients, gradients)
         return loss / n_micro_batches
+
+    def average_gradients(self) -> None:
+        self._runtime.dist.average(self._joined)
 
 
 def _loss_and_joined_gradients(

@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc_per_node=2 train.py ...
 
-All run the same program. Each draws its own micro-batches, and DistributedDataParallel averages gradients.
+All run the same program. Each draws its own micro-batches, and their gradients are averaged: by
+DistributedDataParallel, or those of network/gradient.py by `Distributed.average`.
 The main process (rank 0) reads the command line, keeps the run and prints; the others receive from it what
 to train, and write nothing. torchrun ends all of them when one is gone.
 """
@@ -13,7 +14,7 @@ import contextlib
 import datetime
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error
@@ -22,7 +23,7 @@ from utils_alg1.console.signals import signal_handler
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 TIMEOUT = datetime.timedelta(minutes=10)  # timeout of a collective operation; another process may be saving
 
@@ -113,6 +114,14 @@ class Distributed:
         tensor = torch.tensor(value)
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         return int(tensor)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over all processes."""
+        if self.world_size > 1:
+            import torch
+
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor.div_(self.world_size))
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Return the model in a form whose backward pass averages the gradients over all processes."""

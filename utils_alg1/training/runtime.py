@@ -92,10 +92,10 @@ def start_runtime(
     elif device.type == "cpu" and params.flops_per_step() < SMALL_STEP_FLOPS:
         torch.set_num_threads(1)  # a second one gains little there, and takes a core from the trackers
     if recorded is None:
-        arithmetic = choose_arithmetic(params, device, dist, Processor.read())
+        arithmetic = choose_arithmetic(params, device, Processor.read())
     else:
         before = recorded_arithmetic(recorded, params, device, dist)
-        arithmetic = keep_arithmetic(before, params, device, dist)
+        arithmetic = keep_arithmetic(before, params, device)
         if dist.is_main and dataclasses.replace(before, compiled=arithmetic.compiled) != arithmetic:
             LOGGER.warning(
                 "warning: the run was computed with %s, which is not possible here; it goes on with %s,"

@@ -101,6 +101,7 @@ class Trainer:
         for i in range(config.grad_accum_steps):
             with dist.no_sync(i < config.grad_accum_steps - 1):
                 loss_sum += self._micro_batch_loss(dist.rank + dist.world_size * i, accumulate=i > 0)
+        self.backward.average_gradients()
         mean_loss = dist.all_reduce_sum([loss_sum])[0] / dist.world_size
         self.scaler.unscale_(self.optimizer)
         norm = torch.stack(torch._foreach_norm(self.gradients)).norm()
@@ -128,7 +129,7 @@ class Trainer:
 
         The order of a sum changes its rounding: the first step of a resumed run would have other bytes.
         """
-        if self.runtime.dist.world_size > 1:
+        if self.runtime.dist.world_size > 1 and self.runtime.arithmetic.gradient == "autograd":
             self._micro_batch_loss(self.runtime.dist.rank)
 
     def optimizer_step(self) -> None:
