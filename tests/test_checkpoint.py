@@ -478,7 +478,7 @@ def test_a_resume_on_another_processor_changes_no_byte(
     with monkeypatch.context() as patch:
         patch.setattr(Processor, "read", lambda: processor)
         patch.setattr(arithmetic_module, "SMALL_STEP_FLOPS", 0)
-        patch.setitem(arithmetic_module.BFLOAT16_N_EMBD, "manual", 0)
+        patch.setattr(arithmetic_module, "BFLOAT16_N_EMBD", 0)
         assert start(*flags, into="whole").code == 0
         stop_at(2, patch, lambda: signal.raise_signal(signal.SIGTERM))
         assert start(*flags).code == 143
