@@ -73,6 +73,6 @@ def get_batch(
     x = torch.from_numpy(np.ascontiguousarray(sequences[:, :-1]))
     y = torch.from_numpy(np.ascontiguousarray(sequences[:, 1:]))
     device = torch.device(device)
-    if device.type == "cuda":
-        x, y = x.pin_memory(), y.pin_memory()
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    if device.type == "cuda":  # elsewhere it could copy memory that is freed already
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+    return x.to(device), y.to(device)

@@ -469,10 +469,18 @@ def test_texts_that_are_drawn_by_turns_are_those_drawn_alone():
     assert all(torch.equal(torch.cat(one), other) for one, other in zip(by_turns, alone, strict=True))
 
 
-def test_a_token_outside_the_vocabulary_is_an_error():
-    model = build()
+@pytest.mark.parametrize("token", [-1, 1000])
+def test_a_token_outside_the_vocabulary_is_an_error(token):
     with pytest.raises(IndexError):
-        model.generate(torch.tensor([[0, model.config.vocab_size]]), 1)
+        build().generate(torch.tensor([[token]]), 2)
+
+
+def test_a_file_with_null_as_its_metadata_is_one_of_another_program(tmp_path):
+    path = tmp_path / "null.safetensors"
+    header = b'{"__metadata__":null}   '
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(Alg1Error, match="no embedding tables"):
+        build().load_safetensors(path)
 
 
 def test_what_was_drawn_can_be_trained_on():

@@ -119,7 +119,12 @@ def generate_tokens(
     shift the positions of all others, and nothing that is computed could be kept. So when the context is
     full, its older half is dropped: from then on the context of a character is between block_size / 2 and
     block_size characters long. It ends early once every text has drawn the sequence `stop`.
+
+    Raises:
+        IndexError: a token is not in the vocabulary.
     """
+    if prompts.min() < 0:
+        raise IndexError("a token is below 0")
     block_size, B = decoder.block_size, len(prompts)
     decoder.start(B)
     unread = prompts[:, -block_size:]  # what the decoder has not seen yet

@@ -111,7 +111,7 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]
             content = np.fromfile(path, np.uint8)
         start = 8 + int.from_bytes(content[:8].tobytes(), "little")
         header = json.loads(content[8:start].tobytes())
-        strings = header.pop("__metadata__", {})
+        strings = header.pop("__metadata__", None) or {}
         arrays = {name: _to_array(content[start:], **header[name]) for name in sorted(header)}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Types and messages vary between releases of safetensors.

@@ -77,7 +77,7 @@ class Backward:
 class ManualBackward(Backward):
     """Computes the same gradients, except for rounding, by the formulas of network/gradient.py.
 
-    It is faster than autograd; `supports_manual_gradient` tells where it can be used.
+    It is faster than autograd; `supported` of arithmetic.py tells where it can be used.
     """
 
     def __init__(
