@@ -85,7 +85,11 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     def write(prompt: str, generators: list[random.Random], headings: list[str]) -> None:
-        write_texts(prompt, draw_characters(decoder, tokenizer, prompt, arguments, generators), headings)
+        characters = draw_characters(decoder, tokenizer, prompt, arguments, generators)
+        try:
+            write_texts(prompt, characters, headings)
+        except RuntimeError as error:
+            raise Alg1Error(f"{path}: {error}", "use weights of a run that has not diverged") from error
 
     if arguments.interactive:
         generator = random.Random(arguments.seed)

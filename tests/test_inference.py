@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import pty
 import re
@@ -300,6 +301,18 @@ def test_a_stop_that_the_model_can_never_draw_is_an_error(sample, model, further
         "error: --stop: not in the model's vocabulary: 'Ω' (U+03A9)",
         "hint: no text would ever stop there: leave --stop out, or name characters that the model knows",
     ]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_weights_of_a_run_that_has_diverged_are_refused(sample, workdir, temperature):
+    diverged = build()
+    with torch.no_grad():
+        diverged.lm_head.weight[0, 0] = math.nan
+    diverged.save_safetensors("diverged.safetensors")
+    result = sample("--model", "diverged.safetensors", "--temperature", temperature)
+    assert result.code == 2
+    assert "error: " in result.err and "the model's logits are not finite" in result.err
+    assert "Traceback" not in result.err and "Warning" not in result.err
 
 
 def test_stop_is_not_sought_in_the_prompt(sample, model, monkeypatch):

@@ -61,7 +61,10 @@ class Sampling:
         Raises:
             RuntimeError: the logits are not finite.
         """
-        return logits.argmax(axis=-1) if self.temperature == 0 else draw(self.probabilities(logits))
+        if self.temperature == 0:
+            _finite_maximum(logits)
+            return logits.argmax(axis=-1)
+        return draw(self.probabilities(logits))
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Return the probabilities (B, V) of the next token, each row times a factor of its own.
@@ -69,9 +72,7 @@ class Sampling:
         Raises:
             RuntimeError: the logits are not finite.
         """
-        largest = np.maximum.reduce(logits, axis=-1, keepdims=True)  # (B, 1)
-        if not math.isfinite(largest.sum()):
-            raise RuntimeError("the model's logits are not finite: there is nothing to draw from")
+        largest = _finite_maximum(logits)
         logits = logits - largest
         if self.temperature != 1:
             # One below the smallest normal number of the dtype would divide by zero.
@@ -103,6 +104,14 @@ def draw_with(generators: Sequence[random.Random]) -> Draw:
         return np.array([row.searchsorted(rng.random() * row[-1], side="right") for row, rng in rows])
 
     return draw
+
+
+def _finite_maximum(logits: np.ndarray) -> np.ndarray:
+    """Return the largest logit of each row (B, 1), or raise RuntimeError if one is not finite."""
+    largest = np.maximum.reduce(logits, axis=-1, keepdims=True)
+    if not math.isfinite(largest.sum()):
+        raise RuntimeError("the model's logits are not finite: there is nothing to draw from")
+    return largest
 
 
 def generate_tokens(
