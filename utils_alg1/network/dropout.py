@@ -36,7 +36,8 @@ class DropoutMasks(NamedTuple):
 
 
 def draw_masks(config: ModelConfig, B: int, T: int, seed: int) -> DropoutMasks:
-    """Draw what dropout keeps for a batch of (B, T) tokens. The probability is exact to 1 / 2**17.
+    """Draw what dropout keeps for a batch of (B, T) tokens. The probability is exact to 1 / 2**17, but at
+    least 1 / 2**16 is kept.
 
     Args:
         seed: the same seed draws the same masks, by any number of threads.

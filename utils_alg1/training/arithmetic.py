@@ -55,9 +55,10 @@ class Arithmetic:
         products: the library of the manual gradient's products: pytorch (its own choice) or onednn.
         gradient: manual (network/gradient.py) or autograd.
         compiled: whether by torch.compile; None if an older checkpoint does not tell.
-        joined: whether the norm of the gradients and AdamW take many parameters as one tensor, which changes
-            the last digits. Older checkpoints do not.
-        muon: the data type of the products of Muon's iteration, whose result need not be exact.
+        joined: whether the norm of the gradients and AdamW take the parameters of a group as one tensor,
+            which changes the last digits; False for checkpoints of versions that did not.
+        muon: the data type of the products of Muon's iteration, whose result need not be exact; other
+            optimizers do not use it.
     """
 
     device: str = "cpu"
