@@ -125,7 +125,7 @@ def find_device(name: str) -> torch.device | None:
 def may_have_gpu() -> bool:
     """Return whether the machine has a GPU that PyTorch may support, without importing PyTorch."""
     for driver_name in ("libcuda.so.1", "nvcuda.dll"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # it is not there, or not such a driver
             driver, count = ctypes.CDLL(driver_name), ctypes.c_int()
             return driver.cuInit(0) == driver.cuDeviceGetCount(ctypes.byref(count)) == 0 < count.value
     return os.path.exists("/dev/kfd")  # of AMD's driver

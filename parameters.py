@@ -298,14 +298,13 @@ class Parameters:
             found[i] = Problem(f"{text} ({', '.join(given)})" if given else text, names)
         return found
 
-    def flops_per_step(self) -> float:
-        """Estimate the floating-point operations of a training step of one process.
+    def flops_per_micro_batch(self) -> float:
+        """Estimate the floating-point operations of the forward and backward pass of a micro-batch.
 
         6 x weights of the blocks x characters (Kaplan et al. 2020, Scaling Laws for Neural Language Models).
         """
-        model, train = self.model, self.train
-        characters = train.batch_size * train.grad_accum_steps * model.block_size
-        return 6.0 * 12 * model.n_layer * model.n_embd**2 * characters
+        characters = self.train.batch_size * self.model.block_size
+        return 6.0 * 12 * self.model.n_layer * self.model.n_embd**2 * characters
 
     def changed(self) -> dict[str, Any]:
         """Return the values that differ from the defaults, by name."""

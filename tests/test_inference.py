@@ -303,11 +303,14 @@ def test_a_stop_that_the_model_can_never_draw_is_an_error(sample, model, further
     ]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("weight", [math.nan, 3e38])
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_weights_of_a_run_that_has_diverged_are_refused(sample, workdir, temperature):
+def test_weights_of_a_run_that_has_diverged_are_refused(sample, workdir, temperature, weight):
     diverged = build()
     with torch.no_grad():
-        diverged.lm_head.weight[0, 0] = math.nan
+        diverged.lm_head.weight[0, :] = weight  # of 3e38, the sum is not finite
+        diverged.token_embedding_table.weight[:, 0] = weight
     diverged.save_safetensors("diverged.safetensors")
     result = sample("--model", "diverged.safetensors", "--temperature", temperature)
     assert result.code == 2
@@ -425,9 +428,10 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch):
     def missing(name):
         raise OSError(name)
 
-    monkeypatch.setattr(inference.ctypes, "CDLL", missing)
     monkeypatch.setattr(os.path, "exists", lambda path: False)
-    assert not inference.may_have_gpu()
+    for driver in (missing, lambda _: SimpleNamespace()):  # another library may have the driver's name
+        monkeypatch.setattr(inference.ctypes, "CDLL", driver)
+        assert not inference.may_have_gpu()
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/kfd")
     assert inference.may_have_gpu()
 
@@ -905,7 +909,13 @@ def pickle(path: Path) -> str:
     return "this is a PyTorch pickle file (.pt), which could run code when it is read\n"
 
 
-@pytest.mark.parametrize("damage", [cut, flip, strip_metadata, pickle])
+def complex_numbers(path: Path) -> str:
+    header = b'{"a":{"dtype":"C64","shape":[1],"data_offsets":[0,8]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    return "its numbers are of the type C64, which is not known\n"
+
+
+@pytest.mark.parametrize("damage", [cut, flip, strip_metadata, pickle, complex_numbers])
 def test_a_file_that_cannot_be_sampled_says_why(sample, model, damage):
     path = Path(RUN, "artifacts/export/model.safetensors")
     complaint = damage(path)

@@ -25,6 +25,7 @@ from utils_alg1.base.errors import Alg1Error
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run.run import Run
 from utils_alg1.training import arithmetic as arithmetic_module
+from utils_alg1.training.arithmetic import Processor
 from utils_alg1.training.distributed import (
     SINGLE_PROCESS,
     Distributed,
@@ -162,6 +163,24 @@ def test_a_resumed_run_of_several_processes_ends_with_the_same_bytes(
         assert run_together(world_size, "--resume", str(path)) == [0] * world_size, output()
         assert faults.tensors(faults.checkpoints(folder)[-1]) == last, f"from step {step}"
         assert faults.metrics(run_dir) == rows
+
+
+def test_another_kind_of_machine_computes_as_the_main_process_does(tmp_path):
+    def on_another_machine(rank: int) -> None:
+        from utils_alg1.training import seeds
+
+        if rank == 1:
+            arithmetic_module.SMALL_STEP_FLOPS = arithmetic_module.BFLOAT16_N_EMBD = 0
+            arithmetic_module.Processor.read = lambda: Processor("", frozenset({"amx_bf16"}))
+            real = seeds.seed_initial_weights
+            seeds.seed_initial_weights = lambda seed: real(seed + 1)
+
+    found = {}
+    for name, prepare in (("alike", None), ("different", on_another_machine)):
+        with new_folder(tmp_path, name):
+            assert [faults.wait(pid) for pid in start(2, RUN, prepare)] == [0, 0], output()
+            found[name] = faults.tensors(faults.checkpoints(Path())[-1])
+    assert found["alike"] == found["different"]
 
 
 def test_resuming_with_another_number_of_processes(folder):

@@ -117,9 +117,16 @@ def test_zero_threads_leave_the_choice_to_pytorch():
 
 def test_a_small_step_gets_one_thread():
     torch.set_num_threads(2)
-    assert parameters().flops_per_step() == 6 * (12 * 4 * 64 * 64) * (4 * 32) < 1e9
+    assert parameters().flops_per_micro_batch() == 6 * (12 * 4 * 64 * 64) * (4 * 32) < 1e9
     assert start_runtime(parameters(device="cpu", batch_size=28)).threads == 2
     assert start_runtime(parameters(device="cpu", batch_size=24)).threads == torch.get_num_threads() == 1
+
+
+def test_micro_batches_are_computed_as_those_of_as_many_processes():
+    """Only so W processes of A micro-batches are one process of W A."""
+    for size in (SMALL, MIDDLE, LARGE):
+        one, many = (parameters(**size, device="cpu", grad_accum_steps=n) for n in (1, 1000))
+        assert start_runtime(one) == start_runtime(many)
 
 
 ZEN5 = Processor("AuthenticAMD", frozenset({"avx2", "avx512_bf16"}))
@@ -214,7 +221,7 @@ def test_when_to_compile(mode, before, wanted):
 def test_a_long_run_on_a_gpu_is_worth_compiling(machine):
     machine(cuda=1)
     sizes = {"n_embd": 384, "n_head": 6, "n_layer": 6, "block_size": 256, "batch_size": 64, "threads": 1}
-    flops = parameters(**sizes).flops_per_step()
+    flops = parameters(**sizes).flops_per_micro_batch()
     for device, steps, pays in (
         ("cuda", int(1e15 // flops), False),
         ("cuda", int(1e15 // flops) + 1, True),
@@ -222,10 +229,18 @@ def test_a_long_run_on_a_gpu_is_worth_compiling(machine):
     ):
         params = parameters(**sizes, device=device, max_iters=steps)
         assert start_runtime(params).arithmetic.compiled is pays
-    assert parameters().flops_per_step() * parameters().train.max_iters < 1e15  # the reference model
+    micro_batches = {"grad_accum_steps": 10, "max_iters": int(1e14 // flops) + 1}
+    assert start_runtime(parameters(**sizes, device="cuda", **micro_batches)).arithmetic.compiled
+    reference = parameters()
+    assert reference.flops_per_micro_batch() * reference.train.max_iters < 1e15
 
 
 # --- the arithmetic of a resumed run ------------------------------------------------------------------
+
+
+def in_one_thread(arithmetic: Arithmetic) -> Arithmetic:
+    """Return the same with its thread, if it has any."""
+    return dataclasses.replace(arithmetic, threads=1 if arithmetic.device == "cpu" else None)
 
 
 @pytest.mark.parametrize("processor", [ZEN5, SKYLAKE, UNKNOWN])
@@ -244,8 +259,8 @@ def test_a_checkpoint_that_records_nothing_goes_on_as_it_was(
 ):
     machine(cuda=1)
     monkeypatch.setattr(Processor, "read", lambda: processor)
-    params = parameters(**LARGE | {"device": "cpu"} | values)
-    expected = dataclasses.replace(expected, joined=False)
+    params = parameters(**LARGE | {"device": "cpu", "threads": 1} | values)
+    expected = dataclasses.replace(in_one_thread(expected), joined=False)
     for compiled in (None, False):
         assert start_runtime(params, recorded={"compiled": compiled}).arithmetic == expected
     two = start_runtime(params, Distributed(world_size=2), recorded={"compiled": None}).arithmetic
@@ -270,17 +285,20 @@ def test_a_checkpoint_that_records_nothing_goes_on_as_it_was(
 def test_a_resumed_run_keeps_its_arithmetic_on_any_processor(before, processor, monkeypatch, caplog):
     monkeypatch.setattr(Processor, "read", lambda: processor)
     monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: True)
-    params = parameters(**LARGE, device="cpu")
-    assert start_runtime(params, recorded=dataclasses.asdict(before)).arithmetic == before
+    params = parameters(**LARGE, device="cpu", threads=1)
+    for threads in (None, 1):  # an older checkpoint does not tell
+        recorded = dataclasses.asdict(before) | {"threads": threads}
+        assert start_runtime(params, recorded=recorded).arithmetic == in_one_thread(before)
     assert not caplog.records
 
 
 @pytest.mark.parametrize(
     "values, processor, expected",
     [
-        ({"dtype": "bfloat16"}, ZEN5, "bfloat16"),
-        ({"dtype": "float32"}, ZEN5, "float32"),
-        ({"dtype": "bfloat16"}, SKYLAKE, "float32"),  # it would be slower there
+        ({"dtype": "bfloat16", "optimizer": "muon"}, ZEN5, "bfloat16"),
+        ({"dtype": "bfloat16"}, ZEN5, "float32"),
+        ({"dtype": "float32", "optimizer": "muon"}, ZEN5, "float32"),
+        ({"dtype": "bfloat16", "optimizer": "muon"}, SKYLAKE, "float32"),  # it would be slower there
     ],
 )
 def test_muon_computes_in_bfloat16_where_the_steps_do_and_it_is_fast(values, processor, expected):
@@ -291,25 +309,33 @@ def test_muon_computes_in_bfloat16_where_the_steps_do_and_it_is_fast(values, pro
 
 
 @pytest.mark.parametrize(
-    "before, device, after",
+    "before, flags, after",
     [
-        (Arithmetic(products="onednn"), "cpu", Arithmetic()),
-        (Arithmetic(dtype="bfloat16"), "cuda", Arithmetic("cuda", "bfloat16", gradient="autograd")),
-        (Arithmetic(), "cuda", Arithmetic("cuda", gradient="autograd")),
-        (Arithmetic("cuda", "float16", gradient="autograd"), "cpu", Arithmetic(gradient="autograd")),
-        (Arithmetic(products="onednn", compiled=True), "cpu", Arithmetic(compiled=True)),
+        (Arithmetic(products="onednn"), {}, Arithmetic()),
+        (
+            Arithmetic(dtype="bfloat16"),
+            {"device": "cuda"},
+            Arithmetic("cuda", "bfloat16", gradient="autograd"),
+        ),
+        (Arithmetic(), {"device": "cuda"}, Arithmetic("cuda", gradient="autograd")),
+        (Arithmetic("cuda", "float16", gradient="autograd"), {}, Arithmetic(gradient="autograd")),
+        (Arithmetic(products="onednn", compiled=True), {}, Arithmetic(compiled=True)),
+        (Arithmetic(compiled=True), {"compile": "off"}, Arithmetic()),
+        (Arithmetic(), {"compile": "on"}, Arithmetic(compiled=True)),
+        (Arithmetic(threads=2), {}, Arithmetic()),
     ],
 )
 def test_another_arithmetic_than_the_checkpoints_is_told_in_one_line(
-    before, device, after, monkeypatch, machine, caplog
+    before, flags, after, monkeypatch, machine, caplog
 ):
     machine(cuda=1)
     monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: False)
-    params, recorded = parameters(device=device), dataclasses.asdict(before)
+    params, recorded = parameters(**{"device": "cpu", "threads": 1} | flags), dataclasses.asdict(before)
+    after = in_one_thread(after)
     assert start_runtime(params, recorded=recorded).arithmetic == after
     assert [record.getMessage() for record in caplog.records] == [
-        f"warning: the run was computed with {before}, which is not possible here; it goes on with {after},"
-        " and will not end with the same bytes"
+        f"warning: the run was computed with {before}, and goes on with {after}: it will not end with the"
+        " same bytes"
     ]
     caplog.clear()
     start_runtime(params, Distributed(rank=1, world_size=2), recorded)
@@ -318,8 +344,8 @@ def test_another_arithmetic_than_the_checkpoints_is_told_in_one_line(
 
 def test_an_arithmetic_in_words():
     assert str(Arithmetic()) == "cpu, float32, products by PyTorch, manual gradient"
-    words = "cpu, bfloat16, products by oneDNN, manual gradient, compiled"
-    assert str(Arithmetic("cpu", "bfloat16", "onednn", compiled=True)) == words
+    words = "cpu, bfloat16, 2 threads, products by oneDNN, manual gradient, compiled, Muon in bfloat16"
+    assert str(Arithmetic("cpu", "bfloat16", "onednn", compiled=True, muon="bfloat16", threads=2)) == words
 
 
 def test_autocast_is_the_chosen_arithmetic_and_nothing_in_float32():

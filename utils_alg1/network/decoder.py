@@ -25,11 +25,13 @@ import numpy as np
 from parameters import ModelConfig
 from utils_alg1.network.blas import limit_threads
 
-LAYER_NORM_EPS = 1e-5  # PyTorch's default
+LAYER_NORM_EPS = 1e-5  # the default of torch.nn.LayerNorm
 
 
 class Decoder:
     """Computes the logits of texts character by character; see `LogitsDecoder`.
+
+    Where a number overflows, the logits are not finite, which `Sampling` refuses.
 
     Args:
         tensors: by their names in `BigramLanguageModel.state_dict()`. They are copied, so a decoder does not
@@ -37,6 +39,7 @@ class Decoder:
         dtype: of the arithmetic.
     """
 
+    @np.errstate(all="ignore")
     def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: Any = np.float32):
         self.config, self.dtype = config, np.dtype(dtype)
         self.block_size, self.length = config.block_size, 0
@@ -86,6 +89,7 @@ class Decoder:
         self.values = cache[:, 1]  # (n_layer, B, H, block_size, S + 1)
         self.one_character = _Buffers(config, B, 1, self.dtype)
 
+    @np.errstate(all="ignore")
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         B, T = tokens.shape
         buffers = self.one_character if T == 1 else _Buffers(self.config, B, T, self.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from parameters import ModelConfig
 from utils_alg1.network.attention import choose_attention
+from utils_alg1.network.decoder import LAYER_NORM_EPS
 from utils_alg1.network.dropout import DropoutMasks, LayerMasks
 from utils_alg1.network.products import Products, convert
 from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
@@ -26,7 +27,6 @@ from utils_alg1.network.rotary import apply_rotary, rotary_cos_sin
 Backward = Callable[[Tensor], Tensor]
 
 aten = torch.ops.aten
-LAYER_NORM_EPS = 1e-5  # the default of torch.nn.LayerNorm
 OPTIONS = {"positions", "qk_norm", "zero_init"}  # the MODEL_OPTIONS implemented here; others need autograd
 
 

@@ -112,6 +112,9 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]
         start = 8 + int.from_bytes(content[:8].tobytes(), "little")
         header = json.loads(content[8:start].tobytes())
         strings = header.pop("__metadata__", None) or {}
+        if unknown := {tensor["dtype"] for tensor in header.values()}.difference(DTYPES, FLOAT8, ["BF16"]):
+            hint = "convert it to float32 with the program that wrote it"
+            raise Alg1Error(f"{path}: its numbers are of the type {min(unknown)}, which is not known", hint)
         arrays = {name: _to_array(content[start:], **header[name]) for name in sorted(header)}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Types and messages vary between releases of safetensors.

@@ -82,7 +82,7 @@ def weights_of_checkpoint(
         config.validate()
         size = sum(tensor.size for tensor in model.values())
         fits = size == config.n_parameters and _find_mismatch(model, model_shapes(config)) is None
-        if fits and _fits_vocabulary(metadata["vocabulary"], config):
+        if fits and fits_vocabulary(metadata["vocabulary"], config):
             return Weights(config, model, metadata["vocabulary"])
     except (KeyError, TypeError, ValueError, Alg1Error):
         pass
@@ -117,7 +117,7 @@ def weights_of_export(
     if model is not None and dataclasses.asdict(config) != MODEL_OPTIONS | stored:
         raise Alg1Error(f"{path}: its sizes and its tensors do not agree", OTHER_WEIGHTS)
     characters = metadata.get("vocabulary") if vocabulary is None else list(vocabulary)
-    if characters is not None and not _fits_vocabulary(characters, config):
+    if characters is not None and not fits_vocabulary(characters, config):
         raise Alg1Error(
             f"{path}: its vocabulary must be {config.vocab_size} characters, sorted and each once",
             "give the vocabulary of the text that it was trained on",
@@ -131,7 +131,8 @@ def _check_version(metadata: Mapping[str, Any], path: str | Path) -> None:
         raise Alg1Error(f"{path}: format version {version!r} is not known", hint)
 
 
-def _fits_vocabulary(characters: Any, config: ModelConfig) -> bool:
+def fits_vocabulary(characters: Any, config: ModelConfig) -> bool:
+    """Return whether these are the characters of a model: sorted, each once, as many as it has tokens."""
     are_strings = isinstance(characters, list) and all(isinstance(c, str) for c in characters)
     return (
         are_strings

@@ -38,7 +38,7 @@ class Job:
 
     Attributes:
         text_path, text_sha256: the text, and the SHA-256 of its bytes.
-        corpus, runtime: the text's tokens and the device; each process has its own (see `open_local`).
+        corpus, runtime: the text's tokens and the device; each process opens its own (see `open_local`).
         run, checkpoint: what --resume names; the directory, locked, in the main process only.
         initial: the model that --init-from names.
         config_files: the configuration files that were read, with their bytes; in the main process only.
@@ -58,11 +58,13 @@ class Job:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state that is broadcast: without what belongs to one process alone."""
-        own = ("corpus", "runtime", "run", "config_files", "serve_tensorboard")
+        own = ("corpus", "run", "config_files", "serve_tensorboard")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def open_local(self, dist: Distributed, console: Console) -> None:
         """Open `corpus` and `runtime` in this process, unless it is the main process, which has them.
+
+        The arithmetic stays that of the main process, also on a machine with another kind of processor.
 
         Raises:
             Alg1Error: the text on this machine is not that of the main process.
@@ -71,8 +73,9 @@ class Job:
             return
         from utils_alg1.data.corpus import open_corpus
         from utils_alg1.data.sources import find_corpus
+        from utils_alg1.training.runtime import start_runtime
 
-        self.runtime = _start_runtime(self.params, self.checkpoint, dist)
+        self.runtime = start_runtime(self.params, dist, dataclasses.asdict(self.runtime.arithmetic))
         path = self.text_path
         if not path.exists():  # on another machine
             path = find_corpus(self.params.data.data_path, console.say)
@@ -102,10 +105,10 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
             from utils_alg1.data.sources import find_corpus
             from utils_alg1.report.results import check_output
             from utils_alg1.training import resume
-            from utils_alg1.training.runtime import check_memory
+            from utils_alg1.training.runtime import check_memory, start_runtime
 
         check_output(params.train.output)
-        runtime = _start_runtime(params, checkpoint, dist)
+        runtime = start_runtime(params, dist, checkpoint.metadata["arithmetic"] if checkpoint else None)
         try:
             path = find_corpus(params.data.data_path, console.say)
         except Alg1Error as error:
@@ -158,10 +161,3 @@ def _sizes(initial: BigramLanguageModel) -> dict[str, Any]:
     """Return the parameters of the initial model that its weights depend on."""
     free = ("dropout", "vocab_size", "zero_init")
     return {name: value for name, value in dataclasses.asdict(initial.config).items() if name not in free}
-
-
-def _start_runtime(params: Parameters, checkpoint: Checkpoint | None, dist: Distributed) -> Runtime:
-    from utils_alg1.training.runtime import start_runtime
-
-    recorded = checkpoint.metadata["arithmetic"] if checkpoint else None
-    return start_runtime(params, dist, recorded)

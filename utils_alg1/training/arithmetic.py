@@ -15,11 +15,12 @@ import torch
 
 from parameters import MODEL_OPTIONS, Parameters
 from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.text import format_count
 from utils_alg1.network.gradient import OPTIONS
 from utils_alg1.network.products import Products, onednn_works
 from utils_alg1.training.distributed import Distributed
 
-SMALL_STEP_FLOPS = 1e9  # a training step with fewer floating-point operations is bound by calls, not products
+SMALL_STEP_FLOPS = 1e9  # a micro-batch with fewer floating-point operations is bound by calls, not products
 BFLOAT16_N_EMBD = 128  # bfloat16 pays for its conversions from this width on
 COMPILE_FLOPS = 1e15  # a run on CUDA with at least so many is compiled: a guess, not a measurement
 DTYPES = ("float32", "bfloat16", "float16")
@@ -57,8 +58,10 @@ class Arithmetic:
         compiled: whether by torch.compile; None if an older checkpoint does not tell.
         joined: whether the norm of the gradients and AdamW take the parameters of a group as one tensor,
             which changes the last digits; False for checkpoints of versions that did not.
-        muon: the data type of the products of Muon's iteration, whose result need not be exact; other
-            optimizers do not use it.
+        muon: the data type of the products of Muon's iteration, whose result need not be exact; float32 for
+            other optimizers.
+        threads: the number of threads of a CPU, by which sums are split; None on other devices, and if an
+            older checkpoint does not tell.
     """
 
     device: str = "cpu"
@@ -68,19 +71,31 @@ class Arithmetic:
     compiled: bool | None = False
     joined: bool = True
     muon: str = "float32"
+    threads: int | None = None
 
     def __str__(self) -> str:
-        text = (
-            f"{self.device}, {self.dtype}, products by {LIBRARIES[self.products]}, {self.gradient} gradient"
-        )
-        return text + ", compiled" if self.compiled else text
+        parts = [self.device, self.dtype]
+        if self.threads is not None:
+            parts.append(format_count(self.threads, "thread"))
+        parts += [f"products by {LIBRARIES[self.products]}", f"{self.gradient} gradient"]
+        if self.compiled:
+            parts.append("compiled")
+        if self.muon != "float32":
+            parts.append(f"Muon in {self.muon}")
+        return ", ".join(parts)
+
+    def agrees_with(self, before: Arithmetic) -> bool:
+        """Whether this is the arithmetic of a checkpoint, as far as that tells."""
+        told = {name: value for name, value in vars(before).items() if value is not None}
+        return vars(self) | told == vars(self)
 
     @property
     def is_known(self) -> bool:
         """Whether this version knows the values."""
         known = self.dtype in DTYPES and self.products in LIBRARIES and self.gradient in GRADIENTS
         known = known and self.muon in DTYPES and isinstance(self.device, str)
-        return known and self.compiled in (None, False, True) and self.joined in (False, True)
+        known = known and self.compiled in (None, False, True) and self.joined in (False, True)
+        return known and isinstance(self.threads, int | None)
 
     def products_of_gradient(self) -> Products:
         """Return the products of the manual gradient."""
@@ -93,7 +108,7 @@ def choose_arithmetic(params: Parameters, device: torch.device, processor: Proce
     Raises:
         Alg1Error: the device does not support the dtype.
     """
-    config, flops = params.train, params.flops_per_step()
+    config, flops = params.train, params.flops_per_micro_batch()
     small = flops < SMALL_STEP_FLOPS
     if (dtype := config.dtype) == "auto":
         wide = params.model.n_embd >= BFLOAT16_N_EMBD and not small
@@ -108,13 +123,16 @@ def choose_arithmetic(params: Parameters, device: torch.device, processor: Proce
         raise Alg1Error(text, "use --dtype float32 or --dtype bfloat16")
     # On a CPU compiling pays after some ten thousand steps, and needs a C++ compiler that may be missing: it
     # has to be asked for.
+    n_micro_batches = config.grad_accum_steps * config.max_iters
     compiled = {"on": True, "off": False}.get(
-        config.compile, device.type == "cuda" and flops * config.max_iters >= COMPILE_FLOPS
+        config.compile, device.type == "cuda" and flops * n_micro_batches >= COMPILE_FLOPS
     )
     faster = dtype == "bfloat16" or (processor.vendor == "AuthenticAMD" and not small)
     products = "onednn" if faster else "pytorch"
     fast_bfloat16 = device.type == "cuda" or processor.flags & BFLOAT16_FLAGS
-    muon = "bfloat16" if dtype == "bfloat16" and fast_bfloat16 else "float32"
+    muon = "float32"
+    if config.optimizer == "muon" and dtype == "bfloat16" and fast_bfloat16:
+        muon = "bfloat16"
     return supported(Arithmetic(device.type, dtype, products, "manual", compiled, muon=muon), params)
 
 
@@ -162,5 +180,5 @@ def keep_arithmetic(before: Arithmetic, params: Parameters, device: torch.device
     compiled = before.compiled if params.train.compile == "auto" else new.compiled
     if compiled is None:
         compiled = new.compiled
-    wanted = dataclasses.replace(before, device=device.type, dtype=dtype, compiled=compiled)
+    wanted = dataclasses.replace(before, device=device.type, dtype=dtype, compiled=compiled, threads=None)
     return supported(wanted, params)

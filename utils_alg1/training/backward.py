@@ -36,7 +36,7 @@ class Backward:
 
     def __init__(self, forward: Callable, flats: Flats, runtime: Runtime):
         self._forward, self._runtime = forward, runtime
-        self._joined = self._gradients = [flat.gradient for flat in flats]
+        self._gradients = [flat.gradient for flat in flats]
         self.scaler = runtime.loss_scaler()
 
     @property
@@ -89,7 +89,9 @@ class ManualBackward(Backward):
             function = Compiled(function, say, {"cpp_wrapper": True})  # no Python between kernels
         super().__init__(function, flats, runtime)
         self._config, self._products = model.config, runtime.arithmetic.products_of_gradient()
-        self._weights = dict(model.named_parameters())
+        self._weights, self._joined_gradients = dict(model.named_parameters()), self._gradients
+        # The same random numbers may differ in the last digit from one kind of processor to another.
+        runtime.dist.copy_from_main(flat.tensor for flat in flats)
         if not runtime.arithmetic.compiled:
             self._gradients = [p.grad for p in self._weights.values() if p.grad is not None]
 
@@ -111,7 +113,7 @@ class ManualBackward(Backward):
         return loss / n_micro_batches
 
     def average_gradients(self) -> None:
-        self._runtime.dist.average(self._joined)
+        self._runtime.dist.average(self._joined_gradients)
 
 
 def _loss_and_joined_gradients(

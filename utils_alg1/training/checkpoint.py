@@ -27,7 +27,7 @@ from model import BigramLanguageModel
 from parameters import ModelConfig, coerce_all
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
-from utils_alg1.network.weights import CHECKPOINT_FORMAT, FORMAT_VERSION, OTHER_CHECKPOINT
+from utils_alg1.network.weights import CHECKPOINT_FORMAT, FORMAT_VERSION, OTHER_CHECKPOINT, fits_vocabulary
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
     RunFolder,
@@ -264,8 +264,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _find_fault(checkpoint: Checkpoint) -> str | None:
     """Return which value has a wrong type or does not fit the others, or None; or raise."""
     metadata, progress = checkpoint.metadata, checkpoint.progress
-    evaluation, vocabulary = progress.evaluation, metadata["vocabulary"]
-    config = ModelConfig(**metadata["model"])
+    evaluation, config = progress.evaluation, ModelConfig(**metadata["model"])
     config.validate()
     weights = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")]
     step_in_name = CHECKPOINT_NAME.fullmatch(checkpoint.path.name)  # None for a renamed copy
@@ -278,7 +277,7 @@ def _find_fault(checkpoint: Checkpoint) -> str | None:
         "arithmetic": Arithmetic(**metadata["arithmetic"]).is_known,
         "parameters": not coerce_all(metadata["parameters"])[1],
         "weights": sum(tensor.numel() for tensor in weights) == config.n_parameters,
-        "vocabulary": vocabulary == sorted(set("".join(vocabulary))) and len(vocabulary) == config.vocab_size,
+        "vocabulary": fits_vocabulary(metadata["vocabulary"], config),
     }
     return next((name for name, holds in checks.items() if not holds), None)
 

@@ -123,6 +123,14 @@ class Distributed:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor.div_(self.world_size))
 
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the main process's."""
+        if self.world_size > 1:
+            import torch
+
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0)
+
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Return the model in a form whose backward pass averages the gradients over all processes."""
         if self.world_size == 1:

@@ -77,8 +77,8 @@ def start_runtime(
 
     Args:
         dist: this process among those of the run.
-        recorded: the arithmetic that the checkpoint of a resumed run holds, which is kept as far as this
-            machine supports it; a difference costs a warning. None for a new run.
+        recorded: an arithmetic to keep as far as flags and machine allow, that of the checkpoint of a
+            resumed run; a difference costs a warning. None for a new run.
 
     Raises:
         Alg1Error: there is no such device, or it does not support the dtype.
@@ -89,21 +89,22 @@ def start_runtime(
         device = device_of_process(device, dist)
     if config.threads:
         torch.set_num_threads(config.threads)
-    elif device.type == "cpu" and params.flops_per_step() < SMALL_STEP_FLOPS:
+    elif device.type == "cpu" and params.flops_per_micro_batch() < SMALL_STEP_FLOPS:
         torch.set_num_threads(1)  # a second one gains little there, and takes a core from the trackers
-    if recorded is None:
+    before = None if recorded is None else recorded_arithmetic(recorded, params, device, dist)
+    if before is None:
         arithmetic = choose_arithmetic(params, device, Processor.read())
     else:
-        before = recorded_arithmetic(recorded, params, device, dist)
         arithmetic = keep_arithmetic(before, params, device)
-        if dist.is_main and dataclasses.replace(before, compiled=arithmetic.compiled) != arithmetic:
-            LOGGER.warning(
-                "warning: the run was computed with %s, which is not possible here; it goes on with %s,"
-                " and will not end with the same bytes",
-                before,
-                arithmetic,
-            )
-    return Runtime(device, arithmetic, torch.get_num_threads(), dist)
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        arithmetic = dataclasses.replace(arithmetic, threads=threads)
+    if before is not None and not arithmetic.agrees_with(before) and dist.is_main:
+        text = (
+            "warning: the run was computed with %s, and goes on with %s: it will not end with the same bytes"
+        )
+        LOGGER.warning(text, before, arithmetic)
+    return Runtime(device, arithmetic, threads, dist)
 
 
 def device_of_process(device: torch.device, dist: Distributed) -> torch.device:
