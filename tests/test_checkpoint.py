@@ -451,15 +451,15 @@ def test_a_signal_and_a_resume_change_no_byte(manner, start, train, monkeypatch)
 
 
 ARITHMETICS = {
-    "float32, oneDNN": ([], Processor("AuthenticAMD"), Arithmetic(products="onednn")),
+    "float32, oneDNN": ([], Processor("AuthenticAMD", 26), Arithmetic(products="onednn")),
     "bfloat16": (
         [],
-        Processor("", frozenset({"amx_bf16"})),
+        Processor("", flags=frozenset({"amx_bf16"})),
         Arithmetic(dtype="bfloat16", products="onednn"),
     ),
     "bfloat16 with dropout and Muon": (
         ["--dropout", 0.2, "--optimizer", "muon"],
-        Processor("", frozenset({"amx_bf16"})),
+        Processor("", flags=frozenset({"amx_bf16"})),
         Arithmetic(dtype="bfloat16", products="onednn", muon="bfloat16"),
     ),
     "bfloat16, asked for": (

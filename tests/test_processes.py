@@ -171,7 +171,7 @@ def test_another_kind_of_machine_computes_as_the_main_process_does(tmp_path):
 
         if rank == 1:
             arithmetic_module.SMALL_STEP_FLOPS = arithmetic_module.BFLOAT16_N_EMBD = 0
-            arithmetic_module.Processor.read = lambda: Processor("", frozenset({"amx_bf16"}))
+            arithmetic_module.Processor.read = lambda: Processor("", flags=frozenset({"amx_bf16"}))
             real = seeds.seed_initial_weights
             seeds.seed_initial_weights = lambda seed: real(seed + 1)
 

@@ -129,10 +129,11 @@ def test_micro_batches_are_computed_as_those_of_as_many_processes():
         assert start_runtime(one) == start_runtime(many)
 
 
-ZEN5 = Processor("AuthenticAMD", frozenset({"avx2", "avx512_bf16"}))
-ZEN3 = Processor("AuthenticAMD", frozenset({"avx2"}))
-SAPPHIRE_RAPIDS = Processor("GenuineIntel", frozenset({"avx512_bf16", "amx_bf16"}))
-SKYLAKE = Processor("GenuineIntel", frozenset({"avx512f"}))
+ZEN5 = Processor("AuthenticAMD", 26, frozenset({"avx2", "avx512_bf16"}))
+ZEN4 = Processor("AuthenticAMD", 25, frozenset({"avx2", "avx512_bf16"}))
+ZEN3 = Processor("AuthenticAMD", 25, frozenset({"avx2"}))
+SAPPHIRE_RAPIDS = Processor("GenuineIntel", 6, frozenset({"avx512_bf16", "amx_bf16"}))
+SKYLAKE = Processor("GenuineIntel", 6, frozenset({"avx512f"}))
 UNKNOWN = Processor()
 
 
@@ -145,7 +146,12 @@ UNKNOWN = Processor()
         (ZEN5, NARROW, "auto", ("float32", "onednn")),
         (ZEN5, LARGE, "float32", ("float32", "onednn")),
         (ZEN5, SMALL, "bfloat16", ("bfloat16", "onednn")),
+        (ZEN5, MIDDLE, "float32", ("float32", "onednn")),
+        (ZEN4, MIDDLE, "auto", ("bfloat16", "onednn")),
+        (ZEN4, MIDDLE, "float32", ("float32", "pytorch")),
+        (ZEN4, LARGE, "float32", ("float32", "onednn")),
         (ZEN3, LARGE, "auto", ("float32", "onednn")),
+        (ZEN3, MIDDLE, "auto", ("float32", "pytorch")),
         (ZEN3, SMALL, "auto", ("float32", "pytorch")),
         (SAPPHIRE_RAPIDS, LARGE, "auto", ("bfloat16", "onednn")),
         (SAPPHIRE_RAPIDS, LARGE, "float32", ("float32", "pytorch")),
@@ -170,7 +176,7 @@ def test_the_arithmetic_of_a_processor(processor, size, dtype, expected, monkeyp
 def test_the_processor_is_read(tmp_path):
     file = tmp_path / "cpuinfo"
     assert Processor.read(file) == Processor.read(tmp_path) == UNKNOWN
-    core = "processor\t: {}\nvendor_id\t: AuthenticAMD\nflags\t\t: avx2 avx512_bf16\n\n"
+    core = "processor\t: {}\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t\t: avx2 avx512_bf16\n\n"
     file.write_text(core.format(0) + core.format(1))
     assert Processor.read(file) == ZEN5
     file.write_text("processor : 0\nFeatures : asimd bf16\n")  # on ARM

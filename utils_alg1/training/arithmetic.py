@@ -7,6 +7,7 @@ decides the same. A checkpoint holds it, and a resumed run keeps to it: only so 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from utils_alg1.network.products import Products, onednn_works
 from utils_alg1.training.distributed import Distributed
 
 SMALL_STEP_FLOPS = 1e9  # a micro-batch with fewer floating-point operations is bound by calls, not products
+# MKL uses no AVX-512 on AMD processors. Up to Zen 4 that would not be faster, but oneDNN gains a tenth in large
+# products; from Zen 5 on it takes half the time in smaller ones too.
+ZEN5_FAMILY = 26
+ONEDNN_FLOPS = 1e10  # of a micro-batch, on AMD processors before Zen 5
 BFLOAT16_N_EMBD = 128  # bfloat16 pays for its conversions from this width on
 COMPILE_FLOPS = 1e15  # a run on CUDA with at least so many is compiled: a guess, not a measurement
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,6 +39,7 @@ class Processor:
     """What /proc/cpuinfo says of the processor; where there is none, as on macOS, nothing is known of it."""
 
     vendor: str = ""
+    family: int = 0
     flags: frozenset[str] = frozenset()
 
     @classmethod
@@ -43,7 +49,16 @@ class Processor:
         except OSError:
             return cls()
         values = {name.strip(): value.strip() for name, _, value in reversed(lines)}  # the first core's
-        return cls(values.get("vendor_id", ""), frozenset(values.get("flags", "").split()))
+        family = values.get("cpu family", "")
+        flags = frozenset(values.get("flags", "").split())
+        return cls(values.get("vendor_id", ""), int(family) if family.isdecimal() else 0, flags)
+
+    @property
+    def onednn_flops(self) -> float:
+        """From how many operations of a micro-batch on oneDNN's products are faster in float32."""
+        if self.vendor != "AuthenticAMD":
+            return math.inf
+        return SMALL_STEP_FLOPS if self.family >= ZEN5_FAMILY else ONEDNN_FLOPS
 
 
 @dataclass(frozen=True)
@@ -127,8 +142,7 @@ def choose_arithmetic(params: Parameters, device: torch.device, processor: Proce
     compiled = {"on": True, "off": False}.get(
         config.compile, device.type == "cuda" and flops * n_micro_batches >= COMPILE_FLOPS
     )
-    faster = dtype == "bfloat16" or (processor.vendor == "AuthenticAMD" and not small)
-    products = "onednn" if faster else "pytorch"
+    products = "onednn" if dtype == "bfloat16" or flops >= processor.onednn_flops else "pytorch"
     fast_bfloat16 = device.type == "cuda" or processor.flags & BFLOAT16_FLAGS
     muon = "float32"
     if config.optimizer == "muon" and dtype == "bfloat16" and fast_bfloat16:
