@@ -145,9 +145,13 @@ def assert_same_tensors(path: Path, then: Path) -> None:
             del metadata["progress"]["seconds"]
             metadata["trackers"] = {key: sorted(copy) for key, copy in metadata["trackers"].items()}
     if "compiled" in old_about:  # what newer checkpoints hold in its place
-        gradient = "autograd" if old_about["parameters"]["dropout"] else "manual"
-        arithmetic = Arithmetic(gradient=gradient, compiled=old_about.pop("compiled"), joined=False)
-        assert about.pop("arithmetic") == vars(arithmetic)
+        old = {
+            "gradient": "autograd" if old_about["parameters"]["dropout"] else "manual",
+            "compiled": old_about.pop("compiled"),
+            "joined": False,
+            "threads": 1,
+        }
+        assert about.pop("arithmetic") == vars(Arithmetic(**old))
     assert_alike(about, old_about, path.name)
     assert list(tensors) == list(old_tensors)
     for key, tensor in old_tensors.items():

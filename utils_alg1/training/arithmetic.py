@@ -22,8 +22,8 @@ from utils_alg1.network.products import Products, onednn_works
 from utils_alg1.training.distributed import Distributed
 
 SMALL_STEP_FLOPS = 1e9  # a micro-batch with fewer floating-point operations is bound by calls, not products
-# MKL uses no AVX-512 on AMD processors. Up to Zen 4 that would not be faster, but oneDNN gains a tenth in large
-# products; from Zen 5 on it takes half the time in smaller ones too.
+# MKL uses no AVX-512 on AMD processors. Up to Zen 4 it would not be faster, and oneDNN gains a tenth in large
+# products; from Zen 5 on it takes half the time, in smaller ones too.
 ZEN5_FAMILY = 26
 ONEDNN_FLOPS = 1e10  # of a micro-batch, on AMD processors before Zen 5
 BFLOAT16_N_EMBD = 128  # bfloat16 pays for its conversions from this width on
