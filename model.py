@@ -101,7 +101,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, length + T, S)
         p = self.dropout.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal and T > 1)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
         out = out.transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.proj(out))
 
