@@ -29,7 +29,7 @@ from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty, number
 from utils_alg1.console.dialogue import add_settings, interact
-from utils_alg1.console.messages import print_warning, text_for_stream
+from utils_alg1.console.messages import print_line, print_warning, text_for_stream
 from utils_alg1.console.script import importing, run_script
 from utils_alg1.run_directory import find_weights, refuse_run
 from utils_alg1.utils_config_loader import ConfigLoader
@@ -152,6 +152,8 @@ def load_weights(arguments: argparse.Namespace) -> tuple[Weights, Path]:
     path = named or find_weights(arguments.runs_dir or ConfigLoader().runs_dir, arguments.run)
     refuse_run(path)
     weights = read_weights(path)
+    if weights.note:
+        print_line(sys.stderr, weights.note)
     if weights.vocabulary is None:
         weights.vocabulary = read_vocabulary(arguments.vocabulary, weights, path)
     elif arguments.vocabulary is not None:

@@ -29,6 +29,7 @@ from utils_alg1.network.tensor_file import read_arrays, write_tensors
 from utils_alg1.network.weights import Weights, split_heads, weights_metadata, weights_of_export
 
 INIT_STD = 0.02  # standard deviation of the initial weights
+PER_CHARACTER = ("token_embedding_table.weight", "lm_head.weight", "lm_head.bias")  # a row for each
 
 # What `BigramLanguageModel()` without a config is built from; see ModelConfig.apply_to_model_module.
 n_embd = ModelConfig.n_embd
@@ -269,6 +270,21 @@ class BigramLanguageModel(nn.Module):
         if weight.device.type == "cpu" and plain:
             return Decoder(self.config, {name: tensor.numpy() for name, tensor in self.state_dict().items()})
         return CachedForward(self)
+
+    def start_from(self, other: BigramLanguageModel) -> None:
+        """Copy the weights of a model of the same sizes, whose vocabulary may lack characters of this one.
+
+        The rows of these characters stay as they are. The other model may also have no known vocabulary, and
+        then has this one.
+        """
+        weights = other.state_dict()
+        if self.vocabulary is not None and other.vocabulary is not None:
+            tokens = [self.vocabulary.index(character) for character in other.vocabulary]
+            for name in PER_CHARACTER:
+                rows = self.get_parameter(name).detach().clone()
+                rows[tokens] = weights[name]
+                weights[name] = rows
+        self.load_state_dict(weights)
 
     def save_safetensors(self, path: str | Path) -> None:
         """Write the weights, sizes, vocabulary and provenance to one file, atomically.

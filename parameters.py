@@ -130,11 +130,11 @@ class ModelConfig(Part):
         raise_problems(self.problems() + ([NO_VOCAB_SIZE] if self.vocab_size is None else []))
 
     def check_vocab_size(self, vocab_size: int) -> None:
-        """Raise Alg1Error if vocab_size is set, and not that of the text."""
+        """Raise Alg1Error if vocab_size is set, and not that of the vocabulary."""
         if self.vocab_size not in (None, vocab_size):
             raise Alg1Error(
-                f"vocab_size = {self.vocab_size}, but the text has {vocab_size} distinct characters",
-                "leave vocab_size out: it is read from the text",
+                f"vocab_size = {self.vocab_size}, but the vocabulary has {vocab_size} characters",
+                "leave vocab_size out: it is read from the text, or from the model of --init-from",
             )
 
     def apply_to_model_module(self, model: types.ModuleType) -> None:
@@ -235,6 +235,11 @@ class DataConfig(Part):
     )
     train_split: float = setting(0.9, "fraction of the text for training", above=0, below=1)
     val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)
+    new_characters: str = setting(
+        "refuse",
+        "characters of the text that the model of --init-from lacks; add: to its vocabulary, as new weights",
+        choices=("refuse", "add"),
+    )
 
     def joint_problems(self) -> Iterator[Problem]:
         total = self.train_split + self.val_split

@@ -76,9 +76,9 @@ def build_trainer(job: Job, console: Console) -> Trainer:
     with memory_guard(job.params), runtime.dist.connection_guard():
         seed_initial_weights(job.params.train.seed)
         model = BigramLanguageModel(config)
-        if job.initial:
-            model.load_state_dict(job.initial.state_dict())
         model.vocabulary = corpus.tokenizer.vocabulary
+        if job.initial:
+            model.start_from(job.initial)
         model.to(runtime.device)
         trainer = Trainer(model, data, job.params.train, runtime, console.say)
         trainer.warm_up_ddp()

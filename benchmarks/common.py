@@ -171,7 +171,7 @@ def build_trainer(text: Path, **values: Any) -> Any:
     corpus = open_corpus(text)
     runtime = start_runtime(params)
     runtime = dataclasses.replace(runtime, arithmetic=dataclasses.replace(runtime.arithmetic, **changes))
-    job = Job(params, text, corpus.sha256, corpus, runtime)
+    job = Job(params, text, corpus.sha256, corpus.tokenizer.vocabulary, corpus, runtime)
     trainer = train.build_trainer(job, Console(quiet=True))
     if runtime.arithmetic.compiled:
         Steps(trainer, 1)()

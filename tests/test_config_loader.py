@@ -80,6 +80,7 @@ OTHER = {
     "data_path": "text.txt",
     "train_split": 0.8,
     "val_split": 0.2,
+    "new_characters": "add",
     "tensorboard": False,
     "histogram_interval": 100,
     "activation_interval": 200,

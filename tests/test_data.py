@@ -449,7 +449,7 @@ def test_a_text_too_short_for_any_block_says_so(train, workdir):
 
 @given(length=st.integers(1, 200), train_split=st.floats(0.01, 0.99), block_size=st.integers(1, 60))
 def test_check_block_size_agrees_with_get_batch(length, train_split, block_size):
-    corpus = corpus_module.Corpus(Path("x"), "", Tokenizer("a"), length)
+    corpus = corpus_module.Corpus(Path("x"), "", Tokenizer("a"), length, "")
     corpus.tokens = np.zeros(length, dtype=np.uint8)
     val_split = 1 - train_split
 

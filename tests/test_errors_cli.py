@@ -24,11 +24,13 @@ import torch
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, printed_config, run_process, runner
 
 from compare import RESULTS
-from parameters import TrainConfig
+from model import BigramLanguageModel
+from parameters import ModelConfig, TrainConfig
 from utils_alg1.base.errors import Alg1Error, Guard, disk_error
 from utils_alg1.base.text import format_loss
 from utils_alg1.console.script import run_script
-from utils_alg1.network.tensor_file import WHERE_WEIGHTS_ARE
+from utils_alg1.network.tensor_file import CONVERSION, WHERE_WEIGHTS_ARE
+from utils_alg1.network.weights import OTHER_WEIGHTS
 from utils_alg1.report import page as page_module
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import LOCK_NAME, NO_RUN_HINT, lock_run
@@ -46,7 +48,18 @@ COLUMNS = f"{', '.join(RESULTS)}, or any parameter of train.py"
 NOT_WHOLE = "it may be truncated or of another format; use another file"
 CHECK_DATA = "check the path of --data; --data python-docs is there without a file or a network"
 DEVICES = "use --device cuda for an NVIDIA GPU, --device cpu, or leave it out"
+OF_GPT2 = (
+    "gpt2.safetensors: another layout, that of GPT-2 and nanoGPT (transformer.wte.weight, ...), and another"
+    " network",
+    "sample them with the program that trained them, or train anew: python train.py --data TEXT",
+)
 HAS_WEIGHTS = "train one: python train.py, or name a --model"
+
+
+def pickled(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def flip_last_bit(data: bytes) -> bytes:
@@ -116,6 +129,22 @@ TRAIN_MISTAKES = [
     ),
     ("--init-from nowhere.safetensors", "nowhere.safetensors: no such file", WHERE_WEIGHTS_ARE),
     ("--init-from folder", "folder: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE),
+    ("--init-from gpt2.safetensors", *OF_GPT2),
+    (
+        "--init-from few.safetensors",
+        "few.safetensors: characters of the text are not in the model's vocabulary: 'é' (U+00E9)",
+        "--new-characters add gives them weights of their own; or leave them out of the text",
+    ),
+    (
+        "--init-from few.safetensors --new-characters keep",
+        "new_characters = 'keep' must be one of refuse, add (new_characters from --new-characters)",
+        SHOWS,
+    ),
+    (
+        "--init-from few.safetensors --new-characters add --vocab-size 3",
+        "vocab_size = 3, but the vocabulary has 48 characters",
+        "leave vocab_size out: it is read from the text, or from the model of --init-from",
+    ),
     (
         "--config folder",
         "--config folder: none of model.json, train.yaml, data.yaml, tensorboard.json is in this folder",
@@ -220,6 +249,7 @@ SAMPLING_MISTAKES = [
     ("--run latest", "there is no run in runs: no such folder", NO_RUN_HINT),
     ("--model nowhere", "nowhere: no such file", WHERE_WEIGHTS_ARE),
     ("--model folder", "folder: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE),
+    ("--model gpt2.safetensors", *OF_GPT2),
     ("--prompt=--", "there is no run in runs: no such folder", NO_RUN_HINT),
     ("--run notes.txt", "notes.txt: this is a file, not a run", NAMES_WEIGHTS),
     (
@@ -298,14 +328,14 @@ DAMAGE = {
     "a text": (lambda data: b"remember the milk", "not a whole safetensors file (", NOT_WHOLE),
     "a flipped bit": (flip_last_bit, "damaged: its bytes do not match its SHA-256", "use another copy of it"),
     "a pickle": (
-        lambda data: b"PK\3\4" + data,
+        lambda data: pickled(torch.zeros(2)),
         "this is a PyTorch pickle file (.pt), which could run code when it is read",
-        "convert it to safetensors with the program that wrote it",
+        f'convert it: python -c "{CONVERSION}" {{path}} {{path}}.safetensors',
     ),
     "another model": (
         lambda data: safetensors.numpy.save({"x": np.zeros(2)}),
-        "there is no model of this kind in it (no embedding tables)",
-        "use an export of ALG1, or weights with the names that README-ARCH.md lists",
+        "there is no token_embedding_table.weight in it; its names are x",
+        OTHER_WEIGHTS,
     ),
 }
 
@@ -336,6 +366,11 @@ def place(text_file: Path) -> Path:
     (folder / "nested.yaml").write_text("train: {batch_size: 3}\n")
     (folder / "nano.yaml").write_text("gradient_accumulation_steps: 5\ninit_from: resume\nN_EMBD: 32\n")
     (folder / "model.safetensors").write_bytes(b"weights")
+    gpt2 = {"transformer.wte.weight": np.zeros(2)}
+    (folder / "gpt2.safetensors").write_bytes(safetensors.numpy.save(gpt2))
+    few = BigramLanguageModel(ModelConfig(n_embd=8, n_head=1, n_layer=1, block_size=8, vocab_size=47))
+    few.vocabulary = sorted(set(TEXT) - {"é"})
+    few.save_safetensors(folder / "few.safetensors")
     (folder / "space.yaml").write_text("n_layer: [1, 2]\n")
     (folder / "minimum.yaml").write_text("n_embd: {min: 4, high: 8}\n")
     return folder
@@ -477,7 +512,7 @@ def test_damaged_weights_are_reported_and_left_as_they_are(run, train, sample, d
         assert (result.code, result.out) == (2, "")
         first, second = result.err.splitlines()
         assert first.startswith(f"error: {weights}: {error}")
-        assert second == f"hint: {hint}"
+        assert second == "hint: " + hint.replace("{path}", str(weights))
     assert snapshot(Path()) == before
 
 

@@ -245,6 +245,7 @@ LIMITS = [
     ("data_path", "shakespeare", "", "must not be empty"),
     ("train_split", 0.5, 0.0, "must be above 0"),
     ("val_split", 0.01, 1.0, "must be below 1"),
+    ("new_characters", "add", "keep", "must be one of refuse, add"),
     ("histogram_interval", 0, -1, "must be at least 0"),
     ("activation_interval", 0, -1, "must be at least 0"),
     ("attention_interval", 0, -1, "must be at least 0"),

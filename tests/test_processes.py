@@ -19,8 +19,10 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, TEXT
 
+from model import BigramLanguageModel
+from parameters import ModelConfig
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run.run import Run
@@ -122,6 +124,26 @@ def test_one_two_and_four_processes_take_the_same_steps(tmp_path):
     for rows in zip(*losses, strict=True):
         assert rows[1] == pytest.approx(rows[0], abs=1e-6)
         assert rows[2] == pytest.approx(rows[0], abs=1e-6)
+
+
+def test_two_processes_start_from_a_model_with_new_characters_as_one_does(tmp_path):
+    known = sorted(set(TEXT) - set("é日"))
+    base = BigramLanguageModel(
+        ModelConfig(n_embd=16, n_head=2, n_layer=2, block_size=8, vocab_size=len(known))
+    )
+    base.vocabulary = known
+    base.save_safetensors(tmp_path / "base.safetensors")
+    flags = [*RUN, "--init-from", str(tmp_path / "base.safetensors"), "--new-characters", "add"]
+    runs = {}
+    for world_size, steps in ((1, 2), (2, 1)):
+        with new_folder(tmp_path, f"{world_size}x{steps}"):
+            codes = run_together(world_size, *flags, "--grad-accum-steps", str(steps))
+            assert codes == [0] * world_size, output()
+            runs[world_size] = faults.only_run(Path()).absolute()
+    alone, shared = weights(runs[1]), weights(runs[2])
+    assert len(alone["model.lm_head.bias"]) == len(set(TEXT))
+    for name, tensor in alone.items():
+        assert (tensor - shared[name]).abs().max() < 1e-6, name
 
 
 def test_each_process_draws_micro_batches_of_its_own(folder, monkeypatch):

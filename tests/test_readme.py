@@ -118,6 +118,7 @@ def home(tmp_path_factory) -> Path:
             assert script.main(["--print-config"]) == 0
         Path("mine.yaml").write_text(printed.getvalue())
         Path("data").mkdir()
+        Path("poems.txt").write_text(text + "Straße\n" * 20, encoding="utf-8")
         for name in ("data/input.txt", "input.txt", "book.txt"):
             Path(name).write_text(text, encoding="utf-8")
         run_ids(monkeypatch, "2026-01-31_001")

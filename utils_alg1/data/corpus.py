@@ -2,19 +2,21 @@
 
 A corpus is one UTF-8 text file. It is read twice, in pieces: `open_corpus` validates it and computes its
 SHA-256 and vocabulary; the first use of `Corpus.tokens` writes them to a cache file, which is memory-mapped.
-So a text larger than memory trains in constant memory, and the same text is tokenized only once.
+So a text larger than memory trains in constant memory, and the same text is tokenized only once (for each
+vocabulary: a model that is trained further has its own, `Corpus.with_vocabulary`).
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,9 @@ class Corpus:
 
     path: Path
     sha256: str  # hex digest of the file's bytes
-    tokenizer: Tokenizer  # its vocabulary is every character of the text
+    tokenizer: Tokenizer  # its vocabulary has every character of the text, and no other by default
     n_characters: int  # also the number of tokens
+    cache_name: str  # of its files in the cache
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
@@ -55,6 +58,16 @@ class Corpus:
     def tokenize(self) -> None:
         """Make `tokens` now, and raise what they raise."""
         _ = self.tokens
+
+    def with_vocabulary(self, characters: Iterable[str]) -> Corpus:
+        """Return the same text with a tokenizer of these characters, which include those of the text."""
+        tokenizer = Tokenizer(characters)
+        if tokenizer.vocabulary == self.tokenizer.vocabulary:
+            return self
+        assert not tokenizer.unseen("".join(self.tokenizer.vocabulary))
+        name = f"{self.sha256}-{_vocabulary_sha256(tokenizer).hexdigest()[:16]}"
+        cached = _read_cache(self.path, self.sha256, name)
+        return cached or dataclasses.replace(self, tokenizer=tokenizer, cache_name=name)
 
     def split_sizes(self, train_split: float, val_split: float | None) -> tuple[int, int]:
         """Return how many characters are for training and for validation; see `split`."""
@@ -96,7 +109,7 @@ def open_corpus(path: Path | str) -> Corpus:
         Alg1Error: empty, not UTF-8 (naming the first invalid byte), or not readable.
     """
     path = Path(path)
-    corpus = _read_cache(path) or _scan_text(path)
+    corpus = _find_cache(path) or _scan_text(path)
     if not corpus.n_characters:
         raise Alg1Error(f"{path}: the file is empty", "give it some text, or name another file")
     return corpus
@@ -157,7 +170,8 @@ def _scan_text(path: Path) -> Corpus:
         else:
             seen[_code_points(text).astype(np.intp)] = True  # any other integer type is slow
     seen[list(ascii_seen)] = True
-    return Corpus(path, sha256.hexdigest(), Tokenizer(map(chr, np.flatnonzero(seen))), n)
+    digest = sha256.hexdigest()
+    return Corpus(path, digest, Tokenizer(map(chr, np.flatnonzero(seen))), n, digest)
 
 
 def _vocabulary_sha256(tokenizer: Tokenizer) -> Any:
@@ -165,22 +179,27 @@ def _vocabulary_sha256(tokenizer: Tokenizer) -> Any:
     return hashlib.sha256("".join(tokenizer.vocabulary).encode())
 
 
-def _read_cache(path: Path) -> Corpus | None:
-    """Return a text whose tokens are in the cache; None if they are missing or damaged."""
-    folder = path.parent / CACHE_FOLDER
-    if not folder.is_dir():
+def _find_cache(path: Path) -> Corpus | None:
+    """Return a text whose tokens, of its own vocabulary, are in the cache; None if they are not."""
+    if not (path.parent / CACHE_FOLDER).is_dir():
         return None
     with _open_text(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return _read_cache(path, sha256, sha256)
+
+
+def _read_cache(path: Path, sha256: str, name: str) -> Corpus | None:
+    """Return the text with the tokens of this name in the cache; None if they are missing or damaged."""
+    folder = path.parent / CACHE_FOLDER
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        about = json.loads((folder / f"{sha256}.json").read_text(encoding="utf-8"))
+        about = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer(about["vocabulary"])
-        with (folder / f"{sha256}.bin").open("rb") as file:
+        with (folder / f"{name}.bin").open("rb") as file:
             found = hashlib.file_digest(file, lambda: _vocabulary_sha256(tokenizer)).hexdigest()
         if (about["format"], about["sha256"]) == (CACHE_FORMAT, found):
-            tokens = np.memmap(folder / f"{sha256}.bin", mode="r", dtype=tokenizer.token_type())
+            tokens = np.memmap(folder / f"{name}.bin", mode="r", dtype=tokenizer.token_type())
             LOGGER.debug("%s: using the tokens cached in %s", path, folder)
-            corpus = Corpus(path, sha256, tokenizer, len(tokens))
+            corpus = Corpus(path, sha256, tokenizer, len(tokens), name)
             corpus.tokens = tokens
             return corpus
     return None
@@ -192,7 +211,7 @@ def _write_cache(corpus: Corpus) -> np.ndarray:
     dtype = corpus.tokenizer.token_type()
     try:
         folder.mkdir(exist_ok=True)
-        with atomic_file(folder / f"{corpus.sha256}.bin") as descriptor:
+        with atomic_file(folder / f"{corpus.cache_name}.bin") as descriptor:
             sha256 = _write_tokens(corpus, descriptor)
     except (OSError, Alg1Error):
         try:
@@ -203,8 +222,8 @@ def _write_cache(corpus: Corpus) -> np.ndarray:
             raise disk_error(f"write the tokens of {corpus.path} to a temporary file", error) from error
     about = {"format": CACHE_FORMAT, "text": corpus.path.name, "sha256": sha256}
     with contextlib.suppress(Alg1Error):  # without this file the text is only tokenized again next time
-        write_json(folder / f"{corpus.sha256}.json", about | {"vocabulary": corpus.tokenizer.vocabulary})
-    return np.memmap(folder / f"{corpus.sha256}.bin", mode="r", dtype=dtype)
+        write_json(folder / f"{corpus.cache_name}.json", about | {"vocabulary": corpus.tokenizer.vocabulary})
+    return np.memmap(folder / f"{corpus.cache_name}.bin", mode="r", dtype=dtype)
 
 
 def _write_tokens(corpus: Corpus, descriptor: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,17 @@ DTYPES = {  # of the format -> of numpy
 FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # of the format -> of PyTorch
 WHERE_WEIGHTS_ARE = (
     "the weights of a run are runs/RUN/artifacts/export/model.safetensors; inference.py --run RUN finds them"
+)
+
+# Converts a file of torch.save to safetensors, without running code that it may contain: the state dict of a
+# model, also among other things in a dictionary. Tensors that share memory are copied.
+CONVERSION = (
+    "import sys, torch, safetensors.torch;"
+    " file = torch.load(open(sys.argv[1], 'rb'), 'cpu', weights_only=True);"
+    " parts = [part for part in (file, *file.values()) if isinstance(part, dict)];"
+    " state = max(parts, key=lambda part: sum(map(torch.is_tensor, part.values())));"
+    " state = {name: x.contiguous().clone() for name, x in state.items() if torch.is_tensor(x)};"
+    " safetensors.torch.save_file(state, sys.argv[2])"
 )
 
 
@@ -102,10 +114,7 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    magic = _first_bytes(path)
-    if magic in (b"PK", b"\x80\x02"):
-        problem = f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read"
-        raise Alg1Error(problem, "convert it to safetensors with the program that wrote it")
+    refuse_pickle(path)
     try:
         with safe_open(str(path), framework="numpy"):  # checks the header and the size
             content = np.fromfile(path, np.uint8)
@@ -133,11 +142,23 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]
     return arrays, metadata
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raise Alg1Error, with the command that converts it, for a file of torch.save, which is a pickle."""
+    start = _first_bytes(path)
+    if start.startswith(b"\x80\x02") or (start.startswith(b"PK") and b"/data.pkl" in start):
+        converted = path.with_suffix(".safetensors")
+        if converted.exists():
+            converted = path.with_name(f"{path.name}.safetensors")
+        command = f'python -c "{CONVERSION}" {shlex.join([str(path), str(converted)])}'
+        problem = f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read"
+        raise Alg1Error(problem, f"convert it: {command}")
+
+
 def _first_bytes(path: Path) -> bytes:
-    """Return the first two bytes of a file; Alg1Error if it cannot be read."""
+    """Return the first 512 bytes of a file; Alg1Error if it cannot be read."""
     try:
         with path.open("rb") as file:
-            return file.read(2)
+            return file.read(512)
     except FileNotFoundError:
         if path.parts[0] in ("http:", "https:"):
             url = str(path).replace(":/", "://", 1)  # Path has merged the two slashes

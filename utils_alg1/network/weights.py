@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ FORMAT = "alg1-model"
 CHECKPOINT_FORMAT = "alg1-checkpoint"
 FORMAT_VERSION = 1  # of both
 OTHER_WEIGHTS = "use an export of ALG1, or weights with the names that README-ARCH.md lists"
+TOKEN_TABLE = "token_embedding_table.weight"
 FUSED = ".sa.qkv.weight"  # ends the name of the fused matrix of a block, in memory
 OTHER_CHECKPOINT = "use another checkpoint, written by train.py"
 PROJECTIONS = ("query", "key", "value")  # the order of their rows in the fused matrix
@@ -46,12 +47,14 @@ class Weights:
         tensors: by their names in `BigramLanguageModel.state_dict()`, of any floating-point types.
         vocabulary: the characters by token, or None if unknown.
         provenance: where the weights come from (JSON values).
+        note: what the user should know of how the file was read, or "".
     """
 
     config: ModelConfig
     tensors: dict[str, np.ndarray]
     vocabulary: list[str] | None
     provenance: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 def read_weights(path: Path) -> Weights:
@@ -105,8 +108,12 @@ def weights_of_export(
     Raises:
         Alg1Error: not an exported model, of an unknown version, or its parts do not agree.
     """
+    note = ""
     if metadata is None:
         metadata = {}
+        if prefix := common_prefix(tensors, path):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            note = f"{path}: every name in it begins with {prefix}, which is left out"
     elif (kind := metadata.get("format")) != FORMAT:
         raise Alg1Error(f"{path}: this is {kind!r}, not an exported model", OTHER_WEIGHTS)
     else:
@@ -122,7 +129,39 @@ def weights_of_export(
             f"{path}: its vocabulary must be {config.vocab_size} characters, sorted and each once",
             "give the vocabulary of the text that it was trained on",
         )
-    return Weights(config, join_heads(tensors, config, path), characters, metadata.get("provenance") or {})
+    joined, provenance = join_heads(tensors, config, path), metadata.get("provenance") or {}
+    return Weights(config, joined, characters, provenance, note)
+
+
+def common_prefix(names: Collection[str], path: str | Path) -> str:
+    """Return what all names begin with before those of the model, such as "module."; or "".
+
+    Raises:
+        Alg1Error: there are others beside those of a model with a prefix.
+    """
+    found = [name.removesuffix(TOKEN_TABLE) for name in names if name.endswith(f".{TOKEN_TABLE}")]
+    if not found or TOKEN_TABLE in names:
+        return ""
+    if others := [name for name in names if not name.startswith(found[0])]:
+        raise Alg1Error(
+            f"{path}: the model's names in it begin with {found[0]}, but {others[0]} does not",
+            "save the model's state_dict alone",
+        )
+    return found[0]
+
+
+def _not_a_model(missing: str, names: Collection[str], path: str | Path) -> Alg1Error:
+    """Return the error for a file without a tensor that every model has."""
+    if of_gpt2 := next((name for name in names if name.endswith("wte.weight")), None):
+        return Alg1Error(
+            f"{path}: another layout, that of GPT-2 and nanoGPT ({of_gpt2}, ...), and another network",
+            "sample them with the program that trained them, or train anew: python train.py --data TEXT",
+        )
+    first, n_others = ", ".join(sorted(names)[:3]), max(0, len(names) - 3)
+    listed = (
+        f"its names are {first}" + (f" and {n_others} more" if n_others else "") if names else "it is empty"
+    )
+    return Alg1Error(f"{path}: there is no {missing} in it; {listed}", OTHER_WEIGHTS)
 
 
 def _check_version(metadata: Mapping[str, Any], path: str | Path) -> None:
@@ -157,20 +196,24 @@ def config_from_shapes(
         found = (re.fullmatch(pattern, name) for name in tensors)
         return len({match[1] for match in found if match})
 
-    def table(kind: str) -> Sequence[int]:
-        found = tensors.get(f"{kind}_embedding_table.weight")
-        if found is None or found.ndim != 2:
-            message = "there is no model of this kind in it (no embedding tables)"
-            raise Alg1Error(f"{path}: {message}", OTHER_WEIGHTS)
-        return found.shape
+    def matrix(name: str) -> Sequence[int]:
+        if name not in tensors:
+            raise _not_a_model(name, tensors, path)
+        if len(shape := tensors[name].shape) != 2:
+            raise Alg1Error(f"{path}: {name} has the shape {shape}, and is no matrix", OTHER_WEIGHTS)
+        return shape
 
-    vocab_size, n_embd = table("token")
+    vocab_size, n_embd = matrix(TOKEN_TABLE)
     rotary = stored.get("positions") == "rotary"
+    block_size = stored.get("block_size") if rotary else matrix("position_embedding_table.weight")[0]
+    n_head = count(r"blocks\.0\.sa\.heads\.(\d+)\.key\.weight")
+    if not n_head:
+        raise _not_a_model("blocks.0.sa.heads.0.key.weight", tensors, path)
     config = ModelConfig(
         n_embd=n_embd,
-        n_head=count(r"blocks\.0\.sa\.heads\.(\d+)\.key\.weight"),
+        n_head=n_head,
         n_layer=count(r"blocks\.(\d+)\.ln1\.weight"),
-        block_size=stored.get("block_size") if rotary else table("position")[0],  # type: ignore[arg-type]
+        block_size=block_size,  # type: ignore[arg-type]
         vocab_size=vocab_size,
         **{name: stored[name] for name in ("dropout", *MODEL_OPTIONS) if name in stored},
     )

@@ -38,6 +38,7 @@ class Job:
 
     Attributes:
         text_path, text_sha256: the text, and the SHA-256 of its bytes.
+        vocabulary: the characters by token.
         corpus, runtime: the text's tokens and the device; each process opens its own (see `open_local`).
         run, checkpoint: what --resume names; the directory, locked, in the main process only.
         initial: the model that --init-from names.
@@ -48,6 +49,7 @@ class Job:
     params: Parameters
     text_path: Path
     text_sha256: str
+    vocabulary: list[str]
     corpus: Corpus
     runtime: Runtime
     run: RunDirectory | None = None
@@ -79,9 +81,10 @@ class Job:
         path = self.text_path
         if not path.exists():  # on another machine
             path = find_corpus(self.params.data.data_path, console.say)
-        self.corpus = open_corpus(path)
-        if self.corpus.sha256 != self.text_sha256:
+        text = open_corpus(path)
+        if text.sha256 != self.text_sha256:
             raise Alg1Error(f"{path}: not the text of the main process", "copy that text here")
+        self.corpus = text.with_vocabulary(self.vocabulary)
 
 
 def prepare(options: Options, dist: Distributed, console: Console) -> Job | None:
@@ -115,19 +118,26 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
             if checkpoint is not None:
                 error.hint = "put the text of the run there, or name where it lies now: --data PATH"
             raise
-        corpus = open_corpus(path)
-        corpus.check_block_size(params.model.block_size, params.data.train_split, params.data.val_split)
-        params.model.check_vocab_size(corpus.tokenizer.vocab_size)
-        check_memory(params, corpus.tokenizer.vocab_size, runtime.device)
+        text = open_corpus(path)
+        text.check_block_size(params.model.block_size, params.data.train_split, params.data.val_split)
+        vocabulary, note = text.tokenizer.vocabulary, ""
         if checkpoint is not None:
-            resume.check_resumable(checkpoint, params, corpus.sha256, dist.world_size)
+            resume.check_resumable(checkpoint, params, text.sha256, dist.world_size)
+            vocabulary = checkpoint.metadata["vocabulary"]
         if initial is not None:
-            resume.check_initial(initial, str(options.init_from), params.model, sizes, corpus.tokenizer)
+            source, new_characters = str(options.init_from), params.data.new_characters
+            resume.check_sizes(source, params.model, sizes)
+            vocabulary, note = resume.initial_vocabulary(initial, source, text.tokenizer, new_characters)
+        params.model.check_vocab_size(len(vocabulary))
+        check_memory(params, len(vocabulary), runtime.device)
+        corpus = text.with_vocabulary(vocabulary)
         corpus.tokenize()  # only now, as all is checked
-        if warning := corpus.warning():
+        if note:
+            console.say(note)
+        if warning := text.warning():
             console.warn(warning)
         after_failure.pop_all()
-    job = Job(params, path, corpus.sha256, corpus, runtime, run=run, checkpoint=checkpoint, initial=initial)
+    job = Job(params, path, text.sha256, vocabulary, corpus, runtime, run, checkpoint, initial)
     job.config_files = sources.files
     job.serve_tensorboard = options.serve_tensorboard
     return job
@@ -154,7 +164,7 @@ def _read_start(
     init_from = str(options.init_from)
     if init_from in NANOGPT_HINTS and not Path(init_from).exists():
         raise Alg1Error(f"--init-from {init_from}: must be a file of weights", NANOGPT_HINTS[init_from])
-    return None, None, load_model_file(Path(init_from))
+    return None, None, load_model_file(Path(init_from), console.say)
 
 
 def _sizes(initial: BigramLanguageModel) -> dict[str, Any]:

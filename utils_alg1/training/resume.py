@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import remove_temporary_files
 from utils_alg1.base.problems import shown
+from utils_alg1.base.text import format_count
 from utils_alg1.network.weights import read_weights
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
@@ -78,16 +79,11 @@ def forget_missing_best(checkpoint: Checkpoint) -> None:
     checkpoint.metadata["progress"] = dataclasses.asdict(progress)
 
 
-def check_initial(
-    initial: BigramLanguageModel,
-    path: str,
-    config: ModelConfig,
-    sizes: Mapping[str, Any],
-    tokenizer: Tokenizer,
-) -> None:
-    """Check that the model of --init-from has the sizes that were asked for, and the text's characters.
+def check_sizes(path: str, config: ModelConfig, sizes: Mapping[str, Any]) -> None:
+    """Check that the model of --init-from has the sizes that were asked for.
 
     Args:
+        path: of the model.
         sizes: the parameters that its weights depend on, by name.
 
     Raises:
@@ -97,21 +93,46 @@ def check_initial(
         asked = getattr(config, name)
         if asked != value:
             raise Alg1Error(f"{path}: its {name} is {value}, not {asked}", f"leave {name} out")
+
+
+def initial_vocabulary(
+    initial: BigramLanguageModel, path: str, text: Tokenizer, new_characters: str
+) -> tuple[list[str], str]:
+    """Return the vocabulary of a run that starts from a model, and a note on it, which may be empty.
+
+    It is the model's, which may have more characters than the text, and the new ones where they are added.
+
+    Args:
+        path: of the model.
+        text: the tokenizer of the characters of the text.
+        new_characters: "add" those that the model lacks, or "refuse" them.
+
+    Raises:
+        Alg1Error: naming the characters that are refused.
+    """
     if initial.vocabulary is None:  # weights of another program
-        if initial.config.vocab_size != tokenizer.vocab_size:
+        if initial.config.vocab_size != text.vocab_size:
             raise Alg1Error(
                 f"{path}: it does not hold its vocabulary, and is for {initial.config.vocab_size} characters;"
-                f" the text has {tokenizer.vocab_size}",
+                f" the text has {text.vocab_size}",
                 "use the text that it was trained on",
             )
-        return
-    ours, theirs = set(tokenizer.vocabulary), set(initial.vocabulary)
-    parts = {"only in the text": ours - theirs, "only in the model": theirs - ours}
-    if listed := "; ".join(f"{where}: {show_characters(found)}" for where, found in parts.items() if found):
+        note = f"{path}: it does not hold its vocabulary, and is taken to have the characters of the text"
+        return text.vocabulary, note
+    model, note = Tokenizer(initial.vocabulary), ""
+    new = model.unseen("".join(text.vocabulary))
+    if new and new_characters == "refuse":
         raise Alg1Error(
-            f"{path}: the vocabularies differ: {listed}",
-            "bring the text to the model's characters, or train without --init-from",
+            f"{path}: characters of the text are not in the model's vocabulary: {show_characters(new)}",
+            "--new-characters add gives them weights of their own; or leave them out of the text",
         )
+    if new:
+        note = (
+            f"{path}: its vocabulary grows by {format_count(len(new), 'character')}: {show_characters(new)}"
+        )
+    elif text.vocab_size < model.vocab_size:
+        note = f"{path}: its vocabulary of {model.vocab_size} is kept; the text has {text.vocab_size} of them"
+    return sorted([*model.vocabulary, *new]), note
 
 
 def check_resumable(
@@ -168,11 +189,14 @@ def micro_batches_changed(old_steps: int, old_world_size: int, steps: int, world
     return [f"micro-batches of a step: {change}{fix}"]
 
 
-def load_model_file(path: Path) -> BigramLanguageModel:
+def load_model_file(path: Path, say: Callable[[str], None] = lambda _: None) -> BigramLanguageModel:
     """Load a model from an export, a checkpoint, or any file in the lecture's layout.
 
     Raises:
         Alg1Error: the file is none of these, or damaged.
     """
     refuse_run(path)
-    return BigramLanguageModel().load(read_weights(path))
+    weights = read_weights(path)
+    if weights.note:
+        say(weights.note)
+    return BigramLanguageModel().load(weights)
