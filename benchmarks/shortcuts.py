@@ -95,19 +95,22 @@ def pairs(
     """Yield the name of each shortcut, and the work with it and without it."""
     import torch
 
+    from utils_alg1.network.attention import BFLOAT16_ATTENTION_MIN_T
+
     torch.compiler.reset()  # else what was compiled for another size is compiled for any size, and slower
     settings = {**size, "threads": args.threads}
     for shortcut, sides in STEPS.items():
         if not (args.quick and "compiled" in shortcut):  # compiling takes too long for that
             with_it, without = (repeat(Steps(build_trainer(text, **settings | side), 1)) for side in sides)
             yield shortcut, {"with_it": with_it, "without": without}
-    yield "attention in bfloat16, against PyTorch's kernel", attentions(size)
+    if size["block_size"] >= BFLOAT16_ATTENTION_MIN_T:
+        yield "attention in bfloat16, against PyTorch's kernel in float32", attentions(size)
     yield "AdamW, against torch.optim's", optimizer_steps(build_trainer(text, **settings))
     yield "decoder, against the model's forward", decoders(build_trainer(text, **settings).model.eval())
 
 
 def attentions(size: dict[str, int]) -> dict[str, Callable[[int], Any]]:
-    """Return causal attention and its gradient in bfloat16, by the written-out gradient and by PyTorch."""
+    """Return causal attention of bfloat16 with its gradient: as chosen, and by the kernel in float32."""
     import torch
 
     from utils_alg1.network.attention import choose_attention, flash_attention
@@ -124,7 +127,7 @@ def attentions(size: dict[str, int]) -> dict[str, Callable[[int], Any]]:
     chosen = choose_attention(qkv.dtype, T)
     return {
         "with_it": repeat(lambda: both_ways(*chosen)),
-        "without": repeat(lambda: both_ways(flash_attention, qkv.dtype)),
+        "without": repeat(lambda: both_ways(flash_attention, torch.float32)),
     }
 
 

@@ -61,8 +61,8 @@ GUARDS = [
     Guard(
         "arithmetic of a resumed run",
         "utils_alg1/training/runtime.py",
-        "arithmetic = keep_arithmetic(before, params, device)",
-        "arithmetic = choose_arithmetic(params, device, Processor.read())",
+        "arithmetic = keep_arithmetic(before, params, device, processor)",
+        "arithmetic = choose_arithmetic(params, device, processor)",
         "tests/test_checkpoint.py -k another_processor",
     ),
     Guard(

@@ -29,7 +29,7 @@ from utils_alg1.network.tensor_file import read_tensors, write_tensors
 from utils_alg1.report import page as page_module
 from utils_alg1.report import pictures as pictures_module
 from utils_alg1.report import results as results_module
-from utils_alg1.training.arithmetic import Arithmetic
+from utils_alg1.training.arithmetic import Arithmetic, Processor, environment
 from utils_alg1.training.resume import load_model_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -157,7 +157,7 @@ def assert_same_tensors(path: Path, then: Path) -> None:
             "gradient": "autograd" if old_about["parameters"]["dropout"] else "manual",
             "compiled": old_about.pop("compiled"),
             "joined": False,
-            "threads": 1,
+            **environment(torch.device("cpu"), Processor.read()),
         }
         assert about.pop("arithmetic") == vars(Arithmetic(**old))
     if "parameters" in about:

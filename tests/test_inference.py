@@ -304,15 +304,24 @@ def test_a_stop_that_the_model_can_never_draw_is_an_error(sample, model, further
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("weight", [math.nan, 3e38])
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_weights_of_a_run_that_has_diverged_are_refused(sample, workdir, temperature, weight):
+@pytest.mark.parametrize("flags", [("--temperature", 0), (), ("--num-samples", 3)])
+@pytest.mark.parametrize(
+    "name, weight",
+    [
+        ("lm_head", math.nan),
+        ("lm_head", 3e38),
+        ("token_embedding_table", math.nan),
+        ("token_embedding_table", 1e24),  # finite, but its square is not
+    ],
+)
+def test_weights_of_a_run_that_has_diverged_are_refused(sample, workdir, flags, name, weight):
     diverged = build()
     with torch.no_grad():
-        diverged.lm_head.weight[0, :] = weight  # of 3e38, the sum is not finite
-        diverged.token_embedding_table.weight[:, 0] = weight
+        diverged.get_submodule(name).weight[:] = weight * torch.randn(
+            diverged.get_submodule(name).weight.shape
+        )
     diverged.save_safetensors("diverged.safetensors")
-    result = sample("--model", "diverged.safetensors", "--temperature", temperature)
+    result = sample("--model", "diverged.safetensors", *flags)
     assert result.code == 2
     assert "error: " in result.err and "the model's logits are not finite" in result.err
     assert "Traceback" not in result.err and "Warning" not in result.err

@@ -18,7 +18,13 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.console.signals import StopSignals
 from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import runtime as runtime_module
-from utils_alg1.training.arithmetic import Arithmetic, Processor, choose_arithmetic, recorded_arithmetic
+from utils_alg1.training.arithmetic import (
+    Arithmetic,
+    Processor,
+    choose_arithmetic,
+    environment,
+    recorded_arithmetic,
+)
 from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
 from utils_alg1.training.runtime import (
     Compiled,
@@ -29,6 +35,7 @@ from utils_alg1.training.runtime import (
     start_runtime,
 )
 from utils_alg1.training.seeds import derive_seed, generator, seed_initial_weights
+from utils_alg1.utils_config_loader import RESUMED
 
 SMALL = {"n_embd": 64, "n_head": 4, "n_layer": 4, "block_size": 32, "batch_size": 4}
 NARROW = SMALL | {"batch_size": 64}  # a large step of a narrow model
@@ -129,11 +136,11 @@ def test_micro_batches_are_computed_as_those_of_as_many_processes():
         assert start_runtime(one) == start_runtime(many)
 
 
-ZEN5 = Processor("AuthenticAMD", 26, frozenset({"avx2", "avx512_bf16"}))
-ZEN4 = Processor("AuthenticAMD", 25, frozenset({"avx2", "avx512_bf16"}))
-ZEN3 = Processor("AuthenticAMD", 25, frozenset({"avx2"}))
-SAPPHIRE_RAPIDS = Processor("GenuineIntel", 6, frozenset({"avx512_bf16", "amx_bf16"}))
-SKYLAKE = Processor("GenuineIntel", 6, frozenset({"avx512f"}))
+ZEN5 = Processor("AuthenticAMD", 26, "Zen 5", frozenset({"avx2", "avx512_bf16"}))
+ZEN4 = Processor("AuthenticAMD", 25, "Zen 4", frozenset({"avx2", "avx512_bf16"}))
+ZEN3 = Processor("AuthenticAMD", 25, "Zen 3", frozenset({"avx2"}))
+SAPPHIRE_RAPIDS = Processor("GenuineIntel", 6, "Xeon", frozenset({"avx512_bf16", "amx_bf16"}))
+SKYLAKE = Processor("GenuineIntel", 6, "Xeon", frozenset({"avx512f"}))
 UNKNOWN = Processor()
 
 
@@ -176,7 +183,8 @@ def test_the_arithmetic_of_a_processor(processor, size, dtype, expected, monkeyp
 def test_the_processor_is_read(tmp_path):
     file = tmp_path / "cpuinfo"
     assert Processor.read(file) == Processor.read(tmp_path) == UNKNOWN
-    core = "processor\t: {}\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t\t: avx2 avx512_bf16\n\n"
+    core = "processor\t: {}\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel name\t: Zen 5\n"
+    core += "flags\t\t: avx2 avx512_bf16\n\n"
     file.write_text(core.format(0) + core.format(1))
     assert Processor.read(file) == ZEN5
     file.write_text("processor : 0\nFeatures : asimd bf16\n")  # on ARM
@@ -244,9 +252,9 @@ def test_a_long_run_on_a_gpu_is_worth_compiling(machine):
 # --- the arithmetic of a resumed run ------------------------------------------------------------------
 
 
-def in_one_thread(arithmetic: Arithmetic) -> Arithmetic:
-    """Return the same with its thread, if it has any."""
-    return dataclasses.replace(arithmetic, threads=1 if arithmetic.device == "cpu" else None)
+def here(arithmetic: Arithmetic) -> Arithmetic:
+    """Return the same with what is not chosen: the threads and the platform of a CPU."""
+    return dataclasses.replace(arithmetic, **environment(torch.device(arithmetic.device), Processor.read()))
 
 
 @pytest.mark.parametrize("processor", [ZEN5, SKYLAKE, UNKNOWN])
@@ -266,7 +274,8 @@ def test_a_checkpoint_that_records_nothing_goes_on_as_it_was(
     machine(cuda=1)
     monkeypatch.setattr(Processor, "read", lambda: processor)
     params = parameters(**LARGE | {"device": "cpu", "threads": 1} | values)
-    expected = dataclasses.replace(in_one_thread(expected), joined=False)
+    torch.set_num_threads(1)
+    expected = dataclasses.replace(here(expected), joined=False)
     for compiled in (None, False):
         assert start_runtime(params, recorded={"compiled": compiled}).arithmetic == expected
     two = start_runtime(params, Distributed(world_size=2), recorded={"compiled": None}).arithmetic
@@ -292,9 +301,10 @@ def test_a_resumed_run_keeps_its_arithmetic_on_any_processor(before, processor, 
     monkeypatch.setattr(Processor, "read", lambda: processor)
     monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: True)
     params = parameters(**LARGE, device="cpu", threads=1)
-    for threads in (None, 1):  # an older checkpoint does not tell
-        recorded = dataclasses.asdict(before) | {"threads": threads}
-        assert start_runtime(params, recorded=recorded).arithmetic == in_one_thread(before)
+    torch.set_num_threads(1)
+    for recorded in (before, here(before)):  # an older checkpoint does not tell threads and platform
+        arithmetic = start_runtime(params, recorded=dataclasses.asdict(recorded)).arithmetic
+        assert arithmetic == here(before)
     assert not caplog.records
 
 
@@ -329,6 +339,12 @@ def test_muon_computes_in_bfloat16_where_the_steps_do_and_it_is_fast(values, pro
         (Arithmetic(compiled=True), {"compile": "off"}, Arithmetic()),
         (Arithmetic(), {"compile": "on"}, Arithmetic(compiled=True)),
         (Arithmetic(threads=2), {}, Arithmetic()),
+        (Arithmetic(platform="PyTorch 1.0 on a Z80"), {}, Arithmetic()),
+        (
+            Arithmetic("cuda", "float16", gradient="autograd"),
+            {"dtype": "float16"},
+            Arithmetic(gradient="autograd"),
+        ),
     ],
 )
 def test_another_arithmetic_than_the_checkpoints_is_told_in_one_line(
@@ -337,21 +353,60 @@ def test_another_arithmetic_than_the_checkpoints_is_told_in_one_line(
     machine(cuda=1)
     monkeypatch.setattr(arithmetic_module, "onednn_works", lambda _: False)
     params, recorded = parameters(**{"device": "cpu", "threads": 1} | flags), dataclasses.asdict(before)
-    after = in_one_thread(after)
+    torch.set_num_threads(1)
+    after = here(after)
     assert start_runtime(params, recorded=recorded).arithmetic == after
     assert [record.getMessage() for record in caplog.records] == [
-        f"warning: the run was computed with {before}, and goes on with {after}: it will not end with the"
-        " same bytes"
+        f"warning: the run was computed with {before.differences(after)}, and goes on with"
+        f" {after.differences(before)}: it may not end with the same bytes"
     ]
     caplog.clear()
     start_runtime(params, Distributed(rank=1, world_size=2), recorded)
     assert not caplog.records  # the main process has said it
 
 
-def test_an_arithmetic_in_words():
-    assert str(Arithmetic()) == "cpu, float32, products by PyTorch, manual gradient"
-    words = "cpu, bfloat16, 2 threads, products by oneDNN, manual gradient, compiled, Muon in bfloat16"
-    assert str(Arithmetic("cpu", "bfloat16", "onednn", compiled=True, muon="bfloat16", threads=2)) == words
+def test_the_differences_of_two_arithmetics():
+    one = Arithmetic(threads=1, platform="PyTorch 1.0 on a Z80")
+    assert one.differences(one) == one.differences(Arithmetic()) == Arithmetic().differences(one) == ""
+    other = Arithmetic(
+        "cuda", "bfloat16", "onednn", "autograd", True, False, "bfloat16", 2, "PyTorch 2.0 on ARM"
+    )
+    assert other.differences(one) == (
+        "cuda, bfloat16, products by oneDNN, autograd gradient, compiled, separate parameters,"
+        " Muon in bfloat16, 2 threads, PyTorch 2.0 on ARM"
+    )
+    assert one.differences(other) == (
+        "cpu, float32, products by PyTorch, manual gradient, not compiled, joined parameters,"
+        " Muon in float32, 1 thread, PyTorch 1.0 on a Z80"
+    )
+
+
+def test_the_platform_tells_pytorch_and_the_processor(monkeypatch):
+    monkeypatch.setattr(Processor, "read", lambda: ZEN5)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    platform = start_runtime(parameters(device="cpu")).arithmetic.platform
+    assert platform == f"PyTorch {torch.__version__} on Zen 5 AVX512"
+
+
+def test_the_threads_of_a_checkpoint_are_kept_where_there_are_so_many_cores(monkeypatch, caplog):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    torch.set_num_threads(2)
+    params = parameters(device="cpu")
+    for before, after in ((3, 3), (4, 1)):  # a small step gets one
+        recorded = dataclasses.asdict(Arithmetic(threads=before))
+        assert start_runtime(params, recorded=recorded).threads == after
+        assert len(caplog.records) == (before != after)
+    assert start_runtime(parameters(device="cpu", threads=2), recorded=recorded).threads == 2
+
+
+def test_a_run_that_could_not_be_compiled_goes_on_so(caplog):
+    params = Parameters.from_values({"compile": "on", "device": "cpu"}, {"compile": RESUMED})
+    before = dataclasses.asdict(Arithmetic(compiled=False))
+    assert start_runtime(params, recorded=before).arithmetic.compiled is False
+    assert not caplog.records
+    asked = Parameters.from_values({"compile": "on", "device": "cpu"}, {"compile": "--compile"})
+    assert start_runtime(asked, recorded=before).arithmetic.compiled is True
+    assert len(caplog.records) == 1
 
 
 def test_autocast_is_the_chosen_arithmetic_and_nothing_in_float32():
@@ -547,7 +602,7 @@ def test_handlers_are_restored_also_after_an_error():
     assert [signal.getsignal(number) for number, _ in STOPPING] == before
 
 
-def test_a_compiler_that_fails_is_told_in_one_short_line(monkeypatch):
+def test_a_compiler_that_fails_is_told_in_one_short_line(monkeypatch, caplog):
     said = []
 
     def fail(function, **_):
@@ -556,4 +611,6 @@ def test_a_compiler_that_fails_is_told_in_one_short_line(monkeypatch):
     monkeypatch.setattr(torch, "compile", fail)
     call = Compiled(lambda: 7, said.append)
     assert [call(), call()] == [7, 7]
-    assert call.failed and len(said) == 2 and "\n" not in said[1] and len(said[1]) < 200
+    (record,) = caplog.records
+    assert call.failed and len(said) == 1 and record.levelname == "WARNING"
+    assert "\n" not in record.getMessage() and len(record.getMessage()) < 250

@@ -171,11 +171,11 @@ class _Buffers:
     def normalize(self) -> np.ndarray:
         """Return what the matrix behind a layer norm takes: (T B, C + 2)."""
         if len(self.x) == 1:
-            x = self.x[0]
-            np.multiply(x, 1 / math.sqrt(x.dot(x)), out=self._out[0])
+            square = float(self.x[0].dot(self.x[0]))
+            np.multiply(self.x[0], math.sqrt(square) / square, out=self._out[0])  # NaN if it is infinite
         else:
             np.matmul(*self._factors, out=self._squares)
-            np.divide(self.x, np.sqrt(self._norms, out=self._norms), out=self._out)
+            np.multiply(self.x, np.sqrt(self._norms) / self._norms, out=self._out)
         return self._normed
 
 

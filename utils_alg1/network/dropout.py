@@ -1,6 +1,6 @@
 """The random choices of dropout for the manual gradient, drawn before it.
 
-numpy draws 16 random bits an element, which is ten times as fast as PyTorch's Bernoulli on a CPU.
+numpy draws 16 random bits an element, which is faster than PyTorch's Bernoulli on a CPU.
 """
 
 from __future__ import annotations

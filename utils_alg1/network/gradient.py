@@ -56,7 +56,7 @@ def loss_and_gradients(
     N, C = B * T, config.n_embd
     cos_sin = rotary_cos_sin(config, 0, T, idx.device)
     gradients: dict[str, Tensor] = {}
-    kept = [LayerMasks()] * config.n_layer if masks is None else masks.layers
+    layer_masks = [LayerMasks()] * config.n_layer if masks is None else masks.layers
     scale = 1.0 if masks is None else masks.scale
 
     def linear(
@@ -64,12 +64,12 @@ def loss_and_gradients(
         x: Tensor,
         relu: bool = False,
         residual: Tensor | None = None,
-        kept: Tensor | None = None,
+        mask: Tensor | None = None,
         by: Products = products,
     ) -> tuple[Tensor, Backward]:
         weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
         dtype, x, weight = weight.dtype, by.cast(x), by.cast(weight)
-        factor = None if kept is None else kept.to(dtype).mul_(scale)  # of dropout
+        factor = None if mask is None else mask.to(dtype).mul_(scale)  # of dropout
 
         def backward(grad: Tensor) -> Tensor:
             grad = by.cast(grad if factor is None else grad * factor)
@@ -109,12 +109,12 @@ def loss_and_gradients(
         out, ln1 = layer_norm(f"{block}.ln1", x)
         out, qkv = linear(f"{block}.sa.qkv", out)  # (N, 3 C)
         out = out.view(B, T, 3, config.n_head, -1)
-        out, attend = self_attention(out, config.qk_norm, cos_sin, kept[layer].attention, scale)
-        x, proj = linear(f"{block}.sa.proj", out, residual=x, kept=kept[layer].proj)
+        out, attend = self_attention(out, config.qk_norm, cos_sin, layer_masks[layer].attention, scale)
+        x, proj = linear(f"{block}.sa.proj", out, residual=x, mask=layer_masks[layer].proj)
         out, ln2 = layer_norm(f"{block}.ln2", x)
         out, up = linear(f"{block}.ffwd.net.0", out, relu=True)  # (N, 4 C)
         activation = relu_backward(out)
-        x, down = linear(f"{block}.ffwd.net.2", out, residual=x, kept=kept[layer].down)
+        x, down = linear(f"{block}.ffwd.net.2", out, residual=x, mask=layer_masks[layer].down)
         branches += (proj, attend, qkv, ln1), (down, activation, up, ln2)
     out, ln_f = layer_norm("ln_f", x)
     logits, lm_head = linear("lm_head", out, by=Products(out.dtype))  # (N, V)
@@ -178,7 +178,8 @@ def self_attention(
 def qk_norm_and_rotary(x: Tensor, qk_norm: bool, cos_sin: Tensor | None) -> tuple[Tensor, Backward]:
     """`apply_qk_norm_and_rotary`, for queries and keys (2, B, H, T, S) at once; in float32 if they have less.
 
-    bfloat16 takes fewer passes through memory, float32 is rounded as it always was.
+    bfloat16 takes fewer passes through memory; float32 is rounded as in earlier versions, whose runs go on to
+    the same bytes.
     """
     if not qk_norm and cos_sin is None:
         return x, lambda grad: grad

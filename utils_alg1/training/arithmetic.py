@@ -20,6 +20,7 @@ from utils_alg1.base.text import format_count
 from utils_alg1.network.gradient import OPTIONS
 from utils_alg1.network.products import Products, onednn_works
 from utils_alg1.training.distributed import Distributed
+from utils_alg1.utils_config_loader import RESUMED
 
 SMALL_STEP_FLOPS = 1e9  # a micro-batch with fewer floating-point operations is bound by calls, not products
 # MKL uses no AVX-512 on AMD processors. Up to Zen 4 it would not be faster, and oneDNN gains a tenth in large
@@ -40,6 +41,7 @@ class Processor:
 
     vendor: str = ""
     family: int = 0
+    name: str = ""
     flags: frozenset[str] = frozenset()
 
     @classmethod
@@ -51,7 +53,8 @@ class Processor:
         values = {name.strip(): value.strip() for name, _, value in reversed(lines)}  # the first core's
         family = values.get("cpu family", "")
         flags = frozenset(values.get("flags", "").split())
-        return cls(values.get("vendor_id", ""), int(family) if family.isdecimal() else 0, flags)
+        number = int(family) if family.isdecimal() else 0
+        return cls(values.get("vendor_id", ""), number, values.get("model name", ""), flags)
 
     @property
     def onednn_flops(self) -> float:
@@ -75,8 +78,9 @@ class Arithmetic:
             which changes the last digits; False for checkpoints of versions that did not.
         muon: the data type of the products of Muon's iteration, whose result need not be exact; float32 for
             other optimizers.
-        threads: the number of threads of a CPU, by which sums are split; None on other devices, and if an
-            older checkpoint does not tell.
+        threads: of a CPU, by which sums are split; None on other devices, and if an older checkpoint does not
+            tell.
+        platform: of a CPU, PyTorch's version and the processor; None as `threads`.
     """
 
     device: str = "cpu"
@@ -87,22 +91,24 @@ class Arithmetic:
     joined: bool = True
     muon: str = "float32"
     threads: int | None = None
+    platform: str | None = None
 
-    def __str__(self) -> str:
-        parts = [self.device, self.dtype]
-        if self.threads is not None:
-            parts.append(format_count(self.threads, "thread"))
-        parts += [f"products by {LIBRARIES[self.products]}", f"{self.gradient} gradient"]
-        if self.compiled:
-            parts.append("compiled")
-        if self.muon != "float32":
-            parts.append(f"Muon in {self.muon}")
-        return ", ".join(parts)
-
-    def agrees_with(self, before: Arithmetic) -> bool:
-        """Whether this is the arithmetic of a checkpoint, as far as that tells."""
-        told = {name: value for name, value in vars(before).items() if value is not None}
-        return vars(self) | told == vars(self)
+    def differences(self, other: Arithmetic) -> str:
+        """Return in words what is different from the other; what either does not tell is not."""
+        words = {
+            "device": self.device,
+            "dtype": self.dtype,
+            "products": f"products by {LIBRARIES[self.products]}",
+            "gradient": f"{self.gradient} gradient",
+            "compiled": "compiled" if self.compiled else "not compiled",
+            "joined": "joined parameters" if self.joined else "separate parameters",
+            "muon": f"Muon in {self.muon}",
+            "threads": format_count(self.threads or 0, "thread"),
+            "platform": str(self.platform),
+        }
+        pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
+        different = [name for name, (a, b) in pairs.items() if None not in (a, b) and a != b]
+        return ", ".join(words[name] for name in different)
 
     @property
     def is_known(self) -> bool:
@@ -110,11 +116,19 @@ class Arithmetic:
         known = self.dtype in DTYPES and self.products in LIBRARIES and self.gradient in GRADIENTS
         known = known and self.muon in DTYPES and isinstance(self.device, str)
         known = known and self.compiled in (None, False, True) and self.joined in (False, True)
-        return known and isinstance(self.threads, int | None)
+        return known and isinstance(self.threads, int | None) and isinstance(self.platform, str | None)
 
     def products_of_gradient(self) -> Products:
         """Return the products of the manual gradient."""
         return Products(getattr(torch, self.dtype), self.products == "onednn")
+
+
+def environment(device: torch.device, processor: Processor) -> dict[str, Any]:
+    """Return what of an arithmetic is not chosen: threads and platform."""
+    if device.type != "cpu":
+        return {}
+    name = " ".join(filter(None, (processor.name, torch.backends.cpu.get_cpu_capability())))
+    return {"threads": torch.get_num_threads(), "platform": f"PyTorch {torch.__version__} on {name}"}
 
 
 def choose_arithmetic(params: Parameters, device: torch.device, processor: Processor) -> Arithmetic:
@@ -136,18 +150,26 @@ def choose_arithmetic(params: Parameters, device: torch.device, processor: Proce
     if dtype == "float16" and device.type != "cuda":
         text = f"--dtype float16 needs CUDA, and the device is {device}"
         raise Alg1Error(text, "use --dtype float32 or --dtype bfloat16")
-    # On a CPU compiling pays after some ten thousand steps, and needs a C++ compiler that may be missing: it
-    # has to be asked for.
-    n_micro_batches = config.grad_accum_steps * config.max_iters
-    compiled = {"on": True, "off": False}.get(
-        config.compile, device.type == "cuda" and flops * n_micro_batches >= COMPILE_FLOPS
-    )
     products = "onednn" if dtype == "bfloat16" or flops >= processor.onednn_flops else "pytorch"
     fast_bfloat16 = device.type == "cuda" or processor.flags & BFLOAT16_FLAGS
     muon = "float32"
     if config.optimizer == "muon" and dtype == "bfloat16" and fast_bfloat16:
         muon = "bfloat16"
-    return supported(Arithmetic(device.type, dtype, products, "manual", compiled, muon=muon), params)
+    compiled = compiling_pays(params, device)
+    chosen = Arithmetic(device.type, dtype, products, "manual", compiled, muon=muon)
+    return supported(dataclasses.replace(chosen, **environment(device, processor)), params)
+
+
+def compiling_pays(params: Parameters, device: torch.device) -> bool:
+    """Return whether to compile a new run: what --compile says, or whether it ends sooner by it.
+
+    On a CPU compiling pays after some ten thousand steps, and needs a C++ compiler that may be missing: it
+    has to be asked for.
+    """
+    config = params.train
+    flops = params.flops_per_micro_batch() * config.grad_accum_steps * config.max_iters
+    pays = device.type == "cuda" and flops >= COMPILE_FLOPS
+    return {"on": True, "off": False}.get(config.compile, pays)
 
 
 def supported(arithmetic: Arithmetic, params: Parameters) -> Arithmetic:
@@ -177,22 +199,25 @@ def recorded_arithmetic(
     if "dtype" in recorded:
         return Arithmetic(**recorded)
     chosen = choose_arithmetic(params, device, Processor())
-    old = dataclasses.replace(chosen, joined=False, muon="float32", **recorded)
+    old = dataclasses.replace(chosen, joined=False, muon="float32", threads=None, platform=None, **recorded)
     if old.dtype != "float32" or params.model.dropout or dist.world_size > 1:
         return dataclasses.replace(old, products="pytorch", gradient="autograd")
     return old
 
 
-def keep_arithmetic(before: Arithmetic, params: Parameters, device: torch.device) -> Arithmetic:
+def keep_arithmetic(
+    before: Arithmetic, params: Parameters, device: torch.device, processor: Processor
+) -> Arithmetic:
     """Return the arithmetic of a resumed run: that of the checkpoint, as far as this machine supports it.
 
-    Raises:
-        Alg1Error: the device does not support the dtype.
+    Whether to compile is asked anew only by a flag: what the run began with may have failed.
     """
-    new = choose_arithmetic(params, device, Processor())
-    dtype = new.dtype if before.dtype == "float16" and device.type != "cuda" else before.dtype
-    compiled = before.compiled if params.train.compile == "auto" else new.compiled
-    if compiled is None:
-        compiled = new.compiled
-    wanted = dataclasses.replace(before, device=device.type, dtype=dtype, compiled=compiled, threads=None)
-    return supported(wanted, params)
+    dtype, compiled = before.dtype, before.compiled
+    if dtype == "float16" and device.type != "cuda":
+        dtype = "float32"
+    asked = params.train.compile != "auto" and params.origins["compile"] != RESUMED
+    if compiled is None or asked:
+        compiled = compiling_pays(params, device)
+    wanted = dataclasses.replace(before, device=device.type, dtype=dtype, compiled=compiled)
+    wanted = dataclasses.replace(wanted, threads=None, platform=None)
+    return supported(dataclasses.replace(wanted, **environment(device, processor)), params)

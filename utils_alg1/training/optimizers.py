@@ -1,8 +1,8 @@
 """The optimizers: AdamW, SGD and Muon. Their updates are those of torch.optim, with the same fused operators.
 
-torch.optim is not used: creating one of its optimizers imports PyTorch's compiler, 822 modules, which takes
-1.05 to 1.3 s at each start (0.02 s here), and the fused AdamW step of fifty small tensors takes more than
-twice as long as that of the few joined ones here. benchmarks/shortcuts.py measures both.
+torch.optim is not used: creating one of its optimizers imports PyTorch's compiler at each start, and a fused
+step of fifty small tensors takes longer than that of the few joined ones here. benchmarks/shortcuts.py
+measures both.
 """
 
 from __future__ import annotations

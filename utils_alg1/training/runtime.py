@@ -83,28 +83,34 @@ def start_runtime(
     Raises:
         Alg1Error: there is no such device, or it does not support the dtype.
     """
-    config = params.train
-    device = find_device(config.device)
+    device = find_device(params.train.device)
     if dist.world_size > 1:
         device = device_of_process(device, dist)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    processor = Processor.read()
+    before = None if recorded is None else recorded_arithmetic(recorded, params, device, dist)
+    set_threads(params, device, before.threads if before else None)
+    if before is None:
+        arithmetic = choose_arithmetic(params, device, processor)
+    else:
+        arithmetic = keep_arithmetic(before, params, device, processor)
+        if dist.is_main and (now := arithmetic.differences(before)):
+            LOGGER.warning(
+                "warning: the run was computed with %s, and goes on with %s:"
+                " it may not end with the same bytes",
+                before.differences(arithmetic),
+                now,
+            )
+    return Runtime(device, arithmetic, torch.get_num_threads(), dist)
+
+
+def set_threads(params: Parameters, device: torch.device, before: int | None) -> None:
+    """Set the number of threads: that of --threads, or of the checkpoint if there are so many cores."""
+    if params.train.threads:
+        torch.set_num_threads(params.train.threads)
+    elif before is not None and before <= (os.cpu_count() or 1):
+        torch.set_num_threads(before)
     elif device.type == "cpu" and params.flops_per_micro_batch() < SMALL_STEP_FLOPS:
         torch.set_num_threads(1)  # a second one gains little there, and takes a core from the trackers
-    before = None if recorded is None else recorded_arithmetic(recorded, params, device, dist)
-    if before is None:
-        arithmetic = choose_arithmetic(params, device, Processor.read())
-    else:
-        arithmetic = keep_arithmetic(before, params, device)
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        arithmetic = dataclasses.replace(arithmetic, threads=threads)
-    if before is not None and not arithmetic.agrees_with(before) and dist.is_main:
-        text = (
-            "warning: the run was computed with %s, and goes on with %s: it will not end with the same bytes"
-        )
-        LOGGER.warning(text, before, arithmetic)
-    return Runtime(device, arithmetic, threads, dist)
 
 
 def device_of_process(device: torch.device, dist: Distributed) -> torch.device:
@@ -152,7 +158,7 @@ def find_device(name: str) -> torch.device:
 
 
 class Compiled:
-    """A function that torch.compile compiles at its first call; if that fails, the function as it is.
+    """A function that torch.compile compiles at its first call; if that fails, it costs a warning.
 
     Attributes:
         failed: whether compiling failed; False before the first call.
@@ -171,7 +177,8 @@ class Compiled:
             self._compiled = torch.compile(self._function, options=self._options)
             return self._compiled(*args)
         except Exception as error:  # a compiler fails in many ways, none of which may end the run
-            self._say(f"torch.compile does not work here ({first_line(error)[:120]}); going on without it")
+            text = "warning: torch.compile does not work here (%s); going on without it, with other rounding"
+            LOGGER.warning(text, first_line(error)[:120])
             self.failed, self._compiled = True, self._function
             return self._function(*args)
 
