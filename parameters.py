@@ -20,7 +20,7 @@ from typing import Any
 
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import read_json_object
-from utils_alg1.base.problems import Problem, nearest, raise_problems, shown
+from utils_alg1.base.problems import Problem, explain, raise_problems, shown
 from utils_alg1.base.settings import Spec, changeable, coerce, field_names, setting, yaml_line, yaml_value
 
 DEFAULT = "default"  # the origin of a value that nothing sets
@@ -369,7 +369,7 @@ def coerce_all(values: Mapping[str, Any], origin: str = "") -> tuple[dict[str, A
                 problems.append(Problem(f"{where}{name} = {shown(value)} {error}", (name,)))
         else:
             section = "; there are no sections: move its names to the top level"
-            meant = section if isinstance(value, dict) else nearest(str(name), known)
+            meant = section if isinstance(value, dict) else explain(str(name), known, value)
             problems.append(Problem(f"{where}unknown name {shown(name)}{meant}"))
     return good, problems
 

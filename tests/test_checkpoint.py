@@ -823,6 +823,58 @@ def test_a_decayed_run_may_not_become_longer(schedule, a_run, train):
     assert result.code == 2
     moved = f"max_iters: 10 -> 30 (it moves the {schedule} schedule of the steps already taken)"
     assert moved in result.err
+    if schedule == "cosine":
+        run = only_run()
+        assert result.err.splitlines()[-1] == (
+            "hint: leave them out, or train a new run from its weights, where optimizer, schedule and step"
+            f" count begin anew: python train.py --config {run}/meta/full_config.json"
+            f" --init-from {run}/artifacts/export/model.safetensors --max-iters 30"
+        )
+
+
+def obey(hint: str, train) -> dict:
+    """Paste the command that a hint ends with; return the record and the final figures of the new run."""
+    program, script, *words = shlex.split(hint.rpartition(": ")[2])
+    assert (program, script) == ("python", "train.py")
+    result = train(*words)
+    assert result.code == 0, result.err
+    run = max(Path("runs").iterdir())
+    record = json.loads((run / "meta/full_config.json").read_text())
+    return record | record["parameters"] | json.loads((run / "eval/final.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "outcome"),
+    [
+        (
+            ["--lr-schedule", "cosine"],
+            ["--max-iters", 9],
+            {"max_iters": 9, "lr_schedule": "cosine", "steps": 9},
+        ),
+        ([], ["--learning-rate", 0.01, "--eval-interval", 3], {"learning_rate": 0.01, "eval_interval": 3}),
+        ([], ["--grad-accum-steps", 2, "--run-tag=-a b", "--aim"], {"grad_accum_steps": 2, "aim": True}),
+        ([], ["--n-layer", 2], {"n_layer": 2, "n_embd": 16, "steps": 6}),
+        ([], ["--data", "other.txt"], {"data_path": "other.txt", "n_embd": 16, "steps": 6}),
+    ],
+    ids=["longer", "rate", "flags", "size", "text"],
+)
+def test_a_change_that_a_resumed_run_refuses_can_be_had_by_the_command_in_the_hint(
+    flags, given, outcome, a_run, train, text_file
+):
+    a_run(*flags)
+    Path("other.txt").write_text(TEXT[::-1], encoding="utf-8")
+    result = train("--resume", "latest", *given)
+    assert result.code == 2
+    reached = obey(result.err.splitlines()[-1], train)
+    assert reached | outcome == reached
+    assert (reached["origins"]["n_embd"] == "--init-from") == ("--n-layer" not in given)
+
+
+def test_a_run_without_an_export_hands_on_the_weights_of_its_newest_checkpoint(a_run, train, text_file):
+    a_run("--lr-schedule", "linear", stop=3)
+    result = train("--resume", "latest", "--max-iters", 7)
+    assert f"--init-from {checkpoint(4)} --max-iters 7\n" in result.err
+    assert obey(result.err.splitlines()[-1], train)["steps"] == 7
 
 
 def test_a_wsd_run_may_become_longer_while_it_is_stable(a_run, train):

@@ -99,8 +99,9 @@ TRAIN_MISTAKES = [
     (
         "--config nano.yaml",
         "3 problems:"
-        "\n  - nano.yaml: unknown name 'gradient_accumulation_steps'; did you mean grad_accum_steps?"
-        "\n  - nano.yaml: unknown name 'init_from'"
+        "\n  - nano.yaml: unknown name 'gradient_accumulation_steps': use grad_accum_steps, which counts"
+        " those of one process"
+        "\n  - nano.yaml: unknown name 'init_from': it is a flag, for the command line: --resume latest"
         "\n  - nano.yaml: unknown name 'N_EMBD'; did you mean n_embd?",
         SHOWS,
     ),
@@ -191,11 +192,20 @@ FLAG_MISTAKES = [
     ("train", "--batch_size=5", "unknown flag --batch_size; did you mean --batch-size?"),
     ("train", "--no-data", "unknown flag --no-data; did you mean --data?"),
     ("train", "--qqqqqqq -5", "unknown flag --qqqqqqq"),
-    ("train", "--out_dir=out", "unknown flag --out_dir; did you mean --runs-dir?"),
-    ("train", "--wandb_log=True", "unknown flag --wandb_log; did you mean --aim?"),
+    (
+        "train",
+        "--out_dir=out",
+        "unknown flag --out_dir: use --runs-dir: every run gets a folder of its own in it",
+    ),
+    (
+        "train",
+        "--wandb_log=True",
+        "unknown flag --wandb_log: leave it out: Aim and TensorBoard log every run",
+    ),
     ("train", "--lr 1", "unknown flag --lr; did you mean --learning-rate?"),
     ("train", "--wd 1 --lr 1 5", "2 problems:\n  - unknown flag --wd; did you mean --weight-decay?\n"),
     ("train", "stray 'words - too' -1 --", "belongs to no flag: 'stray' 'words - too' '-1'"),
+    ("train", "config/train_shakespeare_char.py", "belongs to no flag: 'config/train_shakespeare_char.py'"),
     ("train", "--aim false", "belongs to no flag: 'false'"),
     ("train", "--print-config=yes", "--print-config: takes no value, and was given 'yes'"),
     ("train", "-help", "-h/--help: takes no value, and was given 'elp'"),
@@ -541,7 +551,8 @@ def test_a_run_with_damaged_checkpoints_only_says_what_is_left(run, train):
 def test_the_options_of_a_model_stay_with_it(run, train, flags, changes):
     before = snapshot(Path())
     result = train("--resume", "latest", *flags.split())
-    hint = "leave them out, or start a new run from its weights: --init-from PATH"
+    command = f"python train.py --config {run}/meta/full_config.json {flags}"
+    hint = f"leave them out, or train another model: {command}"
     expected = report(f"the run cannot go on with other values: {changes}", hint)
     assert (result.code, result.out, result.err) == (2, "", expected)
     assert snapshot(Path()) == before

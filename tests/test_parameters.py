@@ -594,15 +594,14 @@ def test_validate_config_lists_every_problem():
         ("--temp", ["--stop", "--temperature", "--top-k"], "--temperature"),
         (":temp", [":help", ":temperature"], ":temperature"),
         ("--lr", ["--min-lr", "--learning-rate", "--lr-schedule"], "--learning-rate"),
-        ("epochs", ["max_iters", "seed"], "max_iters"),
+        ("max_steps", ["max_iters", "seed"], "max_iters"),
         ("learning_rat", ["learning_rate", "seed"], "learning_rate"),
         ("--n-lyer", ["--n-layer", "--n-head"], "--n-layer"),
         ("qqqq", ["seed"], ""),
         ("N_EMBD", ["n_embd", "n_head"], "n_embd"),
         ("--nope", ["--compile"], ""),  # dashes make no words alike
-        ("--out_dir", ["--output", "--runs-dir"], "--runs-dir"),
-        ("dataset", ["data_path", "seed"], "data_path"),
-        ("--dataset", ["--data", "--seed"], "--data"),
+        ("corpus", ["data_path", "seed"], "data_path"),
+        ("--corpus", ["--data", "--seed"], "--data"),
         ("--", ["--seed"], ""),
     ],
 )

@@ -24,12 +24,13 @@ pytest.importorskip("optuna", reason="searching is optional: pip install -e '.[s
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from parameters import specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.console.command_line import Options
 from utils_alg1.run_directory import list_runs
 from utils_alg1.search import results as results_module
 from utils_alg1.search import study as study_module
-from utils_alg1.search.space import grid_values, make_plan, read_space, to_flag
+from utils_alg1.search.space import grid_values, make_plan, read_space
 from utils_alg1.tracking.metrics_file import read_metrics
 from utils_alg1.utils_output import Console
 
@@ -261,7 +262,7 @@ def test_without_optuna_there_is_one_line(search, workdir, monkeypatch):
     [("aim", False, "--no-aim"), ("aim", True, "--aim"), ("data_path", "-a b", "--data=-a b")],
 )
 def test_a_parameter_as_a_word(name, value, word):
-    assert to_flag(name, value) == word
+    assert "=".join(specs()[name].words(value)) == word
 
 
 # --- searches with a fake train.py --------------------------------------------------------------------
@@ -419,9 +420,132 @@ def test_what_cannot_be_trained_is_told_as_pruned_and_counts(search, fake_train)
 
 
 def test_a_search_without_a_complete_trial_says_so(search, fake_train):
-    result = search("--space", write_space(learning_rate=[0.1, 0.2]), "--dropout", 0.5, "--trials", 3)
-    assert result.code == 3 and len(results()) == 3
+    result = search("--space", write_space(learning_rate=RATES), "--dropout", 0.5, "--trials", 7)
+    assert result.code == 3 and len(results()) == 7  # smaller ones might fit into the memory
     assert result.err.startswith("error: no trial was completed; the last one: out of memory\n")
+
+
+def edit_fake_train(fake_train: Path, code: str) -> None:
+    """Let the fake train.py run some code before the rest, where `trial` is the number of its trial."""
+    number = 'trial = int(flags.get("run-tag", "-0").rsplit("-")[-1])\n'
+    fake_train.write_text(FAKE_TRAIN.replace('if "--resume"', number + code + 'if "--resume"', 1))
+
+
+def test_the_same_error_everywhere_ends_the_search(search, fake_train):
+    edit_fake_train(fake_train, "raise NameError('momentun')\n")
+    result = search("--space", write_space(learning_rate=RATES, n_layer=[4], beta1=[0.8, 0.9]), "--no-prune")
+    assert result.code == 2 and 5 <= len(trials_of()) <= 9
+    assert result.err.startswith(
+        "error: trials with other values of everything that is searched end alike: NameError: momentun\n"
+        "hint: searches/space/trials/"
+    )
+    fake_train.write_text(FAKE_TRAIN)
+    assert search("--space", "space.yaml", "--no-prune").code == 0 and len(results()) == 20
+
+
+def failed(reason: str | None, loss: float | None = None, **parameters: Any) -> optuna.trial.FrozenTrial:
+    """A trial that has ended without a result."""
+    space = {"n_layer": IntDistribution(1, 6), "beta1": CategoricalDistribution((0.8, 0.9))}
+    return optuna.trial.create_trial(
+        state=optuna.trial.TrialState.PRUNED,
+        params=parameters,
+        distributions={name: space[name] for name in parameters},
+        intermediate_values={} if loss is None else {0: loss},
+        user_attrs={"reason": reason},
+    )
+
+
+@pytest.mark.parametrize(
+    ("trials", "everywhere"),
+    [
+        ([failed("no", n_layer=n, beta1=0.8) for n in (1, 2, 3, 4)], True),
+        ([failed("no", n_layer=n, beta1=0.8) for n in (1, 2, 3)], False),  # too few
+        ([failed("no", n_layer=n, beta1=0.9) for n in (1, 2, 3, 4)], False),  # beta1 = 0.9 may be the reason
+        (
+            [failed("no", n_layer=n, beta1=0.8) for n in (1, 2, 3)] + [failed("never", n_layer=4, beta1=0.8)],
+            False,
+        ),
+        ([failed("no", n_layer=n, beta1=0.8) for n in (1, 2, 3, 4)] + [failed(None, 4.2, n_layer=1)], False),
+    ],
+)
+def test_what_fails_everywhere(trials, everywhere):
+    assert study_module.fails_everywhere(trials, {"n_layer": 6, "beta1": 0.9}, "no") == everywhere
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        ("Path('text.txt').write_text('short')", "text.txt: 5 characters are too few for block_size = 32"),
+        ("Path('text.txt').rename('moved.txt')", "text.txt: no such text file"),
+        (
+            "Path('text.txt').write_text('another text ' * 99)",
+            "other settings than at the start of the search: text_sh",
+        ),
+        (
+            "Path('config.json').write_text('{\"beta2\": 2}')",
+            "beta2 = 2.0 must be below 1 (beta2 from config.json)",
+        ),
+        (
+            "Path('config.json').write_text('{\"beta2\": 0.5}')",
+            "other settings than at the start of the search: beta2",
+        ),
+    ],
+)
+def test_what_has_changed_meanwhile_ends_the_search_which_goes_on_when_it_is_put_back(
+    search, fake_train, damage, error
+):
+    config = json.dumps({"data_path": "text.txt", "beta2": 0.9})
+    Path("config.json").write_text(config)
+    damage = damage.replace('"beta2"', '"data_path": "text.txt", "beta2"')
+    edit_fake_train(fake_train, f"if trial == 1: {damage}\n")
+    text = Path("text.txt").read_bytes()
+    flags = ["--space", write_space(learning_rate=RATES), "--trials", 4, "--no-prune"]
+    result = search(*flags)
+    assert result.code == 2 and f"error: {error}" in result.err and len(counted()) == 2
+    Path("text.txt").write_bytes(text)
+    Path("config.json").write_text(config)
+    assert search(*flags).code == 0 and len(results()) == 4
+
+
+def test_a_study_from_before_texts_were_compared_goes_on(search, fake_train):
+    flags = ["--space", write_space(learning_rate=RATES), "--no-prune"]
+    assert search(*flags, "--trials", 1).code == 0
+    study = optuna.load_study(study_name="space", storage="sqlite:///searches/space/study.db")
+    plan = dict(study.user_attrs["plan"])
+    assert len(plan.pop("text_sha256")) == 16
+    study.set_user_attr("plan", plan)
+    assert search(*flags, "--trials", 2).code == 0
+    study.set_user_attr("plan", plan | {"text_sha256": "0" * 16})
+    assert "has begun with other settings: text_sha256: '0000000000000000' -> '" in search(*flags).err
+
+
+def test_a_trial_whose_train_py_is_told_to_leave_is_resumed(search, fake_train):
+    leave = 'if "--resume" not in sys.argv:\n    import atexit, os; atexit.register(lambda: os._exit(143))\n'
+    edit_fake_train(fake_train, leave)
+    assert search("--space", write_space(learning_rate=RATES), "--trials", 1).code == 0
+    assert [trial.state.name for trial in trials_of()] == ["FAIL", "COMPLETE"]
+    assert [trial.value for trial in counted()] == [0.125] and len(list_runs("runs")) == 1
+
+
+def test_the_sampler_keeps_away_from_what_cannot_be_trained(fake_train, monkeypatch):
+    study = open_study("space", learning_rate={"low": 1e-4, "high": 10, "log": True}, beta1=[0.8, 0.9])
+    search = search_of(study, 24)
+    monkeypatch.setattr(type(search.plan), "check_again", lambda self: None)
+
+    def train(trial: optuna.Trial, parameters: dict[str, Any], log: Path) -> tuple[int, bool]:
+        rate = parameters["learning_rate"]
+        log.write_text("error: the loss is not finite")
+        trial.report(4.2, 0)
+        trial.set_user_attr("run", str(log.with_suffix("")))
+        (log.with_suffix("") / "eval").mkdir(parents=True)
+        (log.with_suffix("") / "eval/final.json").write_text(json.dumps({"best_val_loss": abs(rate - 0.002)}))
+        return (3 if rate > 0.05 else 0), False
+
+    monkeypatch.setattr(search, "train", train)
+    search.run(1)
+    diverged = [trial.number for trial in counted() if trial.state.name == "PRUNED"]
+    early, late = [n for n in diverged if n < 10], [n for n in diverged if n >= 10]
+    assert len(early) == 5 and len(late) <= 2  # drawn at random; chosen by the sampler
 
 
 def test_a_failed_disk_ends_the_search_which_goes_on_later(search, fake_train):

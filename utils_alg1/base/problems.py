@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.other_names import answer_to, bare, same_as
 
 CONFIG_HINT = "python train.py --help explains every value"
+SHORTEST_BEGINNING = 3  # characters of a name that stand for all of it
+LEAST_SIMILARITY = 0.75  # of a name with a typing error, see difflib.SequenceMatcher.ratio
 
 
 class Problem(NamedTuple):
@@ -41,49 +44,39 @@ def raise_problems(problems: list[Problem], hint: str = CONFIG_HINT) -> None:
         raise Alg1Error("\n  - ".join([f"{len(kept)} problems:", *kept]), hint)
 
 
-# Names in other programs, above all nanoGPT, of what is a parameter, a key in a file or a flag here.
-ALIASES = {
-    "learning_rate": ("lr",),
-    "max_iters": ("epochs", "steps", "max_steps", "num_steps", "iterations", "lr_decay_iters"),
-    "batch_size": ("bs",),
-    "block_size": ("context", "context_length", "context_size", "seq_len"),
-    "n_embd": ("d_model", "hidden_size"),
-    "n_layer": ("layers", "num_layers", "depth"),
-    "n_head": ("heads", "num_heads"),
-    "grad_accum_steps": ("gradient_accumulation_steps", "accumulate"),
-    "weight_decay": ("wd",),
-    "lr_schedule": ("decay_lr", "scheduler"),
-    "checkpoint_interval": ("always_save_checkpoint", "save_interval", "save_every"),
-    "device": ("gpu",),
-    "workers": ("jobs", "n_jobs"),
-    "data_path": ("dataset", "input", "text", "corpus"),
-    "data": ("dataset", "data_path", "input", "corpus"),
-    "runs_dir": ("out_dir", "output_dir"),
-    "run_tag": ("wandb_run_name", "run_name", "name"),
-    "aim": ("wandb", "wandb_log"),
-    "prompt": ("start", "text", "input"),
-    "max_new_tokens": ("length", "max_length", "max_tokens", "tokens"),
-    "num_samples": ("samples", "n_samples"),
-    "model": ("checkpoint", "ckpt", "weights"),
-}
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" with the name in `known` that `word` most likely means, or "".
+    """Return "; did you mean X?" with the name in `known` that `word` most likely means, or ""."""
+    return same_as(word, known) or similar(word, known)
 
-    In this order: the same name, an alias, the only name that begins with `word`, the most similar name.
+
+def explain(word: str, known: Iterable[str], value: Any = None) -> str:
+    """Return what to write for an unknown flag or key, to be put behind it in a message; "" if nobody knows.
+
+    See `answer_to`, which is asked first.
     """
-    by_name = {_bare(name): name for name in known}
-    bare = _bare(word).lower()
-    same = [name for name in by_name if name == bare]
-    aliased = [name for name in by_name if bare in ALIASES.get(name, ())]
-    begun = [name for name in by_name if bare and name.startswith(bare)]
-    close = difflib.get_close_matches(bare, list(by_name), n=1, cutoff=0.65)
-    for found in (same, aliased[:1], begun, close):
+    return answer_to(word, known, value) or similar(word, known)
+
+
+def similar(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" with the only name that begins with `word` or looks like it; or "".
+
+    What looks like it has its words in the same order, each with no more than a typing error, or is the
+    same but for the underscores: min_iters does not look like max_iters.
+    """
+    by_name, key = {bare(name): name for name in known}, bare(word).lower()
+    begun = [name for name in by_name if len(key) >= SHORTEST_BEGINNING and name.startswith(key)]
+    ratios = {name: _similarity(key, name) for name in by_name}
+    best = max(ratios.values(), default=0)
+    close = [name for name in by_name if ratios[name] == best >= LEAST_SIMILARITY]
+    for found in (begun, close):
         if len(found) == 1:
             return f"; did you mean {by_name[found[0]]}?"
     return ""
 
 
-def _bare(name: str) -> str:
-    return name.lstrip("-:").replace("-", "_")
+def _similarity(one: str, other: str) -> float:
+    """Return how similar two names are, from 0 to 1: as their least similar words if they have as many."""
+    words, others = one.split("_"), other.split("_")
+    if len(words) != len(others):
+        words, others = ["".join(words)], ["".join(others)]
+    return min(difflib.SequenceMatcher(None, a, b).ratio() for a, b in zip(words, others, strict=True))

@@ -16,6 +16,7 @@ from typing import Any
 LARGEST = 2**31 - 1  # the maximum of an integer without a limit of its own: more could not be allocated
 NO_FILE_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes that are not UTF-8
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+SWITCHES = {"true": True, "false": False}
 
 
 def setting(
@@ -92,22 +93,29 @@ class Spec(Limits):
         """The help with the choices, for a comment in a file."""
         return self.help + (f" ({', '.join(self.choices)})" if self.choices else "")
 
+    def words(self, value: Any) -> list[str]:
+        """Return a value on a command line: flag and value, or --flag or --no-flag for a boolean."""
+        if isinstance(value, bool):
+            return [self.flag if value else self.flag.replace("--", "--no-", 1)]
+        return [self.flag, str(value)]
+
 
 def coerce(limits: Limits, value: Any) -> Any:
     """Convert `value`, from a file or the command line, to the type of `limits`; `violation` checks the rest.
 
     PyYAML reads `1e-3` as a string and JSON does not distinguish 1 from 1.0: 10000, 1e4 and 10_000 are the
-    same integer. YAML reads `on` and `off` as booleans.
+    same integer. YAML reads `on` and `off` as booleans; nanoGPT writes True and False.
 
     Raises:
         ValueError: with what the value must be.
     """
     if value is None and limits.default is None:
         return None
-    if limits.type is bool and isinstance(value, str):
-        value = {"true": True, "false": False}.get(value.lower(), value)
-    elif limits.type is str and isinstance(value, bool) and "off" in limits.choices:
-        value = "on" if value else "off"
+    word = str(value).lower() if isinstance(value, bool | str) else ""
+    if limits.type is bool:
+        value = SWITCHES.get(word, value)
+    elif word in SWITCHES and "off" in limits.choices:
+        value = "on" if SWITCHES[word] else "off"
     elif limits.type in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         value = _to_number(limits.type, value)
     if type(value) is not limits.type:

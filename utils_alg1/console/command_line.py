@@ -1,16 +1,18 @@
-"""The command line: argparse, with errors as Alg1Error and the nearest known flag for an unknown one."""
+"""The command line: argparse, with errors as Alg1Error and what an unknown flag most likely means."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from parameters import PARTS, specs
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.problems import Problem, nearest, raise_problems, shown
+from utils_alg1.base.other_names import answer_to, bare
+from utils_alg1.base.problems import Problem, raise_problems, shown, similar
 from utils_alg1.base.settings import Limits, coerce
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -41,14 +43,27 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the command line. An Alg1Error names every unknown flag, or else the first mistake."""
         namespace, unknown = self.parse_known_args(args, namespace)
-        flags = [word.partition("=")[0] for word in unknown if re.match("--?[A-Za-z]", word)]
-        known = self._option_string_actions  # a flag behind "--" is one of these
-        problems = [Problem(f"unknown flag {f}{nearest(f, known)}") for f in flags if f not in known]
-        raise_problems(problems, self.hint)
+        raise_problems([*self._unknown_flags(unknown)], self.hint)
         words = " ".join(shown(word) for word in unknown if word != "--")
         if words:
-            self.error(f"belongs to no flag: {words}", "every value follows its flag; switches take none")
+            hint = "every value follows its flag; switches take none"
+            if "--config" in self._option_string_actions and words.endswith((".py'", ".yaml'", ".json'")):
+                hint = "settings are read from a YAML or JSON file: --config PATH"
+            self.error(f"belongs to no flag: {words}", hint)
         return namespace
+
+    def _unknown_flags(self, words: list[str]) -> Iterator[Problem]:
+        """Yield a problem for each flag among the words that belong to no known one."""
+        known = self._option_string_actions  # a flag behind "--" is one of these
+        for word, next_word in itertools.zip_longest(words, words[1:], fillvalue="-"):
+            flag, is_given, text = word.partition("=")
+            if not re.match("--?[A-Za-z]", word) or flag in known:
+                continue
+            value = text if is_given or next_word.startswith("-") else next_word
+            meant = answer_to(flag, known, value)
+            if not meant and bare(flag) in specs():
+                meant = ": it is a flag of train.py"
+            yield Problem(f"unknown flag {flag}{meant or similar(flag, known)}")
 
     def error(self, message: str, hint: str = "") -> NoReturn:
         """Raise Alg1Error with the hints of this mistake and of the parser."""

@@ -14,6 +14,7 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
 from utils_alg1.run_directory import RunDirectory
 from utils_alg1.training.distributed import Distributed, launch_command
+from utils_alg1.training.resume import new_run_command
 from utils_alg1.training.schedule import same_learning_rates
 from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_output import LabelledLines, ShellCommand
@@ -108,8 +109,7 @@ def longer_training_command(
         return f"{resume_command(run, dist)} --patience 0"
     if not same_learning_rates(params.train, longer, steps):
         # A longer schedule has other learning rates from the start, so it needs a new run.
-        config, weights = shlex.quote(str(run.record_path)), shlex.quote(str(run.export_path))
-        return f"{launch_command(dist)} --config {config} --init-from {weights}"
+        return new_run_command(run, dist)
     return f"{resume_command(run, dist)} --max-iters {longer.max_iters}"
 
 

@@ -122,7 +122,7 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
         text.check_block_size(params.model.block_size, params.data.train_split, params.data.val_split)
         vocabulary, note = text.tokenizer.vocabulary, ""
         if checkpoint is not None:
-            resume.check_resumable(checkpoint, params, text.sha256, dist.world_size)
+            resume.check_resumable(checkpoint, params, text.sha256, dist)
             vocabulary = checkpoint.metadata["vocabulary"]
         if initial is not None:
             source, new_characters = str(options.init_from), params.data.new_characters
@@ -169,5 +169,6 @@ def _read_start(
 
 def _sizes(initial: BigramLanguageModel) -> dict[str, Any]:
     """Return the parameters of the initial model that its weights depend on."""
-    free = ("dropout", "vocab_size", "zero_init")
-    return {name: value for name, value in dataclasses.asdict(initial.config).items() if name not in free}
+    from utils_alg1.training.resume import shapes_weights
+
+    return {name: value for name, value in dataclasses.asdict(initial.config).items() if shapes_weights(name)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from parameters import specs
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.problems import Problem, nearest, raise_problems, shown
+from utils_alg1.base.problems import Problem, explain, raise_problems, shown
 from utils_alg1.base.settings import Spec, coerce
 from utils_alg1.console.command_line import Options
 from utils_alg1.utils_config_loader import ConfigLoader
@@ -27,6 +27,7 @@ EVALUATION_PARAMETERS = ("seed", "data_path", "train_split", "val_split", "eval_
 RESERVED_PARAMETERS = ("run_tag", "output")
 # A resumed run may change these, but not a study that is continued: its trials would not be comparable.
 BUDGET_PARAMETERS = ("max_iters", "eval_interval", "eval_iters", "patience")
+SHOWN_DIGITS = 16  # of the SHA-256 of the text
 SPACE_HINT = "configs/search.yaml shows how a space is written; python train.py --help explains every name"
 
 
@@ -66,7 +67,7 @@ def read_domain(name: Any, entry: Any) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if name not in specs():
-        raise ValueError(f"unknown name{nearest(str(name), specs())}")
+        raise ValueError(f"unknown name{explain(str(name), specs())}")
     if name in ("runs_dir", *RESERVED_PARAMETERS):
         raise ValueError("says where a run is kept; it cannot be searched")
     if name in EVALUATION_PARAMETERS:
@@ -140,11 +141,13 @@ class Plan:
     options: Options  # the flags of train.py on the command line of search.py, and its --config
     fixed: dict[str, Any]  # the value of every parameter that is not searched
     defaults: dict[str, Any]  # the values of the searched parameters without a search
+    text_sha256: str  # of the text
 
     def arguments(self, parameters: dict[str, Any]) -> list[str]:
         """Return the command line of train.py for a trial."""
         config = [] if self.options.config is None else [f"--config={self.options.config}"]
-        return config + [to_flag(name, value) for name, value in (self.options.values | parameters).items()]
+        values = self.options.values | parameters
+        return config + ["=".join(specs()[name].words(value)) for name, value in values.items()]
 
     def invalid_reason(self, parameters: dict[str, Any]) -> str | None:
         """Return why train.py would refuse a combination of values; None if it is valid."""
@@ -158,15 +161,20 @@ class Plan:
         """Return what must not change when a study is continued: each parameter's value or distribution."""
         names = [name for name in self.fixed if shapes_training(name) or name in BUDGET_PARAMETERS]
         fixed = {name: self.fixed[name] for name in names}
-        return fixed | {name: str(domain) for name, domain in self.space.items()}
+        searched = {name: str(domain) for name, domain in self.space.items()}
+        return fixed | searched | {"text_sha256": self.text_sha256[:SHOWN_DIGITS]}
+
+    def check_again(self) -> None:
+        """Raise Alg1Error if a search with these options could not start now, or with other settings only."""
+        now = make_plan(self.space, self.options)
+        if changes := changed_settings(self.lasting(), now.lasting()):
+            raise Alg1Error(f"other settings than at the start of the search: {changes}", "put them back")
 
 
-def to_flag(name: str, value: Any) -> str:
-    """Return a parameter as a flag of train.py: --flag=value, or --flag and --no-flag for a boolean."""
-    flag = specs()[name].flag
-    if isinstance(value, bool):
-        return flag if value else flag.replace("--", "--no-", 1)
-    return f"{flag}={value}"
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return what differs of what must not change while a study lasts (see `Plan.lasting`); "" if nothing."""
+    changed = [name for name in before if before[name] != now.get(name)]
+    return ", ".join(f"{name}: {shown(before[name])} -> {shown(now.get(name))}" for name in changed)
 
 
 def make_plan(space: Space, options: Options) -> Plan:
@@ -196,4 +204,4 @@ def make_plan(space: Space, options: Options) -> Plan:
     corpus = open_corpus(find_corpus(flat["data_path"]))
     if "block_size" in flat:
         corpus.check_block_size(flat["block_size"], flat["train_split"], flat["val_split"])
-    return Plan(space, options, flat, defaults)
+    return Plan(space, options, flat, defaults, corpus.sha256)

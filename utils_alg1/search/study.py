@@ -25,19 +25,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line
+from utils_alg1.base.errors import CANNOT_TRAIN, DISK_FAILED, DONE, INTERRUPTED, Alg1Error, first_line
 from utils_alg1.base.files import make_folder, read_json_object
-from utils_alg1.base.problems import shown
 from utils_alg1.console.signals import StopSignals
 from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, in_use, list_runs
-from utils_alg1.search.results import describe_trial, rounded
-from utils_alg1.search.space import Plan, grid_values, suggest
+from utils_alg1.search.results import describe_trial, finished_trials, rounded
+from utils_alg1.search.space import Plan, changed_settings, grid_values, suggest
 from utils_alg1.tracking.metrics_file import read_rows
 from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
     import optuna
     from optuna.storages import RDBStorage
+    from optuna.trial import FrozenTrial
 
 TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
 POLL_SECONDS = 1.0  # interval at which the process and the metrics of a trial are checked
@@ -46,6 +46,8 @@ GRACE_SECONDS = 15  # without a heartbeat until a trial is queued again
 STARTUP_TRIALS = 5  # completed trials before the first one is pruned
 WARMUP_FRACTION = 0.25  # fraction of the steps of a run before it can be pruned
 CREATION_SECONDS = 2  # for another process to store the plan of a study that it has just created
+ALIKE_FAILURES = 5  # trials that end in the same words, until that is certainly not due to their values
+STOPPED = (129, INTERRUPTED, 143)  # exit codes of a train.py that a signal has ended
 TERMINATE_SECONDS = 120  # for train.py to save and leave, before it is killed
 STORAGE_HINT = "check the disk; --storage names a database that SQLAlchemy knows, its driver installed"
 
@@ -123,10 +125,7 @@ def open_study(
         if not is_grid and not study.get_trials(deepcopy=False):
             queue_defaults(study, plan, console)
         study.set_user_attr("plan", lasting)  # last: it tells that the study is complete
-    begun = study.user_attrs["plan"]
-    changed = [name for name in begun if begun[name] != lasting.get(name)]
-    if changed:
-        changes = ", ".join(f"{n}: {shown(begun[n])} -> {shown(lasting.get(n))}" for n in changed)
+    if changes := changed_settings(study.user_attrs["plan"], lasting):
         hint = "name another --study" if arguments.storage else f"name another --study, or remove {folder}"
         raise Alg1Error(f"the study {folder.name} has begun with other settings: {changes}", hint)
     if is_grid:  # its points are numbered, so every process has the same seed
@@ -248,6 +247,7 @@ class Search:
         if self.stopping or self.n_taken(before=trial.number) >= self.n_trials:
             raise NotFinished
         try:
+            self.plan.check_again()
             return self.run_trial(trial)
         except (Alg1Error, OSError) as error:
             self.failure = self.failure or error
@@ -266,11 +266,17 @@ class Search:
         if code == DISK_FAILED:
             message = f"trial {trial.number}: {failure_reason(log, code)}"
             raise Alg1Error(message, "fix that and start again", DISK_FAILED)
-        if self.stopping:
+        if self.stopping or (code in STOPPED and not pruned):
             raise NotFinished
         if pruned:
             give_up(trial, "pruned", None)
-        give_up(trial, "failed", failure_reason(log, code))
+        reason = failure_reason(log, code)
+        if 0 < code != CANNOT_TRAIN and fails_everywhere(finished_trials(self.study), parameters, reason):
+            raise Alg1Error(
+                f"trials with other values of everything that is searched end alike: {reason}",
+                f"{log} has what this one printed; fix that and start again",
+            )
+        give_up(trial, "failed", reason)
 
     def train(self, trial: optuna.Trial, parameters: dict[str, Any], log: Path) -> tuple[int, bool]:
         """Run train.py and report its losses; return its exit code and whether it was pruned.
@@ -345,6 +351,23 @@ def give_up(trial: optuna.Trial, state: str, reason: str | None) -> NoReturn:
     trial.set_user_attr("state", state)
     trial.set_user_attr("reason", reason)
     raise optuna.TrialPruned
+
+
+def fails_everywhere(trials: list[FrozenTrial], parameters: dict[str, Any], reason: str) -> bool:
+    """Return whether a trial certainly does not fail because of its values.
+
+    So it is if ALIKE_FAILURES trials have ended in the same words, although each parameter that can vary had
+    at least two values among them, and no trial of the study has come to a loss.
+    """
+    if any(trial.intermediate_values for trial in trials):
+        return False
+    alike = [trial for trial in trials if trial.user_attrs.get("reason") == reason]
+    if len(alike) + 1 < ALIKE_FAILURES:
+        return False
+    return all(
+        domain.single() or len({parameters[name], *(trial.params[name] for trial in alike)}) > 1
+        for name, domain in alike[0].distributions.items()
+    )
 
 
 def failure_reason(log: Path, code: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import remove_temporary_files
 from utils_alg1.base.problems import shown
+from utils_alg1.base.settings import field_names
 from utils_alg1.base.text import format_count
 from utils_alg1.network.weights import read_weights
 from utils_alg1.run_directory import (
@@ -25,8 +27,10 @@ from utils_alg1.run_directory import (
     list_runs,
     lock_run,
     refuse_run,
+    weights_of,
 )
 from utils_alg1.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from utils_alg1.training.distributed import Distributed, launch_command
 from utils_alg1.training.progress import Progress
 from utils_alg1.training.schedule import same_learning_rates
 from utils_alg1.utils_output import Console
@@ -48,7 +52,7 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory
         if len(folders) < 3 or file.absolute().parent != RunFolder(folders[2]).checkpoint_dir:
             raise Alg1Error(
                 f"{file}: this checkpoint is not in a run directory",
-                "to start a new run from its weights: --init-from PATH",
+                f"to start a new run from its weights: --init-from {shlex.quote(name)}",
             )
         path = folders[2]
     else:
@@ -136,9 +140,9 @@ def initial_vocabulary(
 
 
 def check_resumable(
-    checkpoint: Checkpoint, params: Parameters, corpus_sha256: str, world_size: int = 1
+    checkpoint: Checkpoint, params: Parameters, corpus_sha256: str, dist: Distributed
 ) -> None:
-    """Check that a run can continue with these parameters, this text and this number of processes.
+    """Check that a run can continue with these parameters, this text and these processes.
 
     Raises:
         Alg1Error: listing every changed parameter (old -> new) that affected the steps already taken.
@@ -147,13 +151,11 @@ def check_resumable(
     old = Parameters.from_values(coerce_all(checkpoint.metadata["parameters"])[0], {})
     old_train, train, step = old.train, params.train, checkpoint.progress.step
     before, now = old.flat(), params.flat()
-    changed = [
-        f"{name}: {shown(before[name])} -> {shown(now[name])}"
-        for name, spec in specs().items()
-        if before[name] != now[name] and not spec.may_change
-    ]
+    given = {name: value for name, value in now.items() if value not in (before[name], None)}
+    fixed = [name for name, spec in specs().items() if before[name] != now[name] and not spec.may_change]
+    changed = [f"{name}: {shown(before[name])} -> {shown(now[name])}" for name in fixed]
     changed += micro_batches_changed(
-        old_train.grad_accum_steps, checkpoint.metadata["world_size"], train.grad_accum_steps, world_size
+        old_train.grad_accum_steps, checkpoint.metadata["world_size"], train.grad_accum_steps, dist.world_size
     )
     if step > train.max_iters:
         raise Alg1Error(
@@ -168,13 +170,40 @@ def check_resumable(
     if changed:
         raise Alg1Error(
             f"the run cannot go on with other values: {'; '.join(changed)}",
-            "leave them out, or start a new run from its weights: --init-from PATH",
+            f"leave them out, or {new_run(checkpoint, given, dist)}",
         )
     if checkpoint.metadata["corpus_sha256"] != corpus_sha256:
         raise Alg1Error(
             f"{params.data.data_path}: this is not the text that the run was trained on",
-            "name that text with --data, or start a new run from its weights: --init-from PATH",
+            f"name that text with --data, or {new_run(checkpoint, given, dist)}",
         )
+
+
+def new_run(checkpoint: Checkpoint, given: Mapping[str, Any], dist: Distributed) -> str:
+    """Return a hint with the command of a new run with other values, from the weights if they still fit."""
+    run = RunFolder(checkpoint.path.parents[2])
+    if any(map(shapes_weights, given)):
+        return f"train another model: {new_run_command(run, dist, given, with_weights=False)}"
+    anew = "optimizer, schedule and step count begin anew"
+    return f"train a new run from its weights, where {anew}: {new_run_command(run, dist, given)}"
+
+
+def new_run_command(
+    run: RunFolder, dist: Distributed, given: Mapping[str, Any] | None = None, with_weights: bool = True
+) -> str:
+    """Return the command of a new run with the parameters of a run but for those given, and its weights."""
+    words = ["--config", str(run.record_path)]
+    if with_weights:
+        words += ["--init-from", str(weights_of(run.path) or run.export_path)]
+    for name, value in (given or {}).items():
+        flag = specs()[name].words(value)
+        words += ["=".join(flag)] if flag[-1].startswith("-") else flag
+    return f"{launch_command(dist)} {shlex.join(words)}"
+
+
+def shapes_weights(name: str) -> bool:
+    """Return whether a parameter is a size or an option of the model that its weights are made for."""
+    return name in field_names(ModelConfig) and name not in ("dropout", "vocab_size", "zero_init")
 
 
 def micro_batches_changed(old_steps: int, old_world_size: int, steps: int, world_size: int) -> list[str]:
