@@ -86,6 +86,7 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     "logging_dir log_dir": "{batch_size?}leave it out: logs lie in the folder of the run",
     "push_to_hub hub_model_id hub_token hub_strategy": "leave it out: nothing is uploaded",
     "always_save_checkpoint": "use {checkpoint_interval}; the best is saved without it",
+    "always_save_checkpoint=false": "{checkpoint_interval 0}",
     "save_strategy": "use {checkpoint_interval}, in steps",
     "save_strategy=no": "{checkpoint_interval 0}",
     "save_safetensors": "{batch_size?}leave it out: weights are always saved so",
@@ -99,7 +100,9 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     "init_from=gpt2 init_from=gpt2-medium init_from=gpt2-large init_from=gpt2-xl": (
         "{batch_size?}leave it out: a token is a character, which GPT-2's are not"
     ),
-    "init_from=scratch": "{batch_size?}leave it out: a run starts from scratch",
+    "init_from=scratch resume=false resume_from_checkpoint=false resume_training=false": (
+        "{batch_size?}leave it out: a run starts from scratch"
+    ),
     "checkpoint ckpt checkpoint_path ckpt_path": ("use {resume} or {init_from}", COMMAND_LINE),
     "resume resume_from_checkpoint resume_from resume_training": f"{COMMAND_LINE}: --resume RUN",
     "config print_config quiet verbose serve_tensorboard disable_tqdm": COMMAND_LINE,
@@ -166,6 +169,7 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     "gpu cuda use_cuda accelerator=gpu": "{device cuda}",
     "cpu use_cpu no_cuda use_cuda=false cuda=false": "{device cpu}",
     "use_mps_device": "{device mps}",
+    "use_cpu=false no_cuda=false use_mps_device=false": "leave it out: {device} is a GPU where there is one",
     "backend ddp_backend": "{batch_size?}leave it out: it is NCCL on GPUs, gloo on CPUs",
     "local_rank gpus n_gpu n_gpus num_gpus devices num_processes nproc_per_node num_nodes ddp fsdp deepspeed"
     " strategy": "{batch_size?}leave it out: torchrun --nproc_per_node=N train.py starts N processes",
@@ -180,6 +184,7 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     "report_to=none": "use {tensorboard false} and {aim false}",
     "report_to=tensorboard": "leave it out: TensorBoard is on; {aim false} switches Aim off",
     "report_to=aim": "leave it out: Aim is on; {tensorboard false} switches TensorBoard off",
+    "disable_tqdm=false": "{batch_size?}leave it out: progress is shown",
     "log_level": ("use {quiet} or {verbose}", f"{COMMAND_LINE}: --quiet or --verbose"),
     # sampling
     "greedy do_sample=false": "{temperature 0}",
