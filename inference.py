@@ -1,10 +1,11 @@
-"""Sample text from a trained model.
+"""Sample text from a trained model, or score a text with it.
 
     python inference.py                                  the latest run
     python inference.py --run 2026-01-31_001             a run, by its id or directory
     python inference.py --model model.safetensors        an exported file or a checkpoint
     python inference.py --prompt "ROMEO:" --max-new-tokens 300 --temperature 0.8
     python inference.py --interactive                    prompt after prompt; :help lists its commands
+    python inference.py --score text.txt                 how well the model predicts a text
 
 Characters appear as they are drawn. The same model, prompt, settings and --seed give the same text. On a CPU
 PyTorch is not imported: the forward pass is utils_alg1/network/decoder.py.
@@ -13,39 +14,33 @@ PyTorch is not imported: the forward pass is utils_alg1/network/decoder.py.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import io
 import itertools
-import os
 import random
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parameters import specs
-from utils import Tokenizer, show_characters
+from utils import Tokenizer
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty, number
 from utils_alg1.console.dialogue import add_settings, interact
-from utils_alg1.console.messages import print_line, print_warning, text_for_stream
-from utils_alg1.console.script import importing, run_script
-from utils_alg1.run_directory import find_weights, refuse_run
-from utils_alg1.utils_config_loader import ConfigLoader
+from utils_alg1.console.messages import text_for_stream
+from utils_alg1.console.script import run_script
+from utils_alg1.inference.loading import create_decoder, find_device, load_weights
+from utils_alg1.inference.prompts import fit_prompt, fit_stop, note_unread_input, read_prompt
 
 if TYPE_CHECKING:
-    import torch
-
     from utils_alg1.network.sampling import LogitsDecoder
-    from utils_alg1.network.weights import Weights
 
 BATCH_TOKENS = 8192  # of context: so many texts of --num-samples are drawn at a time, for the sake of memory
+OF_EVERY_MODE = {"--run", "--model", "--runs-dir", "--device", "--vocabulary", "--unknown"}
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line of inference.py. Raises Alg1Error, or SystemExit after --help."""
-    parser = Parser(prog="python inference.py", description="Sample text from a trained model.")
+    parser = Parser(prog="python inference.py", description="Sample text from a trained model, or score one.")
     source = parser.add_mutually_exclusive_group()
     run = "a run id or directory (default: the latest)"
     source.add_argument("--run", type=not_empty, metavar="RUN", help=run)
@@ -53,11 +48,14 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     text = parser.add_argument_group("text")
     prompts = text.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    file = "a file with the text to continue, to its last line end; - is the standard input"
+    prompts.add_argument("--prompt-file", type=not_empty, metavar="PATH", help=file)
     prompts.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
+    scored = "draw nothing, and measure how well the model predicts this text; - is the standard input"
+    prompts.add_argument("--score", type=not_empty, metavar="PATH", help=scored)
     add_settings(text)
     samples = "number of texts to draw (%(default)s)"
     text.add_argument("--num-samples", type=number(int, minimum=1), default=1, metavar="N", help=samples)
-    text.add_argument("--stop", metavar="TEXT", help="end a text after it has drawn this string")
     spec = specs()["device"]
     device = f"{spec.help} (%(default)s)"
     parser.add_argument("--device", type=not_empty, default=spec.default, metavar="NAME", help=device)
@@ -67,129 +65,66 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.interactive and arguments.num_samples != 1:
         parser.error("--interactive draws one text for each prompt: leave --num-samples out")
+    if arguments.score is not None:
+        drawing = [flag for flag in parser.given(argv) if flag not in OF_EVERY_MODE | {"--score"}]
+        if drawing:
+            parser.error(f"--score draws no text: leave {', '.join(drawing)} out")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
+    prompt = read_prompt(arguments.prompt, arguments.prompt_file)
     device = find_device(arguments.device)
     weights, path = load_weights(arguments)
     decoder = create_decoder(weights, device)
     print(text_for_stream(sys.stderr, str(path)), file=sys.stderr)
     assert weights.vocabulary is not None  # load_weights has seen to it
     tokenizer = Tokenizer(weights.vocabulary)
-    if never_drawn := tokenizer.unseen(arguments.stop or ""):
-        raise Alg1Error(
-            f"--stop: not in the model's vocabulary: {show_characters(never_drawn)}",
-            "no text would ever stop there: leave --stop out, or name characters that the model knows",
-        )
+    from utils_alg1.network.sampling import NotFiniteError
 
-    def write(prompt: str, generators: list[random.Random], headings: list[str]) -> None:
-        characters = draw_characters(decoder, tokenizer, prompt, arguments, generators)
-        try:
-            write_texts(prompt, characters, headings)
-        except RuntimeError as error:
-            raise Alg1Error(f"{path}: {error}", "use weights of a run that has not diverged") from error
+    try:
+        if arguments.score is not None:
+            from utils_alg1.inference.score import score_text
 
-    if arguments.interactive:
-        generator = random.Random(arguments.seed)
+            score = score_text(arguments.score, decoder, tokenizer, arguments.unknown)
+            print(score.lines(arguments.unknown))
+            return DONE
+        arguments.stop = fit_stop(arguments.stop or "", tokenizer)
+        if arguments.interactive:
+            return converse(decoder, tokenizer, arguments)
+        if arguments.prompt is None and arguments.prompt_file is None:
+            note_unread_input()
+        sample(decoder, tokenizer, prompt, arguments)
+    except NotFiniteError as error:
+        raise Alg1Error(f"{path}: {error}", "use weights of a run that has not diverged") from error
+    return DONE
 
-        def answer(line: str) -> None:
-            write(handle_unknown(line, tokenizer, arguments.unknown, ":unknown"), [generator], [""])
 
-        return interact(arguments, answer, generator.seed)
+def converse(decoder: LogitsDecoder, tokenizer: Tokenizer, arguments: argparse.Namespace) -> int:
+    """Continue the prompts of a dialogue, all of them with one generator."""
+    generator, line_end = random.Random(arguments.seed), "Ctrl-V Ctrl-J"
 
-    prompt, n = handle_unknown(arguments.prompt or "", tokenizer, arguments.unknown), arguments.num_samples
+    def answer(line: str) -> None:
+        prompt = fit_prompt(line, tokenizer, arguments.unknown, ":unknown", line_end)
+        characters = draw_characters(decoder, tokenizer, prompt, arguments, [generator])
+        write_texts(prompt, characters, [""])
+
+    def read_stop(text: str) -> str:
+        return fit_stop(text, tokenizer, ":stop", line_end)
+
+    return interact(arguments, answer, generator.seed, read_stop)
+
+
+def sample(decoder: LogitsDecoder, tokenizer: Tokenizer, prompt: str, arguments: argparse.Namespace) -> None:
+    """Write the continuations of a prompt, each drawn with a generator of its own."""
+    prompt, n = fit_prompt(prompt, tokenizer, arguments.unknown), arguments.num_samples
     batch_size = max(1, BATCH_TOKENS // decoder.block_size)
     for first in range(0, n, batch_size):
         numbers = range(first, min(first + batch_size, n))
         generators = [random.Random(arguments.seed + i) for i in numbers]
-        write(prompt, generators, [f"--- sample {i + 1}\n" if n > 1 else "" for i in numbers])
-    return DONE
-
-
-def find_device(name: str) -> torch.device | None:
-    """Return the device of PyTorch that --device names, or None for the CPU, which needs no PyTorch.
-
-    Raises:
-        Alg1Error: there is no such device.
-    """
-    if name == "cpu" or (name == "auto" and not may_have_gpu()):
-        return None
-    with importing():
-        from utils_alg1.training import runtime
-    device = runtime.find_device(name)
-    return None if device.type == "cpu" else device
-
-
-def may_have_gpu() -> bool:
-    """Return whether the machine has a GPU that PyTorch may support, without importing PyTorch."""
-    for driver_name in ("libcuda.so.1", "nvcuda.dll"):
-        with contextlib.suppress(OSError, AttributeError):  # it is not there, or not such a driver
-            driver, count = ctypes.CDLL(driver_name), ctypes.c_int()
-            return driver.cuInit(0) == driver.cuDeviceGetCount(ctypes.byref(count)) == 0 < count.value
-    return os.path.exists("/dev/kfd")  # of AMD's driver
-
-
-def create_decoder(weights: Weights, device: torch.device | None) -> LogitsDecoder:
-    """Return what computes the logits of a text on a device; None is the CPU."""
-    if device is None:
-        from utils_alg1.network.decoder import Decoder
-
-        return Decoder(weights.config, weights.tensors)
-    from model import BigramLanguageModel
-    from utils_alg1.network.cache import CachedForward
-
-    return CachedForward(BigramLanguageModel().load(weights).to(device).eval())
-
-
-def load_weights(arguments: argparse.Namespace) -> tuple[Weights, Path]:
-    """Load the weights that the flags name, with their vocabulary; return them and their file."""
-    with importing():
-        from utils_alg1.network.weights import read_weights
-
-    named = arguments.model and Path(arguments.model)
-    path = named or find_weights(arguments.runs_dir or ConfigLoader().runs_dir, arguments.run)
-    refuse_run(path)
-    weights = read_weights(path)
-    if weights.note:
-        print_line(sys.stderr, weights.note)
-    if weights.vocabulary is None:
-        weights.vocabulary = read_vocabulary(arguments.vocabulary, weights, path)
-    elif arguments.vocabulary is not None:
-        print_warning("--vocabulary is not used: the model holds its own; leave the flag out")
-    return weights, path
-
-
-def read_vocabulary(text_path: str | None, weights: Weights, path: Path) -> list[str]:
-    """Return the characters of a text, for weights of another program that come without a vocabulary."""
-    from utils_alg1.data.corpus import open_corpus
-    from utils_alg1.data.sources import find_corpus
-
-    hint = "name the text that it was trained on: --vocabulary PATH"
-    if text_path is None:
-        raise Alg1Error(f"{path}: it does not hold its vocabulary", hint)
-    try:
-        path_of_text = find_corpus(text_path)
-    except Alg1Error as error:  # its own hint names --data
-        raise Alg1Error(error.message, hint) from None
-    vocabulary = open_corpus(path_of_text).tokenizer.vocabulary
-    if len(vocabulary) != weights.config.vocab_size:
-        of_model = f"{path} is for {weights.config.vocab_size}"
-        raise Alg1Error(f"{text_path}: the text has {len(vocabulary)} characters, {of_model}", hint)
-    return vocabulary
-
-
-def handle_unknown(prompt: str, tokenizer: Tokenizer, unknown: str, flag: str = "--unknown") -> str:
-    """Skip or replace the characters that the model does not know, or raise Alg1Error that names `flag`."""
-    unseen = set(tokenizer.unseen(prompt))
-    if unseen and unknown == "error":
-        raise Alg1Error(
-            f"not in the model's vocabulary: {show_characters(unseen)}",
-            f"leave them out with {flag} skip, or {flag} replace",
-        )
-    replacement = "" if unknown == "skip" else tokenizer.replacement
-    return "".join(replacement if character in unseen else character for character in prompt)
+        characters = draw_characters(decoder, tokenizer, prompt, arguments, generators)
+        write_texts(prompt, characters, [f"--- sample {i + 1}\n" if n > 1 else "" for i in numbers])
 
 
 def draw_characters(
@@ -207,7 +142,8 @@ def draw_characters(
 
     from utils_alg1.network.sampling import Sampling, draw_with, generate_tokens
 
-    tokens = np.array([tokenizer.encode(prompt or tokenizer.default_prompt)] * len(generators))
+    context = (prompt or tokenizer.default_prompt)[-decoder.block_size :]
+    tokens = np.array([tokenizer.encode(context)] * len(generators))
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     stop = arguments.stop or ""
     ends = [""] * len(generators)  # the newest characters of each text, as many as --stop has

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import pty
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -182,6 +185,52 @@ def sample(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     import inference as script
 
     return runner(script.main, capsys)
+
+
+@pytest.fixture
+def type_in(monkeypatch):
+    """Answers for input(): texts, or exceptions; after the last one comes Ctrl-D."""
+
+    def prepare(*answers):
+        remaining = iter([*answers, EOFError])
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+
+        def answer(question):
+            assert question == "> "
+            given = next(remaining)
+            if isinstance(given, str):
+                return given
+            raise given
+
+        monkeypatch.setattr("builtins.input", answer)
+
+    return prepare
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Puts a terminal in the place of both streams; what it returns gives all that it was shown."""
+
+    def prepare(term: str = "xterm"):
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setenv("NO_COLOR", "1")
+        ours, theirs = pty.openpty()
+        stream = open(theirs, "w", encoding="utf-8")  # noqa: SIM115
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+
+        def shown() -> str:
+            stream.close()
+            seen = b""
+            with contextlib.suppress(OSError):  # nobody is at the other end any more
+                while data := os.read(ours, 65536):
+                    seen += data
+            os.close(ours)
+            return seen.decode().replace("\r\n", "\n")
+
+        return shown
+
+    return prepare
 
 
 def runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:

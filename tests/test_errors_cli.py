@@ -222,6 +222,22 @@ FLAG_MISTAKES = [
     ("inference", "-- ROMEO", "belongs to no flag: 'ROMEO'"),
     ("inference", "--run x --model y", "--model: not allowed with argument --run"),
     ("inference", "--interactive --prompt x", "--prompt: not allowed with argument --interactive"),
+    ("inference", "--interactive --prompt-file x", "--prompt-file: not allowed with argument --interactive"),
+    ("inference", "--prompt x --prompt-file y", "--prompt-file: not allowed with argument --prompt"),
+    ("inference", "--prompt-file=", "--prompt-file: must not be empty"),
+    ("inference", "--score=", "--score: must not be empty"),
+    ("inference", "--score x --prompt y", "--prompt: not allowed with argument --score"),
+    ("inference", "--score x --interactive", "--interactive: not allowed with argument --score"),
+    (
+        "inference",
+        "--score x --unknown skip --seed=1337 --device cpu --temperature 1 --seed 2",
+        "--score draws no text: leave --seed, --temperature out",
+    ),
+    (
+        "inference",
+        "--stop . --score x --num-samples 1",
+        "--score draws no text: leave --stop, --num-samples out",
+    ),
     ("inference", "--interactive --num-samples 3", "--interactive draws one text for each prompt"),
     ("inference", "--model=", "--model: must not be empty"),
     ("inference", "--max-new-tokens=", "--max-new-tokens: '' must be a whole number"),
@@ -260,6 +276,13 @@ SAMPLING_MISTAKES = [
     ("--model nowhere", "nowhere: no such file", WHERE_WEIGHTS_ARE),
     ("--model folder", "folder: this is a folder, not a file of weights", WHERE_WEIGHTS_ARE),
     ("--model gpt2.safetensors", *OF_GPT2),
+    ("--prompt-file nowhere", "nowhere: no such file", "check its path"),
+    (
+        "--prompt FILE:notes.txt",
+        "--prompt FILE:notes.txt: a prompt is not read from a file this way",
+        "the content of the file: --prompt-file notes.txt;"
+        " these very characters: printf %s FILE:notes.txt | python inference.py --prompt-file -",
+    ),
     ("--prompt=--", "there is no run in runs: no such folder", NO_RUN_HINT),
     ("--run notes.txt", "notes.txt: this is a file, not a run", NAMES_WEIGHTS),
     (

@@ -23,19 +23,16 @@ import pytest
 import torch
 from conftest import PROJECT, QUIET_TRACKERS, TINY
 from safetensors.torch import load_file, save_file
+from small_model import RUN, VOCABULARY, build, export, greedy
 
 import inference
-from model import BigramLanguageModel
-from parameters import ModelConfig
 from utils_alg1.console import dialogue as dialogue_module
 from utils_alg1.console.script import run_script
+from utils_alg1.inference import loading as loading_module
 from utils_alg1.network.cache import CachedForward
 from utils_alg1.network.sampling import Sampling
 from utils_alg1.report import page as page_module
 from utils_alg1.report import results as results_module
-
-VOCABULARY = sorted("\n abcdefgé🙂")
-RUN = "runs/2026-01-31_001_first"
 
 
 @pytest.fixture(autouse=True)
@@ -45,31 +42,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def build(seed: int = 0, vocabulary: list[str] = VOCABULARY) -> BigramLanguageModel:
-    """A model whose text varies; another seed writes another text."""
-    torch.manual_seed(seed)
-    config = ModelConfig(n_embd=8, n_head=2, n_layer=1, block_size=6, vocab_size=len(vocabulary))
-    model = BigramLanguageModel(config)
-    model.vocabulary = vocabulary
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.6)
-    return model.eval()
-
-
-def export(run: str, model: BigramLanguageModel) -> Path:
-    path = Path(run, "artifacts/export/model.safetensors")
-    path.parent.mkdir(parents=True)
-    model.save_safetensors(path)
-    return path
-
-
-def greedy(model: BigramLanguageModel, prompt: str, n: int) -> str:
-    """The prompt and its likeliest continuation."""
-    idx = torch.tensor([[model.vocabulary.index(character) for character in prompt]])
-    return "".join(model.vocabulary[token] for token in model.generate(idx, n, temperature=0)[0])
 
 
 @pytest.fixture
@@ -428,9 +400,9 @@ def test_a_gpu_is_looked_for_without_pytorch(monkeypatch, initialized, gpus, fou
         return 0
 
     driver = SimpleNamespace(cuInit=lambda _: initialized, cuDeviceGetCount=count)
-    monkeypatch.setattr(inference.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(loading_module.ctypes, "CDLL", lambda name: driver)
 
-    assert inference.may_have_gpu() is found
+    assert loading_module.may_have_gpu() is found
 
 
 def test_without_a_driver_there_is_no_gpu(monkeypatch):
@@ -439,33 +411,13 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch):
 
     monkeypatch.setattr(os.path, "exists", lambda path: False)
     for driver in (missing, lambda _: SimpleNamespace()):  # another library may have the driver's name
-        monkeypatch.setattr(inference.ctypes, "CDLL", driver)
-        assert not inference.may_have_gpu()
+        monkeypatch.setattr(loading_module.ctypes, "CDLL", driver)
+        assert not loading_module.may_have_gpu()
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/kfd")
-    assert inference.may_have_gpu()
+    assert loading_module.may_have_gpu()
 
 
 # --- interactive --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def type_in(monkeypatch):
-    """Answers for input(): texts, or exceptions; after the last one comes Ctrl-D."""
-
-    def prepare(*answers):
-        remaining = iter([*answers, EOFError])
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-
-        def answer(question):
-            assert question == "> "
-            given = next(remaining)
-            if isinstance(given, str):
-                return given
-            raise given
-
-        monkeypatch.setattr("builtins.input", answer)
-
-    return prepare
 
 
 def test_prompts_are_continued_until_ctrl_d(sample, model, type_in):
@@ -731,32 +683,6 @@ def drawing(workdir, monkeypatch):
     export(RUN, build(vocabulary=CONTROLS))
     drawn = iter([np.array([CONTROLS.index(character)]) for character in DRAWN * 2])
     monkeypatch.setattr(Sampling, "next_token", lambda *_: next(drawn))
-
-
-@pytest.fixture
-def terminal(monkeypatch):
-    """Puts a terminal in the place of both streams; what it returns gives all that it was shown."""
-
-    def prepare(term: str = "xterm"):
-        monkeypatch.setenv("TERM", term)
-        monkeypatch.setenv("NO_COLOR", "1")
-        ours, theirs = pty.openpty()
-        stream = open(theirs, "w", encoding="utf-8")  # noqa: SIM115
-        monkeypatch.setattr(sys, "stdout", stream)
-        monkeypatch.setattr(sys, "stderr", stream)
-
-        def shown() -> str:
-            stream.close()
-            seen = b""
-            with contextlib.suppress(OSError):  # nobody is at the other end any more
-                while data := os.read(ours, 65536):
-                    seen += data
-            os.close(ours)
-            return seen.decode().replace("\r\n", "\n")
-
-        return shown
-
-    return prepare
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])

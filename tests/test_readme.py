@@ -121,6 +121,7 @@ def home(tmp_path_factory) -> Path:
         Path("poems.txt").write_text(text + "Straße\n" * 20, encoding="utf-8")
         for name in ("data/input.txt", "input.txt", "book.txt"):
             Path(name).write_text(text, encoding="utf-8")
+        Path("opening.txt").write_text("ROMEO:\n")
         run_ids(monkeypatch, "2026-01-31_001")
         assert script.main([*TINY, *QUIET_TRACKERS]) == 0
         run_ids(monkeypatch, "2026-01-31_002_search")
@@ -205,7 +206,8 @@ def test_a_command_that_samples(command, place, sample, monkeypatch):
         raise given
 
     monkeypatch.setattr("builtins.input", answer)
-    result = sample(*words[2:], "--max-new-tokens", 20)
+    shorter = [] if "--score" in words else ["--max-new-tokens", 20]
+    result = sample(*words[2:], *shorter)
     assert (result.code, "error" in result.err) == (0, False)
     assert len(result.out) > 20
 

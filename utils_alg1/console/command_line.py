@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -64,6 +65,11 @@ class Parser(argparse.ArgumentParser):
             if not meant and bare(flag) in specs():
                 meant = ": it is a flag of train.py"
             yield Problem(f"unknown flag {flag}{meant or similar(flag, known)}")
+
+    def given(self, args: Sequence[str] | None = None) -> list[str]:
+        """Return the flags that stand on a command line, each once."""
+        words = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        return [word for word in dict.fromkeys(words) if word in self._option_string_actions]
 
     def error(self, message: str, hint: str = "") -> NoReturn:
         """Raise Alg1Error with the hints of this mistake and of the parser."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +16,15 @@ from utils_alg1.console.command_line import Parser, number
 from utils_alg1.console.messages import print_error
 
 INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a text, Ctrl-D ends"
-COMMANDS = (":length", ":temperature", ":top-k", ":top-p", ":seed", ":unknown", ":help", ":quit")
+COMMANDS = (":length", ":temperature", ":top-k", ":top-p", ":seed", ":stop", ":unknown", ":help", ":quit")
+
+Read = Callable[[str], Any]  # converts what is typed, as an argparse type does
 
 
-def add_settings(group: Any, prefix: str = "--") -> None:
+def add_settings(group: Any, prefix: str = "--", read_stop: Read = str) -> None:
     """Add the sampling settings to a parser or a group: as flags, or with the prefix ":" as commands."""
 
-    def add(name: str, convert: Callable[[str], Any], default: Any, text: str, **options: Any) -> None:
+    def add(name: str, convert: Read, default: Any, text: str, **options: Any) -> None:
         help = f"{text} (%(default)s)"
         group.add_argument(prefix + name, type=convert, default=default, help=help, **options)
 
@@ -29,26 +32,32 @@ def add_settings(group: Any, prefix: str = "--") -> None:
     seed = specs()["seed"]
     seeds = number(int, minimum=0, maximum=seed.maximum)
     top_p = "sample from the most likely characters with total probability X"
-    unknown = "what to do with characters of a prompt that are not in the vocabulary"
+    stop = "end a text after it has drawn this string"
+    unknown = "what to do with characters of the given text that are not in the vocabulary"
     add(length, number(int, minimum=0), 500, "number of characters", metavar="N", dest="max_new_tokens")
     add("temperature", number(float, minimum=0), 1.0, "sampling temperature; 0: greedy", metavar="X")
     add("top-k", or_off(number(int, minimum=1)), "off", "sample from the N likeliest characters", metavar="N")
     add("top-p", or_off(number(float, above=0, maximum=1)), "off", top_p, metavar="X")
     add("seed", seeds, seed.default, "random seed, from which sampling starts", metavar="N")
+    add("stop", or_off(read_stop), "off", stop, metavar="TEXT")
     add("unknown", str, "error", unknown, choices=("error", "skip", "replace"))
 
 
-def or_off(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+def or_off(convert: Read) -> Read:
     """Return an argparse type that reads "off" as None and other text with `convert`."""
     return lambda text: None if text == "off" else convert(text)
 
 
 def interact(
-    arguments: argparse.Namespace, answer: Callable[[str], None], seed: Callable[[int], object]
+    arguments: argparse.Namespace,
+    answer: Callable[[str], None],
+    seed: Callable[[int], object],
+    read_stop: Read = str,
 ) -> int:
     """Read prompts until Ctrl-D; Ctrl-C ends a text. Commands change the settings in `arguments`.
 
-    `answer` writes a prompt and its continuation, and `seed` restarts sampling from a seed.
+    `answer` writes a prompt and its continuation, `seed` restarts sampling from a seed, and `read_stop`
+    converts the text of :stop.
     """
     enable_history()
     if hasattr(sys.stdin, "reconfigure"):  # invalid bytes become an unknown character, not an error
@@ -62,7 +71,7 @@ def interact(
             if typed.startswith("::"):  # a prompt that begins with a colon
                 line = line.replace("::", ":", 1)
             elif typed.startswith(":"):
-                print(obey(typed, arguments, seed), file=sys.stderr)
+                print(obey(typed, arguments, seed, read_stop), file=sys.stderr)
                 continue
             answer(line)
         except EOFError:
@@ -75,12 +84,15 @@ def interact(
             print()
 
 
-def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]) -> str:
+def obey(
+    line: str, arguments: argparse.Namespace, seed: Callable[[int], object], read_stop: Read = str
+) -> str:
     """Execute a line such as ":temperature 0.7" and return what to print: the value, or help.
 
     Raises EOFError for :quit, and Alg1Error for a mistake, which changes nothing.
     """
-    word, *value = line.strip().split(maxsplit=1)
+    word, value = re.findall(r"(\S*)\s?(.*)", line, re.DOTALL)[0]
+    value = value if word == ":stop" else value.strip()  # spaces and line ends may be what it stops at
     if word not in COMMANDS:
         hint = "type :help, or :: for a prompt that begins with :"
         raise Alg1Error(f"unknown command {word}{nearest(word, COMMANDS)}", hint)
@@ -93,12 +105,13 @@ def obey(line: str, arguments: argparse.Namespace, seed: Callable[[int], object]
         add_help=False,
         epilog="::TEXT is the prompt :TEXT. Ctrl-C stops a text; :quit or Ctrl-D ends.",
     )
-    add_settings(parser, ":")
+    add_settings(parser, ":", read_stop)
     if value and word != ":help":
-        parser.parse_args([word, *value], arguments)
+        parser.parse_args([f"{word}={value}"], arguments)
         if word == ":seed":
             seed(arguments.seed)
-    settings = {name: "off" if value is None else value for name, value in vars(arguments).items()}
+    values = vars(arguments) | {"stop": repr(arguments.stop) if arguments.stop else None}
+    settings = {name: "off" if value is None else value for name, value in values.items()}
     if word == ":help":
         parser.set_defaults(**settings)
         return parser.format_help().strip()

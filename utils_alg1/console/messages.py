@@ -30,6 +30,12 @@ def print_warning(text: str) -> None:
         print_line(sys.stderr, f"warning: {text}", WARNING_PATTERN)
 
 
+def print_note(text: str) -> None:
+    """Print what a script does otherwise than one may expect, on the standard error."""
+    with contextlib.suppress(OSError):
+        print_line(sys.stderr, f"note: {text}", "^(?P<bold>note:)")
+
+
 def print_line(
     stream: TextIO, text: str, pattern: str = "", console: rich.console.Console | None = None
 ) -> None:

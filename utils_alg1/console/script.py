@@ -19,7 +19,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 
     An Alg1Error is printed as one `error:` line and, if it has a hint, one `hint:` line.
     """
-    # A program that is started with closed streams (`>&-`) has None here.
+    # A program that is started with closed streams (`<&-`, `>&-`) has None here.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     # A character that a terminal cannot encode is replaced instead of raising.

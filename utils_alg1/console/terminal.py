@@ -22,12 +22,14 @@ MIN_RATE_SECONDS = 0.5  # a speed measured over less time is not displayed
 class Bar:
     """A progress bar in the last line of the terminal: step, losses, speed and remaining time.
 
-    The training loop redraws it, at most once per REDRAW_INTERVAL; the other steps only read the clock.
+    The loop redraws it, at most once per REDRAW_INTERVAL; the other steps only read the clock.
     The cursor stays visible, because a killed process could not restore it. It rests at the start of the bar:
     `erase` then reaches all of it, also after a narrower window has wrapped it.
     """
 
-    def __init__(self, stream: TextIO, step: int, total: int, tokens_per_step: int):
+    def __init__(
+        self, stream: TextIO, step: int, total: int | None, tokens_per_step: int, unit: str = "step"
+    ):
         self._total, self._tokens_per_step = total, tokens_per_step
         self._loss: float | None = None
         self._val_loss: float | None = None
@@ -36,8 +38,9 @@ class Bar:
         self._redraw_time = 0.0
         self._stream, self._descriptor = stream, stream.fileno()
         self._console = Console(file=stream)
+        count = "{task.completed}" if total is None else f"{{task.completed:{len(str(total))}d}}/{total}"
         self._progress = Progress(
-            TextColumn(f"step {{task.completed:{len(str(total))}d}}/{total}", style="bold"),
+            TextColumn(f"{unit} {count}", style="bold"),
             BarColumn(bar_width=None, complete_style="green", finished_style="green"),
             TextColumn("{task.description}"),  # all figures in one, because each column makes a redraw dearer
             console=self._console,
@@ -57,7 +60,7 @@ class Bar:
         if self._rate_start is None:
             self._rate_start = now, step
         start_time, start_step = self._rate_start
-        if now - self._redraw_time < REDRAW_INTERVAL and step < self._total:
+        if now - self._redraw_time < REDRAW_INTERVAL and step != self._total:
             return
         self._redraw_time = now
         if now - start_time >= MIN_RATE_SECONDS:
@@ -76,13 +79,14 @@ class Bar:
         """Set what is displayed, without the figures that a narrow terminal has no room for."""
         seconds = self._progress.tasks[0].time_remaining
         remaining = "-" if seconds is None else format_duration(math.ceil(seconds))
+        val = "" if self._val_loss is None else f"val {format_number(self._val_loss)}"
         figures = [  # each with the narrowest terminal that has room for it
             (0, f"loss {format_number(self._loss)}"),
-            (60, f"val {format_number(self._val_loss)}"),
+            (60, val),
             (80, f"{self._rate} tok/s"),
             (40, f"{remaining} left"),
         ]
-        shown = "  ".join(figure for width, figure in figures if width <= self._console.width)
+        shown = "  ".join(figure for width, figure in figures if figure and width <= self._console.width)
         self._progress.update(self._task, completed=step, description=shown)
 
     def print(self, text: str, pattern: str) -> None:

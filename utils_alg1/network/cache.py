@@ -1,4 +1,4 @@
-"""The key/value cache of the model's own forward pass, with which it draws texts on any device.
+"""The key/value cache of the model's own forward pass, with which it draws and scores texts on any device.
 
 Shapes use the letters of model.py: B batch, T time, H = n_head, S = C / H, V = vocab_size.
 """
@@ -48,7 +48,7 @@ class CachedForward:
     """Computes a model's logits character by character with its own forward pass; see `LogitsDecoder`."""
 
     def __init__(self, model: Any):
-        self.model, self.block_size = model, model.config.block_size
+        self.model, self.config, self.block_size = model, model.config, model.config.block_size
 
     @property
     def length(self) -> int:
@@ -61,10 +61,11 @@ class CachedForward:
     def start(self, batch_size: int) -> None:
         self.cache = KeyValueCache(self.model.config, batch_size, self.model.lm_head.weight)
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
+    def logits(self, tokens: np.ndarray, last: int = 1) -> np.ndarray:
         with torch.inference_mode():
             idx = torch.from_numpy(tokens).to(self.cache.store.device)
-            logits = self.model(idx, cache=self.cache)[0][:, -1]  # (B, V)
+            logits = self.model(idx, cache=self.cache)[0][:, -last:]  # (B, last, V)
+            logits = logits.transpose(0, 1).flatten(0, 1)
             # numpy has no bfloat16
             return (logits.float() if logits.dtype.itemsize < 4 else logits).cpu().numpy()
 

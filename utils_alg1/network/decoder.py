@@ -1,4 +1,4 @@
-"""The forward pass of model.py in numpy, which draws texts on a CPU without PyTorch.
+"""The forward pass of model.py in numpy, which draws and scores texts on a CPU without PyTorch.
 
 For one character, the number of calls costs more than the arithmetic. So the weights are rewritten once such
 that few calls are left. The results are those of the model but for rounding:
@@ -90,14 +90,14 @@ class Decoder:
         self.one_character = _Buffers(config, B, 1, self.dtype)
 
     @np.errstate(all="ignore")
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
+    def logits(self, tokens: np.ndarray, last: int = 1) -> np.ndarray:
         B, T = tokens.shape
         buffers = self.one_character if T == 1 else _Buffers(self.config, B, T, self.dtype)
         flops = 2.0 * self.config.n_parameters * B * T
         with limit_threads(flops):
             self._run_blocks(tokens, buffers)
             self.length += T
-            return buffers.normalize()[-B:].dot(self.head)
+            return buffers.normalize()[-last * B :].dot(self.head)
 
     def _run_blocks(self, tokens: np.ndarray, buffers: _Buffers) -> None:
         """Compute the residual stream of new characters, and add them to the cache."""

@@ -13,20 +13,30 @@ from typing import Protocol
 
 import numpy as np
 
+from parameters import ModelConfig
+
 Draw = Callable[[np.ndarray], np.ndarray]  # draws a token (B,) from each row of probabilities (B, V)
+
+
+class NotFiniteError(RuntimeError):
+    """The logits of a model are not finite, as those of a run that has diverged."""
 
 
 class LogitsDecoder(Protocol):
     """Computes logits character by character: `Decoder` in numpy, `CachedForward` with PyTorch."""
 
+    config: ModelConfig
     block_size: int
     length: int  # the characters that it has read; set to 0, they are forgotten
 
     def start(self, batch_size: int) -> None:
         """Begin so many new texts."""
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Read tokens (B, T) and return the logits (B, V) of the next. T is 1, or the length is 0."""
+    def logits(self, tokens: np.ndarray, last: int = 1) -> np.ndarray:
+        """Read tokens (B, T), and return the logits of what follows each of the `last` newest ones.
+
+        They are (last B, V), its rows in the order (last, B). T is 1, or the length is 0.
+        """
         ...
 
 
@@ -59,10 +69,10 @@ class Sampling:
         """Choose a token for each row of logits: (B, V) -> (B,).
 
         Raises:
-            RuntimeError: the logits are not finite.
+            NotFiniteError: the logits are not finite.
         """
         if self.temperature == 0:
-            _finite_maximum(logits)
+            finite_maximum(logits)
             return logits.argmax(axis=-1)
         return draw(self.probabilities(logits))
 
@@ -70,9 +80,9 @@ class Sampling:
         """Return the probabilities (B, V) of the next token, each row times a factor of its own.
 
         Raises:
-            RuntimeError: the logits are not finite.
+            NotFiniteError: the logits are not finite.
         """
-        largest = _finite_maximum(logits)
+        largest = finite_maximum(logits)
         logits = logits - largest
         if self.temperature != 1:
             # One below the smallest normal number of the dtype would divide by zero.
@@ -106,11 +116,11 @@ def draw_with(generators: Sequence[random.Random]) -> Draw:
     return draw
 
 
-def _finite_maximum(logits: np.ndarray) -> np.ndarray:
-    """Return the largest logit of each row (B, 1), or raise RuntimeError if one is not finite."""
+def finite_maximum(logits: np.ndarray) -> np.ndarray:
+    """Return the largest logit of each row (B, 1), or raise NotFiniteError if one is not finite."""
     largest = np.maximum.reduce(logits, axis=-1, keepdims=True)
     if not math.isfinite(largest.sum()):
-        raise RuntimeError("the model's logits are not finite: there is nothing to draw from")
+        raise NotFiniteError("the model's logits are not finite")
     return largest
 
 
