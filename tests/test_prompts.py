@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pty
 import shlex
 import subprocess
 import sys
@@ -133,30 +134,33 @@ def test_a_pipe_that_nothing_reads_is_pointed_to_the_flag(model):
 
 @pytest.fixture
 def piped():
-    """Makes the standard input a pipe or a file with this content."""
+    """Makes the standard input a pipe, a file or a terminal with this content."""
     before = os.dup(0)
 
-    def prepare(content: bytes, in_file: bool = False) -> None:
-        if in_file:
+    def prepare(content: bytes, kind: str = "pipe") -> None:
+        if kind == "file":
             Path("input").write_bytes(content)
             reader = os.open("input", os.O_RDONLY)
         else:
-            reader, writer = os.pipe()
+            reader, writer = os.pipe() if kind == "pipe" else pty.openpty()[::-1]
             os.write(writer, content)
-            os.close(writer)
         os.dup2(reader, 0)
-        os.close(reader)
 
     yield prepare
     os.dup2(before, 0)
     os.close(before)
 
 
-@pytest.mark.parametrize("in_file", [False, True])
-def test_the_note_is_printed_where_something_waits(sample, model, piped, in_file):
-    piped(b"ab", in_file)
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_the_note_is_printed_where_something_waits(sample, model, piped, kind):
+    piped(b"ab\n", kind)
     assert sample(*GREEDY).err == f"{WEIGHTS}\n{NOTE}"
-    piped(b"", in_file)
+    piped(b"", kind)
+    assert sample(*GREEDY).err == f"{WEIGHTS}\n"
+
+
+def test_what_is_typed_ahead_at_a_terminal_is_for_the_shell(sample, model, piped):
+    piped(b"ls\n", "terminal")
     assert sample(*GREEDY).err == f"{WEIGHTS}\n"
 
 
