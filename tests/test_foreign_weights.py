@@ -75,7 +75,7 @@ def test_training_and_sampling_say_what_they_leave_out(train, sample, text_file,
         read_weights(next(Path().glob("runs/*/artifacts/checkpoints/step_000000000.safetensors"))).note == ""
     )
     result = sample("--model", path, "--vocabulary", text_file, "--max-new-tokens", 1)
-    assert (result.code, result.err.splitlines()) == (0, [note, str(path)])
+    assert (result.code, result.err.splitlines()) == (0, [f"note: {note}", str(path)])
 
 
 def test_a_file_of_the_lecture_has_no_note(workdir, model):
