@@ -48,6 +48,7 @@ ANSWERED = [
     ("--lr_decay_iters=5000", ": leave it out: the schedule ends at --max-iters"),
     ("--lr-decay-iters 5000", ": leave it out: the schedule ends at --max-iters"),
     ("lr_decay_iters: 5000", ": leave it out: the schedule ends at max_iters"),
+    ("--eval_only=True", ": it is another script: python inference.py --score PATH"),
     ("--warmdown-iters 9", ": use --lr-schedule wsd: it decays over the last fifth of the steps"),
     ("--amp", "; did you mean --dtype bfloat16?"),
     ("amp: true", "; did you mean dtype: bfloat16?"),

@@ -129,7 +129,8 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     "total_batch_size": (
         "use {grad_accum_steps}: a step has {batch_size} x {block_size} x that many characters"
     ),
-    "do_train do_eval eval_only do_predict": "{batch_size?}leave it out: train.py trains, and evaluates",
+    "do_train do_eval": "{batch_size?}leave it out: train.py trains, and evaluates",
+    "eval_only": ("{score}", "{batch_size?}it is another script: python inference.py --score PATH"),
     "eval_strategy evaluation_strategy": "use {eval_interval}, in steps",
     "eval_on_start": "{batch_size?}leave it out: a run begins with an evaluation",
     "per_device_eval_batch_size eval_batch_size eval_accumulation_steps": (
@@ -195,7 +196,7 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     "stream": "{temperature?}leave it out: characters appear as they are drawn",
     "dtype": "{temperature?}leave it out: sampling computes in float32",
     "compile": "{temperature?}leave it out: sampling compiles nothing",
-    "prompt start temperature top_k top_p num_samples max_new_tokens": (
+    "prompt start temperature top_k top_p num_samples max_new_tokens do_predict": (
         "{batch_size?}it is for sampling: python inference.py"
     ),
     "trials n_trials space study sampler": "{batch_size?}it is for a search: python search.py",
