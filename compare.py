@@ -5,8 +5,8 @@
     python compare.py --tag search                       the runs with this word in their tag
     python compare.py --csv > runs.csv                   every value as CSV; --json for JSON
 
-The lowest validation loss on each text is marked. A run that is still training, was interrupted or is damaged
-is listed with the values that are known. Runs are only read.
+The lowest validation loss on each val part of a text is marked. A run that is still training, was interrupted
+or is damaged is listed with the values that are known. Runs are only read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from parameters import Parameters, specs
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.files import read_json_object
 from utils_alg1.base.problems import nearest, raise_problems
-from utils_alg1.base.text import bits_per_character, format_number, perplexity
+from utils_alg1.base.text import bits_per_character, format_number, perplexity, text_name
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag
 from utils_alg1.console.messages import text_for_stream
 from utils_alg1.console.script import run_script
@@ -45,10 +45,18 @@ FINAL_KEYS = {  # result -> key in eval/final.json
     "tokens_per_second": "tokens_per_second_overall",
     "seconds": "seconds_in_loop",
 }
-DERIVED = ("best_perplexity", "best_bits_per_character", "n_parameters", "text", "text_sha256")
+DERIVED = (
+    "best_perplexity",
+    "best_bits_per_character",
+    "n_parameters",
+    "text",
+    "text_sha256",
+    "val_text",
+    "val_sha256",
+)
 RESULTS = ("run", "tag", "state", "resumed", "best", *FINAL_KEYS, *DERIVED)
 HEADINGS = {"tokens_per_second": "tok/s", "n_parameters": "parameters"}  # the others are the names
-TEXT_COLUMNS = ("run", "state", "text")  # aligned to the left
+TEXT_COLUMNS = ("run", "state", "text", "val_text")  # aligned to the left
 MAIN_PARAMETERS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
 MAX_CELL_LENGTH = 40  # characters of a parameter or a text
 
@@ -140,7 +148,9 @@ def read_record(run: RunFolder, row: Row) -> None:
     raise_problems(Parameters.from_values(given, {}).problems() + sized.problems())
     row |= given | {"n_parameters": sized.model.n_parameters}
     row["resumed"] = RESUMED in record["origins"].values()
-    row["text"], row["text_sha256"] = Path(corpus["path"]).name, str(corpus["sha256"])
+    row["text"], row["text_sha256"] = text_name(corpus["path"]), str(corpus["sha256"])
+    if held_out := corpus.get("held_out"):
+        row["val_text"], row["val_sha256"] = text_name(held_out["path"]), str(held_out["sha256"])
 
 
 def read_evaluations(run: RunFolder, row: Row) -> None:
@@ -174,13 +184,18 @@ def check(value: Any) -> Any:
     return value if value <= sys.float_info.max else None
 
 
+def val_part(row: Row) -> tuple[str, str | float | None]:
+    """Return what tells the val part of a run: the text, and the held-out text or the fraction."""
+    return row["text_sha256"], row["val_sha256"] or row["val_split"]
+
+
 def mark_best(rows: list[Row]) -> None:
-    """Mark the lowest validation loss on each text; losses on different texts are not comparable."""
-    by_text: dict[str, list[Row]] = {}
+    """Mark the lowest validation loss on each val part; losses on different ones are not comparable."""
+    groups: dict[tuple[str, str | float | None], list[Row]] = {}
     for row in rows:
         if row["state"] != "damaged" and row["text_sha256"] and row["best_val_loss"] is not None:
-            by_text.setdefault(row["text_sha256"], []).append(row)
-    for group in by_text.values():
+            groups.setdefault(val_part(row), []).append(row)
+    for group in groups.values():
         lowest = min(row["best_val_loss"] for row in group)
         for row in group:
             row["best"] = row["best_val_loss"] == lowest
@@ -211,16 +226,20 @@ def format_rows(rows: list[Row], width: int | None = None) -> list[str]:
         for name, spec in specs().items()
         if not spec.may_change and len({row[name] for row in rows if row[name] is not None}) > 1
     ]
-    names = ["run", "best_val_loss", "text", "state", *differing, "step", "val_loss"]
+    names = ["run", "best_val_loss", "text", "val_text", "state", *differing, "step", "val_loss"]
     names += ["seconds", "tokens_per_second", "n_parameters"]
     if n_texts < 2:
         names.remove("text")
+    if len({row["val_sha256"] for row in rows if row["text_sha256"]}) < 2:
+        names.remove("val_text")
     names += [name for name in MAIN_PARAMETERS if name not in differing]
     headings = [HEADINGS.get(name, name) for name in names]
     cells = [[format_cell(row, name) for name in names] for row in rows]
     lines = format_table(headings, cells, width, right=set(headings).difference(TEXT_COLUMNS))
     if any(row["best"] for row in rows):
-        lines.append("* the lowest" + (" on its text" if n_texts > 1 else " of these runs"))
+        n_parts = len({val_part(row) for row in rows if row["text_sha256"]})
+        where = "on its text" if n_texts > 1 else "on its val part" if n_parts > 1 else "of these runs"
+        lines.append(f"* the lowest {where}")
     return lines
 
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parameters import DataConfig
 from utils import Tokenizer
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.data.corpus import open_corpus
-from utils_alg1.data.sources import DEFAULT_PATH, Say, find_corpus
+from utils_alg1.data.corpus import find_corpus
+from utils_alg1.data.sources import DEFAULT_PATH, Say
 
 if TYPE_CHECKING:
     import torch
@@ -20,18 +21,20 @@ def load_data(
     train_split: float = 0.9,
     val_split: float | None = None,
     say: Say = print,
+    val_data: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Tokenizer]:
-    """Read and tokenize a text: a file, or the name of a corpus (see `find_corpus`).
+    """Read and tokenize a text: a file, a folder, a pattern or the name of a corpus (see `find_text`).
 
     Args:
         train_split: the fraction of the text, from its beginning, that is for training.
         val_split: the fraction, from its end, that is for validation (default: all that remains).
         say: shows the user a line, such as that a corpus is being downloaded.
+        val_data: a text for validation, in which case all of the other is for training.
 
     Returns:
         train_data, val_data and tokenizer; the data are (n,) unsigned integers, memory-mapped.
     """
-    corpus = open_corpus(find_corpus(data_path, say))
+    corpus = find_corpus(DataConfig(data_path, val_data), say)
     return *corpus.split(train_split, val_split), corpus.tokenizer
 
 

@@ -229,11 +229,16 @@ class TrainConfig(Part):
 class DataConfig(Part):
     """The text, and how it is split."""
 
-    # The text itself must stay the same: checkpoints contain its digest.
+    # The texts themselves must stay the same: checkpoints contain their digests.
     data_path: str = changeable(
-        "data/input.txt", "a UTF-8 text file, or a named corpus such as shakespeare", flag="--data"
+        "data/input.txt",
+        "UTF-8 text: a file, a folder, a pattern in quotes, or a named corpus such as shakespeare",
+        flag="--data",
     )
-    train_split: float = setting(0.9, "fraction of the text for training", above=0, below=1)
+    val_data: str | None = changeable(
+        None, "another text for validation; then all of the first is for training, and no split is used"
+    )
+    train_split: float = setting(0.9, "fraction of the text for training", above=0, maximum=1)
     val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)
     new_characters: str = setting(
         "refuse",
@@ -243,10 +248,11 @@ class DataConfig(Part):
 
     def joint_problems(self) -> Iterator[Problem]:
         total = self.train_split + self.val_split
-        if total > 1 + 1e-9:
+        if total > 1 + 1e-9 and self.val_data is None:
             yield Problem(
                 f"train_split = {self.train_split:g} and val_split = {self.val_split:g}"
-                f" make {total:g}, more than the whole text",
+                f" make {total:g}, more than the whole text"
+                + ("; val_data names another one for validation" if self.train_split == 1 else ""),
                 ("train_split", "val_split"),
             )
 

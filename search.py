@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
 
         # 3. The trials, until all have ended or a signal arrives.
         threads = threads_per_trial(plan.fixed.get("threads"), arguments.workers)
+        if threads:
+            options.values.pop("threads", None)  # --threads 0, which these take the place of
         stopped = Search(storage, study, plan, folder, n_trials, threads, console).run(arguments.workers)
         n_finished = len(finished_trials(study))
         if stopped and n_finished < n_trials:

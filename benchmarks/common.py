@@ -142,12 +142,12 @@ def machine() -> str:
 
 def text_or_docs(path: str | None, folder: Path) -> Path:
     """Copy a text, or Python's documentation if None, to `folder`, where its token cache is written."""
-    from utils_alg1.data.sources import find_corpus
+    from utils_alg1.data.sources import find_text
 
     if path is not None:
         return Path(shutil.copyfile(path, folder / "text.txt")).resolve()
     with contextlib.chdir(folder):
-        return find_corpus("python-docs", say=lambda _: None).resolve()
+        return find_text("python-docs", say=lambda _: None).paths[0].resolve()
 
 
 # --- ALG1 in this process -----------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def build_trainer(text: Path, **values: Any) -> Any:
     corpus = open_corpus(text)
     runtime = start_runtime(params)
     runtime = dataclasses.replace(runtime, arithmetic=dataclasses.replace(runtime.arithmetic, **changes))
-    job = Job(params, text, corpus.sha256, corpus.tokenizer.vocabulary, corpus, runtime)
+    job = Job(params, corpus, runtime)
     trainer = train.build_trainer(job, Console(quiet=True))
     if runtime.arithmetic.compiled:
         Steps(trainer, 1)()

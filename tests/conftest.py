@@ -9,7 +9,7 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,17 +234,35 @@ def terminal(monkeypatch):
 
 
 def runner(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """A script's `main` as a function of its arguments, with what it said and its exit code."""
+    """A script's `main` as a function of its arguments, with what it said and its exit code.
+
+    Of a flag that is given twice the last one counts, unless the arguments are to be taken `as_typed`.
+    """
     from utils_alg1.console.script import run_script
 
-    def run(*arguments: object) -> Result:
+    def run(*arguments: object, as_typed: bool = False) -> Result:
+        words = [*map(str, arguments)] if as_typed else with_changes(arguments)
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            run_script(lambda: main([str(argument) for argument in arguments]))
+            run_script(lambda: main(words))
         captured = capsys.readouterr()
         return Result(int(exit_.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+def with_changes(arguments: Iterable[object]) -> list[str]:
+    """A command line on which a flag may be given again: the last one counts, and so changes TINY."""
+    words = [str(argument) for argument in arguments]
+    places: dict[str, list[int]] = {}
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            places.setdefault(word.partition("=")[0], []).append(i)
+    dropped: set[int] = set()
+    for earlier in (i for of_flag in places.values() for i in of_flag[:-1]):
+        has_value = "=" not in words[earlier] and not words[earlier + 1].startswith("--")
+        dropped |= {earlier, earlier + has_value}
+    return [word for i, word in enumerate(words) if i not in dropped]
 
 
 def recorded_run(folder: Path, *arguments: str) -> Path:
@@ -281,7 +299,7 @@ def recorded_run(folder: Path, *arguments: str) -> Path:
         patch.setattr(Trackers, "log", keep_payload)
         patch.setattr(Observer, "log_step", keep_parameters)
         Path("text.txt").write_text(TEXT, encoding="utf-8")
-        assert script.main([*arguments, "--quiet"]) == 0
+        assert script.main(with_changes([*arguments, "--quiet"])) == 0
         (path,) = list_runs("runs")
         path = path.absolute()
     np.savez(path / "values.npz", **values)
@@ -313,7 +331,7 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Callable | str) -> No
 
 def run_process(script: str, *arguments: object, timeout: float = 120, **options) -> Result:
     """A script as a process of its own: `run_process("train.py", "--help")`."""
-    command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
+    command = [sys.executable, str(PROJECT / script), *with_changes(arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, encoding="utf-8", timeout=timeout, **options
     )

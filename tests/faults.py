@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import TEXT, lasting_metrics
+from conftest import TEXT, lasting_metrics, with_changes
 
 ARGUMENTS = (
     "--data text.txt --n-embd 16 --n-head 2 --n-layer 1 --block-size 8 --batch-size 2 --dropout 0.1"
@@ -67,7 +67,7 @@ def train_here(arguments: Sequence[str]) -> int:
     from utils_alg1.console.script import run_script
 
     try:
-        run_script(lambda: train.main(list(arguments)))
+        run_script(lambda: train.main(with_changes(arguments)))
     except SystemExit as exit_:
         return int(exit_.code or 0)
     return 99

@@ -78,6 +78,7 @@ OTHER = {
     "run_tag": "a tag",
     "aim": False,
     "data_path": "text.txt",
+    "val_data": "other.txt",
     "train_split": 0.8,
     "val_split": 0.2,
     "new_characters": "add",
@@ -144,11 +145,13 @@ def test_every_parameter_has_a_flag(workdir):
 
 
 @pytest.mark.parametrize("name", [name for name, spec in specs().items() if spec.type is bool])
-def test_a_boolean_has_two_flags_and_the_last_one_counts(workdir, name):
+def test_a_boolean_has_two_flags_of_which_one_is_given(workdir, name):
     on = specs()[name].flag
     off = on.replace("--", "--no-", 1)
     assert resolve(off).flat()[name] is False
-    assert resolve(off, on).flat()[name] is True
+    assert resolve(on).flat()[name] is True
+    with pytest.raises(Alg1Error, match=f"^{off} is given 2 times: {off}, {on}$"):
+        resolve(off, on)
 
 
 @pytest.mark.parametrize("path", ["config.json", *FILES, "a.json", "a.yaml", "preset"])

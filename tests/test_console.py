@@ -22,7 +22,7 @@ from typing import Any
 
 import faults
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS, TINY, run_process
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process
 from rich.live import Live
 from rich.progress import Progress
 
@@ -34,6 +34,9 @@ from utils_alg1.console import terminal as terminal_module
 from utils_alg1.console.messages import print_error
 from utils_alg1.console.signals import StopSignals
 from utils_alg1.console.terminal import Bar
+from utils_alg1.data.corpus import Corpus
+from utils_alg1.data.text_files import TextFiles
+from utils_alg1.data.texts import Text
 from utils_alg1.report import results as results_module
 from utils_alg1.report import summary as summary_module
 from utils_alg1.run_directory import list_runs
@@ -151,9 +154,8 @@ def test_without_a_terminal_a_run_prints_these_lines_and_no_others(start):
 def test_the_first_lines_of_a_run_that_goes_on_in_two_processes_with_aim_and_a_copy():
     params = Parameters.from_values({"max_iters": 8, "output": "mine.safetensors", "aim": True}, {})
     params.origins |= {"max_iters": "--max-iters", "output": "resumed run"}
-    corpus: Any = SimpleNamespace(
-        path="text.txt", tokens=range(4130), tokenizer=SimpleNamespace(vocab_size=48)
-    )
+    text = Text(TextFiles.of("text.txt"), "", list(TEXT), [], 4130, n_crlf=0, n_cr=0)
+    corpus = Corpus(text)
     runtime = Runtime(arithmetic=Arithmetic(compiled=True), dist=Distributed(world_size=2))
     model = SimpleNamespace(config=SimpleNamespace(n_parameters=4976))
     trainer: Any = SimpleNamespace(model=model, runtime=runtime, step=6, tokens_per_step=4 * 32)

@@ -24,10 +24,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import data
-from utils import Tokenizer
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.data import corpus as corpus_module
-from utils_alg1.data import sources
+from utils_alg1.data import sources, text_files, texts
 
 BOM = b"\xef\xbb\xbf"
 
@@ -61,7 +60,7 @@ def forbid_tokenizing(monkeypatch):
         def fail(*_):
             raise AssertionError("tokenized again")
 
-        monkeypatch.setattr(corpus_module, "_write_tokens", fail)
+        monkeypatch.setattr(texts, "_write_tokens", fail)
 
     return forbid
 
@@ -76,6 +75,12 @@ def message_of(path: object) -> str:
         data.load_data(str(path))
     assert raised.value.exit_code == 2
     return raised.value.message
+
+
+def found(*arguments, **options) -> Path:
+    """The only file of a text."""
+    (path,) = sources.find_text(*arguments, **options).paths
+    return path
 
 
 # --- batches ------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def test_any_text_is_encoded_as_plain_python_does_it(text, bom, chunk):
     plain = content.decode().removeprefix("\ufeff")
     vocabulary = sorted(set(plain))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "CHUNK_BYTES", chunk)
+        patch.setattr(text_files, "CHUNK_BYTES", chunk)
         path = Path(folder) / "text.txt"
         path.write_bytes(content)
         if not plain:
@@ -196,7 +201,7 @@ def test_any_text_is_encoded_as_plain_python_does_it(text, bom, chunk):
 
         assert corpus.tokens.tolist() == [vocabulary.index(character) for character in plain]
         assert corpus.tokenizer.vocabulary == vocabulary
-        assert corpus.sha256 == hashlib.sha256(content).hexdigest()
+        assert corpus.text.sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_a_bom_is_dropped_at_the_start_only_and_newlines_are_kept(workdir):
@@ -251,7 +256,7 @@ def test_the_splits_are_the_beginning_and_the_end_of_the_text(workdir, splits, l
 def test_a_text_is_never_in_memory_as_a_whole(workdir, monkeypatch):
     size = 16 << 20
     Path("text.txt").write_bytes(b"0123456789abcdef" * (size // 16))
-    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 1 << 16)
     peaks = []
     for _ in ("tokenized", "from the cache"):
         tracemalloc.start()
@@ -268,85 +273,6 @@ def test_a_text_is_never_in_memory_as_a_whole(workdir, monkeypatch):
 # --- bad files ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 1 << 22])
-@pytest.mark.parametrize(
-    ("content", "offset"),
-    [
-        (b"\xffabcdefgh", 0),
-        (b"abcd\x80efgh", 4),
-        ("naïve 日本 ".encode() + b"\xfe rest of it", 14),
-        (b"abcdefgh\xe2\x82", 8),
-        (b"abcdefgh\xf0\x9f\x99", 8),
-        (b"abc\xe2\x82abc", 3),
-        (b"abc\xed\xa0\x80abc", 3),
-        (b"abc\xc0\xafabc", 3),
-        (BOM + b"ab\xff", 5),
-        (b"a caf\xe9", 5),
-    ],
-)
-def test_a_byte_that_is_not_utf8_is_named(workdir, monkeypatch, content, offset, chunk):
-    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", chunk)
-    Path("text.txt").write_bytes(content)
-
-    assert message_of("text.txt") == f"text.txt: not UTF-8 at byte {offset} (0x{content[offset]:02X})"
-    assert os.listdir() == ["text.txt"]
-
-
-def test_the_offset_is_right_beyond_the_first_piece_of_a_large_file(workdir):
-    content = b"\xc3\xa9" * (corpus_module.CHUNK_BYTES // 2 + 1) + b"\xff"
-    Path("text.txt").write_bytes(content)
-
-    assert message_of("text.txt") == f"text.txt: not UTF-8 at byte {len(content) - 1} (0xFF)"
-
-
-def test_train_ends_with_one_error_line_and_creates_nothing(train, workdir):
-    Path("text.txt").write_bytes(b"abc\xff" * 100)
-
-    result = train("--data", "text.txt", *TINY, *QUIET_TRACKERS)
-
-    assert result.code == 2
-    assert result.err.splitlines() == [
-        "error: text.txt: not UTF-8 at byte 3 (0xFF)",
-        "hint: save the file as UTF-8, for instance: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
-    ]
-    assert os.listdir() == ["text.txt"]
-
-
-@pytest.mark.parametrize(
-    ("content", "hint"),
-    [
-        ("A café\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 OLD > NEW"),
-        ("A café\n".encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8 OLD > NEW"),
-        (b"\x7fELF\0\0\xff\xfe", "this is hardly a text file; if it is UTF-16"),
-        ("A café\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"),
-    ],
-)
-def test_the_hint_for_what_is_not_utf8_fits_the_bytes(workdir, content, hint):
-    Path("text.txt").write_bytes(content)
-    with pytest.raises(Alg1Error, match="not UTF-8 at byte") as caught:
-        corpus_module.open_corpus("text.txt")
-    assert caught.value.hint is not None and hint in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("content", "warns"),
-    [("To be\n", False), ("\ufeffTo be 🙂\r\n", False), ("T\0o\0\n\0", True), ("\0", True)],
-)
-def test_a_text_with_zero_characters_gets_a_warning(workdir, content, warns):
-    Path("text.txt").write_bytes(content.encode())
-    warning = corpus_module.open_corpus("text.txt").warning()
-    assert (warning is not None) is warns
-    assert not warns or ("value 0" in warning and "iconv -f UTF-16LE" in warning)
-
-
-def test_a_text_with_zero_characters_is_trained_on(train, workdir):
-    Path("text.txt").write_text("T\0o\0\n\0" * 200)
-    result = train("--data", "text.txt", *TINY, *QUIET_TRACKERS)
-    assert result.code == 0
-    assert result.err.startswith("warning: text.txt: it has characters of value 0")
-    assert result.err.count("\n") == 1
-
-
 def make_nothing(path):
     pass
 
@@ -360,7 +286,7 @@ def make_loop(path):
     [
         ("it", Path.touch, "it: the file is empty"),
         ("it", lambda path: path.write_bytes(BOM), "it: the file is empty"),
-        ("it", Path.mkdir, "it is a folder"),
+        ("it", Path.mkdir, "it: this folder has no .txt or .txt.gz file"),
         ("it", os.mkfifo, "it is not a file that can be read twice"),
         ("it", make_nothing, "it: no such text file"),
         ("it", make_loop, f"it: cannot be read: {os.strerror(errno.ELOOP)}"),
@@ -403,17 +329,17 @@ def test_a_folder_that_may_not_be_entered_says_why(open_folder):
 def test_a_text_that_changes_while_it_is_read_is_refused(workdir, monkeypatch):
     path = Path("text.txt")
     path.write_text("abc" * 50)
-    scan_text = corpus_module._scan_text
+    scan_text = texts.scan_text
 
-    def change_afterwards(path):
-        seen = scan_text(path)
+    def change_afterwards(files):
+        seen = scan_text(files)
         path.write_text("abcz" * 50)
         return seen
 
-    monkeypatch.setattr(corpus_module, "_scan_text", change_afterwards)
+    monkeypatch.setattr(texts, "scan_text", change_afterwards)
 
     assert message_of(path) == "text.txt: it changed while it was read"
-    monkeypatch.setattr(corpus_module, "_scan_text", scan_text)
+    monkeypatch.setattr(texts, "scan_text", scan_text)
     assert decoded(path) == "abcz" * 50
 
 
@@ -449,7 +375,8 @@ def test_a_text_too_short_for_any_block_says_so(train, workdir):
 
 @given(length=st.integers(1, 200), train_split=st.floats(0.01, 0.99), block_size=st.integers(1, 60))
 def test_check_block_size_agrees_with_get_batch(length, train_split, block_size):
-    corpus = corpus_module.Corpus(Path("x"), "", Tokenizer("a"), length, "")
+    files = text_files.TextFiles.of("x")
+    corpus = corpus_module.Corpus(texts.Text(files, "", ["a"], [0], length, n_crlf=0, n_cr=0))
     corpus.tokens = np.zeros(length, dtype=np.uint8)
     val_split = 1 - train_split
 
@@ -476,8 +403,8 @@ def test_check_block_size_agrees_with_get_batch(length, train_split, block_size)
 
 
 def cache_files() -> tuple[Path, Path]:
-    (tokens,) = Path(corpus_module.CACHE_FOLDER).glob("*.bin")
-    (about,) = Path(corpus_module.CACHE_FOLDER).glob("*.json")
+    (tokens,) = Path(texts.CACHE_FOLDER).glob("*.bin")
+    (about,) = Path(texts.CACHE_FOLDER).glob("*.json")
     return tokens, about
 
 
@@ -490,22 +417,22 @@ def test_the_second_load_reads_the_cache(text_file, forbid_tokenizing):
 
     assert np.array_equal(first.tokens, second.tokens)
     assert first.tokenizer.vocabulary == second.tokenizer.vocabulary
-    assert sorted(path.suffix for path in Path(corpus_module.CACHE_FOLDER).iterdir()) == [".bin", ".json"]
+    assert sorted(path.suffix for path in Path(texts.CACHE_FOLDER).iterdir()) == [".bin", ".json"]
 
 
 def test_only_the_first_use_of_the_tokens_writes_anything(text_file):
     before = os.listdir()
     corpus = corpus_module.open_corpus(text_file)
     assert os.listdir() == before
-    assert corpus.n_characters == len(corpus.tokens) == len(text_file.read_text())
-    assert corpus_module.CACHE_FOLDER in os.listdir()
+    assert corpus.text.n_characters == len(corpus.tokens) == len(text_file.read_text())
+    assert texts.CACHE_FOLDER in os.listdir()
 
 
 def test_tokens_that_are_in_the_cache_need_the_text_no_more(text_file):
     first = corpus_module.open_corpus(text_file).tokens
     second = corpus_module.open_corpus(text_file)
     text_file.unlink()
-    assert second.n_characters == len(first)
+    assert second.text.n_characters == len(first)
     assert np.array_equal(second.tokens, first)
 
 
@@ -549,6 +476,14 @@ def edit(**changes):
     return change
 
 
+def edit_found(**changes):
+    def change(path):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(about | {"found": about["found"] | changes}))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("which", "damage"),
     [
@@ -557,15 +492,18 @@ def edit(**changes):
         ("tokens", cut_in_half),
         ("tokens", lambda path: path.write_bytes(path.read_bytes() + b"\0")),
         ("tokens", lambda path: path.write_bytes(b"")),
+        ("tokens", lambda path: path.write_bytes(bytes(len(path.read_bytes())))),
         ("tokens", Path.unlink),
         ("about", Path.unlink),
         ("about", lambda path: path.write_bytes(b"")),
         ("about", lambda path: path.write_bytes(b"\xff\xfe\x00")),
         ("about", lambda path: path.write_text("[]")),
         ("about", cut_in_half),
-        ("about", edit(format=1)),
-        ("about", edit(vocabulary=list("acd"))),
-        ("about", edit(vocabulary=None)),
+        ("about", edit(format=2)),
+        ("about", edit_found(vocabulary=list("abd"))),
+        ("about", edit_found(vocabulary=None)),
+        ("about", edit_found(n_characters=7)),
+        ("about", edit(found={})),
         ("about", edit(sha256="0" * 64)),
     ],
 )
@@ -574,21 +512,24 @@ def test_a_damaged_cache_is_rebuilt(workdir, monkeypatch, which, damage):
     text = "abcdcb" * 10
     path.write_text(text)
     decoded(path)
+    whole = [file.read_bytes() for file in cache_files()]
     damage(cache_files()[which == "about"])
-    write_tokens, times = corpus_module._write_tokens, []
-    monkeypatch.setattr(corpus_module, "_write_tokens", lambda *args: times.append(1) or write_tokens(*args))
+    name = "_write_tokens" if which == "tokens" else "scan_text"
+    made, times = getattr(texts, name), []
+    monkeypatch.setattr(texts, name, lambda *args: times.append(1) or made(*args))
 
     assert decoded(path) == text
     assert decoded(path) == text
     assert len(times) == 1
+    assert [file.read_bytes() for file in cache_files()] == whole
 
 
 def test_the_cache_is_read_whatever_the_locale(workdir):
     Path("text.txt").write_text("é日🙂" * 20, encoding="utf-8")
     decoded(Path("text.txt"))
     script = (
-        "from utils_alg1.data import corpus as corpus_module; corpus_module._write_tokens = None;"
-        "corpus_module.open_corpus('text.txt').tokenizer.vocabulary == sorted('é日🙂') or exit(1)"
+        "from utils_alg1.data import corpus, texts; texts._write_tokens = texts.scan_text = None;"
+        "corpus.open_corpus('text.txt').tokenizer.vocabulary == sorted('é日🙂') or exit(1)"
     )
     environment = os.environ | {
         "LC_ALL": "C",
@@ -631,19 +572,19 @@ def test_a_cache_that_cannot_be_made_costs_nothing_but_time(workdir, monkeypatch
         if failing == "mkdir":
             patch.setattr(Path, "mkdir", refuse)
         else:
-            patch.setattr(corpus_module, "atomic_file", refuse)
+            patch.setattr(texts, "atomic_file", refuse)
         train_data, val_data, tokenizer = data.load_data("text.txt")
 
     assert isinstance(train_data, np.memmap)
     assert tokenizer.decode([*train_data, *val_data]) == "abcd" * 10
-    assert not list(workdir.glob(f"{corpus_module.CACHE_FOLDER}/*"))
+    assert not list(workdir.glob(f"{texts.CACHE_FOLDER}/*"))
 
 
 def test_a_full_disk_while_the_cache_is_written_leaves_no_half_of_it(workdir, monkeypatch):
     path = Path("text.txt")
     path.write_text("abcd" * 10)
-    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 8)
-    write_all, calls = corpus_module.write_all, []
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 8)
+    write_all, calls = texts.write_all, []
 
     def fill_up(descriptor, tokens):
         calls.append(tokens)
@@ -651,10 +592,10 @@ def test_a_full_disk_while_the_cache_is_written_leaves_no_half_of_it(workdir, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_all(descriptor, tokens)
 
-    monkeypatch.setattr(corpus_module, "write_all", fill_up)
+    monkeypatch.setattr(texts, "write_all", fill_up)
 
     assert decoded(path) == "abcd" * 10
-    assert os.listdir(corpus_module.CACHE_FOLDER) == []
+    assert os.listdir(texts.CACHE_FOLDER) == []
 
 
 def test_without_a_place_for_the_tokens_the_error_is_the_disks(workdir, monkeypatch):
@@ -663,7 +604,7 @@ def test_without_a_place_for_the_tokens_the_error_is_the_disks(workdir, monkeypa
     def fill_up(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(corpus_module, "write_all", fill_up)
+    monkeypatch.setattr(texts, "write_all", fill_up)
 
     with pytest.raises(Alg1Error) as raised:
         data.load_data("text.txt")
@@ -714,7 +655,7 @@ def python_docs() -> str:
 def test_without_a_network_the_python_documentation_serves_and_one_line_says_so(workdir):
     lines: list[str] = []
 
-    path = sources.find_corpus(say=lines.append)
+    path = found(say=lines.append)
 
     assert path == Path("data/python-docs.txt")
     assert path.read_text(encoding="utf-8") == python_docs()
@@ -739,7 +680,7 @@ def test_the_default_file_is_used_where_it_is(workdir, home):
     Path("data/input.txt").write_text("my own text, not to be replaced")
     lines: list[str] = []
 
-    assert sources.find_corpus(say=lines.append) == Path("data/input.txt")
+    assert found(say=lines.append) == Path("data/input.txt")
     assert decoded(Path("data/input.txt")) == "my own text, not to be replaced"
     assert lines == [] and home.asked == 0
 
@@ -751,7 +692,7 @@ def test_the_download_is_kept_and_not_repeated(workdir, home, name, file):
     lines: list[str] = []
 
     for _ in range(2):
-        assert sources.find_corpus(name, lines.append) == Path("data", file)
+        assert found(name, lines.append) == Path("data", file)
 
     assert Path("data", file).read_bytes() == PLAY
     assert os.listdir("data") == [file]
@@ -766,7 +707,7 @@ def test_a_download_that_cannot_be_kept_leaves_nothing(workdir, home, monkeypatc
     monkeypatch.setattr(os, "rename", fill_up)
 
     with pytest.raises(Alg1Error) as raised:
-        sources.find_corpus("shakespeare")
+        found("shakespeare")
 
     assert raised.value.message == (f"cannot write data/shakespeare.txt: {os.strerror(errno.ENOSPC)}")
     assert raised.value.exit_code == 4
@@ -777,7 +718,7 @@ def test_a_file_in_the_way_of_the_data_folder_is_an_error(workdir, home):
     Path("data").touch()
 
     with pytest.raises(Alg1Error) as raised:
-        sources.find_corpus("shakespeare")
+        found("shakespeare")
 
     assert raised.value.message == "data: a file is in the way of this folder"
 
@@ -794,7 +735,7 @@ def test_a_download_with_another_digest_is_refused_and_not_kept(workdir, home, s
     vars(home).update(spoil)
 
     with pytest.raises(Alg1Error) as raised:
-        sources.find_corpus("shakespeare")
+        found("shakespeare")
 
     assert raised.value.message == "the download is not tiny Shakespeare (its SHA-256 differs)"
     assert raised.value.hint == "put the text at data/shakespeare.txt, or use --data python-docs"
@@ -806,7 +747,7 @@ def test_a_download_that_fails_falls_back(workdir, home, spoil):
     vars(home).update(spoil)
     lines: list[str] = []
 
-    assert sources.find_corpus(say=lines.append) == Path("data/python-docs.txt")
+    assert found(say=lines.append) == Path("data/python-docs.txt")
     assert os.listdir("data") == ["python-docs.txt"]
     assert lines[1].endswith("; training on the Python documentation (python-docs) instead")
 
@@ -823,23 +764,23 @@ def test_an_answer_that_is_not_http_falls_back(workdir, monkeypatch):
 
         thread = threading.Thread(target=answer)
         thread.start()
-        path = sources.find_corpus(say=lambda _: None)
+        path = found(say=lambda _: None)
         thread.join()
 
     assert path == Path("data/python-docs.txt")
 
 
 def test_python_docs_by_name_needs_no_network_and_mends_its_file(workdir, home):
-    path = sources.find_corpus("python-docs", lambda line: pytest.fail(line))
+    path = found("python-docs", lambda line: pytest.fail(line))
     path.write_text("something else")
 
-    assert sources.find_corpus("python-docs") == path == Path("data/python-docs.txt")
+    assert found("python-docs") == path == Path("data/python-docs.txt")
     assert path.read_text(encoding="utf-8") == python_docs()
     assert home.asked == 0
 
 
 def test_shakespeare_by_name_does_not_fall_back(workdir):
     with pytest.raises(Alg1Error, match=r"^tiny Shakespeare cannot be downloaded \("):
-        sources.find_corpus("shakespeare", lambda _: None)
+        found("shakespeare", lambda _: None)
 
     assert os.listdir() == []

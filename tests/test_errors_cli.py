@@ -165,7 +165,12 @@ TRAIN_MISTAKES = [
         "download it first: curl -o input.txt https://example.com/a.txt; then --data input.txt",
     ),
     ("--data nowhere.txt", "nowhere.txt: no such text file", CHECK_DATA),
-    ("--data folder", "folder is a folder", "name a text file in it: --data PATH"),
+    (
+        "--data folder",
+        "folder: this folder has no .txt or .txt.gz file",
+        "put a text there, or name another: --data PATH",
+    ),
+    ("--val-data nowhere.txt", "nowhere.txt: no such text file", CHECK_DATA.replace("--data", "--val-data")),
     (
         "--output nowhere/m.safetensors",
         "--output nowhere/m.safetensors: there is no folder nowhere",
@@ -255,6 +260,17 @@ FLAG_MISTAKES = [
     ("inference", "--unknown z", "--unknown: invalid choice: 'z' (choose from "),
     ("compare", "--srot run", "unknown flag --srot; did you mean --sort?"),
     ("compare", "--runs-dir=", "--runs-dir: must not be empty"),
+    ("train", "--seed 1 --seed=2", "--seed is given 2 times: --seed 1, --seed 2"),
+    ("train", "--quiet --quiet", "--quiet is given 2 times: --quiet, --quiet"),
+    ("train", "--aim --no-aim", "--aim is given 2 times: --aim, --no-aim"),
+    ("train", "--data a.txt b.txt", "--data takes one value, and was given 2: 'a.txt' 'b.txt'"),
+    ("train", "a.txt --data b.txt", "belongs to no flag: 'a.txt'"),
+    ("inference", "--top-k 5 --top-k 9", "--top-k is given 2 times: --top-k 5, --top-k 9"),
+    ("inference", "--prompt To be --seed 1", "--prompt takes one value, and was given 2: 'To' 'be'"),
+    ("inference", "--run a --run b --run c", "--run is given 3 times: --run a, --run b, --run c"),
+    ("compare", "--tag a --tag 'b c'", "--tag is given 2 times: --tag a, --tag 'b c'"),
+    ("search", "--trials 3 --trials 4", "--trials is given 2 times: --trials 3, --trials 4"),
+    ("search", "--config a --seed 1 --config b", "--config is given 2 times: --config a, --config b"),
     ("compare", "--csv out.csv", "belongs to no flag: 'out.csv'"),
     ("compare", "--csv --json", "--json: not allowed with argument --csv"),
     ("search", "--n-trials 3", "unknown flag --n-trials; did you mean --trials?"),
@@ -473,7 +489,7 @@ def test_a_mistake_in_searching_is_reported_and_changes_nothing(place, capsys, c
 )
 def test_a_mistake_on_a_command_line_is_one_error_with_a_hint(place, capsys, script, command, error):
     before = snapshot(place)
-    result = runner(importlib.import_module(script).main, capsys)(*shlex.split(command))
+    result = runner(importlib.import_module(script).main, capsys)(*shlex.split(command), as_typed=True)
     assert result.err.startswith(f"error: {error}")
     *_, hint = result.err.splitlines()
     assert hint.startswith("hint: ") and hint.endswith(f"python {script}.py --help lists every flag")

@@ -775,7 +775,10 @@ def test_a_vocabulary_that_is_not_needed_is_a_warning(sample, model):
 
 @pytest.mark.parametrize(
     ("text", "error"),
-    [("nowhere.txt", "nowhere.txt: no such text file"), ("folder", "folder is a folder")],
+    [
+        ("nowhere.txt", "nowhere.txt: no such text file"),
+        ("folder", "folder: this folder has no .txt or .txt.gz file"),
+    ],
 )
 def test_a_text_for_the_vocabulary_is_asked_for_by_its_own_flag(sample, model, text, error):
     Path("folder").mkdir()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY, at, lasting_metrics
+from conftest import TEXT, TINY, at, lasting_metrics, with_changes
 
 import train as script
 from model import BigramLanguageModel
@@ -440,7 +440,7 @@ def test_how_often_one_looks_changes_no_byte(workdir):
         flags = [text for name in INTERVALS for text in ("--" + name.replace("_", "-"), str(interval))]
         folder = f"runs-{interval}"
         arguments = ["--data", "text.txt", *TINY, "--dropout", "0.2", "--no-aim", "--runs-dir", folder]
-        assert script.main([*arguments, *flags, "--quiet"]) == 0
+        assert script.main(with_changes([*arguments, *flags, "--quiet"])) == 0
         (run,) = list_runs(folder)
         tensors, _ = read_tensors(run / "artifacts/checkpoints/step_000000006.safetensors")
         export, _ = read_tensors(run / "artifacts/export/model.safetensors")

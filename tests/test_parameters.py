@@ -243,6 +243,7 @@ LIMITS = [
     ("export", "last", "newest", "must be one of best, last"),
     ("runs_dir", "elsewhere", "", "must not be empty"),
     ("data_path", "shakespeare", "", "must not be empty"),
+    ("val_data", "other.txt", "", "must not be empty"),
     ("train_split", 0.5, 0.0, "must be above 0"),
     ("val_split", 0.01, 1.0, "must be below 1"),
     ("new_characters", "add", "keep", "must be one of refuse, add"),
@@ -359,6 +360,7 @@ def test_values_that_do_not_go_together(config, expected):
         TrainConfig(patience=0, eval_interval=11, max_iters=10),
         DataConfig(train_split=0.7, val_split=0.3),  # 0.7 + 0.3 rounds to just below 1 or above
         DataConfig(train_split=0.5, val_split=0.1),
+        DataConfig(val_data="other.txt", train_split=1.0, val_split=0.2),
     ],
 )
 def test_values_that_just_go_together(config):

@@ -19,7 +19,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from conftest import PROJECT, TEXT
+from conftest import PROJECT, TEXT, with_changes
 
 from model import BigramLanguageModel
 from parameters import ModelConfig
@@ -272,12 +272,13 @@ def test_a_process_with_another_text_says_so(folder):
     def change_text(rank: int) -> None:
         if rank == 1:
             from utils_alg1.data import corpus as corpus_module
+            from utils_alg1.data.text_files import TextFiles
 
             real = corpus_module.open_corpus
 
-            def other(path):
-                Path("other.txt").write_text("other " + Path(path).read_text())
-                return real(Path("other.txt"))
+            def other(files):
+                Path("other.txt").write_text("other " + files.paths[0].read_text())
+                return real(TextFiles("text.txt", (Path("other.txt"),)))
 
             corpus_module.open_corpus = other
 
@@ -370,7 +371,7 @@ def torchrun(*arguments: str) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*command, str(PROJECT / "train.py"), *arguments],
+        [*command, str(PROJECT / "train.py"), *with_changes(arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -118,10 +118,15 @@ def home(tmp_path_factory) -> Path:
             assert script.main(["--print-config"]) == 0
         Path("mine.yaml").write_text(printed.getvalue())
         Path("data").mkdir()
-        Path("poems.txt").write_text(text + "Straße\n" * 20, encoding="utf-8")
-        for name in ("data/input.txt", "input.txt", "book.txt"):
+        Path("poems.txt").write_text("Straße\n" * 20 + text, encoding="utf-8")
+        Path("books/poems").mkdir(parents=True)
+        names = (
+            "data/input.txt input.txt book.txt another.txt books/1.txt books/2.txt books/poems/a.md".split()
+        )
+        for name in names:
             Path(name).write_text(text, encoding="utf-8")
         Path("opening.txt").write_text("ROMEO:\n")
+        Path("another.txt").write_text(text[::-1], encoding="utf-8")
         run_ids(monkeypatch, "2026-01-31_001")
         assert script.main([*TINY, *QUIET_TRACKERS]) == 0
         run_ids(monkeypatch, "2026-01-31_002_search")

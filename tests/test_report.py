@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, with_changes
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -62,7 +62,7 @@ def finished(tmp_path_factory):
         patch.chdir(folder)
         Path("text.txt").write_text(TEXT, encoding="utf-8")
         flags = ["--run-tag", "my try", "--dropout", "0.25", "--learning-rate", "0.01", "--quiet"]
-        assert script.main(["--data", "text.txt", *TINY, *QUIET_TRACKERS, *flags]) == 0
+        assert script.main(with_changes(["--data", "text.txt", *TINY, *QUIET_TRACKERS, *flags])) == 0
     return folder
 
 

@@ -23,7 +23,7 @@ import inference
 from model import BigramLanguageModel
 from parameters import ModelConfig
 from utils import Tokenizer
-from utils_alg1.data import corpus as corpus_module
+from utils_alg1.data import text_files
 from utils_alg1.inference import score as score_module
 from utils_alg1.network import scoring as scoring_module
 from utils_alg1.network.cache import CachedForward
@@ -211,7 +211,7 @@ def test_the_standard_input_and_a_pipe_give_the_same_figures(sample, model, monk
 def test_how_a_text_is_cut_into_pieces_does_not_matter(sample, model, monkeypatch):
     write(text_of(500))
     whole = sample(*MODEL, "--score", "text.txt")
-    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 7)  # which also cuts characters
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 7)  # which also cuts characters
     assert sample(*MODEL, "--score", "text.txt").out == whole.out
 
 

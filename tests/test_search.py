@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, printed_config, runner
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, printed_config, runner, with_changes
 
 pytest.importorskip("optuna", reason="searching is optional: pip install -e '.[search]'")
 
@@ -600,7 +600,7 @@ def test_an_earlier_run_with_the_same_tag_is_not_taken(search, fake_train):
 def start_search(
     *flags: object, script: str = "run_search.py", cwd: Path | None = None
 ) -> subprocess.Popen[str]:
-    command = [sys.executable, script, *map(str, flags)]
+    command = [sys.executable, script, *with_changes(flags)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, start_new_session=True, **pipes)
 

@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import TEXT, TINY, lasting_metrics, recorded_run
+from conftest import TEXT, TINY, lasting_metrics, recorded_run, with_changes
 from google.protobuf import text_format
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing import plugin_event_accumulator
@@ -344,7 +344,7 @@ def test_a_killed_run_goes_on_as_one_clean_curve(train, text_file, run, at_step)
 
     at_step(5, kill)
     with pytest.raises(Killed):
-        script.main([*map(str, TENSORBOARD_ONLY), "--quiet"])
+        script.main(with_changes([*TENSORBOARD_ONLY, "--quiet"]))
     (path,) = list_runs("runs")
     before = scalars(read_events(path / "logs/tensorboard"))["Loss/train_step"]
     assert [step for step, _ in before] == [0, 1, 2, 3, 4, 5]  # further than the newest checkpoint

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.utils.tensorboard  # once, here: the runs below start TensorBoard in a moment
-from conftest import PROJECT, QUIET_TRACKERS, TINY, Notes, lasting_metrics
+from conftest import PROJECT, QUIET_TRACKERS, TINY, Notes, lasting_metrics, with_changes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins import projector
 from tensorboard.plugins.hparams import summary_v2
@@ -967,7 +967,7 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_file, workdir):
-    flags = [word for word in (*RUN_TINY, "--no-aim", *NO_LOOKS) if word != "--quiet"]
+    flags = [word for word in with_changes([*RUN_TINY, "--no-aim", *NO_LOOKS]) if word != "--quiet"]
     code = (
         "import train, threading\n"
         "from utils_alg1.console.script import run_script\n"

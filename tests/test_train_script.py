@@ -23,7 +23,7 @@ import faults
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, printed_config
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, lasting_metrics, printed_config, with_changes
 from safetensors.torch import save_file
 
 import train as train_script
@@ -85,8 +85,8 @@ def finished_run(folder: Path, *flags: str) -> Finished:
         patch.setattr(MetadataCapture, "_git", staticmethod(lambda *words: said[" ".join(words)]))
         Path("text.txt").write_text(TEXT, encoding="utf-8")
         Path("config.json").write_text('{"beta1": 0.8}')
-        flags = ("--data", "text.txt", *TINY, *QUIET_TRACKERS, *flags)
-        assert train_script.main(list(flags)) == 0
+        flags = with_changes(["--data", "text.txt", *TINY, *QUIET_TRACKERS, *flags])
+        assert train_script.main(flags) == 0
     return Finished(folder, out.getvalue())
 
 

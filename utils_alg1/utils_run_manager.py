@@ -21,6 +21,7 @@ from parameters import CONFIG_DIR, CONFIG_FILES, Parameters
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import make_folder, write_atomically, write_json
 from utils_alg1.data.corpus import Corpus
+from utils_alg1.data.texts import Text
 from utils_alg1.run_directory import LOCK_NAME, RunDirectory, RunFolder, list_runs, lock_run, sanitise_tag
 
 SUBDIRECTORIES = ("meta", "logs/tensorboard", "artifacts/checkpoints", "artifacts/export", "eval")
@@ -175,6 +176,15 @@ def _write_lines(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _describe_text(text: Text) -> dict[str, Any]:
+    return {
+        "path": text.name,
+        "files": len(text.files.paths),
+        "sha256": text.sha256,
+        "characters": text.n_characters,
+    }
+
+
 def write_records(
     run: RunFolder,
     params: Parameters,
@@ -189,12 +199,9 @@ def write_records(
     notes = run.meta_dir / "notes.md"
     if not notes.exists():
         write_atomically(notes, NOTES.format(run_id=run.run_id).encode())
-    text = {
-        "path": str(corpus.path),
-        "sha256": corpus.sha256,
-        "characters": len(corpus.tokens),
-        "vocab_size": corpus.tokenizer.vocab_size,
-    }
+    text = _describe_text(corpus.text) | {"vocab_size": corpus.tokenizer.vocab_size}
+    if corpus.held_out is not None:
+        text["held_out"] = _describe_text(corpus.held_out)
     record = {"parameters": params.flat(), "origins": params.origins, "corpus": text, "runtime": runtime}
     write_json(run.record_path, record)
     return {"git": git, "environment": environment, "corpus": text, "runtime": runtime}

@@ -88,7 +88,9 @@ def _log(events: SummaryWriter, kind: Kind, payload: Any, step: int) -> None:
                 events.add_image(name, image.pixels(), step, dataformats="HW")
         case "texts":
             for name, text in payload.items():
-                # TensorBoard renders Markdown, where indented lines are code and stay as they are.
-                events.add_text(tag(name), "    " + text.replace("\n", "\n    "), step)
+                # TensorBoard renders Markdown, where indented lines are code and stay as they are. Other line
+                # ends than LF are those of a text from Windows (CR LF) or an old Mac (CR).
+                lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+                events.add_text(tag(name), "\n".join(f"    {line}" for line in lines), step)
         case "embedding":
             write_embedding(Path(events.log_dir), tag(payload.name), payload.vectors, payload.labels, step)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import re
+from pathlib import Path
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 EXPONENT_THRESHOLD = 1e6  # numbers from here on are written with an exponent
@@ -22,6 +24,11 @@ def without_controls(text: str) -> str:
         return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
     return CONTROL_CHARACTERS.sub(symbol, text.replace("\r\n", "\n"))
+
+
+def text_name(path: str) -> str:
+    """Return the name of a text for a table: that of its file or folder, or its pattern."""
+    return path if glob.has_magic(path) else Path(path).name or path
 
 
 def format_number(value: float | None, decimals: int = 4) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from parameters import PARTS, specs
@@ -16,6 +18,7 @@ from utils_alg1.base.other_names import answer_to, bare
 from utils_alg1.base.problems import Problem, raise_problems, shown, similar
 from utils_alg1.base.settings import Limits, coerce
 
+TEXTS = ("data_path", "val_data", "vocabulary")  # flags that name a text
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -43,8 +46,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the command line. An Alg1Error names every unknown flag, or else the first mistake."""
+        args = sys.argv[1:] if args is None else args
         namespace, unknown = self.parse_known_args(args, namespace)
         raise_problems([*self._unknown_flags(unknown)], self.hint)
+        self._refuse_repeats(args)
         words = " ".join(shown(word) for word in unknown if word != "--")
         if words:
             hint = "every value follows its flag; switches take none"
@@ -71,6 +76,28 @@ class Parser(argparse.ArgumentParser):
         words = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
         return [word for word in dict.fromkeys(words) if word in self._option_string_actions]
 
+    def _refuse_repeats(self, args: Sequence[str]) -> None:
+        """Raise Alg1Error for a flag that is given twice, or with several values: argparse takes the last."""
+        by_name: dict[
+            str, list[tuple[str, list[str]]]
+        ] = {}  # the uses of each flag: it, and the words behind
+        for word in itertools.takewhile(lambda word: word != "--", args):
+            flag, has_value, value = word.partition("=")
+            if flag in self._option_string_actions:
+                words = [value] if has_value else []
+                by_name.setdefault(self._option_string_actions[flag].dest, []).append((flag, words))
+            elif by_name:
+                words.append(word)
+        for name, given in by_name.items():
+            flag, values = given[0][0], [word for _, words in given for word in words]
+            hint = f"{several_texts(flag, values)}; {self.hint}" if name in TEXTS else self.hint
+            if len(given) > 1:
+                uses = ", ".join(" ".join([flag, *map(shlex.quote, words)]) for flag, words in given)
+                raise Alg1Error(f"{flag} is given {len(given)} times: {uses}", f"give it once; {hint}")
+            if len(values) > 1 and self._option_string_actions[flag].nargs is None:
+                text = f"{flag} takes one value, and was given {len(values)}: {' '.join(map(shown, values))}"
+                raise Alg1Error(text, f"put a value with spaces or * in quotes; {hint}")
+
     def error(self, message: str, hint: str = "") -> NoReturn:
         """Raise Alg1Error with the hints of this mistake and of the parser."""
         if message.endswith("expected one argument"):
@@ -81,6 +108,14 @@ class Parser(argparse.ArgumentParser):
         ):
             message = message.replace(argparse_words, ours)
         raise Alg1Error(message.removeprefix("argument "), f"{hint}; {self.hint}" if hint else self.hint)
+
+
+def several_texts(flag: str, names: list[str]) -> str:
+    """Return how a flag names several texts: those that a shell has made of a pattern, by the pattern."""
+    paths = [Path(name) for name in names]
+    alike = len({(path.parent, path.suffix) for path in paths}) == 1
+    pattern = str(paths[0].parent / f"*{paths[0].suffix}") if alike else "books/*.txt"
+    return f"several texts are their folder, or a pattern in quotes: {flag} {shlex.quote(pattern)}"
 
 
 def number(

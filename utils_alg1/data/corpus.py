@@ -1,21 +1,15 @@
-"""Tokenize a text file, and cache the tokens next to it.
+"""What a run is trained and evaluated on: a text, or a text and a held-out text, as tokens.
 
-A corpus is one UTF-8 text file. It is read twice, in pieces: `open_corpus` validates it and computes its
-SHA-256 and vocabulary; the first use of `Corpus.tokens` writes them to a cache file, which is memory-mapped.
-So a text larger than memory trains in constant memory, and the same text is tokenized only once (for each
-vocabulary: a model that is trained further has its own, `Corpus.with_vocabulary`).
+data/sources.py      what --data and --val-data name -> files
+data/text_files.py   files -> bytes
+data/texts.py        bytes -> a validated text, and its tokens, which are cached
+data/diagnosis.py    what to do about a file that is no text in UTF-8
 """
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import logging
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,225 +17,153 @@ from typing import Any
 
 import numpy as np
 
-from utils import N_CODE_POINTS, Tokenizer
-from utils_alg1.base.errors import Alg1Error, disk_error, unreadable
-from utils_alg1.base.files import atomic_file, write_all, write_json
+from parameters import DataConfig
+from utils import Tokenizer, show_characters
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.text import format_count
+from utils_alg1.data.diagnosis import ICONV, NO_TEXT, PANDOC, fill_in, is_markup, wide_encoding
+from utils_alg1.data.sources import Say, find_text
+from utils_alg1.data.text_files import TextFiles
+from utils_alg1.data.texts import Text, load_tokens, open_text
 
-LOGGER = logging.getLogger("alg1")
-
-CACHE_FOLDER = ".tokens"  # next to the text file
-CACHE_FORMAT = 2
-CHUNK_BYTES = 1 << 17  # bytes read at a time: what is made of them stays in the processor's cache
-NO_TEXT = "this is hardly a text file"
-UTF_16 = "if it is UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW"
+REMOVE_CR = "tr -d '\\r' < OLD > NEW"
+CR_TO_LF = "tr '\\r' '\\n' < OLD > NEW"
 
 
 @dataclass
 class Corpus:
-    """A validated text file."""
+    """A text, and where one is given the held-out text that takes the place of its val split."""
 
-    path: Path
-    sha256: str  # hex digest of the file's bytes
-    tokenizer: Tokenizer  # its vocabulary has every character of the text, and no other by default
-    n_characters: int  # also the number of tokens
-    cache_name: str  # of its files in the cache
+    text: Text
+    held_out: Text | None = None
+    vocabulary: list[str] | None = None  # None: the characters of both texts
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.characters if self.vocabulary is None else self.vocabulary)
+
+    @property
+    def characters(self) -> set[str]:
+        """The characters of both texts."""
+        return {character for text in self.texts for character in text.vocabulary}
+
+    def with_vocabulary(self, characters: Iterable[str]) -> Corpus:
+        """Return the same texts with a tokenizer of these characters, which have to include theirs."""
+        vocabulary = sorted(set(characters))
+        assert self.characters.issubset(vocabulary)
+        return dataclasses.replace(self, vocabulary=vocabulary)
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
-        """(n,) of the tokenizer's token_type, memory-mapped, from the cache or tokenized now.
+        """The tokens of the text; see `load_tokens`."""
+        return load_tokens(self.text, self.tokenizer)
 
-        Raises:
-            Alg1Error: the text has changed since it was validated, or there is no space for its tokens.
-        """
-        return _write_cache(self)
+    @functools.cached_property
+    def held_out_tokens(self) -> np.ndarray | None:
+        return None if self.held_out is None else load_tokens(self.held_out, self.tokenizer)
+
+    @property
+    def texts(self) -> list[Text]:
+        return [self.text] if self.held_out is None else [self.text, self.held_out]
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the text, followed by + and that of the held-out text if there is one."""
+        return "+".join(text.sha256 for text in self.texts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state that is sent to other processes, each of which maps the tokens itself."""
+        return {"text": self.text, "held_out": self.held_out, "vocabulary": self.vocabulary}
 
     def tokenize(self) -> None:
-        """Make `tokens` now, and raise what they raise."""
-        _ = self.tokens
-
-    def with_vocabulary(self, characters: Iterable[str]) -> Corpus:
-        """Return the same text with a tokenizer of these characters, which include those of the text."""
-        tokenizer = Tokenizer(characters)
-        if tokenizer.vocabulary == self.tokenizer.vocabulary:
-            return self
-        assert not tokenizer.unseen("".join(self.tokenizer.vocabulary))
-        name = f"{self.sha256}-{_vocabulary_sha256(tokenizer).hexdigest()[:16]}"
-        cached = _read_cache(self.path, self.sha256, name)
-        return cached or dataclasses.replace(self, tokenizer=tokenizer, cache_name=name)
+        """Make the tokens now, and raise what `load_tokens` raises."""
+        _ = self.tokens, self.held_out_tokens
 
     def split_sizes(self, train_split: float, val_split: float | None) -> tuple[int, int]:
         """Return how many characters are for training and for validation; see `split`."""
-        n_train = int(train_split * self.n_characters)
-        n_other = self.n_characters - n_train
-        return n_train, n_other if val_split is None else min(n_other, round(val_split * self.n_characters))
+        n = self.text.n_characters
+        if self.held_out is not None:
+            return n, self.held_out.n_characters
+        n_train = int(train_split * n)
+        return n_train, n - n_train if val_split is None else min(n - n_train, round(val_split * n))
 
     def split(
         self, train_split: float = 0.9, val_split: float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first `train_split` of the tokens, and the last `val_split` (default: all others)."""
+        """Return the first `train_split` of the tokens, and the last `val_split` (default: all others).
+
+        With a held-out text: all tokens of the text, and all of the held-out text.
+        """
         n_train, n_val = self.split_sizes(train_split, val_split)
-        return self.tokens[:n_train], self.tokens[self.n_characters - n_val :]
+        held_out = self.tokens if self.held_out_tokens is None else self.held_out_tokens
+        return self.tokens[:n_train], held_out[len(held_out) - n_val :]
 
     def check_block_size(self, block_size: int, train_split: float, val_split: float | None) -> None:
         """Raise Alg1Error, with the largest block_size that fits, if a split is too short for this one."""
-        largest = min(self.split_sizes(train_split, val_split)) - 1
+        n_train, n_val = self.split_sizes(train_split, val_split)
+        largest = min(n_train, n_val) - 1
         if block_size <= largest:
             return
-        text = f"{self.path}: {self.n_characters:,} characters are too few for block_size = {block_size}"
+        short = self.text if self.held_out is None or n_train <= n_val else self.held_out
+        text = f"{short.name}: {short.n_characters:,} characters are too few for block_size = {block_size}"
         if largest >= 1:
             raise Alg1Error(text, f"use a longer text, or --block-size {largest} at most")
-        hint = "use a longer text: each of train_split and val_split needs two characters"
-        raise Alg1Error(f"{text}, and for any other", hint)
+        what = "each of train_split and val_split" if self.held_out is None else "it"
+        raise Alg1Error(f"{text}, and for any other", f"use a longer text: {what} needs two characters")
 
-    def warning(self) -> str | None:
-        """Return a one-line warning if the file is valid UTF-8 but probably not a text, else None."""
-        if "\0" not in self.tokenizer.stoi:
-            return None
-        return f"{self.path}: it has characters of value 0: {NO_TEXT}; {UTF_16}"
+    def remarks(self) -> list[str]:
+        """Return the lines that tell what a text is like, where nothing is wrong with it."""
+        return [
+            f"{text.name}: its lines end with CR LF, which the samples will have too"
+            + _remedy(REMOVE_CR, text)
+            for text in self.texts
+            if text.n_crlf
+        ]
 
-
-def open_corpus(path: Path | str) -> Corpus:
-    """Validate a text file and find its digest, vocabulary and length; write nothing.
-
-    If the cache holds this text, the text is only hashed, not decoded.
-
-    Raises:
-        Alg1Error: empty, not UTF-8 (naming the first invalid byte), or not readable.
-    """
-    path = Path(path)
-    corpus = _find_cache(path) or _scan_text(path)
-    if not corpus.n_characters:
-        raise Alg1Error(f"{path}: the file is empty", "give it some text, or name another file")
-    return corpus
-
-
-@contextlib.contextmanager
-def _open_text(path: Path) -> Iterator[Any]:
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise unreadable(path, error) from None
+    def warnings(self, train_split: float) -> list[str]:
+        """Return a line for each property of the texts that is rarely meant."""
+        lines = [line for text in self.texts for line in _warnings(text)]
+        n_train = self.split_sizes(train_split, None)[0]
+        known = {c for c, first in zip(self.text.vocabulary, self.text.first, strict=True) if first < n_train}
+        if unknown := self.characters - known:
+            where = f"in {self.held_out.name} only" if self.held_out else "not in the part for training"
+            count = f"{len(unknown)} of {len(self.characters)}"
+            lines.append(
+                f"characters {where}, which this run cannot learn ({count}): {show_characters(unknown)}"
+            )
+        if self.held_out is not None and self.held_out.sha256 == self.text.sha256:
+            lines.append(f"{self.held_out.name}: the held-out text is the text that is trained on")
+        return lines
 
 
-def _read_text(path: Path, sha256: Any) -> Iterator[str]:
-    """Yield the text in pieces, without its BOM, and update a hashlib object with the bytes of the file.
-
-    Raises:
-        Alg1Error: naming the first byte that is not UTF-8.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    n_bytes, at_start, chunk = 0, True, b"first"
-    with _open_text(path) as file:
-        while chunk:
-            chunk = file.read(CHUNK_BYTES)
-            sha256.update(chunk)
-            n_bytes += len(chunk)
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, error, n_bytes) from None
-            yield text.removeprefix("\ufeff") if at_start else text
-            at_start = at_start and not text
+def _warnings(text: Text) -> Iterator[str]:
+    """Yield what is rarely meant in one text."""
+    paths = text.files.paths
+    if "\0" in text.vocabulary:
+        wide = next(((path, name) for path in paths if (name := wide_encoding(path))), None)
+        remedy = f"; if it is {wide[1]}: {fill_in(ICONV.format(wide[1]), wide[0])}" if wide else ""
+        yield f"{text.name}: it has characters of value 0: {NO_TEXT}{remedy}"
+    if path := next(filter(is_markup, paths), None):
+        remedy = fill_in(PANDOC.format("html"), path)
+        yield f"{path}: this is HTML, whose tags are trained on too; for its text alone: {remedy}"
+    if text.n_cr:
+        remedy = "" if text.n_crlf else _remedy(CR_TO_LF, text)
+        yield f"{text.name}: {format_count(text.n_cr, 'line end')} of CR alone, as on old Macs{remedy}"
 
 
-def _not_utf8(path: Path, error: UnicodeDecodeError, n_bytes: int) -> Alg1Error:
-    """Return the error for a text that the decoder refused after reading so many bytes of the file."""
-    data, offset = error.object, n_bytes - len(error.object)  # of what was decoded at last
-    encoding = "UTF-16" if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-    hint = f"save the file as UTF-8, for instance: iconv -f {encoding} -t UTF-8 OLD > NEW"
-    if encoding != "UTF-16" and b"\0" in data:  # text in an 8-bit encoding has no zero bytes
-        hint = f"{NO_TEXT}; {UTF_16}"
-    at, byte = offset + error.start, data[error.start]
-    return Alg1Error(f"{path}: not UTF-8 at byte {at} (0x{byte:02X})", hint)
+def _remedy(command: str, text: Text) -> str:
+    """Return the end of a line that says how to change a text; nothing for one of several files."""
+    return f"; to change that: {fill_in(command, text.files.paths[0])}" if len(text.files.paths) == 1 else ""
 
 
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+def open_corpus(text: TextFiles | Path | str, held_out: TextFiles | Path | str | None = None) -> Corpus:
+    """Validate a text, and a held-out text; write nothing. Raises what `open_text` raises."""
+    opened = open_text(TextFiles.of(text))
+    return Corpus(opened, None if held_out is None else open_text(TextFiles.of(held_out)))
 
 
-def _scan_text(path: Path) -> Corpus:
-    sha256, n = hashlib.sha256(), 0
-    ascii_seen, seen = b"", np.zeros(N_CODE_POINTS, dtype=bool)
-    for text in _read_text(path, sha256):
-        n += len(text)
-        if text.isascii():  # four times as fast as the general form
-            ascii_seen += bytes(set(text.encode().translate(None, ascii_seen)))
-        else:
-            seen[_code_points(text).astype(np.intp)] = True  # any other integer type is slow
-    seen[list(ascii_seen)] = True
-    digest = sha256.hexdigest()
-    return Corpus(path, digest, Tokenizer(map(chr, np.flatnonzero(seen))), n, digest)
-
-
-def _vocabulary_sha256(tokenizer: Tokenizer) -> Any:
-    """Start the SHA-256 of a cache, which covers the vocabulary and then the tokens."""
-    return hashlib.sha256("".join(tokenizer.vocabulary).encode())
-
-
-def _find_cache(path: Path) -> Corpus | None:
-    """Return a text whose tokens, of its own vocabulary, are in the cache; None if they are not."""
-    if not (path.parent / CACHE_FOLDER).is_dir():
-        return None
-    with _open_text(path) as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return _read_cache(path, sha256, sha256)
-
-
-def _read_cache(path: Path, sha256: str, name: str) -> Corpus | None:
-    """Return the text with the tokens of this name in the cache; None if they are missing or damaged."""
-    folder = path.parent / CACHE_FOLDER
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        about = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        tokenizer = Tokenizer(about["vocabulary"])
-        with (folder / f"{name}.bin").open("rb") as file:
-            found = hashlib.file_digest(file, lambda: _vocabulary_sha256(tokenizer)).hexdigest()
-        if (about["format"], about["sha256"]) == (CACHE_FORMAT, found):
-            tokens = np.memmap(folder / f"{name}.bin", mode="r", dtype=tokenizer.token_type())
-            LOGGER.debug("%s: using the tokens cached in %s", path, folder)
-            corpus = Corpus(path, sha256, tokenizer, len(tokens), name)
-            corpus.tokens = tokens
-            return corpus
-    return None
-
-
-def _write_cache(corpus: Corpus) -> np.ndarray:
-    """Tokenize into the cache, or if that fails into a temporary file without a name; map the tokens."""
-    folder = corpus.path.parent / CACHE_FOLDER
-    dtype = corpus.tokenizer.token_type()
-    try:
-        folder.mkdir(exist_ok=True)
-        with atomic_file(folder / f"{corpus.cache_name}.bin") as descriptor:
-            sha256 = _write_tokens(corpus, descriptor)
-    except (OSError, Alg1Error):
-        try:
-            with tempfile.TemporaryFile() as file:
-                _write_tokens(corpus, file.fileno())
-                return np.memmap(file, mode="r", dtype=dtype)
-        except OSError as error:
-            raise disk_error(f"write the tokens of {corpus.path} to a temporary file", error) from error
-    about = {"format": CACHE_FORMAT, "text": corpus.path.name, "sha256": sha256}
-    with contextlib.suppress(Alg1Error):  # without this file the text is only tokenized again next time
-        write_json(folder / f"{corpus.cache_name}.json", about | {"vocabulary": corpus.tokenizer.vocabulary})
-    return np.memmap(folder / f"{corpus.cache_name}.bin", mode="r", dtype=dtype)
-
-
-def _write_tokens(corpus: Corpus, descriptor: int) -> str:
-    """Write the text's tokens to a file. Returns the SHA-256 of vocabulary and tokens.
-
-    Raises:
-        Alg1Error: the text has changed since it was validated.
-    """
-    table = corpus.tokenizer.lookup_table()
-    ascii_table = table[:256].tobytes()  # for bytes.translate, if tokens are single bytes
-    text_sha256, sha256 = hashlib.sha256(), _vocabulary_sha256(corpus.tokenizer)
-    for text in _read_text(corpus.path, text_sha256):
-        if text.isascii() and table.itemsize == 1:
-            tokens = memoryview(text.encode().translate(ascii_table))
-        else:
-            tokens = table.take(_code_points(text)).data.cast("B")
-        sha256.update(tokens)
-        write_all(descriptor, tokens)
-    if text_sha256.hexdigest() != corpus.sha256:  # new characters would have no token in this vocabulary
-        raise Alg1Error(f"{corpus.path}: it changed while it was read", "train on a copy of it")
-    return sha256.hexdigest()
+def find_corpus(config: DataConfig, say: Say = print) -> Corpus:
+    """Find and validate the texts that the parameters name. Raises what `find_text` and `open_text` raise."""
+    text = find_text(config.data_path, say)
+    held_out = None if config.val_data is None else find_text(config.val_data, say, "--val-data")
+    return open_corpus(text, held_out)

@@ -1,13 +1,17 @@
-"""Find the text file that --data names: a path, or a named corpus that is downloaded or generated.
+"""Find the files of the text that --data or --val-data names.
 
-To add a named corpus, add a function that returns its text file to `NAMED_CORPORA`.
+That is a file, a folder, a pattern, or a named corpus, which is downloaded or generated. To add a named
+corpus, add a function that returns its text file to `NAMED_CORPORA`.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
 import shlex
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +19,11 @@ from parameters import DataConfig
 from utils_alg1.base.errors import Alg1Error, unreadable
 from utils_alg1.base.files import make_folder, write_atomically
 from utils_alg1.base.problems import nearest
+from utils_alg1.data.text_files import TextFiles
 
 DEFAULT_PATH = DataConfig.data_path
 FOLDER = Path(DEFAULT_PATH).parent
+SUFFIXES = (".txt", ".txt.gz")  # of the files of a folder that are read
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT = 5  # seconds
@@ -25,22 +31,23 @@ DOWNLOAD_TIMEOUT = 5  # seconds
 Say = Callable[[str], None]  # shows the user one line
 
 
-def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
-    """Return the path of the text file that --data names.
+def find_text(name: str = DEFAULT_PATH, say: Say = print, flag: str = "--data") -> TextFiles:
+    """Return the files of the text that a flag names.
 
-    `shakespeare` is downloaded and `python-docs` generated, unless that was done before; anything else is a
-    path. If the default path is missing, tiny Shakespeare is downloaded to it; without a network, python-docs
-    is used instead.
+    `shakespeare` is downloaded and `python-docs` generated, unless that was done before. Anything else is the
+    path of a file, the path of a folder, whose .txt and .txt.gz files are read in the order of their names,
+    or a pattern such as "books/*.txt", whose matches are. If the default path is missing, tiny Shakespeare is
+    downloaded to it; without a network, python-docs is used instead.
 
     Raises:
-        Alg1Error: the file does not exist, is not a regular file, or shakespeare cannot be downloaded.
+        Alg1Error: there is no such file, or shakespeare cannot be downloaded.
     """
-    if data_path in NAMED_CORPORA:
-        return NAMED_CORPORA[data_path](say)
-    if "://" in data_path:
-        hint = f"download it first: curl -o input.txt {shlex.quote(data_path)}; then --data input.txt"
-        raise Alg1Error(f"--data {data_path}: must be a file on this machine", hint)
-    path = Path(data_path)
+    if name in NAMED_CORPORA:
+        return TextFiles.of(NAMED_CORPORA[name](say))
+    if "://" in name:
+        hint = f"download it first: curl -o input.txt {shlex.quote(name)}; then {flag} input.txt"
+        raise Alg1Error(f"{flag} {name}: must be a file on this machine", hint)
+    path = Path(os.path.expanduser(name))
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -48,21 +55,64 @@ def find_corpus(data_path: str = DEFAULT_PATH, say: Say = print) -> Path:
     except OSError as error:
         raise unreadable(path, error) from None
     if stat.S_ISREG(mode):
-        return path
+        return TextFiles.of(path)
     if stat.S_ISDIR(mode):
-        raise Alg1Error(f"{path} is a folder", "name a text file in it: --data PATH")
+        return TextFiles(name, _files_in(path, flag))
     if mode:
         raise Alg1Error(f"{path} is not a file that can be read twice", "save the text to a file")
+    if glob.has_magic(name):
+        return TextFiles(name, _matches(str(path), flag))
     if path != Path(DEFAULT_PATH):
         raise Alg1Error(
-            f"{path}: no such text file{nearest(data_path, NAMED_CORPORA)}",
-            "check the path of --data; --data python-docs is there without a file or a network",
+            f"{path}: no such text file{nearest(name, NAMED_CORPORA)}",
+            f"check the path of {flag}; {flag} python-docs is there without a file or a network",
         )
     try:
-        return _shakespeare(say, path)
+        return TextFiles.of(_shakespeare(say, path))
     except Alg1Error as error:
         say(f"{error.message}; training on the Python documentation (python-docs) instead")
-    return _python_docs(say)
+    return TextFiles.of(_python_docs(say))
+
+
+def _files_in(folder: Path, flag: str) -> tuple[Path, ...]:
+    """Return the text files of a folder, without hidden ones, in the order of their names."""
+    try:
+        visible = sorted(
+            path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()
+        )
+    except OSError as error:
+        raise unreadable(folder, error) from None
+    found = tuple(path for path in visible if path.name.lower().endswith(SUFFIXES))
+    if not found:
+        raise _no_text_in(folder, visible, flag)
+    _refuse_twins(found)
+    return found
+
+
+def _no_text_in(folder: Path, files: list[Path], flag: str) -> Alg1Error:
+    """Return the error for a folder that holds other files only, or other folders."""
+    suffixes = Counter(path.suffix for path in files).most_common(1)
+    pattern = f"*{suffixes[0][0]}" if suffixes else "**/*.txt" if any(folder.glob("*/")) else ""
+    hint = f"put a text there, or name another: {flag} PATH"
+    if pattern:
+        hint = f"name the files with a pattern in quotes, as in {flag} {shlex.quote(str(folder / pattern))}"
+    return Alg1Error(f"{folder}: this folder has no {' or '.join(SUFFIXES)} file", hint)
+
+
+def _matches(pattern: str, flag: str) -> tuple[Path, ...]:
+    """Return the files that match a pattern, in the order of their names; `**` is any number of folders."""
+    found = tuple(Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name))
+    if not found:
+        text = f"{flag} {pattern}: no file matches this pattern"
+        raise Alg1Error(text, "check its folder, and how the names of the files end")
+    _refuse_twins(found)
+    return found
+
+
+def _refuse_twins(paths: tuple[Path, ...]) -> None:
+    """Raise Alg1Error for a file that is there packed and unpacked: it would be trained on twice."""
+    for twin in {path.with_suffix("") for path in paths if path.suffix == ".gz"}.intersection(paths):
+        raise Alg1Error(f"{twin} and {twin}.gz: the same text would be read twice", "move one of them away")
 
 
 def _shakespeare(say: Say, path: Path = FOLDER / "shakespeare.txt") -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import math
 import sys
 import time
@@ -18,7 +19,9 @@ from utils import N_CODE_POINTS, Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error, unreadable
 from utils_alg1.base.text import bits_per_character, format_count, format_loss, perplexity
 from utils_alg1.console.messages import is_terminal, print_note
-from utils_alg1.data.corpus import Corpus, open_corpus
+from utils_alg1.data.sources import find_text
+from utils_alg1.data.text_files import CHUNK_BYTES
+from utils_alg1.data.texts import Text, open_text, read_text
 from utils_alg1.inference.prompts import STANDARD_INPUT
 from utils_alg1.network.sampling import LogitsDecoder
 from utils_alg1.network.scoring import score_tokens
@@ -26,7 +29,6 @@ from utils_alg1.network.scoring import score_tokens
 if TYPE_CHECKING:
     from utils_alg1.console.terminal import Bar
 
-CHUNK_BYTES = 1 << 17  # bytes read at a time
 BAR_DELAY = 1.0  # seconds: a text that takes no longer gets no progress bar
 
 
@@ -70,10 +72,10 @@ class Score:
 
 
 def score_text(name: str, decoder: LogitsDecoder, tokenizer: Tokenizer, unknown: str) -> Score:
-    """Score a text file; `score_tokens` says from what each character is predicted.
+    """Score a text; `score_tokens` says from what each character is predicted.
 
     Args:
-        name: a path, or "-" for the standard input.
+        name: as for --data (see `find_text`), or "-" for the standard input.
         unknown: what to do with characters that the model does not know, which are not scored: "error",
             "skip" (leave them out), or "replace" (others see the tokenizer's replacement in their place).
 
@@ -81,13 +83,13 @@ def score_text(name: str, decoder: LogitsDecoder, tokenizer: Tokenizer, unknown:
         Alg1Error: the text cannot be read, or has nothing to score, or unknown characters that are an error.
         NotFiniteError: see `score_tokens`.
     """
-    texts, corpus = open_text(name)
-    if corpus is not None and unknown == "error":  # before all that can take long
-        refuse_unknown(name, tokenizer.unseen("".join(corpus.tokenizer.vocabulary)))
+    texts, text = find_pieces(name)
+    if text is not None and unknown == "error":  # before all that can take long
+        refuse_unknown(name, tokenizer.unseen("".join(text.vocabulary)))
     score = Score()
     pieces = tokenize(texts, tokenizer, unknown, score, name)
     try:
-        with progress_bar(None if corpus is None else corpus.n_characters) as show:
+        with progress_bar(None if text is None else text.n_characters) as show:
             for losses in score_tokens(decoder, pieces):
                 score.add(losses)
                 show(score)
@@ -101,15 +103,15 @@ def score_text(name: str, decoder: LogitsDecoder, tokenizer: Tokenizer, unknown:
     return score
 
 
-def open_text(name: str) -> tuple[Iterator[str], Corpus | None]:
+def find_pieces(name: str) -> tuple[Iterator[str], Text | None]:
     """Return a text in pieces and, if it can be read twice, what a first reading tells of it."""
     if name == STANDARD_INPUT:
         return decode_stream(contextlib.nullcontext(sys.stdin.buffer), "the standard input"), None
     path = Path(name)
-    if not path.exists():
-        raise Alg1Error(f"{name}: no such text file", "check the path of --score")
-    corpus = open_corpus(path) if path.is_file() or path.is_dir() else None
-    return decode_stream(path.open("rb"), name), corpus
+    if path.exists() and not path.is_file() and not path.is_dir():  # such as a pipe
+        return decode_stream(path.open("rb"), name), None
+    text = open_text(find_text(name, print_note, "--score"))
+    return read_text(text.files, hashlib.sha256()), text
 
 
 def decode_stream(opened: contextlib.AbstractContextManager[BinaryIO], name: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import decode, read_bytes, read_json_object, write_atomically, write_or_warn
-from utils_alg1.base.text import format_count, format_duration, format_number, without_controls
+from utils_alg1.base.text import format_count, format_duration, format_number, text_name, without_controls
 from utils_alg1.report import pictures
 from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.metrics_file import Point, read_curves
@@ -78,7 +78,7 @@ def build_page(run_dir: Path, samples: list[str], attention_text: str | None) ->
         name=run_dir.name,
         final=final,
         record=record,
-        text_name=Path(record["corpus"]["path"]).name,
+        text_name=text_name(record["corpus"]["path"]),
         samples=samples,
         attention_text=attention_text,
         attention_picture=base64.b64encode(picture).decode("ascii"),

@@ -22,6 +22,7 @@ from utils_tensorboard.instructions import instructions as tensorboard_instructi
 
 if TYPE_CHECKING:
     from utils_alg1.data.corpus import Corpus
+    from utils_alg1.data.texts import Text
     from utils_alg1.training.progress import Progress
     from utils_alg1.training.trainer import Trainer
 
@@ -45,14 +46,22 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
         "device": device,
         "model": f"{format_count(trainer.model.config.n_parameters, 'parameter')}: n_embd {model.n_embd},"
         f" n_head {model.n_head}, n_layer {model.n_layer}, block_size {model.block_size}",
-        "text": f"{corpus.path}: {format_count(len(corpus.tokens), 'character')},"
-        f" vocabulary of {corpus.tokenizer.vocab_size}",
+        "text": f"{describe_text(corpus.text)}, vocabulary of {corpus.tokenizer.vocab_size}",
         "steps": (f"{trainer.step} to {train.max_iters}, of" if trainer.step else f"{train.max_iters} of")
         + f" {sequences} x {format_count(model.block_size, 'character')}",
         "folder": folder,
     }
+    if corpus.held_out is not None:
+        lines["val"] = f"{describe_text(corpus.held_out)}; all of the text is for training"
     changed = describe_changes(params)
     return lines | {"changed": changed} if changed else lines
+
+
+def describe_text(text: Text) -> str:
+    """Return the name and the size of a text."""
+    n_files = len(text.files.paths)
+    of_files = f"{n_files} files, " if n_files > 1 else ""
+    return f"{text.name}: {of_files}{format_count(text.n_characters, 'character')}"
 
 
 def describe_changes(params: Parameters) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parameters import Parameters
+from parameters import DataConfig, Parameters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.console.command_line import Options
 from utils_alg1.console.script import importing
@@ -37,9 +37,7 @@ class Job:
     """What to train. The main process prepares the job and broadcasts it to the others.
 
     Attributes:
-        text_path, text_sha256: the text, and the SHA-256 of its bytes.
-        vocabulary: the characters by token.
-        corpus, runtime: the text's tokens and the device; each process opens its own (see `open_local`).
+        corpus, runtime: the text and the device; each process opens its own (see `open_local`).
         run, checkpoint: what --resume names; the directory, locked, in the main process only.
         initial: the model that --init-from names.
         config_files: the configuration files that were read, with their bytes; in the main process only.
@@ -47,9 +45,6 @@ class Job:
     """
 
     params: Parameters
-    text_path: Path
-    text_sha256: str
-    vocabulary: list[str]
     corpus: Corpus
     runtime: Runtime
     run: RunDirectory | None = None
@@ -60,7 +55,7 @@ class Job:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state that is broadcast: without what belongs to one process alone."""
-        own = ("corpus", "run", "config_files", "serve_tensorboard")
+        own = ("run", "config_files", "serve_tensorboard")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def open_local(self, dist: Distributed, console: Console) -> None:
@@ -73,18 +68,19 @@ class Job:
         """
         if dist.is_main:
             return
-        from utils_alg1.data.corpus import open_corpus
-        from utils_alg1.data.sources import find_corpus
+        from utils_alg1.data.corpus import find_corpus, open_corpus
         from utils_alg1.training.runtime import start_runtime
 
         self.runtime = start_runtime(self.params, dist, dataclasses.asdict(self.runtime.arithmetic))
-        path = self.text_path
-        if not path.exists():  # on another machine
-            path = find_corpus(self.params.data.data_path, console.say)
-        text = open_corpus(path)
-        if text.sha256 != self.text_sha256:
-            raise Alg1Error(f"{path}: not the text of the main process", "copy that text here")
-        self.corpus = text.with_vocabulary(self.vocabulary)
+        of_main, files = self.corpus, [text.files for text in self.corpus.texts]
+        if all(path.exists() for text in files for path in text.paths):
+            corpus = open_corpus(*files)
+        else:  # on another machine
+            corpus = find_corpus(self.params.data, console.say)
+        for text, expected in zip(corpus.texts, of_main.texts, strict=True):
+            if text.sha256 != expected.sha256:
+                raise Alg1Error(f"{text.name}: not the text of the main process", "copy that text here")
+        self.corpus = corpus.with_vocabulary(of_main.tokenizer.vocabulary)
 
 
 def prepare(options: Options, dist: Distributed, console: Console) -> Job | None:
@@ -104,8 +100,7 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
             console.configuration(params)
             return None
         with importing():
-            from utils_alg1.data.corpus import open_corpus
-            from utils_alg1.data.sources import find_corpus
+            from utils_alg1.data.corpus import find_corpus
             from utils_alg1.report.results import check_output
             from utils_alg1.training import resume
             from utils_alg1.training.runtime import check_memory, start_runtime
@@ -113,34 +108,47 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
         check_output(params.train.output)
         runtime = start_runtime(params, dist, checkpoint.metadata["arithmetic"] if checkpoint else None)
         try:
-            path = find_corpus(params.data.data_path, console.say)
+            corpus = find_corpus(params.data, console.say)
         except Alg1Error as error:
             if checkpoint is not None:
-                error.hint = "put the text of the run there, or name where it lies now: --data PATH"
+                flags = "--data PATH" + (" or --val-data PATH" if params.data.val_data else "")
+                error.hint = f"put the text of the run there, or name where it lies now: {flags}"
             raise
-        text = open_corpus(path)
-        text.check_block_size(params.model.block_size, params.data.train_split, params.data.val_split)
-        vocabulary, note = text.tokenizer.vocabulary, ""
+        corpus.check_block_size(params.model.block_size, params.data.train_split, params.data.val_split)
+        vocabulary, note = corpus.tokenizer.vocabulary, ""
         if checkpoint is not None:
-            resume.check_resumable(checkpoint, params, text.sha256, dist)
+            resume.check_resumable(checkpoint, params, corpus.sha256, dist)
             vocabulary = checkpoint.metadata["vocabulary"]
         if initial is not None:
             source, new_characters = str(options.init_from), params.data.new_characters
             resume.check_sizes(source, params.model, sizes)
-            vocabulary, note = resume.initial_vocabulary(initial, source, text.tokenizer, new_characters)
+            vocabulary, note = resume.initial_vocabulary(initial, source, corpus.tokenizer, new_characters)
         params.model.check_vocab_size(len(vocabulary))
         check_memory(params, len(vocabulary), runtime.device)
-        corpus = text.with_vocabulary(vocabulary)
+        corpus = corpus.with_vocabulary(vocabulary)
         corpus.tokenize()  # only now, as all is checked
         if note:
             console.say(note)
-        if warning := text.warning():
-            console.warn(warning)
+        remark_on_texts(corpus, params.data, console)
         after_failure.pop_all()
-    job = Job(params, path, text.sha256, vocabulary, corpus, runtime, run, checkpoint, initial)
+    job = Job(params, corpus, runtime, run, checkpoint, initial)
     job.config_files = sources.files
     job.serve_tensorboard = options.serve_tensorboard
     return job
+
+
+def remark_on_texts(corpus: Corpus, data: DataConfig, console: Console) -> None:
+    """Print what a person should know of the texts before they are trained on."""
+    for line in corpus.remarks():
+        console.say(line)
+    splits = (("train_split", (DataConfig.train_split, 1)), ("val_split", (DataConfig.val_split,)))
+    unused = [
+        f"{name} = {getattr(data, name):g}" for name, usual in splits if getattr(data, name) not in usual
+    ]
+    if data.val_data is not None and unused:
+        console.warn(f"not used, as val_data is given: {', '.join(unused)}")
+    for line in corpus.warnings(data.train_split):
+        console.warn(line)
 
 
 def _read_start(

@@ -181,7 +181,7 @@ class MainRun(Run):
         about: CheckpointMetadata = {
             "run_id": self.directory.run_id,
             "parameters": self.job.params.flat(),
-            "corpus_sha256": self.job.text_sha256,
+            "corpus_sha256": self.job.corpus.sha256,
             "trackers": self.trackers.state(),
         }
         self.store.save(self.trainer, about)

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 Space = dict[str, Any]  # the Optuna distribution of each searched parameter
 MAX_GRID_POINTS = 100_000
 # These cannot be searched: the losses of the trials would not be comparable.
-EVALUATION_PARAMETERS = ("seed", "data_path", "train_split", "val_split", "eval_iters", "eval_interval")
+EVALUATION_PARAMETERS = (
+    "seed",
+    "data_path",
+    "val_data",
+    "train_split",
+    "val_split",
+    "eval_iters",
+    "eval_interval",
+)
 # The search sets these itself: it names the runs, and several runs cannot share one --output.
 RESERVED_PARAMETERS = ("run_tag", "output")
 # A resumed run may change these, but not a study that is continued: its trials would not be comparable.
@@ -130,7 +138,7 @@ def suggest(trial: optuna.Trial, name: str, domain: Any) -> Any:
 
 def shapes_training(name: str) -> bool:
     """Return whether a parameter determines what a step of training does."""
-    return not specs()[name].may_change or name in ("data_path", "grad_accum_steps")
+    return not specs()[name].may_change or name in ("data_path", "val_data", "grad_accum_steps")
 
 
 @dataclass(frozen=True)
@@ -184,8 +192,7 @@ def make_plan(space: Space, options: Options) -> Plan:
         Alg1Error: a parameter is both fixed and searched, a fixed one is invalid, the device does not exist,
             the text cannot be used, or the runs folder is a file.
     """
-    from utils_alg1.data.corpus import open_corpus
-    from utils_alg1.data.sources import find_corpus
+    from utils_alg1.data.corpus import find_corpus
     from utils_alg1.training.runtime import find_device
 
     clashes = dict.fromkeys(space, "it is searched")
@@ -201,7 +208,7 @@ def make_plan(space: Space, options: Options) -> Plan:
     if os.path.isfile(flat["runs_dir"]):
         raise Alg1Error(f"--runs-dir {flat['runs_dir']}: this is a file", "name a folder")
     find_device(flat.get("device", "auto"))
-    corpus = open_corpus(find_corpus(flat["data_path"]))
+    corpus = find_corpus(params.data)
     if "block_size" in flat:
         corpus.check_block_size(flat["block_size"], flat["train_split"], flat["val_split"])
     return Plan(space, options, flat, defaults, corpus.sha256)

@@ -62,7 +62,7 @@ class CheckpointMetadata(TypedDict, total=False):
     parameters: dict[str, Any]  # the parameters of the run, by name
     model: dict[str, Any]  # ModelConfig.stored(): the sizes of the model
     vocabulary: list[str]  # the characters by token
-    corpus_sha256: str  # the SHA-256 of the text file
+    corpus_sha256: str  # Corpus.sha256, of the text and a held-out text
     progress: dict[str, Any]  # Progress: step, best loss, newest evaluation, seconds
     scaler: dict[str, Any]  # GradScaler.state_dict(): empty unless float16
     world_size: int  # the number of processes

@@ -142,7 +142,7 @@ def initial_vocabulary(
 def check_resumable(
     checkpoint: Checkpoint, params: Parameters, corpus_sha256: str, dist: Distributed
 ) -> None:
-    """Check that a run can continue with these parameters, this text and these processes.
+    """Check that a run can continue with these parameters, these texts and these processes.
 
     Raises:
         Alg1Error: listing every changed parameter (old -> new) that affected the steps already taken.
@@ -172,10 +172,18 @@ def check_resumable(
             f"the run cannot go on with other values: {'; '.join(changed)}",
             f"leave them out, or {new_run(checkpoint, given, dist)}",
         )
-    if checkpoint.metadata["corpus_sha256"] != corpus_sha256:
+    text, _, held_out = corpus_sha256.partition("+")
+    old_text, _, old_held_out = checkpoint.metadata["corpus_sha256"].partition("+")
+    if text != old_text:
         raise Alg1Error(
             f"{params.data.data_path}: this is not the text that the run was trained on",
             f"name that text with --data, or {new_run(checkpoint, given, dist)}",
+        )
+    if held_out != old_held_out:
+        raise Alg1Error(
+            f"val_data = {shown(params.data.val_data)}:"
+            f" the run has {'another' if old_held_out else 'no'} held-out text",
+            "name that text with --val-data" if old_held_out else "leave val_data out",
         )
 
 

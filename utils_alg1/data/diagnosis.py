@@ -1,0 +1,267 @@
+"""Tell what a file is that is no text in UTF-8, and which command makes one of it."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import re
+import shlex
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.text import without_controls
+from utils_alg1.data.text_files import GZIP, open_bytes, read_bytes
+
+HEAD_BYTES = 4096
+SAMPLE_BYTES = 1 << 16  # of a text whose encoding is looked for
+SURE_BYTES = 100  # that are not ASCII: from so many on the likeliest encoding is named alone
+N_GUESSES = 3
+PREVIEW_LENGTH = 40  # characters
+NO_TEXT = "this is hardly a text file"
+UNKNOWN_ENCODING = "its encoding is not known: save it as UTF-8 in a program that shows it well"
+HIGH_BYTES = bytes(range(0x80, 0x100))  # those that are not ASCII
+NOT_ASCII = re.compile("[^\0-\x7f]")
+BAD_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+
+# In a command, OLD is the file, NEW the text to be made of it, and FOLDER a folder to unpack it to.
+ICONV = "iconv -f {} -t UTF-8 < OLD > NEW"
+PANDOC = "pandoc -f {} -t plain -o NEW OLD"
+OCR = "tesseract OLD stdout > NEW"
+UNZIP = "python -m zipfile -e OLD FOLDER"
+# What begins like this is no text: its first bytes, what it is, the command that makes a text of it.
+KINDS = (
+    (rb"%PDF-", "a PDF", "pdftotext OLD NEW"),
+    (rb"\x89PNG\r\n", "a PNG picture", OCR),
+    (rb"\xff\xd8\xff", "a JPEG picture", OCR),
+    (rb"GIF8[79]a", "a GIF picture", OCR),
+    (rb"\{\\rtf\d", "an RTF document", PANDOC.format("rtf")),
+    (rb"\xd0\xcf\x11\xe0\xa1\xb1", "an old Office document", "soffice --cat OLD > NEW"),
+    (rb"SQLite format 3\0", "an SQLite database", "sqlite3 OLD .dump > NEW"),
+    (rb"\x1f\x8b", "gzip within gzip", "gunzip < OLD > NEW"),
+    (rb"BZh\d1AY&SY", "a bzip2 file", "bunzip2 < OLD > NEW"),
+    (rb"\xfd7zXZ\0", "an xz file", "unxz < OLD > NEW"),
+    (rb"\x28\xb5\x2f\xfd", "a zstd file", "unzstd < OLD > NEW"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x -oFOLDER OLD"),
+    (rb"Rar!\x1a\x07", "a RAR archive", "unrar x OLD FOLDER/"),
+    (rb"(?s).{257}ustar", "a tar archive", "python -m tarfile -e OLD FOLDER"),
+    (rb"\x93NUMPY", "a numpy array", ""),
+    (rb"\x7fELF|MZ\x90\0", "a program", ""),
+)
+ZIP = b"PK\x03\x04"
+ZIPS = {  # a member of a ZIP archive -> what it is, the command
+    "word/document.xml": ("a Word document", PANDOC.format("docx")),
+    "META-INF/container.xml": ("an EPUB book", PANDOC.format("epub")),
+    "content.xml": ("an OpenDocument text", PANDOC.format("odt")),
+    "data.pkl": ("a file of PyTorch", ""),
+}
+MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
+
+# Encodings that are looked for: Python's name -> iconv's. Of those that read a text alike the first is named.
+ENCODINGS = {
+    "cp1252": "WINDOWS-1252",
+    "gb18030": "GB18030",
+    "big5hkscs": "BIG5-HKSCS",
+    "cp932": "CP932",
+    "euc_jp": "EUC-JP",
+    "cp949": "CP949",
+    "cp1251": "WINDOWS-1251",
+    "koi8_r": "KOI8-R",
+    "koi8_u": "KOI8-U",
+    "cp1250": "WINDOWS-1250",
+    "iso8859_2": "ISO-8859-2",
+    "cp1253": "WINDOWS-1253",
+    "cp1254": "WINDOWS-1254",
+    "cp1255": "WINDOWS-1255",
+    "cp1256": "WINDOWS-1256",
+    "cp1257": "WINDOWS-1257",
+    "cp866": "CP866",
+    "cp850": "CP850",
+    "cp437": "CP437",
+    "mac_roman": "MACINTOSH",
+    "tis_620": "TIS-620",
+}
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Raise Alg1Error if the first bytes of a file tell that it is no text."""
+    with open_bytes(path) as stream:
+        head = stream.read(HEAD_BYTES)
+    kind, command = next(
+        ((kind, command) for start, kind, command in KINDS if re.match(start, head)), ("", "")
+    )
+    if head.startswith(ZIP):
+        kind, command = _kind_of_zip(path)
+    if kind:
+        hint = fill_in(command, path) if command else "name the text that it was made from"
+        raise Alg1Error(f"{path}: this is {kind}, no text", hint)
+
+
+def _kind_of_zip(path: Path) -> tuple[str, str]:
+    """Return what a ZIP archive is, by the names of its members, and the command."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):  # or it is packed once more
+        return "a ZIP archive", UNZIP
+    found = (
+        ZIPS[member] for member in ZIPS for name in names if name == member or name.endswith(f"/{member}")
+    )
+    return next(found, ("a ZIP archive", UNZIP))
+
+
+def is_markup(path: Path) -> bool:
+    """Return whether a text begins as HTML does."""
+    with open_bytes(path) as stream:
+        return MARKUP.match(stream.read(HEAD_BYTES)) is not None
+
+
+def fill_in(command: str, path: Path) -> str:
+    """Return a command with the names of a file and its outputs filled in, and what to use then."""
+    name = path.name.removesuffix(".gz")
+    stem = name.removesuffix(Path(name).suffix)
+    with path.open("rb") as file:
+        packed = file.read(len(GZIP)) == GZIP
+    new, folder = path.with_name(f"{stem}-utf8.txt"), path.with_name(f"{stem}-files")
+    if packed and "< OLD" in command:
+        command = "gunzip < OLD | " + command.replace(" < OLD", "")
+    elif packed:  # then this file is told what to do
+        command, new = "gunzip < OLD > NEW", path.with_name(f"unpacked-{name}")
+    names = {"OLD": path, "NEW": new, "FOLDER": folder}
+    filled = re.sub("OLD|NEW|FOLDER", lambda word: _quoted(names[word[0]]), command)
+    return f"{filled}; then use {_quoted(folder if 'FOLDER' in command else new)}"
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as one types it in a shell, where it is no option of a command."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
+class _Fault(NamedTuple):
+    """The first byte of a file that is not UTF-8."""
+
+    at: int  # its index in the unpacked bytes
+    line: int  # counted from 1
+    byte: int
+    cut: bool  # it begins a character, in the middle of which the file ends
+    n_good: int  # bytes of non-ASCII characters before it
+    sample: bytes  # from the beginning of its line, or from it where the line is long
+
+
+def not_utf8(path: Path) -> Alg1Error:
+    """Return the error for a file that is not UTF-8."""
+    fault = _find_fault(path)
+    if fault is None:
+        return Alg1Error(f"{path}: it changed while it was read", "train on a copy of it")
+    if fault.cut:
+        text = f"{path}: it ends inside a character, at byte {fault.at} in line {fault.line}: it was cut off"
+        return Alg1Error(
+            text, f"get it whole, or leave that out: {fill_in(f'head -c {fault.at} < OLD > NEW', path)}"
+        )
+    text = f"{path}: not UTF-8 at byte {fault.at} (0x{fault.byte:02X}), in line {fault.line}"
+    good, bad = _count_characters(fault)
+    leave_out = fill_in("iconv -c -f UTF-8 -t UTF-8 < OLD > NEW", path)
+    if good > bad:
+        return Alg1Error(text, f"the rest is UTF-8; to leave out what is not: {leave_out}")
+    if wide := wide_encoding(path):
+        return Alg1Error(text, f"this is {wide}: {fill_in(ICONV.format(wide), path)}")
+    if b"\0" in fault.sample:  # text in an 8-bit encoding has no zero bytes
+        return Alg1Error(text, NO_TEXT)
+    otherwise = f"to leave it out: {leave_out}; or " if bad == 1 else ""
+    return Alg1Error(text, otherwise + _encoding_hint(path, fault.sample))
+
+
+def _find_fault(path: Path) -> _Fault | None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    n_bytes, n_high, line, line_start = 0, 0, 1, 0
+    for chunk in itertools.chain(read_bytes(path), [b""]):
+        try:
+            decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            data, good = error.object, error.object[: error.start]
+            n_held = len(data) - len(chunk)  # bytes of the chunk before this one
+            begin, n_good = n_bytes - n_held, n_high - n_held + _count_high(good)
+            at, line = begin + error.start, line + good.count(b"\n")
+            line_start = begin + good.rindex(b"\n") + 1 if b"\n" in good else line_start
+            # One byte alone may be a letter in another encoding.
+            cut = not chunk and (n_good > 0 or len(data) > 1)
+            with open_bytes(path) as stream:
+                stream.seek(line_start if at - line_start < SAMPLE_BYTES // 2 else at)
+                return _Fault(at, line, data[error.start], cut, n_good, stream.read(SAMPLE_BYTES))
+        if b"\n" in chunk:
+            line, line_start = line + chunk.count(b"\n"), n_bytes + chunk.rindex(b"\n") + 1
+        n_bytes, n_high = n_bytes + len(chunk), n_high + _count_high(chunk)
+    return None
+
+
+def _count_high(data: bytes) -> int:
+    """Return how many bytes are not ASCII."""
+    return len(data) - len(data.translate(None, HIGH_BYTES))
+
+
+def _count_characters(fault: _Fault) -> tuple[int, int]:
+    """Count the characters that tell of UTF-8, before the fault and in its sample, and its bad bytes."""
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(fault.sample)
+    n_bad = len(BAD_BYTE.findall(text))
+    return fault.n_good // 2 + len(NOT_ASCII.findall(text)) - n_bad, n_bad
+
+
+def wide_encoding(path: Path) -> str | None:
+    """Return the encoding of a file with two or four bytes for each character, by iconv's name, or None.
+
+    It has a byte order mark, or the zero bytes of ASCII characters in the places that tell the byte order.
+    """
+    with open_bytes(path) as stream:
+        head = stream.read(HEAD_BYTES)
+    zeros, n = [head[i::4].count(0) for i in range(4)], len(head) // 4
+    ways = (
+        ("UTF-32", head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))),
+        ("UTF-16", head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))),
+        ("UTF-32LE", min(zeros[2:]) >= n > 2 * zeros[0]),
+        ("UTF-32BE", min(zeros[:2]) >= n > 2 * zeros[3]),
+        ("UTF-16LE", zeros[1] + zeros[3] > 2 * (zeros[0] + zeros[2])),
+        ("UTF-16BE", zeros[0] + zeros[2] > 2 * (zeros[1] + zeros[3])),
+    )
+    return next((name for name, fits in ways if fits and _decodes(path, name)), None)
+
+
+def _decodes(path: Path, encoding: str) -> bool:
+    """Return whether a whole file is valid in an encoding."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        for chunk in itertools.chain(read_bytes(path), [b""]):
+            decoder.decode(chunk, final=not chunk)
+    except UnicodeError:
+        return False
+    return True
+
+
+def _encoding_hint(path: Path, sample: bytes) -> str:
+    """Return how to convert a text from the likeliest encoding in which the whole file is valid.
+
+    It shows how the text reads in it; that of a short text is a guess, so up to N_GUESSES are shown.
+    """
+    from charset_normalizer import from_bytes
+
+    readings: dict[str, str] = {}  # by iconv's name
+    for match in from_bytes(sample[: sample.rfind(b"\n") + 1] or sample, cp_isolation=[*ENCODINGS]):
+        for encoding, name in ENCODINGS.items():
+            if encoding in (match.encoding, *match.could_be_from_charset) and _decodes(path, encoding):
+                preview = _preview(sample.decode(encoding, "ignore"))
+                readings[name] = f"in {name} it reads \u201c{preview}\u201d"
+                break
+        if len(readings) == (1 if _count_high(sample) >= SURE_BYTES else N_GUESSES):
+            break
+    if not readings:
+        return UNKNOWN_ENCODING
+    likeliest = next(iter(readings))
+    condition = "if that is right" if len(readings) == 1 else "if the first is right"
+    return f"{', '.join(readings.values())}; {condition}: {fill_in(ICONV.format(likeliest), path)}"
+
+
+def _preview(text: str) -> str:
+    """Return some characters of a text, on one line, around the first that is not ASCII."""
+    match = NOT_ASCII.search(text)
+    start = max(0, match.start() - PREVIEW_LENGTH // 2) if match else 0
+    return " ".join(without_controls(text[start : start + PREVIEW_LENGTH]).split())

@@ -1,0 +1,59 @@
+"""The files of a text, and their bytes: plain or gzip."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils_alg1.base.errors import Alg1Error, unreadable
+
+CHUNK_BYTES = 1 << 17  # bytes read at a time: what is made of them stays in the processor's cache
+BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"  # the first bytes of a gzip file; no UTF-8 text begins with them
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The files of a text, in the order in which they are read, as if they were one file."""
+
+    name: str  # as a person named them: a file, a folder or a pattern
+    paths: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, text: TextFiles | Path | str) -> TextFiles:
+        """Return `text`, or the one file that it names."""
+        return text if isinstance(text, TextFiles) else cls(str(text), (Path(text),))
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path) -> Iterator[Any]:
+    """Open a file as a stream of bytes, which are unpacked if it is gzip.
+
+    Raises:
+        Alg1Error: it cannot be read, or is damaged gzip.
+    """
+    try:
+        with path.open("rb") as file:
+            packed = file.read(len(GZIP)) == GZIP
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) if packed else contextlib.nullcontext(file) as stream:
+                yield stream
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Alg1Error(f"{path}: damaged gzip: {error}", "get it again, whole") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def read_bytes(path: Path, keep_bom: bool = True) -> Iterator[bytes]:
+    """Yield the bytes of a file in pieces, unpacked, with or without its byte order mark."""
+    with open_bytes(path) as stream:
+        head = stream.read(len(BOM))
+        if keep_bom or head != BOM:
+            yield head
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
