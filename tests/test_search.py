@@ -792,7 +792,8 @@ def test_the_best_preset_is_the_best_trial_at_the_length_of_a_normal_run(after_t
 
 
 def test_a_study_goes_on_with_the_same_plan_only(after_the_kill, search):
-    changed = ["--space", "space.yaml", *KILLED, "--max-iters", "61", "--threads", "2", "--aim"]
+    flags = [flag for flag in KILLED if flag != "--no-aim"]
+    changed = ["--space", "space.yaml", *flags, "--max-iters", "61", "--threads", "2", "--aim"]
     result = search(*changed)
     assert result.code == 2
     assert result.err == (
