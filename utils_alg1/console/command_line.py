@@ -78,9 +78,7 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse_repeats(self, args: Sequence[str]) -> None:
         """Raise Alg1Error for a flag that is given twice, or with several values: argparse takes the last."""
-        by_name: dict[
-            str, list[tuple[str, list[str]]]
-        ] = {}  # the uses of each flag: it, and the words behind
+        by_name: dict[str, list[tuple[str, list[str]]]] = {}  # its uses, with the words behind it
         for word in itertools.takewhile(lambda word: word != "--", args):
             flag, has_value, value = word.partition("=")
             if flag in self._option_string_actions:

@@ -149,7 +149,7 @@ class Plan:
     options: Options  # the flags of train.py on the command line of search.py, and its --config
     fixed: dict[str, Any]  # the value of every parameter that is not searched
     defaults: dict[str, Any]  # the values of the searched parameters without a search
-    text_sha256: str  # of the text
+    text_sha256: str  # Corpus.sha256
 
     def arguments(self, parameters: dict[str, Any]) -> list[str]:
         """Return the command line of train.py for a trial."""
@@ -170,7 +170,8 @@ class Plan:
         names = [name for name in self.fixed if shapes_training(name) or name in BUDGET_PARAMETERS]
         fixed = {name: self.fixed[name] for name in names}
         searched = {name: str(domain) for name, domain in self.space.items()}
-        return fixed | searched | {"text_sha256": self.text_sha256[:SHOWN_DIGITS]}
+        text_sha256 = "+".join(digest[:SHOWN_DIGITS] for digest in self.text_sha256.split("+"))
+        return fixed | searched | {"text_sha256": text_sha256}
 
     def check_again(self) -> None:
         """Raise Alg1Error if a search with these options could not start now, or with other settings only."""
