@@ -235,7 +235,7 @@ FLAG_MISTAKES = [
     ("inference", "--score x --interactive", "--interactive: not allowed with argument --score"),
     (
         "inference",
-        "--score x --unknown skip --seed=1337 --device cpu --temperature 1 --seed 2",
+        "--score x --unknown skip --seed=1337 --device cpu --temperature 1",
         "--score draws no text: leave --seed, --temperature out",
     ),
     (

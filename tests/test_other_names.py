@@ -194,13 +194,12 @@ def test_every_value_in_an_answer_is_taken():
         for answer in ((answers,) if isinstance(answers, str) else answers)
         for pair in re.findall(r"\{(\w+) ([^}]+)\}", answer)
     }
-    words = [
-        word
+    flags = [
+        ["--no-" + name] if value == "false" else [as_known(name), value]
         for name, value in values
         if name in specs()
-        for word in (["--no-" + name] if value == "false" else [as_known(name), value])
     ]
-    assert len(values) > 10 and parse_command_line(words)
+    assert len(values) > 10 and all(map(parse_command_line, flags))
 
 
 def test_no_name_is_answered_twice():

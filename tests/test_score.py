@@ -289,9 +289,9 @@ def test_unknown_characters_are_left_out_or_replaced_and_never_scored(sample, mo
     [
         (b"", "text.txt: the file is empty"),
         (b"a", "--score text.txt: nothing in this text can be scored"),
-        (b"ab\xff", "text.txt: not UTF-8 at byte 2 (0xFF)"),
+        (b"ab\xff", "text.txt: not UTF-8 at byte 2 (0xFF), in line 1"),
         (None, "text.txt: no such text file"),
-        ("folder", "text.txt: cannot be read: Is a directory"),
+        ("folder", "text.txt: this folder has no .txt or .txt.gz file"),
     ],
 )
 def test_a_text_that_cannot_be_scored_is_one_error(sample, model, content, error):
