@@ -49,6 +49,7 @@ ANSWERED = [
     ("--lr-decay-iters 5000", ": leave it out: the schedule ends at --max-iters"),
     ("lr_decay_iters: 5000", ": leave it out: the schedule ends at max_iters"),
     ("--eval_only=True", ": it is another script: python inference.py --score PATH"),
+    ("--validation_file b.txt", "; did you mean --val-data?"),
     ("--warmdown-iters 9", ": use --lr-schedule wsd: it decays over the last fifth of the steps"),
     ("--amp", "; did you mean --dtype bfloat16?"),
     ("amp: true", "; did you mean dtype: bfloat16?"),

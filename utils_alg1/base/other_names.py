@@ -43,6 +43,7 @@ SAME = {
     "threads": "num_threads n_threads",
     "data": "corpus input text train_file data_file text_file input_file data_path",
     "data_path": "corpus input text train_file data_file text_file input_file data",
+    "val_data": "validation_file val_file eval_file valid_data",
     "run_tag": "run_name wandb_run_name name",
     "tensorboard": "use_tensorboard",
     "resume": "resume_from_checkpoint resume_from resume_training",
@@ -109,7 +110,6 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     # the text
     "dataset dataset_name": TEXT_FILE,
     "dataset=shakespeare_char dataset=shakespeare dataset=tinyshakespeare": SHAKESPEARE,
-    "validation_file val_file eval_file valid_data": "leave it out: {val_split} of the text is held out",
     "validation_split_percentage": "use {val_split}, a fraction of the text",
     "tokenizer tokenizer_name tokenizer_path encoding": "{batch_size?}leave it out: a token is a character",
     "num_workers dataloader_num_workers pin_memory dataloader_pin_memory dataloader_drop_last group_by_length"
