@@ -268,6 +268,12 @@ def test_what_trains_nothing_ends_all_processes(folder, flag):
     assert not Path("runs").exists()
 
 
+def test_two_processes_share_a_held_out_text(folder):
+    Path("held.txt").write_text(TEXT[:300], encoding="utf-8")
+    assert run_together(2, *RUN, "--val-data", "held.txt") == [0, 0], output()
+    assert "\nval      held.txt: 300 characters; all of the text is for training\n" in output()
+
+
 def test_a_process_with_another_text_says_so(folder):
     def change_text(rank: int) -> None:
         if rank == 1:

@@ -587,6 +587,13 @@ def test_the_defaults_are_not_pruned_because_the_gain_over_them_is_told(search, 
     assert [row["state"] for row in results()] == ["complete", "pruned"]
 
 
+def test_threads_0_is_not_given_to_a_trial_beside_the_threads_of_its_worker(search, fake_train):
+    space = write_space(learning_rate=RATES)
+    result = search("--space", space, "--trials", 2, "--workers", 2, "--threads", 0)
+    assert result.code == 0, result.err
+    assert [row["state"] for row in results()] == ["complete", "complete"]
+
+
 def test_an_earlier_run_with_the_same_tag_is_not_taken(search, fake_train):
     search("--space", write_space(learning_rate=[1e-3]), "--trials", 1)
     (old,) = list_runs("runs")

@@ -11,6 +11,8 @@ import shlex
 import subprocess
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from utils_alg1.data.corpus import open_corpus
 from utils_alg1.data.text_files import BOM, TextFiles
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import RunFolder, list_runs
+from utils_tensorboard import logger
 
 HALF = len(TEXT) // 2
 
@@ -523,3 +526,12 @@ def test_cr_lf_is_one_line_that_is_no_warning(train, workdir):
     assert result.out.startswith(
         "text.txt: its lines end with CR LF, which the samples will have too; to change"
     )
+
+
+def test_tensorboard_shows_every_line_end_as_one():
+    shown = []
+    events: Any = SimpleNamespace(add_text=lambda tag, text, step: shown.append((tag, text, step)))
+
+    logger._log(events, "texts", {"samples": "a\r\nb\rc\nd"}, 7)
+
+    assert shown == [("Samples", "    a\n    b\n    c\n    d", 7)]

@@ -153,7 +153,9 @@ def _warnings(text: Text) -> Iterator[str]:
 
 def _remedy(command: str, text: Text) -> str:
     """Return the end of a line that says how to change a text; nothing for one of several files."""
-    return f"; to change that: {fill_in(command, text.files.paths[0])}" if len(text.files.paths) == 1 else ""
+    if len(text.files.paths) > 1:
+        return ""
+    return f"; to change that: {fill_in(command, text.files.paths[0], 'lf')}"
 
 
 def open_corpus(text: TextFiles | Path | str, held_out: TextFiles | Path | str | None = None) -> Corpus:

@@ -6,7 +6,6 @@ import codecs
 import itertools
 import re
 import shlex
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +99,8 @@ def refuse_other_kinds(path: Path) -> None:
 
 def _kind_of_zip(path: Path) -> tuple[str, str]:
     """Return what a ZIP archive is, by the names of its members, and the command."""
+    import zipfile
+
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -117,13 +118,16 @@ def is_markup(path: Path) -> bool:
         return MARKUP.match(stream.read(HEAD_BYTES)) is not None
 
 
-def fill_in(command: str, path: Path) -> str:
-    """Return a command with the names of a file and its outputs filled in, and what to use then."""
+def fill_in(command: str, path: Path, suffix: str = "utf8") -> str:
+    """Return a command with the names of a file and its outputs filled in, and what to use then.
+
+    `suffix` ends the name of the new text.
+    """
     name = path.name.removesuffix(".gz")
     stem = name.removesuffix(Path(name).suffix)
     with path.open("rb") as file:
         packed = file.read(len(GZIP)) == GZIP
-    new, folder = path.with_name(f"{stem}-utf8.txt"), path.with_name(f"{stem}-files")
+    new, folder = path.with_name(f"{stem}-{suffix}.txt"), path.with_name(f"{stem}-files")
     if packed and "< OLD" in command:
         command = "gunzip < OLD | " + command.replace(" < OLD", "")
     elif packed:  # then this file is told what to do

@@ -47,14 +47,15 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
         "model": f"{format_count(trainer.model.config.n_parameters, 'parameter')}: n_embd {model.n_embd},"
         f" n_head {model.n_head}, n_layer {model.n_layer}, block_size {model.block_size}",
         "text": f"{describe_text(corpus.text)}, vocabulary of {corpus.tokenizer.vocab_size}",
+        "val": f"{describe_text(corpus.held_out)}; all of the text is for training"
+        if corpus.held_out
+        else "",
         "steps": (f"{trainer.step} to {train.max_iters}, of" if trainer.step else f"{train.max_iters} of")
         + f" {sequences} x {format_count(model.block_size, 'character')}",
         "folder": folder,
     }
-    if corpus.held_out is not None:
-        lines["val"] = f"{describe_text(corpus.held_out)}; all of the text is for training"
-    changed = describe_changes(params)
-    return lines | {"changed": changed} if changed else lines
+    lines["changed"] = describe_changes(params)
+    return {label: line for label, line in lines.items() if line}
 
 
 def describe_text(text: Text) -> str:
