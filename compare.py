@@ -1,12 +1,13 @@
 """Compare runs: print a table of their parameters and results, the newest run first.
 
     python compare.py                                    every run in runs/
-    python compare.py --sort best_val_loss               the best first; takes any heading or parameter
+    python compare.py --sort export_val_loss             the best first; takes any heading or parameter
     python compare.py --tag search                       the runs with this word in their tag
     python compare.py --csv > runs.csv                   every value as CSV; --json for JSON
 
-The lowest validation loss on each val part of a text is marked. A run that is still training, was interrupted
-or is damaged is listed with the values that are known. Runs are only read.
+The lowest validation loss on each val part of a text is marked: that of the export on all of it. Of a run
+without it, unfinished or of an earlier version, the lowest loss of an evaluation is shown, and marked so.
+A damaged run is listed with the values that are known. Runs are only read.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import json
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,8 @@ DERIVED = (
     "val_text",
     "val_sha256",
 )
-RESULTS = ("run", "tag", "state", "resumed", "best", *FINAL_KEYS, *DERIVED)
+RANKED = "export_val_loss"  # ranks the runs; results of earlier versions do not have it
+RESULTS = ("run", "tag", "state", "resumed", "best", RANKED, *FINAL_KEYS, *DERIVED)
 HEADINGS = {"tokens_per_second": "tok/s", "n_parameters": "parameters"}  # the others are the names
 TEXT_COLUMNS = ("run", "state", "text", "val_text")  # aligned to the left
 MAIN_PARAMETERS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
@@ -104,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         text = to_csv(rows[0], rows).removesuffix("\n")
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        text = "\n".join(format_rows(rows, width))
+        text = "\n".join(format_rows(rows, width, arguments.sort))
     print(text_for_stream(sys.stdout, text))
     return DONE
 
@@ -160,6 +163,8 @@ def read_evaluations(run: RunFolder, row: Row) -> None:
         row["step"] = check(values["step"]) + (EACH_STEP in values)
         if "tokens_per_second" in values:
             row["tokens_per_second"] = check(values["tokens_per_second"])
+        if "tokens" in values:
+            row["tokens"] = check(values["tokens"])
         if "loss/val" in values:
             loss = check(values["loss/val"])
             row["train_loss"] = check(values["loss/train"])
@@ -173,6 +178,8 @@ def read_final(run: RunFolder, row: Row) -> None:
     if run.final_path.exists():
         final = read_json_object(run.final_path)
         values = {name: check(final[key]) for name, key in FINAL_KEYS.items() if final[key] is not None}
+        if RANKED in final:
+            values[RANKED] = check(final[RANKED])
         if values["step"] >= (row["step"] or 0):
             row |= values | {"state": "done"}
 
@@ -184,21 +191,28 @@ def check(value: Any) -> Any:
     return value if value <= sys.float_info.max else None
 
 
+def rank(row: Row) -> tuple[bool, float] | None:
+    """Return what ranks a run: whether its loss is only that of an evaluation, and the loss; None without."""
+    loss = row["best_val_loss"] if row[RANKED] is None else row[RANKED]
+    return None if loss is None else (row[RANKED] is None, loss)
+
+
 def val_part(row: Row) -> tuple[str, str | float | None]:
     """Return what tells the val part of a run: the text, and the held-out text or the fraction."""
     return row["text_sha256"], row["val_sha256"] or row["val_split"]
 
 
 def mark_best(rows: list[Row]) -> None:
-    """Mark the lowest validation loss on each val part; losses on different ones are not comparable."""
-    groups: dict[tuple[str, str | float | None], list[Row]] = {}
+    """Mark the best on each val part; losses on different ones are not comparable.
+
+    An evaluation reads little of it, so its loss may be low by luck: none is marked beside that of an export.
+    """
+    lowest: dict[tuple[str, str | float | None], tuple[bool, float]] = {}
     for row in rows:
-        if row["state"] != "damaged" and row["text_sha256"] and row["best_val_loss"] is not None:
-            groups.setdefault(val_part(row), []).append(row)
-    for group in groups.values():
-        lowest = min(row["best_val_loss"] for row in group)
-        for row in group:
-            row["best"] = row["best_val_loss"] == lowest
+        if row["state"] != "damaged" and row["text_sha256"] and (found := rank(row)):
+            lowest[val_part(row)] = min(found, lowest.get(val_part(row), found))
+    for row in rows:
+        row["best"] = row["state"] != "damaged" and rank(row) == lowest.get(val_part(row), ())
 
 
 def sort_rows(rows: list[Row], key: str, reverse: bool) -> list[Row]:
@@ -208,17 +222,21 @@ def sort_rows(rows: list[Row], key: str, reverse: bool) -> list[Row]:
     """
     if key == "run":
         return rows[::-1] if reverse else rows
-    known = [row for row in rows if row[key] is not None]
-    known.sort(key=lambda row: row[key], reverse=(key in ("best", "tokens_per_second")) != reverse)
-    return known + [row for row in rows if row[key] is None]
+
+    def value(row: Row) -> Any:
+        return rank(row) if key == RANKED else row[key]
+
+    known = [row for row in rows if value(row) is not None]
+    known.sort(key=value, reverse=(key in ("best", "tokens_per_second")) != reverse)
+    return known + [row for row in rows if value(row) is None]
 
 
-def format_rows(rows: list[Row], width: int | None = None) -> list[str]:
+def format_rows(rows: list[Row], width: int | None = None, sorted_by: str = "run") -> list[str]:
     """Format rows as the lines of a table for so many terminal columns; None is unlimited.
 
-    The columns are the results, the main parameters and all other parameters that differ between the runs,
-    but not those that a resumed run may change, since they do not affect the training steps. What tells the
-    runs apart stands first: it stays longest in a narrow terminal.
+    The columns are the results, what the rows are sorted by, the main parameters and all other parameters
+    that differ between the runs, but not those that a resumed run may change, since they do not affect the
+    training steps. What tells the runs apart stands first: it stays longest in a narrow terminal.
     """
     n_texts = len({row["text_sha256"] for row in rows if row["text_sha256"]})
     differing = [
@@ -226,31 +244,39 @@ def format_rows(rows: list[Row], width: int | None = None) -> list[str]:
         for name, spec in specs().items()
         if not spec.may_change and len({row[name] for row in rows if row[name] is not None}) > 1
     ]
-    names = ["run", "best_val_loss", "text", "val_text", "state", *differing, "step", "val_loss"]
+    names = ["run", RANKED, "text", "val_text", "state", *differing, "step", "best_val_loss", "val_loss"]
     names += ["seconds", "tokens_per_second", "n_parameters"]
     if n_texts < 2:
         names.remove("text")
     if len({row["val_sha256"] for row in rows if row["text_sha256"]}) < 2:
         names.remove("val_text")
     names += [name for name in MAIN_PARAMETERS if name not in differing]
+    if sorted_by not in (*names, "best"):  # which the marks tell
+        names.insert(2, sorted_by)
     headings = [HEADINGS.get(name, name) for name in names]
     cells = [[format_cell(row, name) for name in names] for row in rows]
     lines = format_table(headings, cells, width, right=set(headings).difference(TEXT_COLUMNS))
+    notes = []
     if any(row["best"] for row in rows):
         n_parts = len({val_part(row) for row in rows if row["text_sha256"]})
         where = "on its text" if n_texts > 1 else "on its val part" if n_parts > 1 else "of these runs"
-        lines.append(f"* the lowest {where}")
-    return lines
+        notes.append(f"* the lowest {where}")
+    if any((rank(row) or (False,))[0] for row in rows):
+        notes.append("~ not of the export: the lowest of the evaluations, which read a part of the val text")
+    return lines + [line for note in notes for line in textwrap.wrap(note, width or len(note))]
 
 
 def format_cell(row: Row, name: str) -> str:
     """Format one value of a run; "-" if it is unknown."""
     value = row[name]
+    if name == RANKED and (ranked := rank(row)):
+        is_evaluation, loss = ranked
+        return "* " * row["best"] + "~ " * is_evaluation + format_number(loss)
     if value is None or value == "":
         return "-"
     if name in ("best_val_loss", "val_loss"):
-        return ("* " if name == "best_val_loss" and row["best"] else "") + format_number(value)
-    if name in ("seconds", "tokens_per_second", "n_parameters"):
+        return format_number(value)
+    if name in ("seconds", "tokens", "tokens_per_second", "n_parameters"):
         return f"{value:,.0f}" if value < 1e12 else f"{value:.3g}"
     if name == "state":
         return f"{value}, resumed" if row["resumed"] else value

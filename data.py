@@ -71,8 +71,21 @@ def get_batch(
             f"the {split} split has {len(data):,} characters, too few for block_size = {block_size}",
             f"use --block-size {len(data) - 1} at most" if len(data) > 1 else "use a longer text",
         )
-    starts = torch.randint(n_starts, (batch_size, 1), generator=generator).numpy()  # (B, 1)
-    sequences = np.asarray(data)[starts + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
+    starts = torch.randint(n_starts, (batch_size,), generator=generator).numpy()  # (B,)
+    return sequences_at(starts, data, block_size, device)
+
+
+def sequences_at(
+    starts: np.ndarray, data: np.ndarray, block_size: int, device: str | torch.device = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sequences of T = block_size characters that begin at `starts`, (B,) integers.
+
+    Returns:
+        x and y, (B, T) int64 each; y is x shifted by one character.
+    """
+    import torch
+
+    sequences = np.asarray(data)[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
     x = torch.from_numpy(np.ascontiguousarray(sequences[:, :-1]))
     y = torch.from_numpy(np.ascontiguousarray(sequences[:, 1:]))
     device = torch.device(device)

@@ -159,7 +159,11 @@ class TrainConfig(Part):
     max_iters: int = changeable(5000, "number of training steps", above=0)
     learning_rate: float = setting(1e-3, "peak learning rate", above=0)
     eval_interval: int = changeable(100, "steps between evaluations; there is one at the end too", above=0)
-    eval_iters: int = changeable(20, "batches per evaluation, from each of the train and val splits", above=0)
+    eval_iters: int = changeable(
+        20,
+        "size of an evaluation, which reads 4 sequences times this of each of the train and val splits",
+        above=0,
+    )
     seed: int = setting(1337, "random seed", minimum=0, maximum=2**63 - 1)
     device: str = changeable("auto", "device: auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting(

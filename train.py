@@ -73,7 +73,7 @@ def build_trainer(job: Job, console: Console) -> Trainer:
     config = dataclasses.replace(job.params.model, vocab_size=corpus.tokenizer.vocab_size)
 
     # 10. Model.
-    with memory_guard(job.params), runtime.dist.connection_guard():
+    with memory_guard("for the model", config), runtime.dist.connection_guard():
         seed_initial_weights(job.params.train.seed)
         model = BigramLanguageModel(config)
         model.vocabulary = corpus.tokenizer.vocabulary

@@ -19,7 +19,7 @@ RUNS: list[dict[str, Any]] = [
     {"optimizer": "adamw", "learning_rate": 4e-3, "max_iters": 1200, "warmup_iters": 100},
     {"optimizer": "muon", "learning_rate": 1e-2, "max_iters": 500, "warmup_iters": 50},
 ]
-COMMON = {"lr_schedule": "linear", "beta2": 0.99, "weight_decay": 0.1, "eval_iters": 80}
+COMMON = {"lr_schedule": "linear", "beta2": 0.99, "weight_decay": 0.1, "eval_iters": 240}
 
 
 def main() -> None:

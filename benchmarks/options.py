@@ -37,7 +37,7 @@ def main() -> None:
 
     fast = ConfigLoader.load_configs(PROJECT / "configs" / "fast")
     size = {name: value for name, value in fast.items() if name not in MODEL_OPTIONS and name != "_comment"}
-    size |= {"eval_iters": 80, "threads": arguments.threads, **(QUICK if arguments.quick else {})}
+    size |= {"eval_iters": 480, "threads": arguments.threads, **(QUICK if arguments.quick else {})}
     with tempfile.TemporaryDirectory() as folder:
         text = text_or_docs(arguments.data, Path(folder))
         trained = train_in_turns(text, [size | chosen for chosen in RUNS])

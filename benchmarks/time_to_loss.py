@@ -5,12 +5,14 @@
 
 ALG1 runs `python train.py --config PRESET`, trackers, evaluations and export included, without a token cache.
 nanoGPT runs its train.py with the flags that its README gives for a CPU, in a copy of the checkout; preparing
-its data is a separate row, not part of the ratio. The loss on all of the val text is measured alike for both:
-the mean over the last tenth of the text, in sequences of the model's block_size that do not overlap.
+its data is a separate row, not part of the ratio. The loss on all of the val text is measured for both as
+train.py measures its export: the mean over the last tenth of the text, in sequences of block_size characters
+that do not overlap.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import statistics
@@ -91,16 +93,13 @@ class Ours:
 
     def result(self) -> tuple[Any, float]:
         """Return the model of the export, and its loss on the validation text."""
-        import torch
-
-        from utils_alg1.data.corpus import open_corpus
-        from utils_alg1.run_directory import find_weights
+        from utils_alg1.run_directory import RunFolder, find_run
         from utils_alg1.training.resume import load_model_file
 
-        model = load_model_file(find_weights(str(self.folder / "runs")))
+        run = RunFolder(find_run(str(self.folder / "runs")))
+        model = load_model_file(run.export_path)
         self.own_loss = float(model.provenance["val_loss"])
-        tokens = torch.from_numpy(open_corpus(self.text).split()[1].astype("int64"))
-        return model, mean_loss(model, tokens)
+        return model, json.loads(run.final_path.read_text())["export_val_loss"]
 
 
 class NanoGPT:
@@ -129,6 +128,9 @@ class NanoGPT:
         import numpy as np
         import torch
 
+        from utils_alg1.training.evaluation import measure
+        from utils_alg1.training.runtime import Runtime
+
         path = self.folder / "out-shakespeare-char" / "ckpt.pt"
         checkpoint = torch.load(path, weights_only=True)
         self.own_loss = float(checkpoint["best_val_loss"])
@@ -137,20 +139,7 @@ class NanoGPT:
             model = model_py.GPT(model_py.GPTConfig(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint["model"])
         tokens = np.fromfile(self.folder / "data" / "shakespeare_char" / "val.bin", dtype=np.uint16)
-        return model, mean_loss(model, torch.from_numpy(tokens.astype(np.int64)))
-
-
-def mean_loss(model: Any, tokens: Any) -> float:
-    """Return the mean loss over all whole sequences of the text."""
-    import torch
-
-    T = model.config.block_size
-    n = (len(tokens) - 1) // T
-    x, y = tokens[: n * T].view(n, T), tokens[1 : n * T + 1].view(n, T)
-    model.eval()
-    with torch.no_grad():
-        parts = [len(a) * float(model(a, b)[1]) for a, b in zip(x.split(64), y.split(64), strict=True)]
-    return sum(parts) / n
+        return model, measure(model, tokens, Runtime()).loss
 
 
 if __name__ == "__main__":

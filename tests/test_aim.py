@@ -133,6 +133,7 @@ def test_aim_shows_what_the_metrics_file_says(run, repo):
         ("loss", (("subset", "train"),)),
         ("loss", (("subset", "val"),)),
         ("learning_rate", ()),
+        ("tokens", ()),
         ("gradient_norm", ()),
         ("tokens_per_second", ()),
     }

@@ -143,7 +143,7 @@ def test_a_step_of_the_jax_peer_is_that_of_alg1(common, workdir):
     trainer = common.build_trainer(workdir / "text.txt", **size, grad_clip=0.1, learning_rate=1e-3)
     weights = {name: w.detach().numpy().copy() for name, w in trainer.model.named_parameters()}
     averages = {name: (np.zeros_like(w), np.zeros_like(w)) for name, w in weights.items()}
-    x, y = trainer._batch("train", "batch", 0, 0)
+    x, y = trainer._batch(0)
     step = training_step(n_head=2, n_layer=2, dtype="float32", grad_clip=0.1)
 
     with jax.default_device(jax.devices("cpu")[0]):
@@ -193,26 +193,6 @@ def test_a_step_that_is_not_compiled_is_no_figure(common, workdir, monkeypatch):
 
     with pytest.raises(SystemExit, match=r"torch\.compile does not work here"):
         common.build_trainer(workdir / "text.txt", compile="on", n_embd=8, n_layer=1, device="cpu")
-
-
-def test_the_loss_to_reach_is_that_of_all_whole_sequences_of_the_text(common):
-    import torch
-    from time_to_loss import mean_loss
-
-    class Model(torch.nn.Module):
-        config = SimpleNamespace(block_size=2)
-
-        def forward(self, x, y):
-            assert not self.training and torch.equal(y, x + 1)
-            seen.extend(x.tolist())
-            return None, x.double().mean()
-
-    seen: list = []
-    n = 150  # more than one batch, the last one smaller
-    loss = mean_loss(Model(), torch.arange(2 * n + 2))
-
-    assert seen == [[i, i + 1] for i in range(0, 2 * n, 2)]
-    assert loss == pytest.approx((2 * n - 1) / 2)
 
 
 def test_the_row_of_a_shortcut_has_the_quartiles_of_the_ratio(common):

@@ -62,6 +62,7 @@ def make_run(
     with (run / METRICS).open("w") as file:
         for step, loss in losses.items():
             row = {"step": step, "loss/train": max(loss - 0.1, 0), "loss/val": loss, "learning_rate": 1e-3}
+            row["tokens"] = 128 * step
             speed = {"step": step, "tokens_per_second": 1000.0 + step}
             before = (
                 {"step": step - 1, "loss/train_step": loss} if step else {"step": 0, "gradient_norm": 1.0}
@@ -81,6 +82,7 @@ def make_run(
             "best_step": best_step,
             "best_perplexity": math.exp(losses[best_step]),
             "best_bits_per_character": losses[best_step] / math.log(2),
+            "export_val_loss": losses[best_step],
             "tokens": 128 * step,
             "seconds_in_loop": 12.6,
             "tokens_per_second_overall": 2000.0,
@@ -110,6 +112,7 @@ def test_a_finished_run_is_its_results(workdir):
         "state": "done",
         "resumed": False,
         "best": False,
+        "export_val_loss": 2.0,
         "step": 400,
         "best_val_loss": 2.0,
         "best_step": 200,
@@ -253,7 +256,7 @@ def test_a_damaged_run_is_shown_as_one_and_never_the_best(name, compare):
 def test_an_empty_folder_with_the_name_of_a_run_is_damaged(compare):
     Path("runs/2026-01-31_001").mkdir(parents=True)
     Path("runs/notes").mkdir()
-    assert lines_of(compare())[1:] == [["2026-01-31_001", "-", "damaged", *["-"] * 11]]
+    assert lines_of(compare())[1:] == [["2026-01-31_001", "-", "damaged", *["-"] * 12]]
 
 
 def show_in_every_form(row: dict[str, Any]) -> None:
@@ -365,11 +368,11 @@ def test_a_record_that_knows_fewer_parameters_is_sound(workdir):
 def test_huge_results_keep_the_table_narrow(compare):
     run = make_run("2026-01-31_001", {10: 4.0})
     final = json.loads((run / FINAL).read_text())
-    final |= {"val_loss": 1e300, "best_val_loss": 123456789.5}
+    final |= {"val_loss": 1e300, "export_val_loss": 123456789.5}
     final |= {"tokens_per_second_overall": 123_456_789_012, "seconds_in_loop": 1e15}
     write(run / FINAL, final)
     cells = lines_of(compare())[1]
-    assert cells[1:7] == ["* 1.23e+08", "done", "10", "1e+300", "1e+15", "123,456,789,012"]
+    assert cells[1:8] == ["* 1.23e+08", "done", "10", "4.0000", "1e+300", "1e+15", "123,456,789,012"]
 
 
 def test_the_table_is_aligned_and_newest_first(compare):
@@ -379,15 +382,16 @@ def test_the_table_is_aligned_and_newest_first(compare):
     assert (
         compare().out
         == """\
-run                        best_val_loss  state       n_embd  optimizer        step  val_loss  seconds  \
-tok/s  parameters  n_layer  n_head  block_size  batch_size  learning_rate
-2026-01-31_1000                 * 2.2500  done            64      adamw         400    2.2500       13  \
-2,000     201,731        4       4          32           4          0.001
-2026-01-31_999_first              2.5000  done           128       muon         400    2.5000       13  \
-2,000     796,675        4       4          32           4          0.001
-2025-12-01_001_日本語の文         3.1250  unfinished      64      adamw  201 of 400    3.1250        -  \
-1,200     201,731        4       4          32           4          0.001
+run                        export_val_loss  state       n_embd  optimizer        step  best_val_loss  \
+val_loss  seconds  tok/s  parameters  n_layer  n_head  block_size  batch_size  learning_rate
+2026-01-31_1000                   * 2.2500  done            64      adamw         400         2.2500  \
+  2.2500       13  2,000     201,731        4       4          32           4          0.001
+2026-01-31_999_first                2.5000  done           128       muon         400         2.5000  \
+  2.5000       13  2,000     796,675        4       4          32           4          0.001
+2025-12-01_001_日本語の文         ~ 3.1250  unfinished      64      adamw  201 of 400         3.1250  \
+  3.1250        -  1,200     201,731        4       4          32           4          0.001
 * the lowest of these runs
+~ not of the export: the lowest of the evaluations, which read a part of the val text
 """
     )
 
@@ -416,7 +420,7 @@ def test_what_shaped_the_training_and_differs_has_a_column(compare):
 
 
 def order_by(compare, *flags) -> list[str]:
-    return [row[0][-1] for row in lines_of(compare(*flags))[1:-1]]
+    return [row[0][-1] for row in lines_of(compare(*flags))[1:] if row[0][0] not in "*~"]
 
 
 def test_sorting_puts_the_best_first_and_the_unknown_last(compare):
@@ -433,12 +437,65 @@ def test_sorting_puts_the_best_first_and_the_unknown_last(compare):
     assert order_by(compare, "--sort", "best") == ["1", "3", "2"]
 
 
+def test_a_loss_of_an_evaluation_never_beats_that_of_an_export(compare):
+    make_run("2026-01-31_001", {0: 4.0, 400: 2.0})
+    make_run("2026-01-31_002", {0: 4.0, 400: 2.5})
+    make_run("2026-01-31_003", {0: 1.5}, done=False)
+    make_run("2026-01-31_004", {0: 1.0})  # of an earlier version
+    final = Path("runs/2026-01-31_004", FINAL)
+    values = json.loads(final.read_text())
+    del values["export_val_loss"]
+    write(final, values)
+    table = lines_of(compare("--sort", "export_val_loss"))
+    assert [(row[0][-1], row[1]) for row in table[1:5]] == [
+        ("1", "* 2.0000"),
+        ("2", "2.5000"),
+        ("4", "~ 1.0000"),
+        ("3", "~ 1.5000"),
+    ]
+    assert table[5:] == [
+        ["* the lowest of these runs"],
+        ["~ not of the export: the lowest of the evaluations, which read a part of the val text"],
+    ]
+    rows = json.loads(compare("--json").out)
+    assert [(row["export_val_loss"], row["best"]) for row in rows] == [
+        (None, False),
+        (None, False),
+        (2.5, False),
+        (2.0, True),
+    ]
+
+
+def test_runs_without_an_export_are_compared_by_their_evaluations(compare):
+    make_run("2026-01-31_001", {0: 1.5}, done=False)
+    make_run("2026-01-31_002", {0: 1.0}, done=False)
+    assert [row[1] for row in lines_of(compare())[1:3]] == ["* ~ 1.0000", "~ 1.5000"]
+
+
+def test_losses_on_different_parts_of_a_text_are_not_compared(compare):
+    make_run("2026-01-31_001", {0: 1.0})
+    make_run("2026-01-31_002", {0: 2.0}, val_split=0.05)
+    table = lines_of(compare())
+    assert [row[1] for row in table[1:3]] == ["* 2.0000", "* 1.0000"]
+    assert table[3] == ["* the lowest on its val part"]
+
+
+def test_what_is_sorted_by_has_a_column(compare):
+    make_run("2026-01-31_001", {0: 4.0, 400: 2.0}, batch_size=8)
+    make_run("2026-01-31_002", {0: 4.0, 100: 2.5}, done=False)
+    assert "tokens" not in lines_of(compare())[0]
+    table = lines_of(compare("--sort", "tokens"))
+    assert table[0][:4] == ["run", "export_val_loss", "tokens", "state"]
+    assert [row[2] for row in table[1:3]] == ["12,800", "51,200"]
+
+
 def test_every_heading_sorts_like_the_name_of_its_value(compare):
     make_run("2026-01-31_001", {0: 4.0, 400: 2.0}, learning_rate=0.3, n_layer=2)
     make_run("2026-01-31_002", {0: 3.0, 400: 2.5}, learning_rate=0.1)
     line = compare().out.splitlines()[0]
     headings = [heading.strip() for heading in line.split("  ") if heading.strip()]
-    assert {"best_val_loss", "val_loss", "tok/s", "parameters", "seconds", "run"} <= set(headings)
+    known = {"export_val_loss", "best_val_loss", "val_loss", "tok/s", "parameters", "seconds", "run"}
+    assert known <= set(headings)
     names = {heading: name for name, heading in HEADINGS.items()}
     for heading in headings:
         result = compare("--sort", heading)
@@ -537,7 +594,7 @@ def test_a_narrow_terminal_never_breaks_a_row(columns, compare, terminal):
     terminal(columns)
     out = compare().out.splitlines()
     assert max(map(cell_len, out)) <= columns
-    assert out[0].startswith("run") and "best_val_loss" in out[0] and "* 3.0000" in out[1]
+    assert out[0].startswith("run") and "export_val_loss" in out[0] and "* ~ 3.0000" in out[1]
     assert ("no room for: " in out[3]) == (columns < whole)
     if columns == 100:  # what tells the runs apart stays longer than what they share
         assert "seed" in out[0] and "text" in out[0] and "n_layer" not in out[0]
@@ -630,4 +687,4 @@ def test_the_script_as_a_process_needs_no_torch(compare):
     Path("check.py").write_text(script_text)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = run_process(Path("check.py").resolve(), env=environment)
-    assert result.code == 0 and result.out.splitlines()[1].startswith("2026-01-31_001       * 4.0000  done")
+    assert result.code == 0 and result.out.splitlines()[1].startswith("2026-01-31_001         * 4.0000  done")

@@ -145,12 +145,13 @@ def without_new(now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_same_tensors(path: Path, then: Path) -> None:
-    """As `assert_alike`, for the tensors and metadata of a file; times and trackers may differ."""
+    """As `assert_alike`, for a file's tensors and metadata; times, trackers and evaluations may differ."""
     (tensors, about), (old_tensors, old_about) = read_tensors(path), read_tensors(then)
     assert about is not None and old_about is not None
     for metadata in (about, old_about):
+        metadata.get("provenance", {}).pop("val_loss", None)
         if "progress" in metadata:
-            del metadata["progress"]["seconds"]
+            metadata["progress"] = metadata["progress"]["step"]
             metadata["trackers"] = {key: sorted(copy) for key, copy in metadata["trackers"].items()}
     if "compiled" in old_about:  # what newer checkpoints hold in its place
         old = {
@@ -171,7 +172,10 @@ def assert_same_tensors(path: Path, then: Path) -> None:
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in lasting_metrics(path).splitlines()]
+    """The rows of a metrics file, without what evaluations find: that commit's read other characters."""
+    rows = [json.loads(line) for line in lasting_metrics(path).splitlines()]
+    other = ("loss/train", "loss/val", "tokens")
+    return [{name: value for name, value in row.items() if name not in other} for row in rows]
 
 
 def saved_again(path: Path, folder: Path) -> bytes:
@@ -187,10 +191,13 @@ def test_a_stopped_run_resumes_to_what_the_earlier_commit_gave(name, comparison,
     then = FIXTURES / name / "finished"
     stopped, result = resume(name)
     assert result.code == 0, result.err
-    assert "warning" not in result.err
+    (warning,) = result.err.splitlines()
+    assert warning.startswith("warning: the evaluations from here on read other sequences than those before")
     assert f"<title>{stopped.name}" in (stopped / "eval/report.html").read_text(encoding="utf-8")
     assert_same_tensors(stopped / checkpoint(LAST), then / checkpoint(LAST))
-    assert_same_tensors(stopped / EXPORT, then / EXPORT)
+    same_export = name == "muon"  # the best evaluation of the other is that of another step
+    if same_export:
+        assert_same_tensors(stopped / EXPORT, then / EXPORT)
     config = Path("artifacts/export/config.json")
     assert (stopped / config).read_bytes() == (then / config).read_bytes()
     rows, old_rows = metrics(stopped / METRICS), metrics(then / METRICS)
@@ -198,9 +205,8 @@ def test_a_stopped_run_resumes_to_what_the_earlier_commit_gave(name, comparison,
         assert_alike(row, old_row, f"step {old_row['step']}")
     samples = Path("eval/samples.txt")
     if comparison == "bytes":
-        for file in (EXPORT, samples):
-            assert (stopped / file).read_bytes() == (then / file).read_bytes()
-        assert lasting_metrics(stopped / METRICS) == lasting_metrics(then / METRICS)
+        assert not same_export or (stopped / samples).read_bytes() == (then / samples).read_bytes()
+        assert rows == old_rows
     else:
         assert len((stopped / samples).read_text()) == len((then / samples).read_text())
 
@@ -213,12 +219,6 @@ def test_its_curves_in_tensorboard_go_on(resume):
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert steps["Loss/train_step"] == list(range(LAST))
     assert steps["Loss/train"] == steps["Loss/val"] == steps["Learning_Rate"] == [0, 4, 8, 12]
-
-
-def test_the_export_of_a_checkpoint_from_before_the_stop_is_the_same_on_every_machine(resume):
-    # The best weights are those of step 4, which the earlier commit saved.
-    path, _ = resume("adamw")
-    assert (path / EXPORT).read_bytes() == (FIXTURES / "adamw" / "finished" / EXPORT).read_bytes()
 
 
 def test_an_export_loads_and_is_saved_again_to_the_same_bytes(finished, tmp_path):
@@ -259,7 +259,7 @@ def test_compare_lists_a_run_as_it_did(name, finished, capsys):
     result = runner(compare.main, capsys)("--json")
     assert result.code == 0, result.err
     (row,), (then,) = json.loads(result.out), json.loads((FIXTURES / name / "compare.json").read_text())
-    assert row | then == row  # there may be further columns
+    assert row | then == row and row["export_val_loss"] is None  # there may be further columns
 
 
 def test_compare_lists_a_stopped_run(stopped, capsys):

@@ -121,7 +121,7 @@ def masked(out: str) -> list[str]:
 
 
 def test_without_a_terminal_a_run_prints_these_lines_and_no_others(start):
-    result = start("--learning-rate", 1e-9, "--eval-interval", 3)
+    result = start("--learning-rate", 2e-3, "--eval-interval", 3)
     best = max(int(n) for n in re.findall(r"step +(\d+) .*  best  ", result.out))
     *lines, _ = masked(result.out.split("a sample:\n")[0] + "a sample:\n\n")
     assert result.err == ""
@@ -133,16 +133,18 @@ def test_without_a_terminal_a_run_prints_these_lines_and_no_others(start):
         "steps    6 of 2 x 8 characters",
         "folder   runs/RUN: meta/, logs/, artifacts/, eval/",
         "changed  n_embd=16, n_head=2, n_layer=1, block_size=8, batch_size=2, max_iters=6,"
-        " learning_rate=1e-09, eval_interval=3, eval_iters=2, threads=1, aim=False, data_path=text.txt,"
+        " learning_rate=0.002, eval_interval=3, eval_iters=2, threads=1, aim=False, data_path=text.txt,"
         " tensorboard=False, histogram_interval=3",
         "",
-        "step      0  train loss LOSS  val loss LOSS        lr 1.0e-09",
-        "step      3  train loss LOSS  val loss LOSS        lr 1.0e-09  SPEED tok/s",
-        "step      6  train loss LOSS  val loss LOSS        lr 1.0e-09  SPEED tok/s",
+        "step      0  train loss LOSS  val loss LOSS        lr 2.0e-03",
+        "step      3  train loss LOSS  val loss LOSS        lr 2.0e-03  SPEED tok/s",
+        "step      6  train loss LOSS  val loss LOSS        lr 2.0e-03  SPEED tok/s",
         "",
         "reached   step 6: train loss LOSS, val loss LOSS, in TIME",
-        f"best      step {best}: val loss LOSS (perplexity P, B bits per character)",
+        f"best      step {best}: val loss LOSS",
         f"exported  runs/RUN/artifacts/export/model.safetensors (best weights, of step {best})",
+        "measured  val loss LOSS (perplexity P, B bits per character) of the export,"
+        " over all of the val part: 408 characters",
         "report    runs/RUN/eval/report.html",
         "sample    python inference.py --run runs/RUN",
         "continue  python train.py --resume runs/RUN --max-iters 12",

@@ -368,14 +368,6 @@ def test_no_sample_is_drawn_from_a_model_that_is_not_finite(model):
     assert (0, "activation") in trackers.logged
 
 
-def test_what_is_looked_at_is_the_first_batch_of_every_evaluation(model, monkeypatch):
-    trainer, seen = make_trainer(model), []
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    at(trainer, 0).evaluate()
-    assert torch.equal(seen[-1][:2], trainer.validation_batch())
-    assert torch.equal(trainer.validation_batch(), trainer.validation_batch())
-
-
 def test_of_a_large_batch_the_first_sequences_are_enough(observe, monkeypatch):
     monkeypatch.setattr(observer_module, "OBSERVED_TOKENS", 1)
     shapes = []

@@ -24,6 +24,7 @@ from conftest import PROJECT, TEXT, with_changes
 from model import BigramLanguageModel
 from parameters import ModelConfig
 from utils_alg1.base.errors import Alg1Error
+from utils_alg1.data.corpus import open_corpus
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run.run import Run
 from utils_alg1.training import arithmetic as arithmetic_module
@@ -35,7 +36,8 @@ from utils_alg1.training.distributed import (
     is_lost_connection,
     launch_command,
 )
-from utils_alg1.training.runtime import device_of_process
+from utils_alg1.training.evaluation import measure
+from utils_alg1.training.runtime import Runtime, device_of_process
 
 RUN = (
     "--data text.txt --n-embd 16 --n-head 2 --n-layer 2 --block-size 8 --batch-size 2 --dropout 0.1"
@@ -124,6 +126,8 @@ def test_one_two_and_four_processes_take_the_same_steps(tmp_path):
     for rows in zip(*losses, strict=True):
         assert rows[1] == pytest.approx(rows[0], abs=1e-6)
         assert rows[2] == pytest.approx(rows[0], abs=1e-6)
+    losses = [json.loads((run / "eval/final.json").read_text())["export_val_loss"] for run in runs.values()]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-6)
 
 
 def test_two_processes_start_from_a_model_with_new_characters_as_one_does(tmp_path):
@@ -218,8 +222,13 @@ def test_resuming_with_another_number_of_processes(folder):
 def test_patience_ends_all_processes_at_the_same_step(folder):
     arguments = [*RUN, "--max-iters", "50", "--eval-interval", "1", "--patience", "2"]
     assert run_together(2, *arguments, "--learning-rate", "3") == [0, 0], output()
-    final = json.loads((faults.only_run(folder) / "eval" / "final.json").read_text())
+    run = faults.only_run(folder)
+    final = json.loads((run / "eval" / "final.json").read_text())
     assert final["steps"] == final["best_step"] + 2 < 50
+    # All have measured the best weights, which the main process alone has read.
+    model = BigramLanguageModel().load_safetensors(run / "artifacts/export/model.safetensors")
+    measured = measure(model, open_corpus(folder / "text.txt").split()[1], Runtime())
+    assert final["export_val_loss"] == pytest.approx(measured.loss, rel=1e-6)
 
 
 def test_the_trackers_show_one_run(folder):

@@ -332,15 +332,19 @@ def test_the_page_holds_results_samples_and_provenance(run):
     page, final = page_of(run), json.loads((run / "eval/final.json").read_text())
     assert page.texts["h1"] == page.texts["title"] == [run.name]
     figures = [text.split("\n")[0] for text in page.texts["b"]]
-    assert figures[0] == f"{final['best_val_loss']:.4f}"
-    assert figures[1] == f"{final['best_perplexity']:.2f}"
-    assert figures[2] == f"{final['best_bits_per_character']:.3f}"
-    assert figures[3] == f"{final['val_loss']:.4f}"
-    assert figures[4] == f"{final['tokens_per_second_overall']:,.0f}"
-    assert figures[5] == text_module.format_duration(final["seconds_in_loop"])
+    assert figures[0] == f"{final['export_val_loss']:.4f}"
+    assert figures[1] == f"{final['export_perplexity']:.2f}"
+    assert figures[2] == f"{final['export_bits_per_character']:.3f}"
+    assert figures[3] == f"{final['best_val_loss']:.4f}"
+    assert figures[4] == f"{final['val_loss']:.4f}"
+    assert figures[5] == f"{final['tokens_per_second_overall']:,.0f}"
+    assert figures[6] == text_module.format_duration(final["seconds_in_loop"])
     notes = page.texts["small"]
-    assert notes[0] == f"nats per character, step\u00a0{final['best_step']}"
-    assert notes[3] == f"train loss {final['train_loss']:.4f}" and notes[5] == "96 characters read"
+    assert notes[0] == f"nats per character, of the export (step\u00a0{final['export']['step']})"
+    assert notes[3] == f"step\u00a0{final['best_step']}"
+    assert notes[4] == f"train loss {final['train_loss']:.4f}" and notes[6] == "96 characters read"
+    read = f"{final['val_characters']:,} characters of the part held out"
+    assert any(f"is the mean over all {read}" in " ".join(text.split()) for text in page.texts["p"])
     samples = (run / "eval/samples.txt").read_text(encoding="utf-8")
     for i, text in enumerate(page.texts["pre"][:3], 1):
         assert f"--- sample {i}\n{text.removeprefix(chr(10))}\n" in samples
@@ -389,11 +393,11 @@ def test_a_number_has_at_most_eight_digits():
 @pytest.mark.parametrize(
     "values, expected",
     [
-        ({"best_val_loss": 0.0, "best_perplexity": 1.0}, {"best val loss": "0.0000", "perplexity": "1.00"}),
-        ({"best_val_loss": 1e30, "val_loss": 3e38}, {"best val loss": "1e+30", "last val loss": "3e+38"}),
-        ({"best_perplexity": None}, {"perplexity": "-"}),
-        ({"best_perplexity": 1.014e304}, {"perplexity": "1.01e+304"}),
-        ({"best_bits_per_character": 1.4427e30}, {"bits per character": "1.44e+30"}),
+        ({"export_val_loss": 0.0, "export_perplexity": 1.0}, {"val loss": "0.0000", "perplexity": "1.00"}),
+        ({"best_val_loss": 1e30, "val_loss": 3e38}, {"best evaluation": "1e+30", "last evaluation": "3e+38"}),
+        ({"export_perplexity": None}, {"perplexity": "-"}),
+        ({"export_perplexity": 1.014e304}, {"perplexity": "1.01e+304"}),
+        ({"export_bits_per_character": 1.4427e30}, {"bits per character": "1.44e+30"}),
         ({"seconds_in_loop": 0.0, "tokens_per_second_overall": None}, {"time": "0 s", "speed": "-"}),
         ({"tokens_per_second_overall": 0.4}, {"speed": "0.4"}),
         ({"tokens_per_second_overall": 17_163.4}, {"speed": "17,163"}),

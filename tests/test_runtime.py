@@ -477,7 +477,11 @@ def test_seeding_decides_what_torch_draws():
     ],
 )
 def test_running_out_of_memory_is_an_error_with_smaller_settings(error):
-    with pytest.raises(Alg1Error, match=r"^out of memory") as caught, memory_guard(parameters()):
+    model, train = parameters().model, parameters().train
+    with (
+        pytest.raises(Alg1Error, match=r"^out of memory here$") as caught,
+        memory_guard("here", model, train),
+    ):
         raise error
     assert caught.value.exit_code == CANNOT_TRAIN
     assert caught.value.hint.startswith("try --batch-size 2 --grad-accum-steps 2,")
@@ -485,13 +489,13 @@ def test_running_out_of_memory_is_an_error_with_smaller_settings(error):
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory"), KeyboardInterrupt()])
 def test_other_errors_pass_through_the_memory_guard(error):
-    with pytest.raises(type(error)) as caught, memory_guard(parameters()):
+    with pytest.raises(type(error)) as caught, memory_guard("here", ModelConfig()):
         raise error
     assert caught.value is error
 
 
 def test_pytorch_says_what_the_guard_listens_for():
-    with pytest.raises(Alg1Error, match="out of memory"), memory_guard(parameters()):
+    with pytest.raises(Alg1Error, match="out of memory"), memory_guard("here", ModelConfig()):
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
@@ -506,13 +510,15 @@ def test_pytorch_says_what_the_guard_listens_for():
     ],
 )
 def test_smaller_settings_are_named_as_flags(settings, flags):
-    assert smaller_settings(parameters(**settings)).startswith(f"try {flags},")
+    params = parameters(**settings)
+    assert smaller_settings(params.model, params.train).startswith(f"try {flags},")
+    assert smaller_settings(params.model).startswith("try --n-embd")  # where a batch has no part in it
 
 
 @given(head_size=st.integers(1, 64), n_head=st.integers(1, 16))
 def test_a_smaller_width_is_a_valid_one(head_size, n_head):
     n_embd = head_size * n_head
-    hint = smaller_settings(parameters(batch_size=1, n_embd=n_embd, n_head=n_head))
+    hint = smaller_settings(ModelConfig(n_embd=n_embd, n_head=n_head))
     if head_size == 1:
         assert hint == "try a --block-size below 32"
         return

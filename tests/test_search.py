@@ -66,7 +66,7 @@ with (run / "logs/metrics.jsonl").open("a") as file:
     for step in steps:
         print(json.dumps({"step": step, "loss/val": loss + 1 / (step + 1)}), file=file, flush=True)
         time.sleep(float(flags.get("weight-decay", 0)))
-(run / "eval/final.json").write_text(json.dumps({"best_val_loss": loss}))
+(run / "eval/final.json").write_text(json.dumps({"export_val_loss": loss}))
 """
 
 RUN_SEARCH = f"""
@@ -283,7 +283,7 @@ def test_a_search_finds_something_better_than_the_defaults(search, fake_train):
     rows = results()
     assert [row["trial"] for row in rows] == [str(i) for i in range(n)]
     assert (float(rows[0]["learning_rate"]), rows[0]["n_layer"]) == (1e-3, "4")
-    losses = [float(row["best_val_loss"]) for row in rows if row["state"] == "complete"]
+    losses = [float(row["val_loss"]) for row in rows if row["state"] == "complete"]
     assert losses[0] == pytest.approx(0.009) and min(losses) < 0.009
     assert len({row["learning_rate"] for row in rows}) == n
     assert f"gained    {losses[0] - min(losses):.4f}\n" in result.out
@@ -539,7 +539,8 @@ def test_the_sampler_keeps_away_from_what_cannot_be_trained(fake_train, monkeypa
         trial.report(4.2, 0)
         trial.set_user_attr("run", str(log.with_suffix("")))
         (log.with_suffix("") / "eval").mkdir(parents=True)
-        (log.with_suffix("") / "eval/final.json").write_text(json.dumps({"best_val_loss": abs(rate - 0.002)}))
+        final = {"export_val_loss": abs(rate - 0.002)}
+        (log.with_suffix("") / "eval/final.json").write_text(json.dumps(final))
         return (3 if rate > 0.05 else 0), False
 
     monkeypatch.setattr(search, "train", train)
@@ -764,7 +765,7 @@ def test_a_killed_search_ends_with_exactly_its_trials(after_the_kill):
 def test_the_table_holds_what_the_runs_have_reached(after_the_kill):
     for row in results("k"):
         final = json.loads(Path(row["run"], "eval/final.json").read_text())
-        assert float(row["best_val_loss"]) == final["best_val_loss"]
+        assert float(row["val_loss"]) == final["export_val_loss"]
         used = json.loads(Path(row["run"], "meta/full_config.json").read_text())["parameters"]
         assert float(row["learning_rate"]) == used["learning_rate"]
         assert float(row["weight_decay"]) == used["weight_decay"]
@@ -781,7 +782,7 @@ def test_something_is_better_than_the_defaults_and_there_are_pictures(after_the_
 
 
 def test_the_best_preset_is_the_best_trial_at_the_length_of_a_normal_run(after_the_kill, train):
-    best = min(results("k"), key=lambda row: float(row["best_val_loss"]))
+    best = min(results("k"), key=lambda row: float(row["val_loss"]))
     Path("config.json").write_text('{"max_iters": 70, "n_embd": 128}')  # configs/ and config.json stand below
     shown = train("--config", "searches/k/best.yaml", "--print-config")
     Path("config.json").unlink()
@@ -795,7 +796,7 @@ def test_the_best_preset_is_the_best_trial_at_the_length_of_a_normal_run(after_t
     flags = ["--max-iters", 60, "--eval-interval", 10, "--eval-iters", 2, *QUIET_TRACKERS, "--quiet"]
     assert train("--config", "searches/k/best.yaml", *flags, "--threads", used["threads"]).code == 0
     final = json.loads(Path(list_runs("runs")[-1], "eval/final.json").read_text())
-    assert final["best_val_loss"] == float(best["best_val_loss"])
+    assert final["export_val_loss"] == float(best["val_loss"])
 
 
 def test_a_study_goes_on_with_the_same_plan_only(after_the_kill, search):

@@ -106,6 +106,7 @@ def curves(metrics_path: Path) -> dict[str, list[tuple[int, float]]]:
         "loss/train": "Loss/train",
         "loss/val": "Loss/val",
         "learning_rate": "Learning_Rate",
+        "tokens": "Tokens",
         "gradient_norm": "Gradient_Norm",
         "tokens_per_second": "Tokens_Per_Second",
     }
@@ -135,7 +136,7 @@ def test_a_run_has_exactly_these_tags(run, events):
     names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
     assert len(names) > 10
     losses = {"Loss/train_step", "Loss/train", "Loss/val"}
-    others = {"Learning_Rate", "Gradient_Norm", "Tokens_Per_Second"}
+    others = {"Learning_Rate", "Gradient_Norm", "Tokens_Per_Second", "Tokens"}
     assert set(events.Tags()["scalars"]) == losses | others
     assert set(events.Tags()["histograms"]) == {
         *(f"{kind}/{name}" for name in names for kind in ("Parameters", "Gradients")),
@@ -152,6 +153,7 @@ def test_a_run_has_one_point_for_each_step_that_was_due(events):
         "Loss/train": EVALUATIONS,
         "Loss/val": EVALUATIONS,
         "Learning_Rate": EVALUATIONS,
+        "Tokens": EVALUATIONS,
         "Gradient_Norm": [0, 2, 4],
         "Tokens_Per_Second": [3, 6],
     }
@@ -275,7 +277,7 @@ def test_with_every_interval_at_0_there_are_only_the_losses(train, text_file):
     events = read_events(path / "logs/tensorboard")
     tags = events.Tags()
     assert [step for step, _ in scalars(events)["Loss/val"]] == [0, 4, 6]
-    assert set(tags["scalars"]) == {"Loss/train_step", "Loss/train", "Loss/val", "Learning_Rate"}
+    assert set(tags["scalars"]) == {"Loss/train_step", "Loss/train", "Loss/val", "Learning_Rate", "Tokens"}
     assert tags["histograms"] == tags["images"] == []
     assert tags["tensors"] == ["_hparams_/session_start_info"]
     assert [p.name for p in (path / "logs/tensorboard").iterdir() if "tfevents" not in p.name] == []

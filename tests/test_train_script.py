@@ -37,6 +37,7 @@ from utils_alg1.run import run as run_module
 from utils_alg1.run_directory import checkpoint_paths, list_runs
 from utils_alg1.tracking.observer import draw_texts
 from utils_alg1.training.arithmetic import Arithmetic
+from utils_alg1.training.backward import ManualBackward
 from utils_alg1.training.checkpoint import CheckpointStore
 from utils_alg1.training.trainer import Trainer
 from utils_alg1.utils_run_manager import MetadataCapture
@@ -99,7 +100,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def verbose(tmp_path_factory):
-    flags = "--verbose --eval-interval 1 --learning-rate 0.3 --checkpoint-interval 1 --keep-checkpoints 1"
+    flags = "--verbose --eval-interval 1 --learning-rate 0.1 --checkpoint-interval 1 --keep-checkpoints 1"
     return finished_run(tmp_path_factory.mktemp("verbose"), *flags.split())
 
 
@@ -217,8 +218,10 @@ def test_metrics_have_a_row_for_each_step_and_each_evaluation(finished):
         [1e-3, 1e-3 * 4 / 7, 1e-3 / 7, 0]
     )
     assert all(
-        row.keys() == {"step", "loss/train", "loss/val", "learning_rate"} for row in evaluations(finished.run)
+        row.keys() == {"step", "loss/train", "loss/val", "learning_rate", "tokens"}
+        for row in evaluations(finished.run)
     )
+    assert [row["tokens"] for row in evaluations(finished.run)] == [step * 48 for step in (0, 3, 6, 7)]
 
 
 @pytest.mark.parametrize("name, steps, sequences", [("finished", 7, 6), ("verbose", 6, 2)])
@@ -274,7 +277,7 @@ def test_the_loss_falls_on_a_text(train, text_file, fast_end):
         text_file,
         *TINY,
         *QUIET_TRACKERS,
-        *("--max-iters", 200, "--eval-interval", 50, "--learning-rate", 0.01, "--batch-size", 8),
+        *("--max-iters", 200, "--eval-interval", 50, "--learning-rate", 0.005, "--batch-size", 8),
     )
     assert result.code == 0
     for subset in ("loss/train", "loss/val"):
@@ -392,22 +395,28 @@ def test_a_disk_that_refuses_the_run_directory_leaves_nothing(folder, start, mon
     assert list_runs("runs") == []
 
 
-@pytest.mark.parametrize("where", ["forward", "optimizer", "building"])
-def test_out_of_memory_ends_with_3_and_settings_that_fit(where, start, monkeypatch):
-    target, name = {
-        "forward": (Trainer, "forward_backward"),
-        "optimizer": (Trainer, "optimizer_step"),
-        "building": (BigramLanguageModel, "__init__"),
-    }[where]
+HALF_THE_BATCH = "hint: try --batch-size 1 --grad-accum-steps 2, which sees about as much text in a step"
+HALF_THE_MODEL = "hint: try --n-embd 8, or a --block-size below 8"
+
+
+@pytest.mark.parametrize(
+    "target, name, where, advice",
+    [
+        (ManualBackward, "__call__", "in a training step", HALF_THE_BATCH),
+        (Trainer, "optimizer_step", "for the model", HALF_THE_MODEL),
+        (BigramLanguageModel, "__init__", "for the model", HALF_THE_MODEL),
+        (BigramLanguageModel, "forward", "in an evaluation", HALF_THE_MODEL),
+    ],
+)
+def test_out_of_memory_ends_with_3_and_settings_that_fit(target, name, where, advice, start, monkeypatch):
     fail_in(target, name, torch.OutOfMemoryError("Tried to allocate 20 GiB"), monkeypatch)
     result = start()
     assert result.code == 3
     error, hint = result.err.splitlines()
-    assert error == "error: out of memory"
-    advice = "hint: try --batch-size 1 --grad-accum-steps 2, which sees about as much text in a step"
+    assert error == f"error: out of memory {where}"
     assert hint.startswith(advice)
     assert "--resume" not in hint
-    assert len(list_runs("runs")) == (where != "building")
+    assert len(list_runs("runs")) == (name != "__init__")
 
 
 def test_a_bug_is_not_hidden(start, monkeypatch):

@@ -22,7 +22,6 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import optimizers as optimizers_module
-from utils_alg1.training import trainer as trainer_module
 from utils_alg1.training.arithmetic import Arithmetic
 from utils_alg1.training.backward import Backward
 from utils_alg1.training.checkpoint import newest_checkpoint
@@ -386,37 +385,16 @@ def test_an_evaluation_that_is_not_finite_ends_with_3():
 # --- evaluation ---------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_is_the_mean_over_its_batches():
-    trainer = make_trainer(seed=5, learning_rate=0.1, lr_schedule="linear", max_iters=10)
-    losses = {}
-    for split in ("train", "val"):
-        draws = [generator(5, f"eval-{split}", i) for i in range(5)]
-        batches = [get_batch(split, *trainer.data, BLOCK_SIZE, 2, "cpu", draw) for draw in draws]
-        losses[split] = sum(trainer.model(x, y)[1].item() for x, y in batches) / 5
-    evaluation = at(trainer, 4).evaluate()
-    assert evaluation.train_loss == pytest.approx(losses["train"], rel=1e-6)
-    assert evaluation.val_loss == pytest.approx(losses["val"], rel=1e-6)
-    assert evaluation.train_loss != evaluation.val_loss
-    assert (evaluation.step, evaluation.learning_rate) == (4, pytest.approx(0.06))
-
-
-def test_an_evaluation_draws_the_same_batches_every_time():
-    trainer = make_trainer()
-    first = at(trainer, 0).evaluate()
-    torch.rand(10)
+def test_an_evaluation_draws_nothing_and_is_the_same_every_time():
+    trainer = make_trainer(learning_rate=0.1, lr_schedule="linear", max_iters=10)
+    first = at(trainer, 4).evaluate()
+    assert (first.step, first.learning_rate, first.sequences) == (4, pytest.approx(0.06), 12)
+    state = torch.get_rng_state()
     trainer.forward_backward()
-    trainer.progress = Progress()
+    trainer.progress = Progress(step=4)
     again = trainer.evaluate()
     assert again == first and again is not first
-
-
-@pytest.mark.parametrize("tokens", [1, 2 * 2 * BLOCK_SIZE, 1 << 20])
-def test_an_evaluation_does_not_depend_on_how_many_batches_share_a_pass(tokens, monkeypatch):
-    expected = at(make_trainer(), 0).evaluate()
-    monkeypatch.setattr(trainer_module, "EVALUATION_TOKENS", tokens)
-    evaluation = at(make_trainer(), 0).evaluate()
-    assert evaluation.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
-    assert evaluation.val_loss == pytest.approx(expected.val_loss, rel=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_evaluation_is_without_dropout_and_leaves_the_model_training():
@@ -473,7 +451,7 @@ def test_the_seed_decides_weights_batches_and_dropout_each():
 
 def test_every_micro_batch_has_its_own_dropout(monkeypatch):
     trainer = make_trainer(dropout=0.5, grad_accum_steps=3)
-    x, y = trainer._batch("train", "batch", 0, 0)
+    x, y = trainer._batch(0)
     monkeypatch.setattr(Trainer, "_batch", lambda *_: (x, y))
     losses = []
     model = trainer.model

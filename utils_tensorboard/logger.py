@@ -18,6 +18,7 @@ TAGS = {
     "loss/train": "Loss/train",
     "loss/val": "Loss/val",
     "learning_rate": "Learning_Rate",
+    "tokens": "Tokens",
     "gradient_norm": "Gradient_Norm",
     "tokens_per_second": "Tokens_Per_Second",
     "parameter": "Parameters",

@@ -21,17 +21,21 @@ from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
     from utils_alg1.training.checkpoint import CheckpointStore
+    from utils_alg1.training.evaluation import Measurement
     from utils_alg1.training.trainer import Trainer
 
 N_SAMPLES = 3
 SAMPLE_LENGTH = 400  # characters
 
 
-def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any]) -> list[str]:
+def write_results(
+    run: RunDirectory, trainer: Trainer, exported: dict[str, Any], measured: Measurement
+) -> list[str]:
     """Write eval/final.json, with losses in nats per character, and eval/samples.txt; return the samples.
 
-    `seconds_in_loop` includes the training before each resume; `wall_seconds` is the lifetime of this process
-    without its imports.
+    `export_val_loss` is the mean over `export_val_characters` of the val part, which has `val_characters` in
+    whole sequences; the other losses are those of evaluations. `seconds_in_loop` includes the training before
+    each resume; `wall_seconds` is the lifetime of this process without its imports.
     """
     progress, evaluation = trainer.progress, trainer.progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
@@ -50,6 +54,11 @@ def write_results(run: RunDirectory, trainer: Trainer, exported: dict[str, Any])
         "best_step": progress.best_step,
         "best_perplexity": perplexity(best),
         "best_bits_per_character": bits_per_character(best),
+        "export_val_loss": measured.loss,
+        "export_perplexity": perplexity(measured.loss),
+        "export_bits_per_character": bits_per_character(measured.loss),
+        "export_val_characters": measured.characters,
+        "val_characters": measured.available,
         "tokens": tokens,
         "seconds_in_loop": round(progress.seconds, 3),
         "wall_seconds": round(time.monotonic() - run.opened, 3),

@@ -23,6 +23,7 @@ from utils_tensorboard.instructions import instructions as tensorboard_instructi
 if TYPE_CHECKING:
     from utils_alg1.data.corpus import Corpus
     from utils_alg1.data.texts import Text
+    from utils_alg1.training.evaluation import Measurement
     from utils_alg1.training.progress import Progress
     from utils_alg1.training.trainer import Trainer
 
@@ -81,12 +82,14 @@ def describe_end(
     params: Parameters,
     progress: Progress,
     exported: dict[str, Any],
+    measured: Measurement,
     trackers: Collection[str],
     dist: Distributed,
 ) -> LabelledLines:
     """Return the lines printed at the end of a run: its results, its files and the next commands.
 
-    `exported` is what `export_weights` returned, `trackers` the names of those that recorded the run.
+    `exported` is what `export_weights` returned, `measured` the loss of these weights, `trackers` the names
+    of those that recorded the run.
     """
     evaluation = progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
@@ -94,8 +97,9 @@ def describe_end(
     lines: dict[str, str | ShellCommand] = {
         "reached": f"step {progress.step}: train loss {format_number(evaluation.train_loss)},"
         f" val loss {format_number(evaluation.val_loss)}, in {format_duration(progress.seconds)}",
-        "best": f"step {progress.best_step}: val loss {format_loss(progress.best_val)}",
+        "best": f"step {progress.best_step}: val loss {format_number(progress.best_val)}",
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']}){copy}",
+        "measured": f"val loss {format_loss(measured.loss)} of the export, over {describe_part(measured)}",
     }
     if run.report_path.exists():
         lines["report"] = str(run.report_path)
@@ -107,6 +111,32 @@ def describe_end(
         lines["compare"] = ShellCommand(*aim_instructions())
     lines["continue"] = ShellCommand(longer_training_command(run, params, progress, dist))
     return lines
+
+
+def describe_part(measured: Measurement) -> str:
+    """Return how much of the val part a loss is the mean over."""
+    if measured.characters == measured.available:
+        return f"all of the val part: {format_count(measured.characters, 'character')}"
+    return f"{measured.characters:,} of the val part's {measured.available:,} characters, spread evenly"
+
+
+def untrained_warning(exported: dict[str, Any], params: Parameters) -> str | None:
+    """Return the warning for an export of the weights that a run began with; None for any other."""
+    if exported["step"] > 0:
+        return None
+    return (
+        "no evaluation was better than that of step 0: the exported weights are those from before the first"
+        f" step, not trained by this run; try another --learning-rate than {params.train.learning_rate:g}, or"
+        " more --max-iters"
+    )
+
+
+def changed_evaluations_warning(progress: Progress) -> str:
+    """Return the warning for a resumed run whose evaluations read other sequences than before."""
+    return (
+        "the evaluations from here on read other sequences than those before: their losses do not compare"
+        f" with the best so far, val loss {format_number(progress.best_val)} at step {progress.best_step}"
+    )
 
 
 def longer_training_command(

@@ -26,6 +26,7 @@ from utils_alg1.tracking.observer import Observer
 from utils_alg1.tracking.trackers import start_trackers
 from utils_alg1.training.checkpoint import CheckpointMetadata, CheckpointStore, quarantine_newer
 from utils_alg1.training.distributed import Distributed
+from utils_alg1.training.evaluation import Measurement
 from utils_alg1.training.progress import Evaluation
 from utils_alg1.training.runtime import memory_guard
 from utils_alg1.training.trainer import Trainer
@@ -65,7 +66,7 @@ class Run:
         self.trainer = trainer
         self._stack.enter_context(self._signals)
         trainer.clock.start(trainer.progress)
-        with memory_guard(self.job.params), self.dist.connection_guard():
+        with memory_guard("for the model", trainer.model.config), self.dist.connection_guard():
             yield
 
     def stop_requested(self) -> bool:
@@ -96,6 +97,17 @@ class Run:
 
     def export(self) -> None:
         """Write the export and the results."""
+        self._measure()
+
+    def _measure(self) -> Measurement:
+        """Measure the exported weights, which the main process has: all processes take part.
+
+        Raises:
+            Alg1Error: the loss is not finite or out of memory (exit code 3), or another process is gone (4).
+        """
+        with self.dist.connection_guard():
+            self.dist.copy_from_main(flat.tensor for flat in self.trainer.optimizer.flats)
+            return self.trainer.measure()
 
     def print_summary(self) -> None:
         """Print what was reached, and what to type next."""
@@ -149,6 +161,8 @@ class MainRun(Run):
         newest_step = progress.step if self.job.checkpoint else None
         folder, keep = self.directory.checkpoint_dir, params.train.keep_checkpoints
         self.store = CheckpointStore(folder, keep, newest_step)
+        if trainer.evaluations_changed and not trainer.finished:
+            self.console.warn(summary.changed_evaluations_warning(progress))
         self.observer = Observer(trainer, self.trackers, params.tensorboard, self.console.warn)
         try:
             with super().training(trainer), self.store:
@@ -202,7 +216,10 @@ class MainRun(Run):
     def export(self) -> None:
         run, params, console = self.directory, self.job.params, self.console
         self._exported = results.export_weights(self.trainer, self.store, run, params, console)
-        self._samples = results.write_results(run, self.trainer, self._exported)
+        if warning := summary.untrained_warning(self._exported, params):
+            console.warn(warning)
+        self._measured = self._measure()
+        self._samples = results.write_results(run, self.trainer, self._exported, self._measured)
         page.write_report(run, self.trainer, self._samples, console)
         results.copy_export(run, params.train.output)
         self.trackers.flush(self.trainer.step)
@@ -210,5 +227,7 @@ class MainRun(Run):
 
     def print_summary(self) -> None:
         run, params, progress = self.directory, self.job.params, self.trainer.progress
-        ending = summary.describe_end(run, params, progress, self._exported, self._shown_in, self.dist)
+        ending = summary.describe_end(
+            run, params, progress, self._exported, self._measured, self._shown_in, self.dist
+        )
         self.console.summary(ending, self._samples[0])

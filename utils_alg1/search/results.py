@@ -43,11 +43,14 @@ def rounded(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_row(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the row of a trial in results.csv. A pruned trial has a best loss too."""
+    """Return the row of a trial in results.csv; the loss of a pruned trial is that of its best evaluation."""
+    losses = trial.values or ()
+    if trial.state.name != "COMPLETE":
+        losses = (*losses, *trial.intermediate_values.values())
     return {
         "trial": trial.number,
         "state": trial.user_attrs.get("state", trial.state.name.lower()),
-        "best_val_loss": min([*(trial.values or ()), *trial.intermediate_values.values()], default=None),
+        "val_loss": min(losses, default=None),
         "last_step": trial.last_step,
         "seconds": round(trial.duration.total_seconds(), 1) if trial.duration else None,
         **rounded(trial.params),
@@ -64,7 +67,7 @@ def show(value: Any) -> str:
 def describe_trial(study: optuna.Study, trial: FrozenTrial) -> str:
     """Return the line about a trial that has ended."""
     row, best = as_row(trial), best_of(finished_trials(study))
-    line = f"trial {trial.number:3d}  {row['state']:8}  {format_number(row['best_val_loss']):>6}  "
+    line = f"trial {trial.number:3d}  {row['state']:8}  {format_number(row['val_loss']):>6}  "
     line += "  ".join(f"{name}={show(row[name])}" for name in trial.params)
     line += f"  ({row['reason']})" if row["reason"] else ""
     return line + "  best" * (best is not None and best.number == trial.number)
@@ -86,11 +89,9 @@ def write_results(study: optuna.Study, plan: Plan, folder: Path, console: Consol
     write_preset(folder / "best.yaml", study.study_name, plan, best)
     draw_pictures(study, plan, folder, console)
 
-    headings = ["trial", "state", "best_val_loss", *plan.space, "run", "reason"]
-    rows.sort(key=lambda row: row["best_val_loss"] or math.inf)
-    printed = [
-        row | {"best_val_loss": format_number(row["best_val_loss"])} for row in rows[:N_PRINTED_TRIALS]
-    ]
+    headings = ["trial", "state", "val_loss", *plan.space, "run", "reason"]
+    rows.sort(key=lambda row: row["val_loss"] or math.inf)
+    printed = [row | {"val_loss": format_number(row["val_loss"])} for row in rows[:N_PRINTED_TRIALS]]
     table = [[show(row[heading]) for heading in headings] for row in printed]
     for line in ("", *format_table(headings, table), ""):
         console.say(line)

@@ -238,7 +238,7 @@ class Search:
             study.stop()
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Run a trial and return its best validation loss. An error ends the search.
+        """Run a trial and return the validation loss of its export. An error ends the search.
 
         Raises:
             TrialPruned: it was ended early, or cannot be trained.
@@ -262,7 +262,7 @@ class Search:
         code, pruned = self.train(trial, parameters, log)
         if code == DONE:
             trial.set_user_attr("state", "complete")  # raises if another process took the trial for dead
-            return read_json_object(RunFolder(Path(trial.user_attrs["run"])).final_path)["best_val_loss"]
+            return read_json_object(RunFolder(Path(trial.user_attrs["run"])).final_path)["export_val_loss"]
         if code == DISK_FAILED:
             message = f"trial {trial.number}: {failure_reason(log, code)}"
             raise Alg1Error(message, "fix that and start again", DISK_FAILED)

@@ -141,9 +141,10 @@ class Observer:
         ]
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
-        """Log the mean losses of an evaluation, in nats, and the learning rate."""
+        """Log the mean losses of an evaluation, in nats, the learning rate, and the characters trained on."""
         e = evaluation
         values = {"loss/train": e.train_loss, "loss/val": e.val_loss, "learning_rate": e.learning_rate}
+        values["tokens"] = self._trainer.tokens_per_step * e.step
         self.trackers.log("scalars", values, e.step)
 
     def log_step(self, loss: float, step: int) -> None:

@@ -11,12 +11,18 @@ from typing import Any
 
 @dataclass
 class Evaluation:
-    """Mean losses (nats per character) after `step` updates, and the learning rate of the next one."""
+    """Mean losses (nats per character) after `step` updates, and the learning rate of the next one.
+
+    Attributes:
+        sequences: how many of the val split were read; None in checkpoints from before that was kept, whose
+            evaluations read others.
+    """
 
     step: int
     train_loss: float
     val_loss: float
     learning_rate: float
+    sequences: int | None = None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from parameters import Parameters
+from parameters import ModelConfig, Parameters, TrainConfig
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
 from utils_alg1.training.arithmetic import (
     SMALL_STEP_FLOPS,
@@ -184,15 +184,20 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def memory_guard(params: Parameters) -> Iterator[None]:
-    """Turn running out of memory into an Alg1Error (exit code 3) that names settings with less."""
+def memory_guard(where: str, model: ModelConfig, train: TrainConfig | None = None) -> Iterator[None]:
+    """Turn running out of memory into an Alg1Error (exit code 3) that names settings with less.
+
+    Args:
+        where: in what, for the message.
+        train: given where the memory depends on the size of a micro-batch.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "can't allocate memory" not in str(error):  # what PyTorch says on a CPU
             raise
-        raise Alg1Error("out of memory", smaller_settings(params), CANNOT_TRAIN) from error
+        raise Alg1Error(f"out of memory {where}", smaller_settings(model, train), CANNOT_TRAIN) from error
 
 
 def check_memory(params: Parameters, vocab_size: int, device: torch.device) -> None:
@@ -222,13 +227,11 @@ def memory_of(device: torch.device) -> float:
         return math.inf
 
 
-def smaller_settings(params: Parameters) -> str:
-    """Return a hint that names flags with about half the memory."""
-    batch_size, micro_batches = params.train.batch_size, params.train.grad_accum_steps
-    if batch_size > 1:
-        halved = f"--batch-size {batch_size // 2} --grad-accum-steps {micro_batches * 2}"
+def smaller_settings(model: ModelConfig, train: TrainConfig | None = None) -> str:
+    """Return a hint that names flags with about half the memory; see `memory_guard`."""
+    if train is not None and train.batch_size > 1:
+        halved = f"--batch-size {train.batch_size // 2} --grad-accum-steps {train.grad_accum_steps * 2}"
         return f"try {halved}, which sees about as much text in a step"
-    model = params.model
     multiple = model.n_head * (2 if model.positions == "rotary" else 1)
     width = max(model.n_embd // 2 // multiple, 1) * multiple
     smaller = f"--n-embd {width}, or " if width < model.n_embd else ""

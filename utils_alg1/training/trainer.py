@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-from data import get_batch
+from data import get_batch, sequences_at
 from model import BigramLanguageModel
 from parameters import TrainConfig, due
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
-from utils_alg1.network.cache import eval_mode
 from utils_alg1.training.backward import create_backward
+from utils_alg1.training.evaluation import (
+    SEQUENCES_PER_ITER,
+    Measurement,
+    mean_loss,
+    measure,
+    sequence_starts,
+)
 from utils_alg1.training.optimizers import create_optimizer
 from utils_alg1.training.progress import Clock, Evaluation, Progress
-from utils_alg1.training.runtime import Runtime
+from utils_alg1.training.runtime import Runtime, memory_guard
 from utils_alg1.training.schedule import learning_rate
 from utils_alg1.training.seeds import derive_seed, generator
 
-EVALUATION_TOKENS = 1 << 13  # per forward pass of an evaluation: few large passes are faster
+OBSERVED_SEQUENCES = 4  # at most, that the model is looked at with
 
 
 class Trainer:
     """Takes training steps and evaluates.
 
-    The random choices of step s are seeded by s (see `derive_seed`), and evaluations by seeds of their own:
-    neither an interruption nor the number of evaluations changes what a step does.
+    The random choices of step s are seeded by s (see `derive_seed`), and an evaluation makes none: neither an
+    interruption nor the number of evaluations changes what a step does.
 
     Args:
         model: the model itself, not its compiled or DistributedDataParallel form. Its parameters become views
@@ -118,11 +123,12 @@ class Trainer:
 
     def _micro_batch_loss(self, micro_batch: int, accumulate: bool = False) -> float:
         """Run forward and backward on one micro-batch. Return its loss divided by grad_accum_steps."""
-        x, y = self._batch("train", "batch", self.step, micro_batch)
+        x, y = self._batch(micro_batch)
         dropout_seed = None
         if self.model.config.dropout:
             dropout_seed = derive_seed(self.config.seed, "dropout", self.step, micro_batch)
-        return self.backward(x, y, self.config.grad_accum_steps, dropout_seed, accumulate).item()
+        with memory_guard("in a training step", self.model.config, self.config):
+            return self.backward(x, y, self.config.grad_accum_steps, dropout_seed, accumulate).item()
 
     def warm_up_ddp(self) -> None:
         """Run one backward pass and discard it, as DistributedDataParallel reorders the gradients after it.
@@ -144,37 +150,49 @@ class Trainer:
         """Evaluate both splits and record the result; or return the stored result if these weights have one.
 
         Raises:
-            Alg1Error: a loss is not finite (exit code 3).
+            Alg1Error: a loss is not finite, or out of memory (exit code 3).
         """
         self.speed = self.clock.speed("evaluation", self.step)
         if not self.progress.evaluated:
-            with self.clock.pause(), eval_mode(self.model), torch.no_grad():
+            with self.clock.pause(), memory_guard("in an evaluation", self.model.config):
                 train_loss, val_loss = self._mean_losses()
             if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                 self._raise_in_main_process(f"the evaluation loss is not finite after step {self.step}")
             rate = learning_rate(self.config, self.step)
-            self.progress.add(Evaluation(self.step, train_loss, val_loss, rate))
+            sequences = len(self._evaluated(self.data[1]))
+            self.progress.add(Evaluation(self.step, train_loss, val_loss, rate, sequences))
         self.clock.measure(self.progress)
         assert self.progress.evaluation is not None
         return self.progress.evaluation
 
     def _mean_losses(self) -> tuple[float, float]:
-        """Return the train and val loss: means over eval_iters batches, the same in every evaluation."""
-        config, dist = self.config, self.runtime.dist
-        per_pass = max(1, EVALUATION_TOKENS // (config.batch_size * self.block_size))
-        numbers = range(dist.rank, config.eval_iters, dist.world_size)
-        sums = []
-        for split in ("train", "val"):
-            total = 0.0
-            for start in range(0, len(numbers), per_pass):
-                part = numbers[start : start + per_pass]
-                batches = [self._batch(split, f"eval-{split}", i) for i in part]
-                x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-                with self.runtime.autocast():
-                    total += len(batches) * self.model(x, y)[1].item()
-            sums.append(total)
-        train_loss, val_loss = (total / config.eval_iters for total in dist.all_reduce_sum(sums))
+        """Return the train and val loss: the means over the same sequences in every evaluation."""
+        train_loss, val_loss = (
+            mean_loss(self.model, tokens, self._evaluated(tokens), self.runtime) for tokens in self.data
+        )
         return train_loss, val_loss
+
+    def _evaluated(self, tokens: np.ndarray) -> np.ndarray:
+        """Return where the sequences begin that an evaluation reads of a split."""
+        return sequence_starts(len(tokens), self.block_size, SEQUENCES_PER_ITER * self.config.eval_iters)
+
+    @property
+    def evaluations_changed(self) -> bool:
+        """Whether the next evaluation reads other sequences than the newest one did, before a resume."""
+        newest = self.progress.evaluation
+        return newest is not None and newest.sequences != len(self._evaluated(self.data[1]))
+
+    def measure(self) -> Measurement:
+        """Measure the weights on the val split; see `evaluation.measure`.
+
+        Raises:
+            Alg1Error: the loss is not finite, or out of memory (exit code 3).
+        """
+        with memory_guard("in an evaluation", self.model.config):
+            measured = measure(self.model, self.data[1], self.runtime)
+        if not math.isfinite(measured.loss):
+            self._raise_in_main_process("the loss of the exported weights is not finite")
+        return measured
 
     def _raise_in_main_process(self, message: str) -> None:
         """Raise Alg1Error in the main process; the others go on until torchrun ends them."""
@@ -182,12 +200,14 @@ class Trainer:
             raise Alg1Error(message, stability_hint(self.config, self.runtime.dtype), CANNOT_TRAIN)
 
     def validation_batch(self) -> torch.Tensor:
-        """Return the first validation batch of every evaluation: (B, T) tokens."""
-        return self._batch("val", "eval-val", 0)[0]
+        """Return the first sequences that an evaluation reads of the val split: (B, T) tokens, B <= 4."""
+        starts = self._evaluated(self.data[1])[:OBSERVED_SEQUENCES]
+        return sequences_at(starts, self.data[1], self.block_size, self.runtime.device)[0]
 
-    def _batch(self, split: str, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        B, rng = self.config.batch_size, generator(self.config.seed, *key)
-        return get_batch(split, *self.data, self.block_size, B, self.runtime.device, rng)
+    def _batch(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the batch of a micro-batch of this step: (B, T) tokens and targets."""
+        B, rng = self.config.batch_size, generator(self.config.seed, "batch", self.step, micro_batch)
+        return get_batch("train", *self.data, self.block_size, B, self.runtime.device, rng)
 
 
 def stability_hint(config: TrainConfig, dtype: torch.dtype) -> str:
