@@ -83,7 +83,7 @@ def in_pieces(tokens: list[int], length: int) -> Iterator[np.ndarray]:
 def test_every_loss_is_that_of_pytorch_from_its_own_context(sizes, kind, monkeypatch):
     model = build(**sizes)
     T = model.config.block_size
-    monkeypatch.setattr(scoring_module, "batch_size", lambda config: 3)
+    monkeypatch.setattr(scoring_module, "batch_size", lambda *_: 3)
     for n in {1, 2, T, T + 1, T + 2, 2 * T + 3, 11 * T + 1}:
         tokens = Tokenizer(VOCABULARY).encode(text_of(n))
         expected = plainly(model, tokens)
@@ -125,11 +125,11 @@ def test_a_long_text_is_scored_as_it_is_read():
     [({}, 5461), ({"n_head": 8}, 3640), ({"n_embd": 1024}, 42), ({"vocab_size": 20_000}, 8)],
 )
 def test_what_is_computed_at_a_time_is_bounded_by_the_largest_array(sizes, windows):
-    """2 ** 20 numbers in the hidden layer, the attention or the logits; but there is always one window."""
+    """A million numbers in the hidden layer, the attention or the logits; but there is always one window."""
     config = ModelConfig(**{"n_embd": 8, "n_head": 1, "block_size": 6, "vocab_size": 10} | sizes)
-    assert batch_size(config) == windows
+    assert batch_size(config, 2**20) == windows
     config.block_size = 10**6
-    assert batch_size(config) == 1
+    assert batch_size(config, 2**20) == 1
 
 
 def test_cross_entropy_is_that_of_pytorch_also_for_large_logits():

@@ -47,6 +47,8 @@ class KeyValueCache:
 class CachedForward:
     """Computes a model's logits character by character with its own forward pass; see `LogitsDecoder`."""
 
+    batch_numbers = 1 << 24  # enough for a GPU to be busy
+
     def __init__(self, model: Any):
         self.model, self.config, self.block_size = model, model.config, model.config.block_size
 

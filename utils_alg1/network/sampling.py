@@ -27,6 +27,7 @@ class LogitsDecoder(Protocol):
 
     config: ModelConfig
     block_size: int
+    batch_numbers: int  # a batch is computed fast if its largest array has so many numbers
     length: int  # the characters that it has read; set to 0, they are forgotten
 
     def start(self, batch_size: int) -> None:

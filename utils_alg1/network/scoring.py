@@ -16,8 +16,6 @@ import numpy as np
 from parameters import ModelConfig
 from utils_alg1.network.sampling import LogitsDecoder, finite_maximum
 
-BATCH_NUMBERS = 1 << 20  # in the largest array of a batch of windows: memory, and the caches of a processor
-
 
 def score_tokens(decoder: LogitsDecoder, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yield the losses (n,) of a text's characters, in nats and in their order.
@@ -39,16 +37,16 @@ def score_tokens(decoder: LogitsDecoder, pieces: Iterable[np.ndarray]) -> Iterat
             windows = np.lib.stride_tricks.sliding_window_view(unread, T + 1)[::step][:B]
             yield _score(decoder, windows, T + 1 - first)
             unread = unread[len(windows) * step :]
-            first, B = T + 1 - step, batch_size(decoder.config)
+            first, B = T + 1 - step, batch_size(decoder.config, decoder.batch_numbers)
     if len(unread) > first:
         yield _score(decoder, unread[None], len(unread) - first)
 
 
-def batch_size(config: ModelConfig) -> int:
-    """Return how many windows are scored at a time."""
+def batch_size(config: ModelConfig, numbers: int) -> int:
+    """Return how many windows are scored at a time: the largest array has so many numbers at most."""
     assert config.vocab_size is not None
     widest = max(4 * config.n_embd, config.n_head * config.block_size, config.vocab_size)
-    return max(1, BATCH_NUMBERS // (config.block_size * widest))
+    return max(1, numbers // (config.block_size * widest))
 
 
 def _score(decoder: LogitsDecoder, windows: np.ndarray, n: int) -> np.ndarray:
