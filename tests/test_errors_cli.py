@@ -266,6 +266,7 @@ FLAG_MISTAKES = [
     ("train", "--data a.txt b.txt", "--data takes one value, and was given 2: 'a.txt' 'b.txt'"),
     ("train", "a.txt --data b.txt", "belongs to no flag: 'a.txt'"),
     ("inference", "--top-k 5 --top-k 9", "--top-k is given 2 times: --top-k 5, --top-k 9"),
+    ("inference", "--score a.txt b.txt", "--score takes one value, and was given 2: 'a.txt' 'b.txt'"),
     ("inference", "--prompt To be --seed 1", "--prompt takes one value, and was given 2: 'To' 'be'"),
     ("inference", "--run a --run b --run c", "--run is given 3 times: --run a, --run b, --run c"),
     ("compare", "--tag a --tag 'b c'", "--tag is given 2 times: --tag a, --tag 'b c'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import math
 import os
@@ -189,6 +190,26 @@ def test_nothing_on_disk_is_changed(sample, model):
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path().rglob("*")}
     sample(*MODEL, "--score", "text.txt")
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path().rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "python-docs", "data/input.txt"])
+def test_no_text_is_made_to_be_scored(sample, model, name):
+    result = sample(*MODEL, "--score", name)
+    assert (result.code, result.out, os.listdir()) == (2, "", ["model.safetensors"])
+    assert result.err.splitlines()[1:] == [
+        f"error: {name}: no such text file",
+        "hint: name one that is there: --score PATH",
+    ]
+
+
+def test_several_texts_and_gzip_are_scored_as_one_text(sample, model):
+    text = text_of(300)
+    write(text)
+    Path("books").mkdir()
+    write(text[:130], "books/a.txt")
+    Path("books/b.txt.gz").write_bytes(gzip.compress(text[130:].encode()))
+    one, folder, pattern = (sample(*MODEL, "--score", name) for name in ("text.txt", "books", "books/?.*"))
+    assert one.out == folder.out == pattern.out
 
 
 def test_the_standard_input_and_a_pipe_give_the_same_figures(sample, model, monkeypatch):

@@ -18,7 +18,7 @@ from utils_alg1.base.other_names import answer_to, bare
 from utils_alg1.base.problems import Problem, raise_problems, shown, similar
 from utils_alg1.base.settings import Limits, coerce
 
-TEXTS = ("data_path", "val_data", "vocabulary")  # flags that name a text
+TEXTS = ("data_path", "val_data", "vocabulary", "score")  # flags that name a text
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
