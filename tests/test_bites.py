@@ -33,8 +33,8 @@ GUARDS = [
     Guard(
         "fsync of the folder",
         "utils_alg1/base/files.py",
-        "            os.fsync(folder)  # the renamed file survives a power loss only after this\n",
-        "            pass\n",
+        "        os.fsync(folder)  # a renamed file survives a power loss only after this\n",
+        "        pass\n",
         "tests/test_checkpoint.py -k synced",
     ),
     Guard(

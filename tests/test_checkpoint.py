@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import stat
 import threading
 import time
 from pathlib import Path
@@ -1112,6 +1113,38 @@ def test_a_system_that_takes_few_bytes_at_a_time_gets_them_all(tmp_path, monkeyp
     monkeypatch.setattr(files.os, "write", lambda descriptor, data: write(descriptor, data[:3]))
     write_atomically(tmp_path / "file", b"0123456789")
     assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def fail_to_sync_folders(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def syncing(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", syncing)
+    files._warn_of_power_loss.cache_clear()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_a_folder_costs_one_warning(code, start, monkeypatch, a_run):
+    a_run(into="whole")
+    fail_to_sync_folders(code, monkeypatch)
+    result = start()
+    reason = os.strerror(code)
+    assert result.code == 0
+    assert result.err == (
+        f"warning: the file system cannot fsync folders ({reason}): a power loss may undo the newest files\n"
+    )
+    assert_same_end()
+
+
+def test_a_folder_that_fails_to_sync_is_an_error(start, monkeypatch):
+    fail_to_sync_folders(errno.EIO, monkeypatch)
+    result = start()
+    assert result.code == 4
+    assert f"{os.strerror(errno.EIO)}\n" in result.err
 
 
 def test_a_block_that_fails_leaves_the_old_file(tmp_path):

@@ -598,6 +598,19 @@ def test_a_full_disk_while_the_cache_is_written_leaves_no_half_of_it(workdir, mo
     assert os.listdir(texts.CACHE_FOLDER) == []
 
 
+def test_tokens_that_cannot_be_mapped_in_the_cache_are_in_a_temporary_file(workdir, monkeypatch):
+    Path("text.txt").write_text("abcd" * 10)
+    memmap = np.memmap
+
+    def refuse(file, *arguments):
+        if isinstance(file, Path):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return memmap(file, *arguments)
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    assert decoded(Path("text.txt")) == "abcd" * 10
+
+
 def test_without_a_place_for_the_tokens_the_error_is_the_disks(workdir, monkeypatch):
     Path("text.txt").write_text("abcd" * 10)
 

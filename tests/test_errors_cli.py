@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import pty
 import shlex
 import shutil
 import subprocess
@@ -924,12 +925,49 @@ def test_a_reader_that_goes_away_is_no_error(workdir):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+ASCII = {"PYTHONIOENCODING": "ascii"}
+
+
 def test_a_terminal_without_the_character_gets_a_stand_in(workdir):
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(PROJECT / "train.py"), "--print-config", "--config", "café"]
+    environment = os.environ | ASCII | {"TERM": "dumb"}
+    done = subprocess.run(command, cwd=workdir, env=environment, stderr=theirs, timeout=120)
+    os.close(theirs)
+    assert done.returncode == 2
+    assert os.read(ours, 4096).decode().startswith("error: --config caf?: no such file or folder\r\n")
+    os.close(ours)
+
+
+def test_a_file_or_a_pipe_gets_utf8_whatever_the_locale(workdir):
+    environment = os.environ | ASCII
     result = run_process("train.py", "--print-config", "--config", "café", cwd=workdir, env=environment)
     assert (result.code, result.out) == (2, "")
-    assert result.err == report("--config caf?: no such file or folder", PATH_HINT)
+    assert result.err == report("--config café: no such file or folder", PATH_HINT)
     assert os.listdir(workdir) == []
+    result = run_process("train.py", "--print-config", "--data", "日本", cwd=workdir, env=environment)
+    assert result.code == 0
+    assert "\ndata_path: 日本 " in result.out
+
+
+def test_names_that_are_no_utf8_are_escaped(workdir):
+    result = run_process("train.py", "--print-config", "--config", "caf\udce9", cwd=workdir)
+    assert result.err == report("--config caf\\udce9: no such file or folder", PATH_HINT)
+
+
+def test_what_a_pipe_gives_is_utf8_whatever_the_locale(workdir):
+    script = (
+        "from utils_alg1.console.script import run_script; run_script(lambda: print(ascii(input())) or 0)"
+    )
+    environment = os.environ | ASCII | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input="日本\n".encode(),
+        env=environment,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, rb"'\u65e5\u672c'" + b"\n", b"")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ Every line is a record of the logger `alg1`, so any module can log details that 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import logging.handlers
 import os
@@ -122,8 +121,6 @@ class Console(logging.Handler):
 
     def configuration(self, params: Parameters) -> None:
         """Print every value with its origin, as YAML that --config takes (--print-config)."""
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # as --config reads it
         print(params.to_yaml(), end="")
 
     def block(self, lines: LabelledLines) -> None:

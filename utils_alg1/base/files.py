@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -16,6 +17,11 @@ from utils_alg1.base.errors import Alg1Error, disk_error, first_line, unreadable
 
 LOGGER = logging.getLogger("alg1")
 TEMPORARY_SUFFIX = ".tmp"
+NOT_SUPPORTED = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+)  # as shared folders answer to fsync of a folder
 
 
 @contextlib.contextmanager
@@ -36,11 +42,7 @@ def atomic_file(path: Path) -> Iterator[int]:
         finally:
             os.close(descriptor)
         os.rename(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the renamed file survives a power loss only after this
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
         LOGGER.debug("wrote %s", path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -48,6 +50,27 @@ def atomic_file(path: Path) -> Iterator[int]:
         if isinstance(error, OSError):
             raise disk_error(f"write {path}", error) from error
         raise
+
+
+def sync_folder(path: Path) -> None:
+    """Fsync a folder; a file system that cannot do that costs one warning. Raises OSError if it fails."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # a renamed file survives a power loss only after this
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        _warn_of_power_loss(error.strerror)
+    finally:
+        os.close(folder)
+
+
+@functools.cache
+def _warn_of_power_loss(reason: str) -> None:
+    """Print the warning once."""
+    LOGGER.warning(
+        "warning: the file system cannot fsync folders (%s): a power loss may undo the newest files", reason
+    )
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,10 +24,15 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    # A character that a terminal cannot encode is replaced instead of raising.
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if not isinstance(stream, io.TextIOWrapper):  # a notebook's, say
+            continue
+        if stream.isatty():  # a character that it cannot encode is replaced instead of raising
             stream.reconfigure(errors="replace")
+        else:  # UTF-8 whatever the locale; only names that are not UTF-8 need an escape
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8", errors=sys.stdin.errors)
     try:
         code = _exit_code(main)
     except Alg1Error as error:

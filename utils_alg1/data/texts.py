@@ -175,7 +175,8 @@ def load_tokens(text: Text, tokenizer: Tokenizer) -> np.ndarray:
         text.cache.mkdir(exist_ok=True)
         with atomic_file(path) as descriptor:
             _write_tokens(text, tokenizer, descriptor, key)
-    except (OSError, Alg1Error):  # the folder cannot be written
+        tokens = np.memmap(path, dtype, "r", HEADER_BYTES, shape)
+    except (OSError, Alg1Error):  # the folder cannot be written, or its files cannot be mapped
         try:
             with tempfile.TemporaryFile() as file:
                 _write_tokens(text, tokenizer, file.fileno(), key)
@@ -183,7 +184,7 @@ def load_tokens(text: Text, tokenizer: Tokenizer) -> np.ndarray:
         except OSError as error:
             raise disk_error(f"write the tokens of {text.name} to a temporary file", error) from error
     _write_found(text)
-    return np.memmap(path, dtype, "r", HEADER_BYTES, shape)
+    return tokens
 
 
 def _write_found(text: Text) -> None:
