@@ -44,6 +44,8 @@ FAKE_TRAIN = """
 import json, sys, time
 from pathlib import Path
 
+names = [word.partition("=")[0] for word in sys.argv[1:]]
+assert len(names) == len(set(names)), "train.py refuses a flag that is given twice"
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
 if "--resume" in sys.argv:
     run, loss, steps = Path(sys.argv[2]), 0.125, []
