@@ -36,7 +36,7 @@ from utils_alg1.report import results as results_module
 from utils_alg1.run import run as run_module
 from utils_alg1.run_directory import checkpoint_paths, list_runs
 from utils_alg1.tracking.observer import draw_texts
-from utils_alg1.training.arithmetic import Arithmetic
+from utils_alg1.training.arithmetic import Arithmetic, Processor, environment
 from utils_alg1.training.backward import ManualBackward
 from utils_alg1.training.checkpoint import CheckpointStore
 from utils_alg1.training.trainer import Trainer
@@ -183,7 +183,8 @@ def test_full_config_holds_every_value_and_its_origin(finished):
     assert {name: (parameters[name], origins[name]) for name in expected} == expected
     assert record["corpus"]["characters"] == len(TEXT)
     assert record["corpus"]["vocab_size"] == len(set(TEXT))
-    assert record["runtime"] == {**vars(Arithmetic()), "threads": 1}
+    of_machine = environment(torch.device("cpu"), Processor.read())
+    assert record["runtime"] == {**vars(Arithmetic()), **of_machine, "threads": 1}
 
 
 def test_origin_files_name_commit_and_versions(finished):
