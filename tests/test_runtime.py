@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 
 from parameters import ModelConfig, Parameters
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
+from utils_alg1.console import signals as signals_module
+from utils_alg1.console.script import run_script
 from utils_alg1.console.signals import StopSignals
 from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import runtime as runtime_module
@@ -531,7 +535,7 @@ def test_a_smaller_width_is_a_valid_one(head_size, n_head):
 
 STOPPING = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 if hasattr(signal, "SIGHUP"):  # not on Windows
-    STOPPING.append((signal.SIGHUP, 129))
+    STOPPING += [(signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1)]
 
 
 def test_a_closed_terminal_is_no_signal_under_nohup(monkeypatch):
@@ -573,21 +577,76 @@ def test_the_first_signal_asks_to_stop(number, code, capfd):
     assert capfd.readouterr().err == "\nstopping after this step; once more to leave at once\n"
 
 
-@pytest.mark.parametrize("second, code", STOPPING)
-@pytest.mark.parametrize("first, _", STOPPING)
-def test_the_second_signal_leaves_at_once(first, _, second, code, monkeypatch):
-    class Left(Exception):
-        pass
+class Left(Exception):
+    """Raised in place of os._exit."""
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The time that signals come at; os._exit raises `Left`."""
 
     def leave(code):
         raise Left(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    with StopSignals():
+    now = SimpleNamespace(time=1000.0)
+    monkeypatch.setattr(signals_module, "time", SimpleNamespace(monotonic=lambda: now.time))
+    return now
+
+
+@pytest.mark.parametrize("second, code", STOPPING)
+@pytest.mark.parametrize("first, _", STOPPING)
+def test_the_second_signal_leaves_at_once(first, _, second, code, clock):
+    with StopSignals() as signals:
         signal.raise_signal(first)
+        if first != second:
+            clock.time += 1.9
+            signal.raise_signal(second)  # of another kind: the same request
+            assert signals.received == first
+            clock.time += 0.2
         with pytest.raises(Left) as caught:
             signal.raise_signal(second)
     assert caught.value.args == (code,)
+
+
+def test_a_signal_of_the_same_kind_leaves_also_after_one_of_another(clock):
+    with StopSignals():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        with pytest.raises(Left):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("while_training", [False, True])
+def test_a_logout_breaks_off_nothing_that_its_first_signal_lets_run(while_training, clock):
+    """SIGTERM and SIGHUP come together, and the second one may come while the script closes."""
+    done = []
+
+    def script() -> int:
+        try:
+            with StopSignals() if while_training else contextlib.nullcontext():
+                signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            done.append("closed")
+            clock.time += 3
+        signal.raise_signal(signal.SIGHUP)  # that is another request
+        return 0
+
+    with pytest.raises(SystemExit) as end:
+        run_script(script)
+    assert (done, end.value.code) == (["closed"], 129 if while_training else 143)
+
+
+def test_signals_wait_for_the_end_of_a_block(clock, capfd):
+    with StopSignals() as signals:
+        with pytest.raises(Left) as caught, signals.delayed():
+            with signals.delayed():  # of another thread
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            assert (signals.received, capfd.readouterr().err) == (None, "")
+        assert caught.value.args == (130,)
+        assert "once more" in capfd.readouterr().err
 
 
 def test_what_a_signal_is_answered_with_can_change(capfd):

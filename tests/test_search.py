@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -703,6 +704,44 @@ def test_a_second_signal_leaves_no_process(fake_train):
     process.communicate(timeout=5)
     assert process.returncode == 143
     wait_for(lambda: not Path(f"/proc/{child}/fd").exists() or not os.listdir(f"/proc/{child}/fd"), 5)
+
+
+def test_a_search_that_is_left_at_once_ends_a_trial_that_it_just_starts(fake_train):
+    """The second signal comes when the process exists, and the search does not know it yet."""
+    signals = """
+import os, signal, subprocess
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+study.subprocess.Popen = Popen
+run_script"""
+    Path("run_search.py").write_text(RUN_SEARCH.replace("\nrun_script", signals, 1))
+    process = start_search("--space", write_space(learning_rate=RATES), "--weight-decay", 1)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    wait_for(lambda: not any(b"fake_train.py" in command for command in commands()), 5)
+
+
+def commands() -> Iterator[bytes]:
+    """The command lines of all processes that were started in this folder."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if Path(os.readlink(path / "cwd")) == Path().absolute():
+                yield (path / "cmdline").read_bytes()
+
+
+def test_a_search_that_is_killed_soon_after_a_signal_has_passed_it_on(fake_train):
+    """A notebook's stop button leaves a program half a second."""
+    Path("run_search.py").write_text(RUN_SEARCH.replace(", 0.05", ", 60"))
+    process = start_search("--space", write_space(learning_rate=RATES), "--weight-decay", 1)
+    wait_for(lambda: list_runs("runs"))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(b"fake_train.py" in command for command in commands()), 5)
 
 
 # --- searches of train.py -----------------------------------------------------------------------------

@@ -516,7 +516,9 @@ def test_a_program_started_without_streams_trains(text_file):
     assert (list_runs("runs")[0] / "eval" / "final.json").is_file()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_that_python_loses_before_the_loop_still_ends_the_run(
     number, code, train, text_file, monkeypatch
 ):

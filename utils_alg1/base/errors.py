@@ -14,7 +14,7 @@ DONE = 0
 BAD_INPUT = 2  # a bad value, file or checkpoint, or a lock that another process holds
 CANNOT_TRAIN = 3  # loss or gradient not finite, or out of memory
 DISK_FAILED = 4  # an error of the disk or the file system
-INTERRUPTED = 130  # by SIGINT; SIGTERM ends with 143, SIGHUP with 129
+INTERRUPTED = 130  # by SIGINT; SIGTERM ends with 143, any signal with 128 + its number
 
 
 class Alg1Error(Exception):

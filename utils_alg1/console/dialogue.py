@@ -14,6 +14,7 @@ from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.problems import nearest
 from utils_alg1.console.command_line import Parser, number
 from utils_alg1.console.messages import print_error
+from utils_alg1.console.signals import RaiseSignal, signal_handler
 
 INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a text, Ctrl-D ends"
 COMMANDS = (":length", ":temperature", ":top-k", ":top-p", ":seed", ":stop", ":unknown", ":help", ":quit")
@@ -66,14 +67,15 @@ def interact(
     print(INTRODUCTION, file=sys.stderr)
     while True:
         try:
-            line = input("> " if asks else "")
-            typed = line.lstrip()
-            if typed.startswith("::"):  # a prompt that begins with a colon
-                line = line.replace("::", ":", 1)
-            elif typed.startswith(":"):
-                print(obey(typed, arguments, seed, read_stop), file=sys.stderr)
-                continue
-            answer(line)
+            with signal_handler(RaiseSignal()):  # a new one: what follows a Ctrl-C is no part of its request
+                line = input("> " if asks else "")
+                typed = line.lstrip()
+                if typed.startswith("::"):  # a prompt that begins with a colon
+                    line = line.replace("::", ":", 1)
+                elif typed.startswith(":"):
+                    print(obey(typed, arguments, seed, read_stop), file=sys.stderr)
+                    continue
+                answer(line)
         except EOFError:
             if asks:
                 print()

@@ -2,10 +2,11 @@
 
 The main process has a `MainRun`, all others a `Run`, which writes nothing.
 
-What Ctrl-C, SIGTERM or SIGHUP does while a run trains (console/signals.py has the handlers): the first one
-prints "stopping after this step". At the next `stop_requested` all processes agree on it; the loop in
-train.py saves a checkpoint and returns; the command to resume is printed, and the exit code is 128 + the
-signal. A second signal ends the process at once, after `_before_exit`; the newest checkpoint stays valid.
+What Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 does while a run trains (console/signals.py has the handlers): the
+first one prints "stopping after this step". At the next `stop_requested` all processes agree on it; the
+loop in train.py saves a checkpoint and returns; the command to resume is printed, and the exit code is 128
++ the signal. A second one ends the process at once, after `_before_exit`; the newest checkpoint stays
+valid.
 After the loop, a signal only prints "finishing the results"; in `close` it raises, which ends a wait for the
 server or a tracker. Before the loop it raises too, and the new run directory is removed.
 """

@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils_alg1.base.errors import CANNOT_TRAIN, DISK_FAILED, DONE, INTERRUPTED, Alg1Error, first_line
+from utils_alg1.base.errors import CANNOT_TRAIN, DISK_FAILED, DONE, Alg1Error, first_line
 from utils_alg1.base.files import make_folder, read_json_object
-from utils_alg1.console.signals import StopSignals
+from utils_alg1.console.signals import STOP_SIGNALS, StopSignals
 from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, in_use, list_runs
 from utils_alg1.search.results import describe_trial, finished_trials, rounded
 from utils_alg1.search.space import Plan, changed_settings, grid_values, suggest
@@ -40,14 +40,15 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
-POLL_SECONDS = 1.0  # interval at which the process and the metrics of a trial are checked
+POLL_SECONDS = 1.0  # interval at which the metrics of a trial are checked
+REACTION_SECONDS = 0.1  # until the end of a trial, or a signal, is noticed
 HEARTBEAT_SECONDS = 5
 GRACE_SECONDS = 15  # without a heartbeat until a trial is queued again
 STARTUP_TRIALS = 5  # completed trials before the first one is pruned
 WARMUP_FRACTION = 0.25  # fraction of the steps of a run before it can be pruned
 CREATION_SECONDS = 2  # for another process to store the plan of a study that it has just created
 ALIKE_FAILURES = 5  # trials that end in the same words, until that is certainly not due to their values
-STOPPED = (129, INTERRUPTED, 143)  # exit codes of a train.py that a signal has ended
+STOPPED = [128 + number for number in STOP_SIGNALS]  # exit codes of a train.py that a signal has ended
 TERMINATE_SECONDS = 120  # for train.py to save and leave, before it is killed
 STORAGE_HINT = "check the disk; --storage names a database that SQLAlchemy knows, its driver installed"
 
@@ -293,15 +294,9 @@ class Search:
             arguments = [*self.plan.arguments(parameters), tag]
         command = [sys.executable, str(TRAIN_SCRIPT), *arguments, *self.flags]
         reports, pruned = self.reports(trial, log), False
-        with (
-            log.open("wb") as output,
-            # In a session of its own: Ctrl-C reaches search.py only.
-            subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True) as child,
-        ):
-            self.children.append(child)
+        with self.start(command, log) as child:
             try:
-                while child.poll() is None and not pruned and not self.stopping:
-                    time.sleep(POLL_SECONDS)
+                while not pruned and self.goes_on(child):
                     # The defaults are not pruned: the gain over them is told at the end.
                     new = next(reports, False)
                     pruned = new and "defaults" not in trial.user_attrs and trial.should_prune()
@@ -312,6 +307,23 @@ class Search:
                 child.kill()
         next(reports, False)
         return child.returncode, pruned
+
+    def start(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start the process of a trial, in a session of its own: Ctrl-C reaches search.py only."""
+        # A second signal, which kills the children, must not come while one of them is not known yet.
+        with log.open("wb") as output, self.signals.delayed():
+            if self.stopping:
+                raise NotFinished
+            child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            self.children.append(child)
+        return child
+
+    def goes_on(self, child: subprocess.Popen[bytes]) -> bool:
+        """Wait for POLL_SECONDS; return False at once when the child has ended, or the search is to end."""
+        end = time.monotonic() + POLL_SECONDS
+        while (running := child.poll() is None and not self.stopping) and time.monotonic() < end:
+            time.sleep(min(REACTION_SECONDS, POLL_SECONDS))
+        return running
 
     def earlier_run(self, trial: optuna.Trial) -> Path | None:
         """Return the run of a trial that was queued again; None if it had none."""
