@@ -153,9 +153,16 @@ def test_the_export_is_measured_on_all_sequences():
     model = make_model()
     measured = measure(model, TOKENS, Runtime())
     losses = [loss_of(model, TOKENS, start) for start in range(0, 392, T)]
-    assert (measured.characters, measured.available) == (392, 392)
-    assert measured.loss == pytest.approx(sum(losses) / 49, rel=1e-6)
-    assert describe_part(measured) == "all of the val part: 392 characters"
+    last = loss_of(model, TOKENS, 392)  # of 7 characters
+    assert (measured.characters, measured.available) == (399, 399)
+    assert measured.loss == pytest.approx((8 * sum(losses) + 7 * last) / 399, rel=1e-6)
+    assert describe_part(measured) == "all of the val part: 399 characters"
+
+
+@pytest.mark.parametrize("n_tokens", [T + 1, 2 * T, 2 * T + 1, 2 * T + 2])
+def test_an_export_is_measured_to_the_last_character(n_tokens):
+    measured = measure(make_model(), TOKENS[:n_tokens], Runtime())
+    assert measured.characters == measured.available == n_tokens - 1
 
 
 def test_of_a_long_text_a_part_is_measured_and_that_is_said(monkeypatch):
@@ -163,8 +170,8 @@ def test_of_a_long_text_a_part_is_measured_and_that_is_said(monkeypatch):
     model = make_model()
     measured = measure(model, TOKENS, Runtime())
     losses = [loss_of(model, TOKENS, i * 49 // 12 * T) for i in range(12)]
-    assert measured == Measurement(pytest.approx(sum(losses) / 12, rel=1e-6), 96, 392)
-    assert describe_part(measured) == "96 of the val part's 392 characters, spread evenly"
+    assert measured == Measurement(pytest.approx(sum(losses) / 12, rel=1e-6), 96, 399)
+    assert describe_part(measured) == "96 of the val part's 399 characters, spread evenly"
 
 
 def test_the_export_is_measured_in_float32():
@@ -184,11 +191,12 @@ def test_the_results_hold_the_loss_of_the_exported_weights(train, text_file):
     assert final["export"]["step"] == final["best_step"] < final["steps"]  # so the last weights are others
     model = BigramLanguageModel().load_safetensors(run / "artifacts/export/model.safetensors").eval()
     tokens = open_corpus(text_file).split()[1]
-    losses = [loss_of(model, tokens, start) for start in range(0, len(tokens) - T, T)]
-    assert final["export_val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    n = len(tokens) - 1
+    sums = [loss_of(model, tokens, start) * min(T, n - start) for start in range(0, n, T)]
+    assert final["export_val_loss"] == pytest.approx(sum(sums) / n, rel=1e-5)
     assert final["export_perplexity"] == pytest.approx(math.exp(final["export_val_loss"]), rel=1e-12)
     assert final["export_bits_per_character"] == pytest.approx(final["export_val_loss"] / math.log(2))
-    assert final["export_val_characters"] == final["val_characters"] == len(losses) * T
+    assert final["export_val_characters"] == final["val_characters"] == n
     line = f"val loss {final['export_val_loss']:.4f} (perplexity {final['export_perplexity']:.2f}"
     assert f"\nmeasured  {line}, " in result.out
     assert f" of the export, over all of the val part: {len(losses) * T} characters\n" in result.out

@@ -43,13 +43,20 @@ def sequence_starts(n_tokens: int, block_size: int, max_sequences: int) -> np.nd
     return np.arange(n) * n_all // n * block_size
 
 
-def mean_loss(model: BigramLanguageModel, tokens: np.ndarray, starts: np.ndarray, runtime: Runtime) -> float:
+def mean_loss(
+    model: BigramLanguageModel,
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    runtime: Runtime,
+    length: int | None = None,
+) -> float:
     """Return the mean loss in nats over the sequences of `tokens` that begin at `starts`.
 
-    The processes share the sequences. A pass has several sequences, but no more than PASS_CHARACTERS and
-    PASS_LOGITS allow, or a single one, for which a training step would need more memory.
+    They are `length` characters long, block_size if it is None. The processes share them. A pass has several
+    sequences, but no more than PASS_CHARACTERS and PASS_LOGITS allow, or a single one, for which a training
+    step would need more memory.
     """
-    T, V, dist = model.config.block_size, model.config.vocab_size, runtime.dist
+    T, V, dist = length or model.config.block_size, model.config.vocab_size, runtime.dist
     assert V is not None
     per_pass = max(1, min(PASS_CHARACTERS, PASS_LOGITS // V) // T)
     own = starts[dist.rank :: dist.world_size]
@@ -63,11 +70,17 @@ def mean_loss(model: BigramLanguageModel, tokens: np.ndarray, starts: np.ndarray
 
 
 def measure(model: BigramLanguageModel, tokens: np.ndarray, runtime: Runtime) -> Measurement:
-    """Return the loss of exported weights: over all sequences of `tokens`, up to MEASURED_CHARACTERS.
+    """Return the loss of exported weights: over all of `tokens`, or MEASURED_CHARACTERS of them.
 
-    It is computed in float32, as the weights are used later, whatever the training steps were computed in.
+    All are the sequences that lie side by side and a shorter one at the end, so that models of any block_size
+    are measured on the same characters. It is computed in float32, as the weights are used later, whatever
+    the training steps were computed in.
     """
-    T = model.config.block_size
+    T, runtime = model.config.block_size, Runtime(runtime.device, dist=runtime.dist)
+    available = len(tokens) - 1  # the first character is not predicted
     starts = sequence_starts(len(tokens), T, max(1, MEASURED_CHARACTERS // T))
-    loss = mean_loss(model, tokens, starts, Runtime(runtime.device, dist=runtime.dist))
-    return Measurement(loss, len(starts) * T, (len(tokens) - 1) // T * T)
+    loss, characters = mean_loss(model, tokens, starts, runtime), len(starts) * T
+    if 0 < (rest := available - characters) < T:
+        rest_loss = mean_loss(model, tokens, np.array([characters]), runtime, rest)
+        loss, characters = (loss * characters + rest_loss * rest) / available, available
+    return Measurement(loss, characters, available)

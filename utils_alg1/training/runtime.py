@@ -158,7 +158,7 @@ def find_device(name: str) -> torch.device:
 
 
 class Compiled:
-    """A function that torch.compile compiles at its first call; if that fails, it logs a warning and calls it.
+    """A function that torch.compile compiles at its first call; if that fails, it logs a warning.
 
     Attributes:
         failed: whether compiling failed; False before the first call.
