@@ -25,7 +25,7 @@ from parameters import Parameters, specs
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.files import read_json_object
 from utils_alg1.base.problems import nearest, raise_problems
-from utils_alg1.base.text import bits_per_character, format_number, perplexity, text_name
+from utils_alg1.base.text import EVALUATION_NOTE, bits_per_character, format_number, perplexity, text_name
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag
 from utils_alg1.console.messages import text_for_stream
 from utils_alg1.console.script import run_script
@@ -262,7 +262,7 @@ def format_rows(rows: list[Row], width: int | None = None, sorted_by: str = "run
         where = "on its text" if n_texts > 1 else "on its val part" if n_parts > 1 else "of these runs"
         notes.append(f"* the lowest {where}")
     if any((rank(row) or (False,))[0] for row in rows):
-        notes.append("~ not of the export: the lowest of the evaluations, which read a part of the val text")
+        notes.append(EVALUATION_NOTE)
     return lines + [line for note in notes for line in textwrap.wrap(note, width or len(note))]
 
 

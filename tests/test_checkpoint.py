@@ -827,9 +827,9 @@ def test_a_decayed_run_may_not_become_longer(schedule, a_run, train):
     if schedule == "cosine":
         run = only_run()
         assert result.err.splitlines()[-1] == (
-            "hint: leave them out, or train a new run from its weights, where optimizer, schedule and step"
-            f" count begin anew: python train.py --config {run}/meta/full_config.json"
-            f" --init-from {run}/artifacts/export/model.safetensors --max-iters 30"
+            "hint: leave it out, or start a new run from its weights (optimizer, schedule and step count"
+            f" begin anew): python train.py --config {run}/meta/full_config.json"
+            f" --init-from {run}/artifacts/export/model.safetensors --max-iters=30"
         )
 
 
@@ -874,7 +874,7 @@ def test_a_change_that_a_resumed_run_refuses_can_be_had_by_the_command_in_the_hi
 def test_a_run_without_an_export_hands_on_the_weights_of_its_newest_checkpoint(a_run, train, text_file):
     a_run("--lr-schedule", "linear", stop=3)
     result = train("--resume", "latest", "--max-iters", 7)
-    assert f"--init-from {checkpoint(4)} --max-iters 7\n" in result.err
+    assert f"--init-from {checkpoint(4)} --max-iters=7\n" in result.err
     assert obey(result.err.splitlines()[-1], train)["steps"] == 7
 
 

@@ -592,8 +592,8 @@ def test_a_run_with_damaged_checkpoints_only_says_what_is_left(run, train):
 def test_the_options_of_a_model_stay_with_it(run, train, flags, changes):
     before = snapshot(Path())
     result = train("--resume", "latest", *flags.split())
-    command = f"python train.py --config {run}/meta/full_config.json {flags}"
-    hint = f"leave them out, or train another model: {command}"
+    command = f"python train.py --config {run}/meta/full_config.json {flags.replace(' rotary', '=rotary')}"
+    hint = f"leave {'them' if ';' in changes else 'it'} out, or train another model: {command}"
     expected = report(f"the run cannot go on with other values: {changes}", hint)
     assert (result.code, result.out, result.err) == (2, "", expected)
     assert snapshot(Path()) == before

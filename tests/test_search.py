@@ -7,6 +7,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -265,7 +266,7 @@ def test_without_optuna_there_is_one_line(search, workdir, monkeypatch):
     [("aim", False, "--no-aim"), ("aim", True, "--aim"), ("data_path", "-a b", "--data=-a b")],
 )
 def test_a_parameter_as_a_word(name, value, word):
-    assert "=".join(specs()[name].words(value)) == word
+    assert specs()[name].word(value) == word
 
 
 # --- searches with a fake train.py --------------------------------------------------------------------
@@ -279,9 +280,9 @@ def test_several_workers_divide_the_cores_unless_threads_is_given_or_searched():
 
 
 def test_a_search_finds_something_better_than_the_defaults(search, fake_train):
-    rates = RATES | {"low": 1e-3}  # of seven drawn at random, one is better with 99.9 percent
-    flags, n = ["--space", write_space(learning_rate=rates, n_layer=[2, 4])], 8
-    result = search(*flags, "--trials", n, "--workers", 3)
+    rates = RATES | {"low": 1e-3}  # one worker draws the same values from them every time
+    flags, n = ["--space", write_space(learning_rate=rates, n_layer=[2, 4]), "--no-prune"], 8
+    result = search(*flags, "--trials", n, "--sampler-seed", 0)
     assert result.code == 0, result.err
     rows = results()
     assert [row["trial"] for row in rows] == [str(i) for i in range(n)]
@@ -511,7 +512,7 @@ def test_what_has_changed_meanwhile_ends_the_search_which_goes_on_when_it_is_put
     assert search(*flags).code == 0 and len(results()) == 4
 
 
-def test_a_study_from_before_texts_were_compared_goes_on(search, fake_train):
+def test_a_study_from_before_a_setting_was_compared_goes_on(search, fake_train):
     flags = ["--space", write_space(learning_rate=RATES), "--no-prune"]
     assert search(*flags, "--trials", 1).code == 0
     study = optuna.load_study(study_name="space", storage="sqlite:///searches/space/study.db")
@@ -523,12 +524,80 @@ def test_a_study_from_before_texts_were_compared_goes_on(search, fake_train):
     assert "has begun with other settings: text_sha256: '0000000000000000' -> '" in search(*flags).err
 
 
-def test_a_trial_whose_train_py_is_told_to_leave_is_resumed(search, fake_train):
-    leave = 'if "--resume" not in sys.argv:\n    import atexit, os; atexit.register(lambda: os._exit(143))\n'
-    edit_fake_train(fake_train, leave)
+def test_a_study_whose_trials_were_compared_by_another_loss_is_refused(search, fake_train):
+    flags = ["--space", write_space(learning_rate=RATES), "--trials"]
+    assert search(*flags, 1).code == 0
+    study = optuna.load_study(study_name="space", storage="sqlite:///searches/space/study.db")
+    plan = dict(study.user_attrs["plan"])
+    assert plan.pop("measure") == "export_val_loss"
+    study.set_user_attr("plan", plan)
+    result = search(*flags, 2)
+    assert result.code == 2 and len(trials_of()) == 1
+    assert result.err == (
+        "error: the study space has begun with other settings:"
+        " measure: 'best_val_loss' -> 'export_val_loss'\n"
+        "hint: name another --study, or remove searches/space\n"
+    )
+
+
+def test_the_table_has_exports_before_evaluations_and_marks_these(fake_train, capsys):
+    study, states = open_study("space", learning_rate=RATES), optuna.trial.TrialState
+    plan = make_plan(read_space("space.yaml", False), Options())
+    by_state = {"complete": (2.5, 2.25), "pruned": (1.75, 1.5), "failed": (None,)}
+    for state, losses in by_state.items():
+        for loss in losses:
+            trial = optuna.trial.create_trial(
+                state=states.COMPLETE if state == "complete" else states.PRUNED,
+                params={"learning_rate": 0.01},
+                distributions=plan.space,
+                value=loss if state == "complete" else None,
+                intermediate_values={} if loss is None else {10: 1.0 if state == "complete" else loss},
+                user_attrs={"state": state},
+            )
+            study.add_trial(trial)
+    results_module.write_results(study, plan, Path("searches/space"), Console())
+    out = capsys.readouterr().out
+    assert re.findall(r"^ *\d+ +(\w+) +((?:~ )?[\d.-]+) ", out, re.MULTILINE) == [
+        ("complete", "2.2500"),
+        ("complete", "2.5000"),
+        ("pruned", "~ 1.5000"),
+        ("pruned", "~ 1.7500"),
+        ("failed", "-"),
+    ]
+    assert "\n~ not of the export: the lowest of the evaluations, which read a part of the val text\n" in out
+    told = [results_module.describe_trial(study, trial) for trial in study.trials]
+    assert told[2] == "trial   2  complete    2.2500  learning_rate=0.01  best"
+    assert told[3] == "trial   3  pruned    ~ 1.7500  learning_rate=0.01"
+    assert [row["val_loss"] for row in results()] == ["2.5", "2.25", "1.75", "1.5", ""]
+
+
+ENDS = {  # how a train.py ends by a signal: it saves, or it is gone at once
+    "saved": "import atexit, os; atexit.register(lambda: os._exit(143))",
+    "SIGTERM": "import os; os.kill(os.getpid(), 15)",
+    "SIGKILL": "import os; os.kill(os.getpid(), 9)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_trial_whose_train_py_is_ended_by_a_signal_three_times_has_failed(search, fake_train, end):
+    edit_fake_train(fake_train, ENDS[end] + "\n")
+    result = search("--space", write_space(learning_rate=RATES), "--trials", 1)
+    assert result.code == 3, result.err
+    assert [trial.state.name for trial in trials_of()] == ["FAIL", "FAIL", "PRUNED"]
+    (row,) = results()
+    assert row["state"] == "failed"
+    if end == "SIGKILL":
+        assert row["reason"] == "ended by signal 9 (Killed)"
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_trial_whose_train_py_is_ended_by_a_signal_goes_on(search, fake_train, end):
+    again = "Path('ended').exists() or '--resume' in sys.argv"
+    edit_fake_train(fake_train, f"if not ({again}):\n    Path('ended').touch(); {ENDS[end]}\n")
     assert search("--space", write_space(learning_rate=RATES), "--trials", 1).code == 0
     assert [trial.state.name for trial in trials_of()] == ["FAIL", "COMPLETE"]
-    assert [trial.value for trial in counted()] == [0.125] and len(list_runs("runs")) == 1
+    assert [trial.value for trial in counted()] == [pytest.approx(0.125 if end == "saved" else 0.009)]
+    assert len(list_runs("runs")) == 1
 
 
 def test_the_sampler_keeps_away_from_what_cannot_be_trained(fake_train, monkeypatch):

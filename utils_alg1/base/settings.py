@@ -93,11 +93,11 @@ class Spec(Limits):
         """The help with the choices, for a comment in a file."""
         return self.help + (f" ({', '.join(self.choices)})" if self.choices else "")
 
-    def words(self, value: Any) -> list[str]:
-        """Return a value on a command line: flag and value, or --flag or --no-flag for a boolean."""
+    def word(self, value: Any) -> str:
+        """Return a value on a command line: --flag=value, or --flag or --no-flag for a boolean."""
         if isinstance(value, bool):
-            return [self.flag if value else self.flag.replace("--", "--no-", 1)]
-        return [self.flag, str(value)]
+            return self.flag if value else self.flag.replace("--", "--no-", 1)
+        return f"{self.flag}={value}"
 
 
 def coerce(limits: Limits, value: Any) -> Any:

@@ -31,6 +31,10 @@ def text_name(path: str) -> str:
     return path if glob.has_magic(path) else Path(path).name or path
 
 
+# Explains the mark "~" of a loss that stands among those of exports.
+EVALUATION_NOTE = "~ not of the export: the lowest of the evaluations, which read a part of the val text"
+
+
 def format_number(value: float | None, decimals: int = 4) -> str:
     """Format a loss or a similar number: with fewer decimals from 10,000 on, and "-" for None."""
     if value is None:

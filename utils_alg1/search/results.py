@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from parameters import format_settings, specs
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.files import write_atomically, write_or_warn
-from utils_alg1.base.text import format_number
+from utils_alg1.base.text import EVALUATION_NOTE, format_number
 from utils_alg1.console.table import format_table, to_csv
 from utils_alg1.search.space import Plan, shapes_training
 from utils_alg1.utils_output import Console
@@ -64,10 +64,16 @@ def show(value: Any) -> str:
     return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
+def show_loss(row: dict[str, Any]) -> str:
+    """Format the loss of a row: marked "~" where it is that of an evaluation instead of the export."""
+    is_evaluation = row["state"] != "complete" and row["val_loss"] is not None
+    return "~ " * is_evaluation + format_number(row["val_loss"])
+
+
 def describe_trial(study: optuna.Study, trial: FrozenTrial) -> str:
     """Return the line about a trial that has ended."""
     row, best = as_row(trial), best_of(finished_trials(study))
-    line = f"trial {trial.number:3d}  {row['state']:8}  {format_number(row['val_loss']):>6}  "
+    line = f"trial {trial.number:3d}  {row['state']:8}  {show_loss(row):>8}  "
     line += "  ".join(f"{name}={show(row[name])}" for name in trial.params)
     line += f"  ({row['reason']})" if row["reason"] else ""
     return line + "  best" * (best is not None and best.number == trial.number)
@@ -90,10 +96,12 @@ def write_results(study: optuna.Study, plan: Plan, folder: Path, console: Consol
     draw_pictures(study, plan, folder, console)
 
     headings = ["trial", "state", "val_loss", *plan.space, "run", "reason"]
-    rows.sort(key=lambda row: row["val_loss"] or math.inf)
-    printed = [row | {"val_loss": format_number(row["val_loss"])} for row in rows[:N_PRINTED_TRIALS]]
+    # The loss of an export does not compare with that of an evaluation, which may be low by luck.
+    rows.sort(key=lambda row: (row["state"] != "complete", row["val_loss"] or math.inf))
+    printed = [row | {"val_loss": show_loss(row)} for row in rows[:N_PRINTED_TRIALS]]
     table = [[show(row[heading]) for heading in headings] for row in printed]
-    for line in ("", *format_table(headings, table), ""):
+    notes = [EVALUATION_NOTE] if any(row["val_loss"].startswith("~") for row in printed) else []
+    for line in ("", *format_table(headings, table), *notes, ""):
         console.say(line)
     counts = [f"{n} {state}" for state, n in sorted(Counter(row["state"] for row in rows).items())]
     lines = {

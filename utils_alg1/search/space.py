@@ -155,7 +155,7 @@ class Plan:
         """Return the command line of train.py for a trial."""
         config = [] if self.options.config is None else [f"--config={self.options.config}"]
         values = self.options.values | parameters
-        return config + ["=".join(specs()[name].words(value)) for name, value in values.items()]
+        return config + [specs()[name].word(value) for name, value in values.items()]
 
     def invalid_reason(self, parameters: dict[str, Any]) -> str | None:
         """Return why train.py would refuse a combination of values; None if it is valid."""

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import math
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -47,8 +48,11 @@ GRACE_SECONDS = 15  # without a heartbeat until a trial is queued again
 STARTUP_TRIALS = 5  # completed trials before the first one is pruned
 WARMUP_FRACTION = 0.25  # fraction of the steps of a run before it can be pruned
 CREATION_SECONDS = 2  # for another process to store the plan of a study that it has just created
+MEASURE = "export_val_loss"  # of eval/final.json: what trials are compared by
+OLD_MEASURE = "best_val_loss"  # that of a study whose plan names none
 ALIKE_FAILURES = 5  # trials that end in the same words, until that is certainly not due to their values
-STOPPED = [128 + number for number in STOP_SIGNALS]  # exit codes of a train.py that a signal has ended
+STOPPED = [128 + number for number in STOP_SIGNALS]  # exit codes of a train.py that saved on a signal
+MAX_SIGNALS = 3  # that end a trial, until it counts as failed
 TERMINATE_SECONDS = 120  # for train.py to save and leave, before it is killed
 STORAGE_HINT = "check the disk; --storage names a database that SQLAlchemy knows, its driver installed"
 
@@ -114,7 +118,7 @@ def open_study(
     import optuna
 
     is_grid, seed = arguments.sampler == "grid", arguments.sampler_seed
-    lasting = plan.lasting() | {"grid": is_grid}
+    lasting = plan.lasting() | {"grid": is_grid, "measure": MEASURE}
     try:
         study = optuna.create_study(storage=storage, study_name=folder.name)
     except optuna.exceptions.DuplicatedStudyError:
@@ -126,7 +130,7 @@ def open_study(
         if not is_grid and not study.get_trials(deepcopy=False):
             queue_defaults(study, plan, console)
         study.set_user_attr("plan", lasting)  # last: it tells that the study is complete
-    if changes := changed_settings(study.user_attrs["plan"], lasting):
+    if changes := changed_settings({"measure": OLD_MEASURE} | study.user_attrs["plan"], lasting):
         hint = "name another --study" if arguments.storage else f"name another --study, or remove {folder}"
         raise Alg1Error(f"the study {folder.name} has begun with other settings: {changes}", hint)
     if is_grid:  # its points are numbered, so every process has the same seed
@@ -243,7 +247,8 @@ class Search:
 
         Raises:
             TrialPruned: it was ended early, or cannot be trained.
-            NotFinished: another process took the last place, or the search is to end.
+            NotFinished: another process took the last place, the search is to end, or a signal ended
+                train.py.
         """
         if self.stopping or self.n_taken(before=trial.number) >= self.n_trials:
             raise NotFinished
@@ -263,14 +268,19 @@ class Search:
         code, pruned = self.train(trial, parameters, log)
         if code == DONE:
             trial.set_user_attr("state", "complete")  # raises if another process took the trial for dead
-            return read_json_object(RunFolder(Path(trial.user_attrs["run"])).final_path)["export_val_loss"]
+            return read_json_object(RunFolder(Path(trial.user_attrs["run"])).final_path)[MEASURE]
         if code == DISK_FAILED:
             message = f"trial {trial.number}: {failure_reason(log, code)}"
             raise Alg1Error(message, "fix that and start again", DISK_FAILED)
-        if self.stopping or (code in STOPPED and not pruned):
+        if self.stopping:
             raise NotFinished
         if pruned:
             give_up(trial, "pruned", None)
+        if code < 0 or code in STOPPED:
+            n_signals = trial.user_attrs.get("signals", 0) + 1
+            trial.set_user_attr("signals", n_signals)  # stays with the trial when it is queued again
+            if n_signals < MAX_SIGNALS:
+                raise NotFinished
         reason = failure_reason(log, code)
         if 0 < code != CANNOT_TRAIN and fails_everywhere(finished_trials(self.study), parameters, reason):
             raise Alg1Error(
@@ -385,5 +395,7 @@ def fails_everywhere(trials: list[FrozenTrial], parameters: dict[str, Any], reas
 def failure_reason(log: Path, code: int) -> str:
     """Return why train.py failed: the last error line of its output, or else the last line."""
     text = log.read_text(encoding="utf-8", errors="replace")
+    if code < 0:
+        return f"ended by signal {-code} ({signal.strsignal(-code)})"
     lines = re.findall("^error: (.+)", text, re.MULTILINE) or text.splitlines()
-    return lines[-1].strip()[:300] if lines and code > 0 else f"exit code {code}"
+    return lines[-1].strip()[:300] if lines else f"exit code {code}"

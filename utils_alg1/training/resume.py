@@ -170,7 +170,7 @@ def check_resumable(
     if changed:
         raise Alg1Error(
             f"the run cannot go on with other values: {'; '.join(changed)}",
-            f"leave them out, or {new_run(checkpoint, given, dist)}",
+            f"leave {'it' if len(changed) == 1 else 'them'} out, or {new_run(checkpoint, given, dist)}",
         )
     text, _, held_out = corpus_sha256.partition("+")
     old_text, _, old_held_out = checkpoint.metadata["corpus_sha256"].partition("+")
@@ -193,7 +193,7 @@ def new_run(checkpoint: Checkpoint, given: Mapping[str, Any], dist: Distributed)
     if any(map(shapes_weights, given)):
         return f"train another model: {new_run_command(run, dist, given, with_weights=False)}"
     anew = "optimizer, schedule and step count begin anew"
-    return f"train a new run from its weights, where {anew}: {new_run_command(run, dist, given)}"
+    return f"start a new run from its weights ({anew}): {new_run_command(run, dist, given)}"
 
 
 def new_run_command(
@@ -203,9 +203,7 @@ def new_run_command(
     words = ["--config", str(run.record_path)]
     if with_weights:
         words += ["--init-from", str(weights_of(run.path) or run.export_path)]
-    for name, value in (given or {}).items():
-        flag = specs()[name].words(value)
-        words += ["=".join(flag)] if flag[-1].startswith("-") else flag
+    words += [specs()[name].word(value) for name, value in (given or {}).items()]
     return f"{launch_command(dist)} {shlex.join(words)}"
 
 
