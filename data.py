@@ -23,7 +23,7 @@ def load_data(
     say: Say = print,
     val_data: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Tokenizer]:
-    """Read and tokenize a text: a file, a folder, a pattern or the name of a corpus (see `find_text`).
+    """Read and tokenize a text: a file, a folder, a pattern or a named corpus (see `find_training_text`).
 
     Args:
         train_split: the fraction of the text, from its beginning, that is for training.

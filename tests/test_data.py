@@ -79,7 +79,7 @@ def message_of(path: object) -> str:
 
 def found(*arguments, **options) -> Path:
     """The only file of a text."""
-    (path,) = sources.find_text(*arguments, **options).paths
+    (path,) = sources.find_training_text(*arguments, **options).paths
     return path
 
 
@@ -686,6 +686,15 @@ def test_train_starts_on_the_fallback(train, workdir):
     assert result.code == 0, result.err
     assert "training on the Python documentation (python-docs) instead\n" in result.out
     assert not Path("data/input.txt").exists()
+
+
+def test_only_the_text_for_training_falls_back(train, workdir, home):
+    Path("mine.txt").write_text("abcdefgh" * 20)
+    result = train(*TINY, *QUIET_TRACKERS, "--data", "mine.txt", "--val-data", "data/input.txt")
+
+    assert (result.code, result.out, home.asked) == (2, "", 0)
+    assert result.err.splitlines()[0] == "error: data/input.txt: no such text file"
+    assert os.listdir() == ["mine.txt"]
 
 
 def test_the_default_file_is_used_where_it_is(workdir, home):

@@ -774,21 +774,27 @@ def test_a_vocabulary_that_is_not_needed_is_a_warning(sample, model):
 
 
 @pytest.mark.parametrize(
-    ("text", "error"),
+    ("text", "error", "hint"),
     [
-        ("nowhere.txt", "nowhere.txt: no such text file"),
-        ("folder", "folder: this folder has no .txt or .txt.gz file"),
+        ("nowhere.txt", "nowhere.txt: no such text file", "check the path of --vocabulary"),
+        ("data/input.txt", "data/input.txt: no such text file", "check the path of --vocabulary"),
+        ("python-docs", "data/python-docs.txt: no such text file", "check the path of --vocabulary"),
+        (
+            "folder",
+            "folder: this folder has no .txt or .txt.gz file",
+            "put a text there, or name another: --vocabulary PATH",
+        ),
     ],
 )
-def test_a_text_for_the_vocabulary_is_asked_for_by_its_own_flag(sample, model, text, error):
+def test_a_text_for_the_vocabulary_is_found_not_made(sample, model, text, error, hint):
     Path("folder").mkdir()
     weights = Path(RUN, "artifacts/export/model.safetensors")
     save_file(load_file(weights), "bare.safetensors")
 
     result = sample("--model", "bare.safetensors", "--vocabulary", text)
 
-    hint = "hint: name the text that it was trained on: --vocabulary PATH"
-    assert (result.code, result.out, result.err) == (2, "", f"error: {error}\n{hint}\n")
+    assert (result.code, result.out, result.err) == (2, "", f"error: {error}\nhint: {hint}\n")
+    assert not Path("data").exists()
 
 
 def test_a_run_that_is_not_there_is_told_from_the_latest(sample, model):

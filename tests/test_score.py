@@ -192,14 +192,25 @@ def test_nothing_on_disk_is_changed(sample, model):
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path().rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", ["shakespeare", "python-docs", "data/input.txt"])
-def test_no_text_is_made_to_be_scored(sample, model, name):
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("shakespeare", "data/shakespeare.txt"),
+        ("python-docs", "data/python-docs.txt"),
+        ("data/input.txt", "data/input.txt"),
+    ],
+)
+def test_no_text_is_made_to_be_scored(sample, model, name, path):
     result = sample(*MODEL, "--score", name)
     assert (result.code, result.out, os.listdir()) == (2, "", ["model.safetensors"])
     assert result.err.splitlines()[1:] == [
-        f"error: {name}: no such text file",
-        "hint: name one that is there: --score PATH",
+        f"error: {path}: no such text file",
+        "hint: check the path of --score",
     ]
+    write(text_of(20), "text.txt")
+    Path("data").mkdir()
+    Path("text.txt").rename(path)
+    assert figures(sample(*MODEL, "--score", name))["characters_scored"] == 19
 
 
 def test_several_texts_and_gzip_are_scored_as_one_text(sample, model):

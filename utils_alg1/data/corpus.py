@@ -22,7 +22,7 @@ from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.text import format_count
 from utils_alg1.data.diagnosis import ICONV, NO_TEXT, PANDOC, fill_in, is_markup, wide_encoding
-from utils_alg1.data.sources import Say, find_text
+from utils_alg1.data.sources import Say, find_text, find_training_text
 from utils_alg1.data.text_files import TextFiles
 from utils_alg1.data.texts import Text, load_tokens, open_text
 
@@ -166,6 +166,6 @@ def open_corpus(text: TextFiles | Path | str, held_out: TextFiles | Path | str |
 
 def find_corpus(config: DataConfig, say: Say = print) -> Corpus:
     """Find and validate the texts that the parameters name. Raises what `find_text` and `open_text` raise."""
-    text = find_text(config.data_path, say)
+    text = find_training_text(config.data_path, say)
     held_out = None if config.val_data is None else find_text(config.val_data, say, "--val-data")
     return open_corpus(text, held_out)

@@ -1,7 +1,8 @@
-"""Find the files of the text that --data or --val-data names.
+"""Find the files of the text that a flag names.
 
-That is a file, a folder, a pattern, or a named corpus, which is downloaded or generated. To add a named
-corpus, add a function that returns its text file to `NAMED_CORPORA`.
+`find_training_text` is for --data, `find_text` for --val-data, and `find_files`, which writes nothing, for a
+text that is only read. To add a named corpus NAME, which is downloaded or generated, add a function that
+writes FOLDER/NAME.txt and returns this path to `NAMED_CORPORA`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shlex
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from parameters import DataConfig
@@ -31,29 +32,50 @@ DOWNLOAD_TIMEOUT = 5  # seconds
 Say = Callable[[str], None]  # shows the user one line
 
 
-def find_text(name: str = DEFAULT_PATH, say: Say = print, flag: str = "--data") -> TextFiles:
-    """Return the files of the text that a flag names.
+def find_training_text(name: str = DEFAULT_PATH, say: Say = print) -> TextFiles:
+    """Return the files of the text that --data names; see `find_text`.
 
-    `shakespeare` is downloaded and `python-docs` generated, unless that was done before. Anything else is the
-    path of a file, the path of a folder, whose .txt and .txt.gz files are read in the order of their names,
-    or a pattern such as "books/*.txt", whose matches are. If the default path is missing, tiny Shakespeare is
-    downloaded to it; without a network, python-docs is used instead.
+    If the default path is missing, tiny Shakespeare is downloaded to it; without a network, python-docs is
+    used instead.
+    """
+    path = _path_of(name)
+    if path != Path(DEFAULT_PATH) or _mode(path):
+        return find_text(name, say)
+    try:
+        return TextFiles.of(_shakespeare(say, path))
+    except Alg1Error as error:
+        say(f"{error.message}; training on the Python documentation (python-docs) instead")
+    return TextFiles.of(_python_docs(say))
+
+
+def find_text(name: str, say: Say = print, flag: str = "--data") -> TextFiles:
+    """Return the files of a text or of a named corpus, which is made unless that was done before.
+
+    `shakespeare` is downloaded and `python-docs` generated; `find_files` finds any other text.
 
     Raises:
         Alg1Error: there is no such file, or shakespeare cannot be downloaded.
     """
     if name in NAMED_CORPORA:
         return TextFiles.of(NAMED_CORPORA[name](say))
+    return find_files(name, flag, NAMED_CORPORA)
+
+
+def find_files(name: str, flag: str, corpora: Collection[str] = ()) -> TextFiles:
+    """Return the files of a text that is there; nothing is written.
+
+    It is the path of a file; the path of a folder, whose .txt and .txt.gz files are read in the order of
+    their names; a pattern such as "books/*.txt", whose matches are; or a corpus that was made before.
+    `corpora` are those that the flag makes, which the hint for a missing file names.
+
+    Raises:
+        Alg1Error: there is no such file.
+    """
     if "://" in name:
         hint = f"download it first: curl -o input.txt {shlex.quote(name)}; then {flag} input.txt"
         raise Alg1Error(f"{flag} {name}: must be a file on this machine", hint)
-    path = Path(os.path.expanduser(name))
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        mode = 0
-    except OSError as error:
-        raise unreadable(path, error) from None
+    path = _path_of(name)
+    mode = _mode(path)
     if stat.S_ISREG(mode):
         return TextFiles.of(path)
     if stat.S_ISDIR(mode):
@@ -62,16 +84,25 @@ def find_text(name: str = DEFAULT_PATH, say: Say = print, flag: str = "--data") 
         raise Alg1Error(f"{path} is not a file that can be read twice", "save the text to a file")
     if glob.has_magic(name):
         return TextFiles(name, _matches(str(path), flag))
-    if path != Path(DEFAULT_PATH):
-        raise Alg1Error(
-            f"{path}: no such text file{nearest(name, NAMED_CORPORA)}",
-            f"check the path of {flag}; {flag} python-docs is there without a file or a network",
-        )
+    hint = f"check the path of {flag}"
+    if corpora:
+        hint += f"; {flag} python-docs is there without a file or a network"
+    raise Alg1Error(f"{path}: no such text file{nearest(name, corpora)}", hint)
+
+
+def _path_of(name: str) -> Path:
+    """Return the path that a name stands for; for a named corpus, that of its file."""
+    return FOLDER / f"{name}.txt" if name in NAMED_CORPORA else Path(os.path.expanduser(name))
+
+
+def _mode(path: Path) -> int:
+    """Return the st_mode of a path, or 0 if nothing is there. Raises Alg1Error if it cannot be read."""
     try:
-        return TextFiles.of(_shakespeare(say, path))
-    except Alg1Error as error:
-        say(f"{error.message}; training on the Python documentation (python-docs) instead")
-    return TextFiles.of(_python_docs(say))
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _files_in(folder: Path, flag: str) -> tuple[Path, ...]:

@@ -78,16 +78,12 @@ def load_weights(arguments: argparse.Namespace) -> tuple[Weights, Path]:
 def read_vocabulary(text_path: str | None, weights: Weights, path: Path) -> list[str]:
     """Return the characters of a text, for weights of another program that come without a vocabulary."""
     from utils_alg1.data.corpus import open_corpus
-    from utils_alg1.data.sources import find_text
+    from utils_alg1.data.sources import find_files
 
     hint = "name the text that it was trained on: --vocabulary PATH"
     if text_path is None:
         raise Alg1Error(f"{path}: it does not hold its vocabulary", hint)
-    try:
-        files = find_text(text_path)
-    except Alg1Error as error:  # its own hint names --data
-        raise Alg1Error(error.message, hint) from None
-    vocabulary = open_corpus(files).tokenizer.vocabulary
+    vocabulary = open_corpus(find_files(text_path, "--vocabulary")).tokenizer.vocabulary
     if len(vocabulary) != weights.config.vocab_size:
         of_model = f"{path} is for {weights.config.vocab_size}"
         raise Alg1Error(f"{text_path}: the text has {len(vocabulary)} characters, {of_model}", hint)

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import hashlib
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from utils import N_CODE_POINTS, Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error, unreadable
 from utils_alg1.base.text import bits_per_character, format_count, format_loss, perplexity
 from utils_alg1.console.messages import is_terminal, print_note
-from utils_alg1.data.sources import DEFAULT_PATH, NAMED_CORPORA, find_text
+from utils_alg1.data.sources import find_files
 from utils_alg1.data.text_files import CHUNK_BYTES
 from utils_alg1.data.texts import Text, open_text, read_text
 from utils_alg1.inference.prompts import STANDARD_INPUT
@@ -75,7 +76,7 @@ def score_text(name: str, decoder: LogitsDecoder, tokenizer: Tokenizer, unknown:
     """Score a text; `score_tokens` says from what each character is predicted.
 
     Args:
-        name: a file, a folder or a pattern (see `find_text`), or "-" for the standard input.
+        name: a file, a folder or a pattern (see `find_files`), or "-" for the standard input.
         unknown: what to do with characters that the model does not know, which are not scored: "error",
             "skip" (leave them out), or "replace" (others see the tokenizer's replacement in their place).
 
@@ -107,12 +108,10 @@ def find_pieces(name: str) -> tuple[Iterator[str], Text | None]:
     """Return a text in pieces and, if it can be read twice, what a first reading tells of it."""
     if name == STANDARD_INPUT:
         return decode_stream(contextlib.nullcontext(sys.stdin.buffer), "the standard input"), None
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.exists() and not path.is_file() and not path.is_dir():  # such as a pipe
         return decode_stream(path.open("rb"), name), None
-    if name in NAMED_CORPORA or (path == Path(DEFAULT_PATH) and not path.exists()):  # it would be written
-        raise Alg1Error(f"{name}: no such text file", "name one that is there: --score PATH")
-    text = open_text(find_text(name, print_note, "--score"))
+    text = open_text(find_files(name, "--score"))
     return read_text(text.files, hashlib.sha256()), text
 
 
