@@ -97,7 +97,7 @@ class Ours:
         from utils_alg1.training.resume import load_model_file
 
         run = RunFolder(find_run(str(self.folder / "runs")))
-        model = load_model_file(run.export_path)
+        model = load_model_file(run.export_path, print)
         self.own_loss = float(model.provenance["val_loss"])
         return model, json.loads(run.final_path.read_text())["export_val_loss"]
 

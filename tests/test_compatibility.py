@@ -233,7 +233,7 @@ def test_an_export_loads_and_is_saved_again_to_the_same_bytes(finished, tmp_path
 def test_a_checkpoint_loads_and_is_saved_again_to_the_same_bytes(finished, step, tmp_path):
     path = finished / checkpoint(step)
     tensors, metadata = read_tensors(path)
-    model = load_model_file(path)
+    model = load_model_file(path, print)
     assert metadata is not None and model.vocabulary == metadata["vocabulary"]
     assert {f"model.{key}" for key in model.state_dict()} == {k for k in tensors if k.startswith("model.")}
     for key, tensor in model.state_dict().items():
@@ -242,8 +242,8 @@ def test_a_checkpoint_loads_and_is_saved_again_to_the_same_bytes(finished, step,
 
 
 def test_an_export_has_the_weights_of_its_checkpoint(finished):
-    model = load_model_file(finished / EXPORT)
-    same = load_model_file(finished / checkpoint(model.provenance["step"])).state_dict()
+    model = load_model_file(finished / EXPORT, print)
+    same = load_model_file(finished / checkpoint(model.provenance["step"]), print).state_dict()
     assert all(tensor.equal(same[key]) for key, tensor in model.state_dict().items())
 
 
@@ -275,8 +275,8 @@ def test_a_new_run_starts_from_an_export(finished, train, short_end):
     result = train("--data", "text.txt", "--init-from", finished / EXPORT, "--no-aim", *shape)
     assert result.code == 0, result.err
     (new,) = (path for path in finished.parent.iterdir() if path.is_dir() and path != finished)
-    start = load_model_file(new / checkpoint(0)).state_dict()
-    weights = load_model_file(finished / EXPORT).state_dict()
+    start = load_model_file(new / checkpoint(0), print).state_dict()
+    weights = load_model_file(finished / EXPORT, print).state_dict()
     assert start.keys() == weights.keys()
     assert all(tensor.equal(weights[key]) for key, tensor in start.items())
 

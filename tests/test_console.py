@@ -189,7 +189,8 @@ def test_changed_values_stand_with_where_they_came_from():
         ([], "--resume runs/RUN --max-iters 12"),
         (
             ["--lr-schedule", "cosine"],
-            "--config runs/RUN/meta/full_config.json --init-from runs/RUN/artifacts/export/model.safetensors",
+            "--config runs/RUN/meta/full_config.json --init-from runs/RUN/artifacts/export/model.safetensors"
+            " --max-iters 6",
         ),
         (["--patience", 1, "--learning-rate", 9, "--eval-interval", 1], "--resume runs/RUN --patience 0"),
     ],
@@ -199,6 +200,8 @@ def test_the_command_that_trains_on_does_so(flags, way_on, start, train):
     lines = start(*flags).out.splitlines()
     command = next(line for line in lines if line.startswith("continue")).removeprefix("continue  ")
     assert RUN_ID.sub("RUN", command) == f"python train.py {way_on}"
+    anew = "longer    a new run from the exported weights; optimizer, schedule and step count begin anew"
+    assert (anew in lines) == ("cosine" in flags)
     result = train(*shlex.split(command)[2:])
     assert result.code == 0, result.err
     schedule = "cosine" if "cosine" in flags else "constant"

@@ -116,7 +116,7 @@ def test_damaged_weights_are_refused_or_unharmed(kind, reference, tmp_path, camp
     path = faults.checkpoints(reference.folder)[-1]
     if kind == "export":
         path = faults.only_run(reference.folder) / "artifacts" / "export" / "model.safetensors"
-    whole = load_model_file(path)
+    whole = load_model_file(path, print)
     state = whole.state_dict()
     refused = 0
     cases = damages(path)
@@ -124,7 +124,7 @@ def test_damaged_weights_are_refused_or_unharmed(kind, reference, tmp_path, camp
         damaged = tmp_path / "model.safetensors"
         damaged.write_bytes(damage(path.read_bytes()))
         try:
-            model = load_model_file(damaged)
+            model = load_model_file(damaged, print)
         except Alg1Error as error:
             assert error.exit_code == 2, name
             refused += 1

@@ -103,19 +103,21 @@ def export_weights(
     """Write the best or the last weights to artifacts/export/, where inference.py finds them.
 
     Afterwards the model of the trainer holds the exported weights. Return which they are: their kind ("best"
-    or "last"), step and validation loss.
+    or "last") and step.
     """
     model, progress, evaluation = trainer.model, trainer.progress, trainer.progress.evaluation
     assert evaluation is not None  # training ends with an evaluation
-    exported: dict[str, Any] = {"weights": "last", "step": progress.step, "val_loss": evaluation.val_loss}
+    exported: dict[str, Any] = {"weights": "last", "step": progress.step}
+    val_loss: float | None = evaluation.val_loss
     if params.train.export == "best":
         try:
             if progress.best_step is not None and progress.best_step != progress.step:
                 read_checkpoint(store.path(progress.best_step)).load_model(model)
-            exported = {"weights": "best", "step": progress.best_step, "val_loss": progress.best_val}
+            exported, val_loss = {"weights": "best", "step": progress.best_step}, progress.best_val
         except Alg1Error as error:
             console.warn(f"{error.message}; exporting the last weights instead of the best")
-    model.provenance = {"run_id": run.run_id, **exported}
+    # The val loss in the file is that of the evaluation at this step: what is measured later is not in it.
+    model.provenance = {"run_id": run.run_id, **exported, "val_loss": val_loss}
     model.save_safetensors(run.export_path)
     write_json(run.export_path.with_name("config.json"), model.config.stored())
     return exported

@@ -14,7 +14,7 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
 from utils_alg1.run_directory import RunDirectory
 from utils_alg1.training.distributed import Distributed, launch_command
-from utils_alg1.training.resume import new_run_command
+from utils_alg1.training.resume import BEGINS_ANEW, new_run_command
 from utils_alg1.training.schedule import same_learning_rates
 from utils_alg1.utils_config_loader import RESUMED
 from utils_alg1.utils_output import LabelledLines, ShellCommand
@@ -109,7 +109,7 @@ def describe_end(
         lines["curves"] = ShellCommand(*curves)
     if "aim" in trackers:
         lines["compare"] = ShellCommand(*aim_instructions())
-    lines["continue"] = ShellCommand(longer_training_command(run, params, progress, dist))
+    lines |= longer_training(run, params, progress, dist)
     return lines
 
 
@@ -139,18 +139,21 @@ def changed_evaluations_warning(progress: Progress) -> str:
     )
 
 
-def longer_training_command(
+def longer_training(
     run: RunDirectory, params: Parameters, progress: Progress, dist: Distributed
-) -> str:
-    """Return the command that trains a finished run for longer."""
+) -> dict[str, str | ShellCommand]:
+    """Return the lines with the command that trains a finished run for longer."""
     steps = params.train.max_iters
     longer = dataclasses.replace(params.train, max_iters=2 * steps)
     if progress.step < steps:  # --patience ended it
-        return f"{resume_command(run, dist)} --patience 0"
-    if not same_learning_rates(params.train, longer, steps):
-        # A longer schedule has other learning rates from the start, so it needs a new run.
-        return new_run_command(run, dist)
-    return f"{resume_command(run, dist)} --max-iters {longer.max_iters}"
+        return {"continue": ShellCommand(f"{resume_command(run, dist)} --patience 0")}
+    if same_learning_rates(params.train, longer, steps):
+        return {"continue": ShellCommand(f"{resume_command(run, dist)} --max-iters {longer.max_iters}")}
+    # A longer schedule has other learning rates from the start, so it needs a new run.
+    return {
+        "longer": f"a new run from the exported weights; {BEGINS_ANEW}",
+        "continue": ShellCommand(new_run_command(run, dist, {"max_iters": steps})),
+    }
 
 
 def resume_notice(newest_step: int | None, run: RunDirectory, dist: Distributed) -> str:

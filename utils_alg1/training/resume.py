@@ -36,6 +36,8 @@ from utils_alg1.training.schedule import same_learning_rates
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import RunDirectoryCreator
 
+BEGINS_ANEW = "optimizer, schedule and step count begin anew"  # in a run that starts from weights
+
 
 def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory, Checkpoint]:
     """Lock the run that --resume names, and read its newest valid checkpoint.
@@ -192,8 +194,7 @@ def new_run(checkpoint: Checkpoint, given: Mapping[str, Any], dist: Distributed)
     run = RunFolder(checkpoint.path.parents[2])
     if any(map(shapes_weights, given)):
         return f"train another model: {new_run_command(run, dist, given, with_weights=False)}"
-    anew = "optimizer, schedule and step count begin anew"
-    return f"start a new run from its weights ({anew}): {new_run_command(run, dist, given)}"
+    return f"start a new run from its weights ({BEGINS_ANEW}): {new_run_command(run, dist, given)}"
 
 
 def new_run_command(
@@ -224,8 +225,8 @@ def micro_batches_changed(old_steps: int, old_world_size: int, steps: int, world
     return [f"micro-batches of a step: {change}{fix}"]
 
 
-def load_model_file(path: Path, say: Callable[[str], None] = lambda _: None) -> BigramLanguageModel:
-    """Load a model from an export, a checkpoint, or any file in the lecture's layout.
+def load_model_file(path: Path, say: Callable[[str], None]) -> BigramLanguageModel:
+    """Load a model from an export, a checkpoint, or any file in the lecture's layout; `say` shows a note.
 
     Raises:
         Alg1Error: the file is none of these, or damaged.
