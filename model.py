@@ -279,7 +279,8 @@ class BigramLanguageModel(nn.Module):
         """
         weights = other.state_dict()
         if self.vocabulary is not None and other.vocabulary is not None:
-            tokens = [self.vocabulary.index(character) for character in other.vocabulary]
+            token_of = {character: token for token, character in enumerate(self.vocabulary)}
+            tokens = [token_of[character] for character in other.vocabulary]
             for name in PER_CHARACTER:
                 rows = self.get_parameter(name).detach().clone()
                 rows[tokens] = weights[name]
