@@ -161,7 +161,7 @@ class TrainConfig(Part):
     eval_interval: int = changeable(100, "steps between evaluations; there is one at the end too", above=0)
     eval_iters: int = changeable(
         20,
-        "size of an evaluation, which reads 4 sequences times this of each of the train and val splits",
+        "an evaluation reads 4 x eval_iters sequences of each split",
         above=0,
     )
     seed: int = setting(1337, "random seed", minimum=0, maximum=2**63 - 1)
@@ -246,7 +246,8 @@ class DataConfig(Part):
     val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)
     new_characters: str = setting(
         "refuse",
-        "characters of the text that the model of --init-from lacks; add: to its vocabulary, as new weights",
+        "what to do with characters of the text that the model of --init-from lacks: refuse the text, or add"
+        " them with new weights",
         choices=("refuse", "add"),
     )
 
@@ -259,6 +260,16 @@ class DataConfig(Part):
                 + ("; val_data names another one for validation" if self.train_split == 1 else ""),
                 ("train_split", "val_split"),
             )
+
+    def unused_splits(self) -> list[str]:
+        """Return the splits that are set although val_data takes their place, each as "name = value"."""
+        names = []
+        if self.val_data is not None:
+            if self.train_split not in (DataConfig.train_split, 1):  # 1: all of the text, as with val_data
+                names.append("train_split")
+            if self.val_split != DataConfig.val_split:
+                names.append("val_split")
+        return [f"{name} = {getattr(self, name):g}" for name in names]
 
 
 def interval(default: int, what: str) -> Any:

@@ -141,11 +141,7 @@ def remark_on_texts(corpus: Corpus, data: DataConfig, console: Console) -> None:
     """Print what a person should know of the texts before they are trained on."""
     for line in corpus.remarks():
         console.say(line)
-    splits = (("train_split", (DataConfig.train_split, 1)), ("val_split", (DataConfig.val_split,)))
-    unused = [
-        f"{name} = {getattr(data, name):g}" for name, usual in splits if getattr(data, name) not in usual
-    ]
-    if data.val_data is not None and unused:
+    if unused := data.unused_splits():
         console.warn(f"not used, as val_data is given: {', '.join(unused)}")
     for line in corpus.warnings(data.train_split):
         console.warn(line)

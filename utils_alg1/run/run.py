@@ -97,7 +97,7 @@ class Run:
         """Print how to continue a run that stopped early."""
 
     def export(self) -> None:
-        """Write the export and the results."""
+        """Take part in measuring the export, which the main process writes, with the results."""
         self._measure()
 
     def _measure(self) -> Measurement:
