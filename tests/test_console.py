@@ -190,7 +190,7 @@ def test_changed_values_stand_with_where_they_came_from():
         (
             ["--lr-schedule", "cosine"],
             "--config runs/RUN/meta/full_config.json --init-from runs/RUN/artifacts/export/model.safetensors"
-            " --max-iters 6",
+            " --max-iters=6",
         ),
         (["--patience", 1, "--learning-rate", 9, "--eval-interval", 1], "--resume runs/RUN --patience 0"),
     ],
