@@ -144,7 +144,7 @@ def test_without_a_terminal_a_run_prints_these_lines_and_no_others(start):
         f"best      step {best}: val loss LOSS",
         f"exported  runs/RUN/artifacts/export/model.safetensors (best weights, of step {best})",
         "measured  val loss LOSS (perplexity P, B bits per character) of the export,"
-        " over all of the val part: 408 characters",
+        " over all of the val part: 412 characters",
         "report    runs/RUN/eval/report.html",
         "sample    python inference.py --run runs/RUN",
         "continue  python train.py --resume runs/RUN --max-iters 12",
