@@ -66,7 +66,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.interactive and arguments.num_samples != 1:
         parser.error("--interactive draws one text for each prompt: leave --num-samples out")
     if arguments.score is not None:
-        drawing = [flag for flag in parser.given(argv) if flag not in OF_EVERY_MODE | {"--score"}]
+        drawing = [flag for flag in parser.given if flag not in OF_EVERY_MODE | {"--score"}]
         if drawing:
             parser.error(f"--score draws no text: leave {', '.join(drawing)} out")
     return arguments

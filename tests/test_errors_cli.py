@@ -196,7 +196,7 @@ TRAIN_MISTAKES = [
 FLAG_MISTAKES = [
     ("train", "--max-iter 5", "unknown flag --max-iter; did you mean --max-iters?"),
     ("train", "--batch_size=5", "unknown flag --batch_size; did you mean --batch-size?"),
-    ("train", "--no-data", "unknown flag --no-data; did you mean --data?"),
+    ("train", "--no-data", "unknown flag --no-data\n"),
     ("train", "--qqqqqqq -5", "unknown flag --qqqqqqq"),
     (
         "train",
@@ -329,7 +329,7 @@ COMPARING_MISTAKES = [
     ("--sort n_embed", "--sort n_embed: no such column; did you mean n_embd?", COLUMNS),
     ("--sort qk-norm", "--sort qk-norm: no such column; did you mean qk_norm?", COLUMNS),
     ("--sort tok/sec", "--sort tok/sec: no such column; did you mean tok/s?", COLUMNS),
-    ("--sort 'best loss'", "--sort best loss: no such column; did you mean best_val_loss?", COLUMNS),
+    ("--sort 'best val los'", "--sort best val los: no such column; did you mean best_val_loss?", COLUMNS),
 ]
 
 OTHER_SPACE = ", or name another --space"

@@ -9,7 +9,7 @@ import pytest
 
 from parameters import specs
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.other_names import ANSWER_TO, ANSWERS, PLACE, SAME, bare
+from utils_alg1.base.other_names import ANSWER_TO, ANSWERS, PLACE, SAME, answer_to, bare
 from utils_alg1.base.problems import explain, nearest
 from utils_alg1.console.command_line import parse_command_line
 
@@ -126,15 +126,15 @@ def test_train_py_and_files_know_every_name_of_nanogpt_and_of_the_trainer(settin
     name, _, value = setting.partition("=")
     known = flags_of("train", monkeypatch)
     for word in (f"--{name}", f"--{name.replace('_', '-')}"):
-        assert word in known or explain(word, known, value)
-    assert name in specs() or explain(name, specs(), value)
+        assert word in known or answer_to(word, known, value)
+    assert name in specs() or answer_to(name, specs(), value)
 
 
 @pytest.mark.parametrize("setting", NANOGPT_SAMPLE)
 def test_inference_py_knows_every_name_of_nanogpts_sample_py(setting, monkeypatch):
     known = flags_of("inference", monkeypatch)
     name, _, value = setting.partition("=")
-    assert f"--{name}" in known or explain(f"--{name}", known, value)
+    assert f"--{name}" in known or answer_to(f"--{name}", known, value)
 
 
 @pytest.mark.parametrize(

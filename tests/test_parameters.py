@@ -605,6 +605,9 @@ def test_validate_config_lists_every_problem():
         ("corpus", ["data_path", "seed"], "data_path"),
         ("--corpus", ["--data", "--seed"], "--data"),
         ("--", ["--seed"], ""),
+        ("batchsize", ["batch_size"], "batch_size"),
+        ("--export-onnx", ["--export", "--runs-dir"], ""),  # another word is no typing error
+        ("learning_rate_decay", ["learning_rate", "weight_decay"], ""),
     ],
 )
 def test_the_word_that_was_meant(word, known, found):

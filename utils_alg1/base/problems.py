@@ -61,7 +61,7 @@ def similar(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" with the only name that begins with `word` or looks like it; or "".
 
     What looks like it has its words in the same order, each with no more than a typing error, or is the
-    same but for the underscores: min_iters does not look like max_iters.
+    same but for the underscores: min_iters does not look like max_iters, nor export_onnx like export.
     """
     by_name, key = {bare(name): name for name in known}, bare(word).lower()
     begun = [name for name in by_name if len(key) >= SHORTEST_BEGINNING and name.startswith(key)]
@@ -75,8 +75,8 @@ def similar(word: str, known: Iterable[str]) -> str:
 
 
 def _similarity(one: str, other: str) -> float:
-    """Return how similar two names are, from 0 to 1: as their least similar words if they have as many."""
+    """Return how similar two names are, from 0 to 1: as their least similar words."""
     words, others = one.split("_"), other.split("_")
     if len(words) != len(others):
-        words, others = ["".join(words)], ["".join(others)]
+        return float("".join(words) == "".join(others))
     return min(difflib.SequenceMatcher(None, a, b).ratio() for a, b in zip(words, others, strict=True))

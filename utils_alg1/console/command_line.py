@@ -19,6 +19,7 @@ from utils_alg1.base.problems import Problem, raise_problems, shown, similar
 from utils_alg1.base.settings import Limits, coerce
 
 TEXTS = ("data_path", "val_data", "vocabulary", "score")  # flags that name a text
+Uses = dict[str, list[tuple[str, list[str]]]]  # name -> each use of its flag, with the words behind it
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -43,13 +44,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
         self.hint = hint or f"{self.prog} --help lists every flag"
         self._negative_number_matcher = re.compile(r"-\.?\d")  # a value, also with an exponent: -1e-3
+        self.given: list[str] = []  # the flags that stood on the command line, once it is parsed
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the command line. An Alg1Error names every unknown flag, or else the first mistake."""
         args = sys.argv[1:] if args is None else args
         namespace, unknown = self.parse_known_args(args, namespace)
         raise_problems([*self._unknown_flags(unknown)], self.hint)
-        self._refuse_repeats(args)
+        uses = self._uses(args)
+        self._refuse_repeats(uses)
+        self.given = [flag for (flag, _), *_ in uses.values()]
         words = " ".join(shown(word) for word in unknown if word != "--")
         if words:
             hint = "every value follows its flag; switches take none"
@@ -71,27 +75,27 @@ class Parser(argparse.ArgumentParser):
                 meant = ": it is a flag of train.py"
             yield Problem(f"unknown flag {flag}{meant or similar(flag, known)}")
 
-    def given(self, args: Sequence[str] | None = None) -> list[str]:
-        """Return the flags that stand on a command line, each once."""
-        words = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
-        return [word for word in dict.fromkeys(words) if word in self._option_string_actions]
-
-    def _refuse_repeats(self, args: Sequence[str]) -> None:
-        """Raise Alg1Error for a flag that is given twice, or with several values: argparse takes the last."""
-        by_name: dict[str, list[tuple[str, list[str]]]] = {}  # its uses, with the words behind it
+    def _uses(self, args: Sequence[str]) -> Uses:
+        """Return the uses of each flag on a command line, by the name of its value."""
+        uses: Uses = {}
+        current: list[str] = []  # the words behind the last flag
         for word in itertools.takewhile(lambda word: word != "--", args):
             flag, has_value, value = word.partition("=")
             if flag in self._option_string_actions:
-                words = [value] if has_value else []
-                by_name.setdefault(self._option_string_actions[flag].dest, []).append((flag, words))
-            elif by_name:
-                words.append(word)
-        for name, given in by_name.items():
+                current = [value] if has_value else []
+                uses.setdefault(self._option_string_actions[flag].dest, []).append((flag, current))
+            else:
+                current.append(word)
+        return uses
+
+    def _refuse_repeats(self, uses: Uses) -> None:
+        """Raise Alg1Error for a flag that is given twice, or with several values: argparse takes the last."""
+        for name, given in uses.items():
             flag, values = given[0][0], [word for _, words in given for word in words]
             hint = f"{several_texts(flag, values)}; {self.hint}" if name in TEXTS else self.hint
             if len(given) > 1:
-                uses = ", ".join(" ".join([flag, *map(shlex.quote, words)]) for flag, words in given)
-                raise Alg1Error(f"{flag} is given {len(given)} times: {uses}", f"give it once; {hint}")
+                listed = ", ".join(" ".join([flag, *map(shlex.quote, words)]) for flag, words in given)
+                raise Alg1Error(f"{flag} is given {len(given)} times: {listed}", f"give it once; {hint}")
             if len(values) > 1 and self._option_string_actions[flag].nargs is None:
                 text = f"{flag} takes one value, and was given {len(values)}: {' '.join(map(shown, values))}"
                 raise Alg1Error(text, f"put a value with spaces or * in quotes; {hint}")
