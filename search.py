@@ -38,6 +38,7 @@ from utils_alg1.console.command_line import (
     split_parameters,
 )
 from utils_alg1.console.script import run_script
+from utils_alg1.training.launcher import refuse_torchrun
 from utils_alg1.utils_output import Console
 
 SEARCHES_DIR = Path("searches")
@@ -91,6 +92,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
 def main(argv: list[str] | None = None) -> int:
     # 1. Command line and search space, checked before anything is created.
     arguments, options = parse_command_line(argv)
+    refuse_torchrun("search.py", "start it alone; --workers 2 runs two trials at a time")
     require_optuna()
     from utils_alg1.search.results import finished_trials, write_results
     from utils_alg1.search.space import grid_values, make_plan, read_space

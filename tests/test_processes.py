@@ -19,7 +19,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from conftest import PROJECT, TEXT, with_changes
+from conftest import PROJECT, TEXT, run_process, with_changes
 
 from model import BigramLanguageModel
 from parameters import ModelConfig
@@ -28,6 +28,7 @@ from utils_alg1.data.corpus import open_corpus
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run.run import Run
 from utils_alg1.training import arithmetic as arithmetic_module
+from utils_alg1.training import launcher
 from utils_alg1.training.arithmetic import Processor
 from utils_alg1.training.distributed import (
     SINGLE_PROCESS,
@@ -457,12 +458,142 @@ def test_one_process_alone_has_nobody_to_wait_for(monkeypatch):
 
 
 def test_the_place_that_torchrun_gives(monkeypatch):
-    for name, value in {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(name, str(value))
+    set_variables(monkeypatch, WORLD_SIZE=4, RANK=3, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, **ADDRESS)
     dist = init_distributed()
     assert (dist.rank, dist.local_rank, dist.world_size) == (3, 1, 4)
     assert not dist.is_main
     assert launch_command(dist) == "torchrun (as before) train.py"
+
+
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_LOCAL_RANK": 1, "OMPI_COMM_WORLD_SIZE": 4}
+SRUN = {"SLURM_PROCID": 3, "SLURM_LOCALID": 1, "SLURM_STEP_NUM_TASKS": 4}
+BY_HAND = {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4}
+
+
+def set_variables(monkeypatch, **values) -> None:
+    """The variables of a launcher, and no others."""
+    for name in os.environ.keys() - launcher.without_place(os.environ).keys():
+        monkeypatch.delenv(name)
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    "variables, command",
+    [
+        (MPIRUN, "mpirun (as before) python train.py"),
+        (SRUN, "srun (as before) python train.py"),
+        (SRUN | BY_HAND, "srun (as before) python train.py"),  # set in a wrapper
+        (SRUN | {"WORLD_SIZE": 4}, "srun (as before) python train.py"),
+        (BY_HAND, "torchrun (as before) train.py"),
+        (dict.fromkeys(SRUN, 7) | BY_HAND | {"LOCAL_WORLD_SIZE": 2}, "torchrun (as before) train.py"),
+    ],
+)
+def test_the_place_that_other_launchers_give(variables, command, monkeypatch):
+    set_variables(monkeypatch, **variables, **ADDRESS)
+    dist = init_distributed()
+    assert (dist.rank, dist.local_rank, dist.world_size) == (3, 1, 4)
+    assert launch_command(dist) == command
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0},
+        SRUN | {"WORLD_SIZE": 1},  # a run in each process
+        {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NTASKS": 4},  # in a script of sbatch, without srun
+        {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_STEP_NUM_TASKS": 1},
+        {"LOCAL_RANK": 1},
+    ],
+)
+def test_a_process_alone_in_a_cluster(variables, monkeypatch):
+    set_variables(monkeypatch, **variables)
+    assert init_distributed() is SINGLE_PROCESS
+
+
+ONE = "for one process: unset WORLD_SIZE; for several: torchrun --standalone --nproc_per_node=2 train.py"
+TWO = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0} | ADDRESS
+
+
+@pytest.mark.parametrize(
+    "variables, message, hint",
+    [
+        ({"WORLD_SIZE": 2}, "WORLD_SIZE is 2, but RANK is not set", ONE),
+        # in a script of sbatch, without srun
+        ({"WORLD_SIZE": 2, "SLURM_PROCID": 0}, "WORLD_SIZE is 2, but RANK is not set", ONE),
+        ({"WORLD_SIZE": 2, "RANK": 1}, "WORLD_SIZE is 2, but LOCAL_RANK is not set", ONE),
+        ({"RANK": 1}, "RANK is set, but WORLD_SIZE is not", "unset RANK, or start with torchrun"),
+        (
+            {"WORLD_SIZE": "two"},
+            "WORLD_SIZE is 'two': must be a whole number above 0",
+            "correct or unset WORLD_SIZE",
+        ),
+        (
+            {"WORLD_SIZE": 0},
+            "WORLD_SIZE is '0': must be a whole number above 0",
+            "correct or unset WORLD_SIZE",
+        ),
+        (TWO | {"RANK": 2}, "RANK is '2': must be a whole number from 0 to 1", "correct or unset RANK"),
+        (
+            TWO | {"LOCAL_RANK": -1},
+            "LOCAL_RANK is '-1': must be a whole number from 0 to 1",
+            "correct or unset LOCAL_RANK",
+        ),
+        (SRUN, "SLURM_STEP_NUM_TASKS is 4, but MASTER_ADDR is not set", launcher.SEVERAL_HINT),
+        (
+            TWO | {"MASTER_PORT": ""},
+            "WORLD_SIZE is 2, but MASTER_PORT is not set",
+            launcher.SEVERAL_HINT,
+        ),
+        (
+            TWO | {"MASTER_PORT": 70000},
+            "MASTER_PORT is '70000': must be a whole number from 1 to 65535",
+            "correct or unset MASTER_PORT",
+        ),
+    ],
+)
+def test_variables_that_are_wrong_or_incomplete(variables, message, hint, train, monkeypatch):
+    set_variables(monkeypatch, **variables)
+    result = train("--help")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"error: {message}\nhint: {hint}\n"
+
+
+@pytest.mark.parametrize("address", ["no-such-machine.invalid", "a" * 64 + ".invalid"])
+def test_an_address_that_does_not_resolve_is_said_at_once(address, train, monkeypatch):
+    set_variables(monkeypatch, **TWO | {"MASTER_ADDR": address})
+    result = train("--help")
+    assert result.code == 2
+    assert result.err.startswith(f"error: MASTER_ADDR is {address!r}: ")
+    assert result.err.endswith("\nhint: name the machine of process 0 as this one knows it\n")
+
+
+@pytest.mark.parametrize(
+    "name, code", [("inference.py", 0), ("compare.py", 0), ("search.py", 0), ("train.py", 2)]
+)
+def test_scripts_that_do_not_train_ignore_the_variables(name, code, folder, monkeypatch):
+    set_variables(monkeypatch, WORLD_SIZE="two", RANK="one")
+    assert run_process(name, "--help").code == code
+
+
+def test_processes_of_srun_train_to_the_end(folder):
+    def as_srun(rank: int) -> None:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+        os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
+
+    assert [faults.wait(pid) for pid in start(2, RUN, as_srun)] == [0, 0], output()
+    assert f"continue  srun (as before) python train.py --resume {faults.only_run(Path())}" in output()
+
+
+def test_a_port_that_is_in_use_is_said(folder):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        pids = start(1, RUN, lambda _: os.environ.update(WORLD_SIZE="2", MASTER_PORT=port))
+        wait_for_all(pids)
+    assert f"error: the processes cannot connect at 127.0.0.1:{port}: " in output()
+    assert "Traceback" not in output()
 
 
 @pytest.mark.parametrize(

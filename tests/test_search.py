@@ -761,6 +761,27 @@ def test_ctrl_c_leaves_the_trials_for_the_next_start(search, fake_train):
     assert 1e-3 in [float(row["learning_rate"]) for row in results()] and "gained" in again.out
 
 
+def test_torchrun_is_refused(search, workdir, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    result = search("--space", write_space(learning_rate=RATES))
+    assert (result.code, result.err) == (
+        2,
+        "error: search.py is one process, and WORLD_SIZE and RANK are those of 2\n"
+        "hint: start it alone; --workers 2 runs two trials at a time\n",
+    )
+    assert not Path("searches").exists()
+
+
+def test_trials_do_not_inherit_the_variables_of_a_launcher(search, fake_train, monkeypatch):
+    variables = ["WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE"]
+    for name in variables:
+        monkeypatch.setenv(name, "2")
+    fake_train.write_text(f"import os; assert not os.environ.keys() & {variables}\n" + FAKE_TRAIN)
+    assert search("--space", write_space(learning_rate=RATES), "--trials", 1).code == 0
+    assert results()[0]["state"] == "complete"
+
+
 def test_a_second_signal_leaves_no_process(fake_train):
     flags = ["--space", write_space(learning_rate=RATES), "--weight-decay", 1]
     fake_train.write_text("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FAKE_TRAIN)

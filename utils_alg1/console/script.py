@@ -14,6 +14,8 @@ from utils_alg1.base.errors import DONE, INTERRUPTED, Alg1Error, disk_error
 from utils_alg1.console.messages import print_error
 from utils_alg1.console.signals import RaiseSignal, signal_handler
 
+_exit: Callable[[int], NoReturn] = sys.exit  # how run_script ends the process
+
 
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's main() and exit with its code.
@@ -42,10 +44,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         sys.stdout.flush()
     except OSError:  # otherwise Python flushes again at exit, and prints a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if world_size() > 1:
-        # Without joining PyTorch's threads: of some forty runs on loaded cores two aborted there.
-        os._exit(code)
-    sys.exit(code)
+    _exit(code)
 
 
 def _exit_code(main: Callable[[], int]) -> int:
@@ -89,6 +88,7 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def world_size() -> int:
-    """Return the number of processes that torchrun has started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def skip_finalization() -> None:
+    """Let run_script exit without joining PyTorch's threads: of some forty runs two aborted there."""
+    global _exit
+    _exit = os._exit

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import re
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, in_use
 from utils_alg1.search.results import describe_trial, finished_trials, rounded
 from utils_alg1.search.space import Plan, changed_settings, grid_values, suggest
 from utils_alg1.tracking.metrics_file import read_rows
+from utils_alg1.training.launcher import without_place
 from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
@@ -324,7 +326,10 @@ class Search:
         with log.open("wb") as output, self.signals.delayed():
             if self.stopping:
                 raise NotFinished
-            child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            environment = without_place(os.environ)
+            child = subprocess.Popen(
+                command, stdout=output, stderr=output, start_new_session=True, env=environment
+            )
             self.children.append(child)
         return child
 

@@ -1,4 +1,4 @@
-"""One process, or several that torchrun has started:
+"""One process, or several that torchrun, srun or mpirun has started (launcher.py):
 
     torchrun --standalone --nproc_per_node=2 train.py ...
 
@@ -17,9 +17,10 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error
-from utils_alg1.console.script import world_size
+from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line
+from utils_alg1.console.script import skip_finalization
 from utils_alg1.console.signals import signal_handler
+from utils_alg1.training.launcher import launcher, read_place
 
 if TYPE_CHECKING:
     import torch
@@ -87,13 +88,30 @@ class Distributed:
 
         # While a process only waits, a signal ends it at once: Python's handlers would run after the wait.
         with signal_handler(signal.SIG_DFL), self.connection_guard():
-            if not self._connected:
-                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-                torch.distributed.init_process_group(backend, timeout=TIMEOUT)
-                self._connected = True
+            self._connect()
             values = [value]
             torch.distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
+
+    def _connect(self) -> None:
+        """Connect the processes. Raises Alg1Error if that fails."""
+        if self._connected:
+            return
+        import torch
+
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        skip_finalization()
+        try:
+            torch.distributed.init_process_group(
+                backend, timeout=TIMEOUT, rank=self.rank, world_size=self.world_size
+            )
+        except torch.distributed.DistError as error:  # the port is in use, or nobody has answered
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise Alg1Error(
+                f"the processes cannot connect at {address}: {first_line(error)[:120]}",
+                "MASTER_ADDR must be the machine of process 0, and MASTER_PORT free there",
+            ) from error
+        self._connected = True
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Return the sum over all processes of each value."""
@@ -177,16 +195,20 @@ SINGLE_PROCESS = Distributed()
 
 
 def init_distributed() -> Distributed:
-    """Return the processes that torchrun started, not connected yet; or a single process without torchrun."""
-    if world_size() == 1:
-        return SINGLE_PROCESS
-    return Distributed(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size())
+    """Return the processes that were started together, not connected yet; or a single process.
+
+    Raises what `read_place` raises.
+    """
+    rank, local_rank, world_size = read_place()
+    return SINGLE_PROCESS if world_size == 1 else Distributed(rank, local_rank, world_size)
 
 
 def launch_command(dist: Distributed) -> str:
     """Return the command that trains with as many processes again."""
     if dist.world_size == 1:
         return "python train.py"
-    if int(os.environ["LOCAL_WORLD_SIZE"]) == dist.world_size:
+    if launcher() != "torchrun":
+        return f"{launcher()} (as before) python train.py"
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(dist.world_size):
         return f"torchrun --standalone --nproc_per_node={dist.world_size} train.py"
     return "torchrun (as before) train.py"
