@@ -603,6 +603,11 @@ def test_validate_config_lists_every_problem():
         ("N_EMBD", ["n_embd", "n_head"], "n_embd"),
         ("--nope", ["--compile"], ""),  # dashes make no words alike
         ("corpus", ["data_path", "seed"], "data_path"),
+        ("data", ["data_path", "seed"], "data_path"),
+        ("--data-path", ["--data", "--seed"], "--data"),
+        (":max_length", [":length", ":seed"], ":length"),
+        (":max_new_tokens", [":length", ":seed"], ":length"),
+        ("--length", ["--max-new-tokens", "--seed"], "--max-new-tokens"),
         ("--corpus", ["--data", "--seed"], "--data"),
         ("--", ["--seed"], ""),
         ("batchsize", ["batch_size"], "batch_size"),

@@ -42,16 +42,14 @@ SAME = {
     "dtype": "torch_dtype",
     "threads": "num_threads n_threads",
     "data": "corpus input text train_file data_file text_file input_file data_path",
-    "data_path": "corpus input text train_file data_file text_file input_file data",
     "val_data": "validation_file val_file eval_file valid_data",
     "run_tag": "run_name wandb_run_name name",
     "tensorboard": "use_tensorboard",
     "resume": "resume_from_checkpoint resume_from resume_training",
     "quiet": "disable_tqdm",
-    # inference.py, where `length` is a command of the dialogue
+    # inference.py
     "prompt": "start text input input_text",
     "max_new_tokens": "length max_length max_tokens num_tokens n_tokens tokens",
-    "length": "max_new_tokens max_tokens tokens",
     "num_samples": "samples n_samples num_return_sequences",
     "stop": "stop_token stop_string eos_token",
     "interactive": "chat",
@@ -66,6 +64,9 @@ SAME = {
     "sort": "sort_by order_by",
 }
 
+# What a name of the tables is called where it is no flag: in files, and in the dialogue of inference.py.
+OTHERWISE = {"data": "data_path", "max_new_tokens": "length"}
+
 COMMAND_LINE = "{data_path?}it is a flag, for the command line"
 LATEST = (
     "{resume latest}",
@@ -73,8 +74,6 @@ LATEST = (
     "{run?}leave it out: it samples the latest run",
 )
 INITIAL = ("use {init_from}, a file of weights", f"{COMMAND_LINE}: --init-from PATH")
-TEXT_FILE = ("use {data}, a text file", "use {data_path}, a text file")
-SHAKESPEARE = ("{data shakespeare}", "{data_path shakespeare}")
 
 # Other names, or names with a value (name=value) -> what to write here: an answer, or several, of which the
 # first counts whose names are all known where the other name was found. In an answer {name} and {name value}
@@ -108,8 +107,8 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     "resume resume_from_checkpoint resume_from resume_training": f"{COMMAND_LINE}: --resume RUN",
     "config print_config quiet verbose serve_tensorboard disable_tqdm": COMMAND_LINE,
     # the text
-    "dataset dataset_name": TEXT_FILE,
-    "dataset=shakespeare_char dataset=shakespeare dataset=tinyshakespeare": SHAKESPEARE,
+    "dataset dataset_name": "use {data}, a text file",
+    "dataset=shakespeare_char dataset=shakespeare dataset=tinyshakespeare": "{data shakespeare}",
     "validation_split_percentage": "use {val_split}, a fraction of the text",
     "tokenizer tokenizer_name tokenizer_path encoding": "{batch_size?}leave it out: a token is a character",
     "num_workers dataloader_num_workers pin_memory dataloader_pin_memory dataloader_drop_last group_by_length"
@@ -214,9 +213,15 @@ def bare(name: str) -> str:
     return name.lstrip("-:").replace("-", "_").rpartition(".")[2]
 
 
+def _by_name(known: Iterable[str]) -> dict[str, str]:
+    """Return the known names as they are written, by what they are called in the tables."""
+    by_name = {bare(name): name for name in known}
+    return by_name | {name: by_name[other] for name, other in OTHERWISE.items() if other in by_name}
+
+
 def same_as(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" with the name in `known` that is `word` or means the same; or ""."""
-    key, by_name = bare(word).lower(), {bare(name): name for name in known}
+    key, by_name = bare(word).lower(), _by_name(known)
     found = [key] if key in by_name else [name for name in by_name if key in SAME.get(name, "").split()]
     return f"; did you mean {by_name[found[0]]}?" if found else ""
 
@@ -228,7 +233,7 @@ def answer_to(word: str, known: Iterable[str], value: Any = None) -> str:
         known: the names that are known where `word` was found: flags, or keys of a file.
         value: what `word` was set to, if that is known.
     """
-    key, by_name = bare(word).lower(), {bare(name): name for name in known}
+    key, by_name = bare(word).lower(), _by_name(known)
     with_value = f"{key}={value}".lower() if isinstance(value, bool | str) else ""
     return _answer(with_value, by_name) or same_as(word, known) or _answer(key, by_name)
 
