@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -13,12 +14,14 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import QUIET_TRACKERS, TINY
 
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.data import text_files
 from utils_alg1.data.corpus import open_corpus
+from utils_alg1.data.encodings import ENCODINGS, likely_readings
 from utils_alg1.data.sources import find_text
 from utils_alg1.data.text_files import BOM
 
@@ -130,7 +133,8 @@ def test_the_hint_shows_how_the_text_reads(train, workdir):
     assert result.code == 2
     assert result.err.splitlines() == [
         "error: text.txt: not UTF-8 at byte 171 (0xC2), in line 10",
-        "hint: in WINDOWS-1251 it reads “Все счастливые семьи похожи друг на друг”; if that is right:"
+        "hint: in WINDOWS-1251 it reads “Все счастливые семьи похожи друг на друг”,"
+        " in MAC-CYRILLIC it reads “¬се счастливые семьи похожи друг на друг”; if the first is right:"
         " iconv -f WINDOWS-1251 -t UTF-8 < text.txt > text-utf8.txt; then use text-utf8.txt",
     ]
     assert os.listdir() == ["text.txt"]
@@ -150,7 +154,175 @@ def test_an_encoding_is_named_only_if_the_whole_file_is_valid_in_it(workdir):
 def test_bytes_in_no_encoding_get_no_command(workdir):
     Path("text.txt").write_bytes(bytes(range(128, 256)) * 20 + b"\0\xff")
 
-    assert error_of("text.txt").hint == "this is hardly a text file"
+    assert error_of("text.txt").hint == (
+        "this is hardly a text file; if these are the token ids of another program, name the text that they"
+        " were made from"
+    )
+
+
+SAMPLES = {  # language -> a text, the encodings in which it is written
+    "fr": (
+        (
+            "Longtemps, je me suis couché de bonne heure. Parfois, à peine ma bougie éteinte, mes yeux "
+            "se fermaient si vite que je n'avais pas le temps de me dire : « Je m'endors. » Et, une "
+            "demi-heure après, la pensée qu'il était temps de chercher le sommeil m'éveillait ; je "
+            "voulais poser le volume que je croyais avoir encore dans les mains et souffler ma lumière "
+            "; sa sœur, au cœur pur, œuvrait déjà ; où est-elle allée ? Noël à l'île, garçon, forêt, "
+            "août."
+        ),
+        "cp1252 iso8859_15 mac_roman cp850",
+    ),
+    "es": (
+        (
+            "En un lugar de la Mancha, de cuyo nombre no quiero acordarme, no ha mucho tiempo que "
+            "vivía un hidalgo; ¿qué pasó? ¡Señor! Añadió él: mañana sí, según él pingüino."
+        ),
+        "cp1252 mac_roman cp850",
+    ),
+    "pt": (
+        "Não há razão para a situação; avó e avô, coração, órgão, às vezes é útil, ação.",
+        "cp1252 cp850",
+    ),
+    "de": (
+        (
+            "Die Straße führte über grüne Hügel; möglicherweise hätte er früher aufhören müssen. "
+            "Äußerst schöne Öfen, süße Übung. „Ja“, sagte er – und ging."
+        ),
+        "cp1252",
+    ),
+    "sv": (
+        (
+            "Alla människor är födda fria och lika i värde och rättigheter. De är utrustade med "
+            "förnuft och samvete och bör handla gentemot varandra i en anda av broderskap. Å."
+        ),
+        "cp1252 mac_roman",
+    ),
+    "pl": (
+        (
+            "Litwo! Ojczyzno moja! ty jesteś jak zdrowie. Ile cię trzeba cenić, ten tylko się dowie, "
+            "kto cię stracił. Dziś piękność twą w całej ozdobie widzę i opisuję, bo tęsknię po tobie. "
+            "Panno Święta, co Jasnej bronisz Częstochowy i w Ostrej świecisz Bramie! Ty, co gród "
+            "zamkowy Nowogródzki ochraniasz z jego wiernym ludem! Źdźbło, żółw, łąka."
+        ),
+        "cp1250 iso8859_2 cp852",
+    ),
+    "cs": (
+        (
+            "Všichni lidé rodí se svobodní a sobě rovní co do důstojnosti a práv. Jsou nadáni rozumem "
+            "a svědomím a mají spolu jednat v duchu bratrství. Řeka, ťuk, ďas, žába."
+        ),
+        "cp1250 iso8859_2",
+    ),
+    "hu": (
+        (
+            "Minden emberi lény szabadon születik és egyenlő méltósága és joga van. Az emberek, ésszel "
+            "és lelkiismerettel bírván, egymással szemben testvéri szellemben kell hogy viseltessenek. "
+            "Űr, ő, tűző."
+        ),
+        "cp1250 iso8859_2",
+    ),
+    "ro": (
+        (
+            "Toate fiinţele umane se nasc libere şi egale în demnitate şi în drepturi. Ele sunt "
+            "înzestrate cu raţiune şi conştiinţă."
+        ),
+        "cp1250",
+    ),
+    "tr": (
+        (
+            "Bütün insanlar hür, haysiyet ve haklar bakımından eşit doğarlar. Akıl ve vicdana "
+            "sahiptirler, birbirlerine karşı kardeşlik zihniyeti ile hareket etmelidirler. İğne, çığ, "
+            "ŞĞ."
+        ),
+        "cp1254",
+    ),
+    "lt": (
+        (
+            "Visi žmonės gimsta laisvi ir lygūs savo orumu ir teisėmis. Jiems suteiktas protas ir "
+            "sąžinė ir jie turi elgtis vienas kito atžvilgiu kaip broliai. Ėjo, įėjo, šaukštas."
+        ),
+        "cp1257",
+    ),
+    "ru": (
+        (
+            "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива "
+            "по-своему. Все смешалось в доме Облонских. Жена узнала, что муж был в связи с бывшею в их "
+            "доме француженкою-гувернанткой, и объявила мужу, что не может жить с ним в одном доме."
+        ),
+        "cp1251 koi8_r cp866 iso8859_5 mac_cyrillic",
+    ),
+    "uk": (
+        (
+            "Реве та стогне Дніпр широкий, сердитий вітер завива, додолу верби гне високі, горами "
+            "хвилю підійма. І блідий місяць на ту пору із хмари де-де виглядав, неначе човен в синім "
+            "морі, то виринав, то потопав. Їжак, є, ґанок."
+        ),
+        "cp1251 koi8_u",
+    ),
+    "el": (
+        (
+            "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα. Είναι "
+            "προικισμένοι με λογική και συνείδηση."
+        ),
+        "cp1253 iso8859_7",
+    ),
+    "he": (
+        "כל בני האדם נולדו בני חורין ושווים בערכם ובזכויותיהם.",
+        "cp1255 iso8859_8",
+    ),
+    "ar": (
+        "يولد جميع الناس أحرارا متساوين في الكرامة والحقوق.",
+        "cp1256 iso8859_6",
+    ),
+    "zh": (
+        "道可道，非常道。名可名，非常名。无名天地之始，有名万物之母。故常无欲，以观其妙；常有欲，以观其徼。",
+        "gb18030",
+    ),
+    "zht": (
+        "道可道，非常道。名可名，非常名。無名天地之始，有名萬物之母。故常無欲，以觀其妙；常有欲，以觀其徼。",
+        "big5",
+    ),
+    "ja": (
+        "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所でニャーニャー泣いていた事だけは記憶している。",
+        "cp932 euc_jp",
+    ),
+    "ko": (
+        "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.",
+        "cp949",
+    ),
+}
+
+
+@pytest.mark.parametrize("times", [1, 30])
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        pytest.param(text, encoding, id=f"{language}-{encoding}")
+        for language, (text, encodings) in SAMPLES.items()
+        for encoding in encodings.split()
+    ],
+)
+def test_the_likeliest_encoding_reads_the_text(workdir, text, encoding, times):
+    content = (f"{text}\n" * times).encode(encoding, "ignore")
+    Path("text.txt").write_bytes(content)
+
+    first, *others = likely_readings(Path("text.txt"), content)
+
+    python_name = next(name for name, iconv_name in ENCODINGS.items() if iconv_name == first)
+    assert content.decode(python_name) == content.decode(encoding)
+    assert len(others) < 3
+    if encoding == "cp1250" and not set(content) & set(b"\x81\x8d\x8f\x90\x9d"):  # not in the other
+        assert "WINDOWS-1252" in others
+
+
+def test_the_pieces_shown_are_of_a_place_where_the_readings_differ(workdir):
+    text = "Un café, déjà. " * 9 + "Ça coûte 5 € à l’œil nu. " + "Un café, déjà. " * 9
+    Path("text.txt").write_bytes(content := text.encode("cp1252"))
+
+    readings = likely_readings(Path("text.txt"), content)
+
+    assert "5 €" in readings["WINDOWS-1252"]
+    assert len(set(readings.values())) == len(readings) > 1
 
 
 # --- bad bytes, and cut files -------------------------------------------------------------------------
@@ -207,6 +379,18 @@ def test_bad_bytes_in_good_utf8_are_left_out_by_the_hint(workdir, position):
     assert Path("text-utf8.txt").read_bytes() == good
 
 
+@needs_iconv
+@pytest.mark.parametrize("bad", [b"\xed\xa0\x80", b"\xed\xa0\xbd\xed\xb8\x80", b"\xc0\x80"])
+def test_what_java_writes_for_surrogates_and_zeros_is_left_out_by_the_hint(workdir, bad):
+    Path("text.txt").write_bytes(b"To be" + bad + b", or" + bad + b" not\n")
+
+    hint = error_of("text.txt").hint
+
+    assert hint.startswith("the rest is UTF-8; to leave out what is not: iconv -c -f UTF-8")
+    subprocess.run(["sh", "-c", "iconv -c -f UTF-8 -t UTF-8 < text.txt > text-utf8.txt"])
+    assert text_of("text-utf8.txt") == "To be, or not\n"
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("whole", ["日本語", "a€", "a🙂"])
 def test_a_file_that_ends_inside_a_character_was_cut_off(workdir, whole, packed):
@@ -248,6 +432,7 @@ def tarred(name: str) -> bytes:
         ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\n", "a PDF", "pdftotext a.pdf a-utf8.txt"),
         ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "a PNG picture", "tesseract a.png stdout > a-utf8.txt"),
         ("a.jpg", b"\xff\xd8\xff\xe0", "a JPEG picture", "tesseract a.jpg stdout > a-utf8.txt"),
+        ("a.tif", b"II*\0\x08\0", "a TIFF picture", "tesseract a.tif stdout > a-utf8.txt"),
         ("a.gif", b"GIF89a\x01", "a GIF picture", "tesseract a.gif stdout > a-utf8.txt"),
         ("a.rtf", rb"{\rtf1\ansi text}", "an RTF document", "pandoc -f rtf -t plain -o a-utf8.txt a.rtf"),
         ("a.doc", b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Office document", "soffice --cat a.doc > a-utf8.txt"),
@@ -298,8 +483,16 @@ def test_a_file_of_another_kind_is_named_with_the_way_out(train, workdir, name, 
         (zipped("archive/data.pkl"), "a file of PyTorch"),
         (b"\x93NUMPY\x01\0", "a numpy array"),
         (b"\x7fELF\x02", "a program"),
+        (b"\xcf\xfa\xed\xfe\x07", "a program"),
+        (b"\xca\xfe\xba\xbe\0\0\0\x41", "a Java class or a program"),
+        (b"PAR1\x15\x04\x15", "a Parquet file"),
+        (b"ARROW1\0\0", "an Arrow file"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"RIFF\x24\x08\0\0WAVEfmt ", "a sound, film or picture"),
+        (b"GGUF\x03\0\0\0", "a model in GGUF"),
+        (pickle.dumps(["a", "b"]), "a pickle of Python"),
     ],
-    ids=["pt", "npy", "elf"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_has_no_text_in_it_is_named(workdir, content, kind):
     Path("it").write_bytes(content)
@@ -308,6 +501,36 @@ def test_what_has_no_text_in_it_is_named(workdir, content, kind):
 
     assert error.message == f"it: this is {kind}, no text"
     assert error.hint == "name the text that it was made from"
+
+
+def test_a_pointer_of_git_lfs_is_no_text(workdir):
+    Path("it").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+
+    error = error_of("it")
+
+    assert error.message == "it: this is a pointer of Git LFS, no text"
+    assert error.hint == "git lfs pull, in its repository"
+
+
+@pytest.mark.parametrize(
+    "start", ["PAR1 is a text.", "GGUF is one.", "RIFF raff", "version https://git-lfs is"]
+)
+def test_words_that_files_of_other_kinds_begin_with_are_text(workdir, start):
+    Path("it").write_text(start)
+
+    assert text_of("it") == start
+
+
+@pytest.mark.parametrize("high", [65, 50257])
+def test_token_ids_of_another_program_are_not_said_to_be_utf16(workdir, high):
+    np.random.default_rng(1).integers(0, high, 20_000, np.uint16).tofile("train.bin")
+    try:
+        told = "\n".join(open_corpus("train.bin").warnings(0.9))
+    except Alg1Error as error:
+        told = str(error.hint)
+
+    assert "UTF-16" not in told
+    assert "if these are the token ids of another program, name the text that they were made from" in told
 
 
 @pytest.mark.parametrize(
@@ -344,6 +567,37 @@ def test_bad_files_in_a_folder_are_named_by_themselves(workdir):
     assert error_of("books").message == "books/2.txt: this is a PDF, no text"
 
 
+@needs_iconv
+@pytest.mark.parametrize("name", ["books", "books/*.t*"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("drei schöne Bücher".encode("latin-1"), "drei schöne Bücher"),
+        ("日本".encode()[:-1], "日"),
+        ("ein schöner Text: ".encode() + b"\xff", "ein schöner Text: "),
+        ("ein Text".encode("utf-16"), "ein Text"),
+        (gzip.compress(gzip.compress(b"ein Text")), "ein Text"),
+    ],
+    ids=["latin-1", "cut", "bad byte", "utf-16", "gzip"],
+)
+def test_the_hint_replaces_a_file_of_several(workdir, name, packed, content, expected):
+    Path("books").mkdir()
+    Path("books/1.txt").write_text("one, ")
+    bad = Path("books/2.txt.gz" if packed else "books/2.txt")
+    bad.write_bytes(gzip.compress(content) if packed else content)
+
+    for _ in range(3):
+        try:
+            text = text_of(name)
+            break
+        except Alg1Error as error:
+            assert shlex.split(follow(error.hint)) == [name]
+
+    assert text == f"one, {expected}"
+    assert sorted(os.listdir("books")) == [".tokens", "1.txt", bad.name]
+
+
 # --- what is trained on with a warning ----------------------------------------------------------------
 
 
@@ -368,6 +622,8 @@ def test_text_with_zero_characters_is_told_as_what_it_probably_is(train, workdir
     [
         ("<!DOCTYPE html>\n<html><body>", True),
         ("\ufeff\n <html lang=en>", True),
+        ('<?xml version="1.0"?>\n<!-- a\nb --><!---->\n<!DOCTYPE html PUBLIC>', True),
+        ("<!-- a --> " * 300 + "<p>", False),
         ("<htmlish>", False),
         ("A text about <html>", False),
     ],
@@ -380,3 +636,13 @@ def test_html_is_trained_on_with_a_warning(workdir, content, warns):
     remedy = "pandoc -f html -t plain -o text-utf8.txt text.txt; then use text-utf8.txt"
     line = f"text.txt: this is HTML, whose tags are trained on too; for its text alone: {remedy}"
     assert (line in warnings) is warns
+
+
+@needs_iconv
+def test_iso_2022_jp_is_named(workdir):
+    Path("text.txt").write_bytes(("ASCII\n" + JAPANESE).encode("iso2022_jp"))
+
+    line = next(line for line in open_corpus("text.txt").warnings(0.9) if "ISO" in line)
+
+    assert line.startswith("text.txt: this is hardly UTF-8, but ISO-2022-JP; if it is: iconv -f ISO-2022-JP")
+    assert text_of(follow(line)) == "ASCII\n" + JAPANESE

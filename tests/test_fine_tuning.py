@@ -116,6 +116,15 @@ def test_a_vocabulary_of_more_than_256_characters_keeps_its_tokens(workdir):
         assert wider.tokenizer.decode(wider.tokens.tolist()) == FEWER
 
 
+@pytest.mark.parametrize("end", ["", "é"])
+def test_what_the_model_has_learned_is_not_said_to_be_unlearnable(tune, workdir, end):
+    late = "".join(sorted(set(VOCABULARY) - set("the lazy dog\n")))
+    Path("late.txt").write_text(FEWER + late + end, encoding="utf-8")
+    result = tune("late.txt", "--new-characters", "add")
+    assert result.code == 0, result.err
+    assert ("cannot learn" in result.err) is bool(end)
+
+
 # --- further characters -------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import data
 from utils_alg1.data import sources, text_files, texts
 from utils_alg1.data.corpus import open_corpus
+from utils_alg1.data.sources import find_text
 from utils_alg1.data.text_files import BOM, TextFiles
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import RunFolder, list_runs
@@ -266,6 +267,46 @@ def test_many_packed_files_are_never_in_memory_as_a_whole(workdir, monkeypatch):
     assert max(peaks) < size / 3
 
 
+@pytest.mark.parametrize(
+    ("held_out", "both"),
+    [
+        ("folder/2.txt", "folder/2.txt"),
+        ("folder/../folder/2.txt", "folder/../folder/2.txt"),
+        ("copy.txt", "copy.txt"),
+        ("link", "link/2.txt"),
+        ("other.txt", None),
+    ],
+)
+def test_a_held_out_file_that_is_trained_on_is_told(workdir, held_out, both):
+    for name in ("folder", "link"):
+        Path(name).mkdir()
+    write("folder/1.txt", "abcd" * 50), write("folder/2.txt", "bcda" * 40), write("copy.txt", "bcda" * 40)
+    write("other.txt", "bcad" * 40)
+    Path("link/2.txt").symlink_to("../folder/2.txt")
+
+    warnings = open_corpus(find_text("folder"), find_text(held_out)).warnings(0.9)
+
+    expected = f"{both}: it is trained on too, so the val loss does not tell of new text"
+    assert warnings == ([expected] if both else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a\r\nb\r\n", "its lines end with CR LF"),
+        ("a\r\nb\nc\r\nd", "2 of its lines end with CR LF"),
+        ("a\r\nb\rc", "1 of its lines end with CR LF"),
+    ],
+)
+def test_how_many_lines_end_with_cr_lf_is_told_where_not_all_do(workdir, text, told):
+    write("text.txt", text)
+
+    (remark,) = open_corpus("text.txt").remarks()
+
+    assert remark.startswith(f"text.txt: {told}, which the samples will have too")
+    assert ("to change that" in remark) is ("\rc" not in text)
+
+
 # --- a held-out text ----------------------------------------------------------------------------------
 
 
@@ -490,7 +531,7 @@ def test_only_runs_with_the_same_val_part_are_compared(train, workdir, capsys):
         ("abcd" * 99, "abcdéß" * 9, "characters in held.txt only, which this run cannot learn (2 of 6): 'ß'"),
         ("abcd" * 99, "abcd" * 99, "held.txt: the held-out text is the text that is trained on"),
         ("ab\rcd" * 99, None, "text.txt: 99 line ends of CR alone, as on old Macs; to change that: tr "),
-        ("ab\r\ncd\r" * 99, None, "text.txt: 99 line ends of CR alone, as on old Macs\n"),
+        ("ab\r\ncd\r" * 99, None, "text.txt: 99 line ends of CR alone, as on old Macs; to change that: sed "),
     ],
 )
 def test_what_is_rarely_meant_in_a_text_is_one_warning(train, workdir, text, held_out, warning):
@@ -514,6 +555,16 @@ def test_the_command_for_other_line_ends_makes_them_lf(train, workdir, end, expe
     command, new = re.search("to change that: (.*); then use (.*)$", line).groups()
     subprocess.run(["sh", "-c", command], check=True)
     assert Path(new).read_bytes() == TEXT.encode()
+
+
+def test_the_command_for_mixed_line_ends_merges_no_lines(workdir):
+    write("text.txt", "a\r\nb\rc\nd\r\n\r\ne")
+
+    (warning,) = (line for line in open_corpus("text.txt").warnings(1.0) if "CR alone" in line)
+
+    command, new = re.search("to change that: (.*); then use (.*)$", warning).groups()
+    subprocess.run(["sh", "-c", command], check=True)
+    assert Path(new).read_bytes() == b"a\nb\nc\nd\n\ne"
 
 
 def test_cr_lf_is_one_line_that_is_no_warning(train, workdir):

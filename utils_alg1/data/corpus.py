@@ -4,11 +4,13 @@ data/sources.py      what --data and --val-data name -> files
 data/text_files.py   files -> bytes
 data/texts.py        bytes -> a validated text, and its tokens, which are cached
 data/diagnosis.py    what to do about a file that is no text in UTF-8
+data/encodings.py    which encoding such a file is likely in
 """
 
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,12 +23,22 @@ from parameters import DataConfig
 from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.text import format_count
-from utils_alg1.data.diagnosis import ICONV, NO_TEXT, PANDOC, fill_in, is_markup, wide_encoding
+from utils_alg1.data.diagnosis import (
+    ICONV,
+    NO_TEXT,
+    PANDOC,
+    TOKEN_IDS,
+    fill_in,
+    is_iso_2022_jp,
+    is_markup,
+    wide_encoding,
+)
 from utils_alg1.data.sources import Say, find_text, find_training_text
-from utils_alg1.data.text_files import TextFiles
+from utils_alg1.data.text_files import TextFiles, read_bytes
 from utils_alg1.data.texts import Text, load_tokens, open_text
 
 REMOVE_CR = "tr -d '\\r' < OLD > NEW"
+ALL_TO_LF = "sed 's/\\r$//' < OLD | tr '\\r' '\\n' > NEW"
 CR_TO_LF = "tr '\\r' '\\n' < OLD > NEW"
 
 
@@ -114,18 +126,21 @@ class Corpus:
     def remarks(self) -> list[str]:
         """Return the lines that tell what a text is like, where nothing is wrong with it."""
         return [
-            f"{text.name}: its lines end with CR LF, which the samples will have too"
-            + _remedy(REMOVE_CR, text)
+            f"{text.name}: {_lines_with_crlf(text)} end with CR LF, which the samples will have too"
+            + ("" if text.n_cr else _remedy(REMOVE_CR, text))
             for text in self.texts
             if text.n_crlf
         ]
 
-    def warnings(self, train_split: float) -> list[str]:
-        """Return a line for each property of the texts that is rarely meant."""
+    def warnings(self, train_split: float, learned: Iterable[str] = ()) -> list[str]:
+        """Return a line for each property of the texts that is rarely meant.
+
+        `learned` are the characters of the model that the run starts from.
+        """
         lines = [line for text in self.texts for line in _warnings(text)]
         n_train = self.split_sizes(train_split, None)[0]
         known = {c for c, first in zip(self.text.vocabulary, self.text.first, strict=True) if first < n_train}
-        if unknown := self.characters - known:
+        if unknown := self.characters.difference(known, learned):
             where = f"in {self.held_out.name} only" if self.held_out else "not in the part for training"
             count = f"{len(unknown)} of {len(self.characters)}"
             lines.append(
@@ -133,27 +148,51 @@ class Corpus:
             )
         if self.held_out is not None and self.held_out.sha256 == self.text.sha256:
             lines.append(f"{self.held_out.name}: the held-out text is the text that is trained on")
+        elif self.held_out is not None and (both := _first_in_both(self.text, self.held_out)):
+            lines.append(f"{both}: it is trained on too, so the val loss does not tell of new text")
         return lines
+
+
+def _first_in_both(text: Text, held_out: Text) -> Path | None:
+    """Return the first file of a held-out text that is one of a text, or has the same bytes; or None."""
+    sizes: dict[int, list[Path]] = {}
+    for path in text.files.paths:
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    for path in held_out.files.paths:
+        size = path.stat().st_size
+        if size and any(filecmp.cmp(path, other, shallow=False) for other in sizes.get(size, [])):
+            return path
+    return None
 
 
 def _warnings(text: Text) -> Iterator[str]:
     """Yield what is rarely meant in one text."""
-    paths = text.files.paths
+    paths, within = text.files.paths, text.files.within
     if "\0" in text.vocabulary:
         wide = next(((path, name) for path in paths if (name := wide_encoding(path))), None)
-        remedy = f"; if it is {wide[1]}: {fill_in(ICONV.format(wide[1]), wide[0])}" if wide else ""
+        remedy = f"; {TOKEN_IDS}"
+        if wide is not None:
+            remedy = f"; if it is {wide[1]}: {fill_in(ICONV.format(wide[1]), wide[0], within=within)}"
         yield f"{text.name}: it has characters of value 0: {NO_TEXT}{remedy}"
+    if "\x1b" in text.vocabulary and (path := next(filter(is_iso_2022_jp, paths), None)):
+        remedy = fill_in(ICONV.format("ISO-2022-JP"), path, within=within)
+        yield f"{path}: this is hardly UTF-8, but ISO-2022-JP; if it is: {remedy}"
     if path := next(filter(is_markup, paths), None):
-        remedy = fill_in(PANDOC.format("html"), path)
+        remedy = fill_in(PANDOC.format("html"), path, within=within)
         yield f"{path}: this is HTML, whose tags are trained on too; for its text alone: {remedy}"
     if text.n_cr:
-        remedy = "" if text.n_crlf else _remedy(CR_TO_LF, text)
+        remedy = _remedy(ALL_TO_LF if text.n_crlf else CR_TO_LF, text)
         yield f"{text.name}: {format_count(text.n_cr, 'line end')} of CR alone, as on old Macs{remedy}"
+
+
+def _lines_with_crlf(text: Text) -> str:
+    n_lines = sum(chunk.count(b"\n") for path in text.files.paths for chunk in read_bytes(path))
+    return "its lines" if n_lines == text.n_crlf and not text.n_cr else f"{text.n_crlf:,} of its lines"
 
 
 def _remedy(command: str, text: Text) -> str:
     """Return the end of a line that says how to change a text; nothing for one of several files."""
-    if len(text.files.paths) > 1:
+    if text.files.within is not None:
         return ""
     return f"; to change that: {fill_in(command, text.files.paths[0], 'lf')}"
 

@@ -10,24 +10,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.text import without_controls
+from utils_alg1.data.encodings import NOT_ASCII, decodes, likely_readings
 from utils_alg1.data.text_files import GZIP, open_bytes, read_bytes
 
 HEAD_BYTES = 4096
 SAMPLE_BYTES = 1 << 16  # of a text whose encoding is looked for
-SURE_BYTES = 100  # that are not ASCII: from so many on the likeliest encoding is named alone
-N_GUESSES = 3
-PREVIEW_LENGTH = 40  # characters
 NO_TEXT = "this is hardly a text file"
+TOKEN_IDS = "if these are the token ids of another program, name the text that they were made from"
 UNKNOWN_ENCODING = "its encoding is not known: save it as UTF-8 in a program that shows it well"
+PRINTABLE = 0.9  # of the characters of a text, at the least
 HIGH_BYTES = bytes(range(0x80, 0x100))  # those that are not ASCII
-NOT_ASCII = re.compile("[^\0-\x7f]")
+# Not UTF-8, but Java and some databases write them: halves of a surrogate pair, and zero in two bytes.
+MODIFIED_UTF8 = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]|\xc0\x80")
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 # In a command, OLD is the file, NEW the text to be made of it, and FOLDER a folder to unpack it to.
 ICONV = "iconv -f {} -t UTF-8 < OLD > NEW"
+DROP = "iconv -c -f UTF-8 -t UTF-8"
 PANDOC = "pandoc -f {} -t plain -o NEW OLD"
 OCR = "tesseract OLD stdout > NEW"
+MADE_FROM = "name the text that it was made from"
 UNZIP = "python -m zipfile -e OLD FOLDER"
 # What begins like this is no text: its first bytes, what it is, the command that makes a text of it.
 KINDS = (
@@ -45,46 +47,36 @@ KINDS = (
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x -oFOLDER OLD"),
     (rb"Rar!\x1a\x07", "a RAR archive", "unrar x OLD FOLDER/"),
     (rb"(?s).{257}ustar", "a tar archive", "python -m tarfile -e OLD FOLDER"),
-    (rb"\x93NUMPY", "a numpy array", ""),
-    (rb"\x7fELF|MZ\x90\0", "a program", ""),
+    (rb"\x93NUMPY", "a numpy array", MADE_FROM),
+    (rb"\x7fELF|MZ\x90\0|[\xce\xcf]\xfa\xed\xfe|\xfe\xed\xfa[\xce\xcf]", "a program", MADE_FROM),
+    (rb"\xca\xfe\xba\xbe", "a Java class or a program", MADE_FROM),
+    (rb"PAR1[\0-\x1f]", "a Parquet file", MADE_FROM),
+    (rb"ARROW1\0\0", "an Arrow file", MADE_FROM),
+    (rb"\x89HDF\r\n", "an HDF5 file", MADE_FROM),
+    (rb"II\*\0|MM\0\*", "a TIFF picture", OCR),
+    (rb"(?s)RIFF.{4}(WAVE|AVI |WEBP)", "a sound, film or picture", MADE_FROM),
+    (rb"GGUF[\0-\x09]", "a model in GGUF", MADE_FROM),
+    (rb"\x80[\x02-\x05]", "a pickle of Python", MADE_FROM),
+    (rb"version https://git-lfs\S*\s+(ext-|oid )", "a pointer of Git LFS", "git lfs pull, in its repository"),
 )
 ZIP = b"PK\x03\x04"
 ZIPS = {  # a member of a ZIP archive -> what it is, the command
     "word/document.xml": ("a Word document", PANDOC.format("docx")),
     "META-INF/container.xml": ("an EPUB book", PANDOC.format("epub")),
     "content.xml": ("an OpenDocument text", PANDOC.format("odt")),
-    "data.pkl": ("a file of PyTorch", ""),
+    "data.pkl": ("a file of PyTorch", MADE_FROM),
 }
-MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
-
-# Encodings that are looked for: Python's name -> iconv's. Of those that read a text alike the first is named.
-ENCODINGS = {
-    "cp1252": "WINDOWS-1252",
-    "gb18030": "GB18030",
-    "big5hkscs": "BIG5-HKSCS",
-    "cp932": "CP932",
-    "euc_jp": "EUC-JP",
-    "cp949": "CP949",
-    "cp1251": "WINDOWS-1251",
-    "koi8_r": "KOI8-R",
-    "koi8_u": "KOI8-U",
-    "cp1250": "WINDOWS-1250",
-    "iso8859_2": "ISO-8859-2",
-    "cp1253": "WINDOWS-1253",
-    "cp1254": "WINDOWS-1254",
-    "cp1255": "WINDOWS-1255",
-    "cp1256": "WINDOWS-1256",
-    "cp1257": "WINDOWS-1257",
-    "cp866": "CP866",
-    "cp850": "CP850",
-    "cp437": "CP437",
-    "mac_roman": "MACINTOSH",
-    "tis_620": "TIS-620",
-}
+MARKUP = re.compile(
+    rb"(\xef\xbb\xbf)?(?>\s+|<\?xml.*?\?>|<!--.*?-->)*+<(!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL
+)
+JAPANESE_MAIL = re.compile(rb"\x1b\$[@B]")  # ISO-2022-JP begins Japanese so
 
 
-def refuse_other_kinds(path: Path) -> None:
-    """Raise Alg1Error if the first bytes of a file tell that it is no text."""
+def refuse_other_kinds(path: Path, within: str | None = None) -> None:
+    """Raise Alg1Error if the first bytes of a file tell that it is no text.
+
+    `within` is as in `fill_in`.
+    """
     with open_bytes(path) as stream:
         head = stream.read(HEAD_BYTES)
     kind, command = next(
@@ -93,7 +85,7 @@ def refuse_other_kinds(path: Path) -> None:
     if head.startswith(ZIP):
         kind, command = _kind_of_zip(path)
     if kind:
-        hint = fill_in(command, path) if command else "name the text that it was made from"
+        hint = fill_in(command, path, within=within) if "OLD" in command else command
         raise Alg1Error(f"{path}: this is {kind}, no text", hint)
 
 
@@ -118,23 +110,38 @@ def is_markup(path: Path) -> bool:
         return MARKUP.match(stream.read(HEAD_BYTES)) is not None
 
 
-def fill_in(command: str, path: Path, suffix: str = "utf8") -> str:
+def is_iso_2022_jp(path: Path) -> bool:
+    """Return whether a text has the bytes that begin Japanese in ISO-2022-JP, and is valid in it."""
+    with open_bytes(path) as stream:
+        return JAPANESE_MAIL.search(stream.read(SAMPLE_BYTES)) is not None and decodes(path, "iso2022_jp")
+
+
+def fill_in(command: str, path: Path, suffix: str = "utf8", within: str | None = None) -> str:
     """Return a command with the names of a file and its outputs filled in, and what to use then.
 
-    `suffix` ends the name of the new text.
+    `suffix` ends the name of the new text. It takes the place of the file if that is one of several, of the
+    folder or pattern `within`: beside it, it would be read as well.
     """
     name = path.name.removesuffix(".gz")
     stem = name.removesuffix(Path(name).suffix)
     with path.open("rb") as file:
         packed = file.read(len(GZIP)) == GZIP
     new, folder = path.with_name(f"{stem}-{suffix}.txt"), path.with_name(f"{stem}-files")
-    if packed and "< OLD" in command:
+    unpacked = packed and "< OLD" not in command
+    if packed and not unpacked:
         command = "gunzip < OLD | " + command.replace(" < OLD", "")
-    elif packed:  # then this file is told what to do
+    elif unpacked:  # then this file is told what to do
         command, new = "gunzip < OLD > NEW", path.with_name(f"unpacked-{name}")
+    used = _quoted(folder if "FOLDER" in command else new)
+    if within is not None and "FOLDER" in command:
+        used = f"{used} in place of this file"
+    elif within is not None:
+        made = "; test -s NEW" if DROP in command else ""  # it fails where it drops something
+        repacked = " && gzip NEW && mv NEW.gz OLD" if packed and not unpacked else " && mv NEW OLD"
+        command, used = command + made + repacked, _quoted(Path(within))
     names = {"OLD": path, "NEW": new, "FOLDER": folder}
     filled = re.sub("OLD|NEW|FOLDER", lambda word: _quoted(names[word[0]]), command)
-    return f"{filled}; then use {_quoted(folder if 'FOLDER' in command else new)}"
+    return f"{filled}; then use {used}"
 
 
 def _quoted(path: Path) -> str:
@@ -153,27 +160,26 @@ class _Fault(NamedTuple):
     sample: bytes  # from the beginning of its line, or from it where the line is long
 
 
-def not_utf8(path: Path) -> Alg1Error:
-    """Return the error for a file that is not UTF-8."""
+def not_utf8(path: Path, within: str | None = None) -> Alg1Error:
+    """Return the error for a file that is not UTF-8; `within` is as in `fill_in`."""
     fault = _find_fault(path)
     if fault is None:
         return Alg1Error(f"{path}: it changed while it was read", "train on a copy of it")
     if fault.cut:
         text = f"{path}: it ends inside a character, at byte {fault.at} in line {fault.line}: it was cut off"
-        return Alg1Error(
-            text, f"get it whole, or leave that out: {fill_in(f'head -c {fault.at} < OLD > NEW', path)}"
-        )
+        command = fill_in(f"head -c {fault.at} < OLD > NEW", path, within=within)
+        return Alg1Error(text, f"get it whole, or leave that out: {command}")
     text = f"{path}: not UTF-8 at byte {fault.at} (0x{fault.byte:02X}), in line {fault.line}"
     good, bad = _count_characters(fault)
-    leave_out = fill_in("iconv -c -f UTF-8 -t UTF-8 < OLD > NEW", path)
-    if good > bad:
+    leave_out = fill_in(f"{DROP} < OLD > NEW", path, within=within)
+    if good > bad or _is_modified_utf8(fault.sample):
         return Alg1Error(text, f"the rest is UTF-8; to leave out what is not: {leave_out}")
     if wide := wide_encoding(path):
-        return Alg1Error(text, f"this is {wide}: {fill_in(ICONV.format(wide), path)}")
+        return Alg1Error(text, f"this is {wide}: {fill_in(ICONV.format(wide), path, within=within)}")
     if b"\0" in fault.sample:  # text in an 8-bit encoding has no zero bytes
-        return Alg1Error(text, NO_TEXT)
+        return Alg1Error(text, f"{NO_TEXT}; {TOKEN_IDS}")
     otherwise = f"to leave it out: {leave_out}; or " if bad == 1 else ""
-    return Alg1Error(text, otherwise + _encoding_hint(path, fault.sample))
+    return Alg1Error(text, otherwise + _encoding_hint(path, fault.sample, within))
 
 
 def _find_fault(path: Path) -> _Fault | None:
@@ -211,6 +217,16 @@ def _count_characters(fault: _Fault) -> tuple[int, int]:
     return fault.n_good // 2 + len(NOT_ASCII.findall(text)) - n_bad, n_bad
 
 
+def _is_modified_utf8(sample: bytes) -> bool:
+    """Return whether bytes are UTF-8 but for MODIFIED_UTF8."""
+    rest, n = MODIFIED_UTF8.subn(b"", sample)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(rest)
+    except UnicodeDecodeError:
+        return False
+    return n > 0
+
+
 def wide_encoding(path: Path) -> str | None:
     """Return the encoding of a file with two or four bytes for each character, by iconv's name, or None.
 
@@ -227,45 +243,22 @@ def wide_encoding(path: Path) -> str | None:
         ("UTF-16LE", zeros[1] + zeros[3] > 2 * (zeros[0] + zeros[2])),
         ("UTF-16BE", zeros[0] + zeros[2] > 2 * (zeros[1] + zeros[3])),
     )
-    return next((name for name, fits in ways if fits and _decodes(path, name)), None)
+    return next((name for name, fits in ways if fits and _reads(path, name)), None)
 
 
-def _decodes(path: Path, encoding: str) -> bool:
-    """Return whether a whole file is valid in an encoding."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    try:
-        for chunk in itertools.chain(read_bytes(path), [b""]):
-            decoder.decode(chunk, final=not chunk)
-    except UnicodeError:
-        return False
-    return True
+def _reads(path: Path, encoding: str) -> bool:
+    """Return whether a whole file is valid in an encoding of wide characters, and its beginning is text."""
+    with open_bytes(path) as stream:
+        head = codecs.getincrementaldecoder(encoding)("ignore").decode(stream.read(HEAD_BYTES))
+    n_text = sum(character.isprintable() or character.isspace() for character in head)
+    return n_text >= PRINTABLE * len(head) and decodes(path, encoding)
 
 
-def _encoding_hint(path: Path, sample: bytes) -> str:
-    """Return how to convert a text from the likeliest encoding in which the whole file is valid.
-
-    It shows how the text reads in it; that of a short text is a guess, so up to N_GUESSES are shown.
-    """
-    from charset_normalizer import from_bytes
-
-    readings: dict[str, str] = {}  # by iconv's name
-    for match in from_bytes(sample[: sample.rfind(b"\n") + 1] or sample, cp_isolation=[*ENCODINGS]):
-        for encoding, name in ENCODINGS.items():
-            if encoding in (match.encoding, *match.could_be_from_charset) and _decodes(path, encoding):
-                preview = _preview(sample.decode(encoding, "ignore"))
-                readings[name] = f"in {name} it reads \u201c{preview}\u201d"
-                break
-        if len(readings) == (1 if _count_high(sample) >= SURE_BYTES else N_GUESSES):
-            break
+def _encoding_hint(path: Path, sample: bytes, within: str | None) -> str:
+    """Return how to convert a text from the likeliest encoding, and how it reads in the likely ones."""
+    readings = likely_readings(path, sample)
     if not readings:
         return UNKNOWN_ENCODING
-    likeliest = next(iter(readings))
+    shown = ", ".join(f"in {name} it reads \u201c{preview}\u201d" for name, preview in readings.items())
     condition = "if that is right" if len(readings) == 1 else "if the first is right"
-    return f"{', '.join(readings.values())}; {condition}: {fill_in(ICONV.format(likeliest), path)}"
-
-
-def _preview(text: str) -> str:
-    """Return some characters of a text, on one line, around the first that is not ASCII."""
-    match = NOT_ASCII.search(text)
-    start = max(0, match.start() - PREVIEW_LENGTH // 2) if match else 0
-    return " ".join(without_controls(text[start : start + PREVIEW_LENGTH]).split())
+    return f"{shown}; {condition}: {fill_in(ICONV.format(next(iter(readings))), path, within=within)}"

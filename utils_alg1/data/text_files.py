@@ -24,6 +24,11 @@ class TextFiles:
     name: str  # as a person named them: a file, a folder or a pattern
     paths: tuple[Path, ...]
 
+    @property
+    def within(self) -> str | None:
+        """What was named if that is not the one file itself: a folder or a pattern."""
+        return None if self.name == str(self.paths[0]) else self.name
+
     @classmethod
     def of(cls, text: TextFiles | Path | str) -> TextFiles:
         """Return `text`, or the one file that it names."""

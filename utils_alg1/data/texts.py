@@ -70,7 +70,7 @@ def open_text(files: TextFiles) -> Text:
         Alg1Error: empty, no text, not UTF-8 (naming the first invalid byte), or not readable.
     """
     for path in files.paths:
-        refuse_other_kinds(path)
+        refuse_other_kinds(path, files.within)
     text = _read_cached(files) or scan_text(files)
     if not text.n_characters:
         what = "the file is empty" if len(files.paths) == 1 else f"its {len(files.paths)} files are empty"
@@ -96,7 +96,7 @@ def read_text(files: TextFiles, sha256: Any) -> Iterator[str]:
                 yield decoder.decode(chunk)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            raise not_utf8(path) from None
+            raise not_utf8(path, files.within) from None
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,8 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
         corpus.tokenize()  # only now, as all is checked
         if note:
             console.say(note)
-        remark_on_texts(corpus, params.data, console)
+        learned = (initial.vocabulary if initial else None) or ()
+        remark_on_texts(corpus, params.data, console, learned)
         after_failure.pop_all()
     job = Job(params, corpus, runtime, run, checkpoint, initial)
     job.config_files = sources.files
@@ -137,13 +139,13 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
     return job
 
 
-def remark_on_texts(corpus: Corpus, data: DataConfig, console: Console) -> None:
-    """Print what a person should know of the texts before they are trained on."""
+def remark_on_texts(corpus: Corpus, data: DataConfig, console: Console, learned: Iterable[str]) -> None:
+    """Print what a person should know of the texts before they are trained on; see `Corpus.warnings`."""
     for line in corpus.remarks():
         console.say(line)
     if unused := data.unused_splits():
         console.warn(f"not used, as val_data is given: {', '.join(unused)}")
-    for line in corpus.warnings(data.train_split):
+    for line in corpus.warnings(data.train_split, learned):
         console.warn(line)
 
 
