@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import pty
 import shlex
 import subprocess
 import sys
+import threading
 import unicodedata
 from pathlib import Path
 
@@ -29,8 +31,11 @@ def model(workdir):
     return model
 
 
+SAVE_IT = "save it to a file and name that: the error then tells its encoding and how to convert it"
+
+
 def give_input(monkeypatch, content: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
 
 
 # --- a file -------------------------------------------------------------------------------------------
@@ -62,8 +67,8 @@ def test_carriage_returns_are_kept_and_a_byte_order_mark_is_not(sample, workdir)
     [
         ("nowhere", "nowhere: no such file", "check its path"),
         ("folder", "folder: cannot be read: Is a directory", "this is a folder; name a file in it"),
-        ("latin", "latin: not UTF-8 at byte 1", "save it as UTF-8"),
-        ("-", "the standard input: not UTF-8 at byte 1", "save it as UTF-8"),
+        ("latin", "latin: not UTF-8 at byte 1 (0xE9), in line 1", None),
+        ("-", "the standard input: not UTF-8", SAVE_IT),
     ],
 )
 def test_a_file_that_holds_no_prompt_is_one_error_before_the_model_is_read(
@@ -75,7 +80,24 @@ def test_a_file_that_holds_no_prompt_is_one_error_before_the_model_is_read(
 
     result = sample("--prompt-file", name)
 
-    assert (result.code, result.out, result.err) == (2, "", f"error: {error}\nhint: {hint}\n")
+    said, told = result.err.splitlines()
+    assert (result.code, result.out, said) == (2, "", f"error: {error}")
+    assert told == f"hint: {hint}" if hint else "; then use latin-utf8.txt" in told
+
+
+@pytest.mark.parametrize("source", ["prompt.txt.gz", "-", "pipe"])
+def test_a_packed_prompt_is_unpacked(sample, model, source, monkeypatch):
+    packed = gzip.compress(b"ab\n")
+    Path("prompt.txt.gz").write_bytes(packed)
+    give_input(monkeypatch, packed)
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=Path("pipe").write_bytes, args=(packed,), daemon=True)
+    if source == "pipe":
+        writer.start()
+
+    result = sample("--prompt-file", source, *GREEDY)
+
+    assert (result.code, result.out) == (0, greedy(model, "ab\n", 12) + "\n")
 
 
 def test_of_a_long_prompt_only_the_context_is_made_tokens(sample, model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import math
@@ -227,7 +228,7 @@ def test_the_standard_input_and_a_pipe_give_the_same_figures(sample, model, monk
     text = "\ufeff" + text_of(500)  # the byte order mark is no part of the text
     write(text)
     in_file = sample(*MODEL, "--score", "text.txt")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(text.encode()))))
     os.mkfifo("pipe")
     writer = threading.Thread(target=Path("pipe").write_bytes, args=(text.encode(),))
     writer.start()
@@ -238,6 +239,39 @@ def test_the_standard_input_and_a_pipe_give_the_same_figures(sample, model, monk
     writer.join()
     assert in_file.out == piped.out == named.out
     assert figures(piped)["nats_per_character"] == pytest.approx(loss_of(model, text[1:]), abs=1e-5)
+
+
+def test_a_packed_text_is_unpacked_from_the_standard_input_and_a_pipe(sample, model, monkeypatch):
+    text = text_of(500)
+    write(text)
+    packed = gzip.compress(text.encode())
+    stdin = io.BufferedReader(io.BytesIO(packed))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=Path("pipe").write_bytes, args=(packed,))
+    writer.start()
+
+    piped = sample(*MODEL, "--score", "-")
+    named = sample(*MODEL, "--score", "pipe")
+
+    writer.join()
+    assert sample(*MODEL, "--score", "text.txt").out == piped.out == named.out
+    assert not stdin.closed
+
+
+def test_a_pipe_that_cannot_be_read_is_a_mistake(sample, model, monkeypatch):
+    os.mkfifo("pipe")
+    real = Path.open
+
+    def refuse(path, *arguments):
+        if path.name == "pipe":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    result = sample(*MODEL, "--score", "pipe")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines()[1] == "error: pipe: cannot be read: Permission denied"
 
 
 def test_how_a_text_is_cut_into_pieces_does_not_matter(sample, model, monkeypatch):
@@ -277,7 +311,7 @@ MIXED = "Zab日c🙂d\ra é日"  # ten that are known, four that are not
 @pytest.mark.parametrize("source", ["text.txt", "-"])
 def test_unknown_characters_are_refused_by_default(sample, model, source, monkeypatch):
     write(MIXED)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(MIXED.encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(MIXED.encode()))))
 
     result = sample(*MODEL, "--score", source)
 
@@ -341,7 +375,7 @@ def test_a_text_that_cannot_be_scored_is_one_error(sample, model, content, error
 
 @pytest.mark.parametrize("content", [b"", b"a", b"ab\xff"])
 def test_nor_can_it_from_the_standard_input(sample, model, content, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
     result = sample(*MODEL, "--score", "-")
     assert (result.code, result.out) == (2, "")
     wanted = "the standard input: not UTF-8" if len(content) > 2 else "--score -: nothing in this text"
@@ -399,7 +433,7 @@ def test_ctrl_c_tells_what_was_scored_so_far(sample, model, monkeypatch):
 def test_a_long_text_shows_its_progress_at_a_terminal(model, terminal, monkeypatch, source):
     write(text_of(1000))
     monkeypatch.setattr(score_module, "BAR_DELAY", -1.0)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text_of(1000).encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(text_of(1000).encode()))))
     shown = terminal()
 
     inference.main([*MODEL, "--score", source])

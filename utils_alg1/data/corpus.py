@@ -34,7 +34,7 @@ from utils_alg1.data.diagnosis import (
     wide_encoding,
 )
 from utils_alg1.data.sources import Say, find_text, find_training_text
-from utils_alg1.data.text_files import TextFiles, read_bytes
+from utils_alg1.data.text_files import TextFiles, iter_bytes
 from utils_alg1.data.texts import Text, load_tokens, open_text
 
 REMOVE_CR = "tr -d '\\r' < OLD > NEW"
@@ -186,7 +186,7 @@ def _warnings(text: Text) -> Iterator[str]:
 
 
 def _lines_with_crlf(text: Text) -> str:
-    n_lines = sum(chunk.count(b"\n") for path in text.files.paths for chunk in read_bytes(path))
+    n_lines = sum(chunk.count(b"\n") for path in text.files.paths for chunk in iter_bytes(path))
     return "its lines" if n_lines == text.n_crlf and not text.n_cr else f"{text.n_crlf:,} of its lines"
 
 

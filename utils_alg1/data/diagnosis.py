@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.data.encodings import NOT_ASCII, decodes, likely_readings
-from utils_alg1.data.text_files import GZIP, open_bytes, read_bytes
+from utils_alg1.data.text_files import GZIP, iter_bytes, open_bytes
 
 HEAD_BYTES = 4096
 SAMPLE_BYTES = 1 << 16  # of a text whose encoding is looked for
@@ -185,7 +185,7 @@ def not_utf8(path: Path, within: str | None = None) -> Alg1Error:
 def _find_fault(path: Path) -> _Fault | None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     n_bytes, n_high, line, line_start = 0, 0, 1, 0
-    for chunk in itertools.chain(read_bytes(path), [b""]):
+    for chunk in itertools.chain(iter_bytes(path), [b""]):
         try:
             decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:

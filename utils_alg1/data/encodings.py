@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from utils_alg1.base.text import without_controls
-from utils_alg1.data.text_files import read_bytes
+from utils_alg1.data.text_files import iter_bytes
 
 N_GUESSES = 3
 PREVIEW_LENGTH = 40  # characters
@@ -90,7 +90,7 @@ def decodes(path: Path, encoding: str) -> bool:
     """Return whether a whole file is valid in an encoding."""
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
-        for chunk in itertools.chain(read_bytes(path), [b""]):
+        for chunk in itertools.chain(iter_bytes(path), [b""]):
             decoder.decode(chunk, final=not chunk)
     except UnicodeError:
         return False

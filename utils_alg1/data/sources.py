@@ -39,7 +39,7 @@ def find_training_text(name: str = DEFAULT_PATH, say: Say = print) -> TextFiles:
     used instead.
     """
     path = _path_of(name)
-    if path != Path(DEFAULT_PATH) or _mode(path):
+    if path != Path(DEFAULT_PATH) or file_mode(path):
         return find_text(name, say)
     try:
         return TextFiles.of(_shakespeare(say, path))
@@ -75,7 +75,7 @@ def find_files(name: str, flag: str, corpora: Collection[str] = ()) -> TextFiles
         hint = f"download it first: curl -o input.txt {shlex.quote(name)}; then {flag} input.txt"
         raise Alg1Error(f"{flag} {name}: must be a file on this machine", hint)
     path = _path_of(name)
-    mode = _mode(path)
+    mode = file_mode(path)
     if stat.S_ISREG(mode):
         return TextFiles.of(path)
     if stat.S_ISDIR(mode):
@@ -95,7 +95,7 @@ def _path_of(name: str) -> Path:
     return FOLDER / f"{name}.txt" if name in NAMED_CORPORA else Path(os.path.expanduser(name))
 
 
-def _mode(path: Path) -> int:
+def file_mode(path: Path) -> int:
     """Return the st_mode of a path, or 0 if nothing is there. Raises Alg1Error if it cannot be read."""
     try:
         return path.stat().st_mode
@@ -103,6 +103,12 @@ def _mode(path: Path) -> int:
         return 0
     except OSError as error:
         raise unreadable(path, error) from None
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether a path is neither a file nor a folder, such as a pipe: it can be read only once."""
+    mode = file_mode(path)
+    return mode != 0 and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _files_in(folder: Path, flag: str) -> tuple[Path, ...]:

@@ -7,6 +7,7 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +36,32 @@ class TextFiles:
         return text if isinstance(text, TextFiles) else cls(str(text), (Path(text),))
 
 
+STANDARD_INPUT = "the standard input"  # what messages call a stream
+
+
 @contextlib.contextmanager
-def open_bytes(path: Path) -> Iterator[Any]:
-    """Open a file as a stream of bytes, which are unpacked if it is gzip.
+def open_bytes(source: Path | BufferedReader) -> Iterator[Any]:
+    """Open a file, or a stream that stays open, as a stream of bytes, which are unpacked if it is gzip.
 
     Raises:
         Alg1Error: it cannot be read, or is damaged gzip.
     """
+    name = source if isinstance(source, Path) else STANDARD_INPUT
     try:
-        with path.open("rb") as file:
-            packed = file.read(len(GZIP)) == GZIP
-            file.seek(0)
+        with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
+            packed = file.peek(len(GZIP)).startswith(GZIP)  # a pipe cannot be read from the start again
             with gzip.GzipFile(fileobj=file) if packed else contextlib.nullcontext(file) as stream:
                 yield stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Alg1Error(f"{path}: damaged gzip: {error}", "get it again, whole") from None
+        raise Alg1Error(f"{name}: damaged gzip: {error}", "get it again, whole") from None
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable(name, error) from None
 
 
-def read_bytes(path: Path, keep_bom: bool = True) -> Iterator[bytes]:
-    """Yield the bytes of a file in pieces, unpacked, with or without its byte order mark."""
-    with open_bytes(path) as stream:
-        head = stream.read(len(BOM))
-        if keep_bom or head != BOM:
+def iter_bytes(source: Path | BufferedReader, keep_bom: bool = True) -> Iterator[bytes]:
+    """Yield the bytes of a file or stream in pieces, unpacked, with or without its byte order mark."""
+    with open_bytes(source) as stream:
+        if not keep_bom and (head := stream.read(len(BOM))) != BOM:
             yield head
         while chunk := stream.read(CHUNK_BYTES):
             yield chunk

@@ -17,8 +17,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from utils import N_CODE_POINTS, Tokenizer
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import atomic_file, write_all, write_atomically
 from utils_alg1.data.diagnosis import not_utf8, refuse_other_kinds
-from utils_alg1.data.text_files import TextFiles, read_bytes
+from utils_alg1.data.text_files import STANDARD_INPUT, TextFiles, iter_bytes
 
 LOGGER = logging.getLogger("alg1")
 
@@ -89,14 +90,34 @@ def read_text(files: TextFiles, sha256: Any) -> Iterator[str]:
         Alg1Error: naming the first byte that is not UTF-8.
     """
     for i, path in enumerate(files.paths):
-        decoder = codecs.getincrementaldecoder("utf-8" if i else "utf-8-sig")()
         try:
-            for chunk in read_bytes(path, keep_bom=i == 0):
-                sha256.update(chunk)
-                yield decoder.decode(chunk)
-            decoder.decode(b"", final=True)
+            chunks = iter_bytes(path, keep_bom=i == 0)
+            yield from _decode(chunks, "utf-8" if i else "utf-8-sig", sha256.update)
         except UnicodeDecodeError:
             raise not_utf8(path, files.within) from None
+
+
+def read_stream(source: Path | BufferedReader) -> Iterator[str]:
+    """Yield a text that can be read only once, such as that of a pipe, as `read_text` does that of a file.
+
+    Raises:
+        Alg1Error: it cannot be read, or is not UTF-8.
+    """
+    try:
+        yield from _decode(iter_bytes(source), "utf-8-sig", lambda _: None)
+    except UnicodeDecodeError:
+        name = source if isinstance(source, Path) else STANDARD_INPUT
+        hint = "save it to a file and name that: the error then tells its encoding and how to convert it"
+        raise Alg1Error(f"{name}: not UTF-8", hint) from None
+
+
+def _decode(chunks: Iterable[bytes], codec: str, see: Callable[[bytes], object]) -> Iterator[str]:
+    """Yield the text of bytes in pieces, and show each chunk to `see`. Raises UnicodeDecodeError."""
+    decoder = codecs.getincrementaldecoder(codec)()
+    for chunk in chunks:
+        see(chunk)
+        yield decoder.decode(chunk)
+    decoder.decode(b"", final=True)
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -146,7 +167,7 @@ def _read_cached(files: TextFiles) -> Text | None:
         return None
     sha256 = hashlib.sha256()
     for i, path in enumerate(files.paths):
-        for chunk in read_bytes(path, keep_bom=i == 0):
+        for chunk in iter_bytes(path, keep_bom=i == 0):
             sha256.update(chunk)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         about = json.loads((folder / f"{sha256.hexdigest()}.json").read_text(encoding="utf-8"))

@@ -8,10 +8,12 @@ import re
 import shlex
 import sys
 import unicodedata
+from io import BufferedReader
+from pathlib import Path
+from typing import cast
 
 from utils import Tokenizer, show_characters
-from utils_alg1.base.errors import Alg1Error, unreadable
-from utils_alg1.base.files import decode, read_bytes
+from utils_alg1.base.errors import Alg1Error
 from utils_alg1.console.messages import print_note
 
 STANDARD_INPUT = "-"  # as the name of a file
@@ -24,9 +26,11 @@ def read_prompt(prompt: str | None, path: str | None) -> str:
         Alg1Error: the file cannot be read, or --prompt names a file as other programs would read it.
     """
     if path == STANDARD_INPUT:
-        return decode(read_standard_input(), "the standard input")
+        from utils_alg1.data.texts import read_stream
+
+        return "".join(read_stream(standard_input()))
     if path is not None:
-        return decode(read_bytes(path), path)
+        return read_prompt_file(Path(path))
     prompt = prompt or ""
     name = re.fullmatch(r"FILE:(\S+)|@(.+)", prompt)  # as in nanoGPT, and as in curl
     if name and (name[1] or os.path.isfile(name[2])):
@@ -39,11 +43,26 @@ def read_prompt(prompt: str | None, path: str | None) -> str:
     return prompt
 
 
-def read_standard_input() -> bytes:
-    try:
-        return sys.stdin.buffer.read()
-    except OSError as error:
-        raise unreadable("the standard input", error) from None
+def read_prompt_file(path: Path) -> str:
+    """Return the text of a file, which may be empty, or of a pipe; both may be packed with gzip."""
+    import hashlib
+
+    from utils_alg1.data.diagnosis import refuse_other_kinds
+    from utils_alg1.data.sources import file_mode, is_stream
+    from utils_alg1.data.text_files import TextFiles
+    from utils_alg1.data.texts import read_stream, read_text
+
+    if not file_mode(path):
+        raise Alg1Error(f"{path}: no such file", "check its path")
+    if is_stream(path):
+        return "".join(read_stream(path))
+    refuse_other_kinds(path)
+    return "".join(read_text(TextFiles.of(path), hashlib.sha256()))
+
+
+def standard_input() -> BufferedReader:
+    """Return the bytes of the standard input."""
+    return cast(BufferedReader, sys.stdin.buffer)
 
 
 def note_unread_input() -> None:

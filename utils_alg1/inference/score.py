@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import hashlib
 import math
@@ -12,18 +11,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils import N_CODE_POINTS, Tokenizer, show_characters
-from utils_alg1.base.errors import Alg1Error, unreadable
+from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.text import bits_per_character, format_count, format_loss, perplexity
 from utils_alg1.console.messages import is_terminal, print_note
-from utils_alg1.data.sources import find_files
-from utils_alg1.data.text_files import CHUNK_BYTES
-from utils_alg1.data.texts import Text, open_text, read_text
-from utils_alg1.inference.prompts import STANDARD_INPUT
+from utils_alg1.data.sources import find_files, is_stream
+from utils_alg1.data.texts import Text, open_text, read_stream, read_text
+from utils_alg1.inference.prompts import STANDARD_INPUT, standard_input
 from utils_alg1.network.sampling import LogitsDecoder
 from utils_alg1.network.scoring import score_tokens
 
@@ -107,32 +105,12 @@ def score_text(name: str, decoder: LogitsDecoder, tokenizer: Tokenizer, unknown:
 def find_pieces(name: str) -> tuple[Iterator[str], Text | None]:
     """Return a text in pieces and, if it can be read twice, what a first reading tells of it."""
     if name == STANDARD_INPUT:
-        return decode_stream(contextlib.nullcontext(sys.stdin.buffer), "the standard input"), None
+        return read_stream(standard_input()), None
     path = Path(os.path.expanduser(name))
-    if path.exists() and not path.is_file() and not path.is_dir():  # such as a pipe
-        return decode_stream(path.open("rb"), name), None
+    if is_stream(path):
+        return read_stream(path), None
     text = open_text(find_files(name, "--score"))
     return read_text(text.files, hashlib.sha256()), text
-
-
-def decode_stream(opened: contextlib.AbstractContextManager[BinaryIO], name: str) -> Iterator[str]:
-    """Yield a text in UTF-8 in pieces, without its byte order mark.
-
-    Raises:
-        Alg1Error: it cannot be read, or is not UTF-8.
-    """
-    decoder, chunk, n_bytes = codecs.getincrementaldecoder("utf-8-sig")(), b"first", 0
-    try:
-        with opened as file:
-            while chunk:
-                chunk = file.read(CHUNK_BYTES)
-                n_bytes += len(chunk)
-                yield decoder.decode(chunk, final=not chunk)
-    except OSError as error:
-        raise unreadable(name, error) from None
-    except UnicodeDecodeError as error:
-        at = n_bytes - len(error.object) + error.start
-        raise Alg1Error(f"{name}: not UTF-8 at byte {at}", "convert it to UTF-8") from None
 
 
 def refuse_unknown(name: str, characters: Iterable[str]) -> None:
