@@ -68,7 +68,7 @@ def test_carriage_returns_are_kept_and_a_byte_order_mark_is_not(sample, workdir)
         ("nowhere", "nowhere: no such file", "check its path"),
         ("folder", "folder: cannot be read: Is a directory", "this is a folder; name a file in it"),
         ("latin", "latin: not UTF-8 at byte 1 (0xE9), in line 1", None),
-        ("-", "the standard input: not UTF-8", SAVE_IT),
+        ("-", "the standard input: not UTF-8 at byte 1", SAVE_IT),
     ],
 )
 def test_a_file_that_holds_no_prompt_is_one_error_before_the_model_is_read(

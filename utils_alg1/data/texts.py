@@ -103,12 +103,14 @@ def read_stream(source: Path | BufferedReader) -> Iterator[str]:
     Raises:
         Alg1Error: it cannot be read, or is not UTF-8.
     """
+    sizes: list[int] = []  # of the chunks read so far
     try:
-        yield from _decode(iter_bytes(source), "utf-8-sig", lambda _: None)
-    except UnicodeDecodeError:
+        yield from _decode(iter_bytes(source), "utf-8-sig", lambda chunk: sizes.append(len(chunk)))
+    except UnicodeDecodeError as error:
+        at = sum(sizes) - len(error.object) + error.start
         name = source if isinstance(source, Path) else STANDARD_INPUT
         hint = "save it to a file and name that: the error then tells its encoding and how to convert it"
-        raise Alg1Error(f"{name}: not UTF-8", hint) from None
+        raise Alg1Error(f"{name}: not UTF-8 at byte {at}", hint) from None
 
 
 def _decode(chunks: Iterable[bytes], codec: str, see: Callable[[bytes], object]) -> Iterator[str]:
