@@ -80,7 +80,6 @@ PUNCTUATION = "’“”«»–—…„‘\xa0¿¡°§€"
 # Costs in nats, -log(probability). That of a letter follows Zipf's law: the k-th has a share of 1/k.
 PUNCTUATION_COST = 4.0
 UPPER_COST = 1.0  # more than the small letter
-UPPER_INSIDE_COST = 3.0  # after a small letter
 OTHER_COST = 9.0
 NATURAL_COST = 4.0  # each character of a text in one of these languages costs less on average
 MARGIN = 1.0  # a reading that costs more than the best one by this is not shown
@@ -134,16 +133,10 @@ def _likely_encodings(sample: bytes) -> list[str]:
 
 def _cost(text: str) -> float:
     """Return the mean cost of the characters of a text that are not ASCII, in the language that fits best."""
-    pairs = collections.Counter(zip(" " + text, text, strict=False))
-    counts: collections.Counter[tuple[str, float]] = collections.Counter()
-    for (before, character), count in pairs.items():
-        if not character.isascii():
-            small = character.lower()
-            upper = UPPER_INSIDE_COST if before.islower() else UPPER_COST
-            counts[small, 0.0 if small == character else upper] += count
+    counts = collections.Counter("".join(NOT_ASCII.findall(text)))
 
     def total(costs: dict[str, float]) -> float:
-        return sum(n * (costs[c] + case if c in costs else OTHER_COST) for (c, case), n in counts.items())
+        return sum(n * costs.get(character, OTHER_COST) for character, n in counts.items())
 
     return min(map(total, _letter_costs())) / max(1, counts.total())
 
@@ -151,15 +144,13 @@ def _cost(text: str) -> float:
 @functools.cache
 def _letter_costs() -> list[dict[str, float]]:
     """Return the cost of each letter and punctuation mark, for each of ALPHABETS."""
-    marks = dict.fromkeys(PUNCTUATION, PUNCTUATION_COST)
-    return [
-        marks
-        | {
-            letter: math.log(rank * sum(1 / k for k in range(1, len(alphabet) + 1)))
-            for rank, letter in enumerate(alphabet, 1)
-        }
-        for alphabet in ALPHABETS
-    ]
+    tables = []
+    for alphabet in ALPHABETS:
+        sum_of_shares = sum(1 / rank for rank in range(1, len(alphabet) + 1))
+        small = {letter: math.log(rank * sum_of_shares) for rank, letter in enumerate(alphabet, 1)}
+        upper = {letter.upper(): cost + UPPER_COST for letter, cost in small.items()}
+        tables.append(dict.fromkeys(PUNCTUATION, PUNCTUATION_COST) | upper | small)
+    return tables
 
 
 def _previews(texts: list[str]) -> list[str]:
