@@ -25,6 +25,7 @@ from parameters import Parameters, specs
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.files import read_json_object
 from utils_alg1.base.problems import nearest, raise_problems
+from utils_alg1.base.scripts import command
 from utils_alg1.base.text import EVALUATION_NOTE, bits_per_character, format_number, perplexity, text_name
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag
 from utils_alg1.console.messages import text_for_stream
@@ -67,7 +68,7 @@ MAX_CELL_LENGTH = 40  # characters of a parameter or a text
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; raises Alg1Error for unknown flags and an unknown column of --sort."""
     description = "Compare runs: print a table of their parameters and results."
-    parser = Parser(prog="python compare.py", description=description)
+    parser = Parser(prog=command("compare.py"), description=description)
     add_runs_dir_flag(parser)
     column = "sort by a heading such as tok/s, a value of --json or a parameter, the best first (%(default)s)"
     parser.add_argument("--sort", type=find_column, default="run", metavar="NAME", help=column)

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base.errors import DONE, Alg1Error
-from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty, number
+from utils_alg1.base.scripts import command
+from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty, number, path_name
 from utils_alg1.console.dialogue import add_settings, interact
 from utils_alg1.console.messages import text_for_stream
 from utils_alg1.console.script import run_script
@@ -40,19 +41,21 @@ OF_EVERY_MODE = {"--run", "--model", "--runs-dir", "--device", "--vocabulary", "
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line of inference.py. Raises Alg1Error, or SystemExit after --help."""
-    parser = Parser(prog="python inference.py", description="Sample text from a trained model, or score one.")
+    parser = Parser(
+        prog=command("inference.py"), description="Sample text from a trained model, or score one."
+    )
     source = parser.add_mutually_exclusive_group()
     run = "a run id or directory (default: the latest)"
-    source.add_argument("--run", type=not_empty, metavar="RUN", help=run)
-    source.add_argument("--model", type=not_empty, metavar="PATH", help="an exported file or a checkpoint")
+    source.add_argument("--run", type=path_name, metavar="RUN", help=run)
+    source.add_argument("--model", type=path_name, metavar="PATH", help="an exported file or a checkpoint")
     text = parser.add_argument_group("text")
     prompts = text.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     file = "a file with the text to continue, to its last line end; - is the standard input"
-    prompts.add_argument("--prompt-file", type=not_empty, metavar="PATH", help=file)
+    prompts.add_argument("--prompt-file", type=path_name, metavar="PATH", help=file)
     prompts.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
     scored = "draw nothing, and measure how well the model predicts this text; - is the standard input"
-    prompts.add_argument("--score", type=not_empty, metavar="PATH", help=scored)
+    prompts.add_argument("--score", type=path_name, metavar="PATH", help=scored)
     add_settings(text)
     samples = "number of texts to draw (%(default)s)"
     text.add_argument("--num-samples", type=number(int, minimum=1), default=1, metavar="N", help=samples)
@@ -60,7 +63,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     device = f"{spec.help} (%(default)s)"
     parser.add_argument("--device", type=not_empty, default=spec.default, metavar="NAME", help=device)
     vocabulary = "the text that the weights were trained on, if they come without a vocabulary"
-    parser.add_argument("--vocabulary", type=not_empty, metavar="PATH", help=vocabulary)
+    parser.add_argument("--vocabulary", type=path_name, metavar="PATH", help=vocabulary)
     add_runs_dir_flag(parser)
     arguments = parser.parse_args(argv)
     if arguments.interactive and arguments.num_samples != 1:

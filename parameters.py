@@ -205,8 +205,8 @@ class TrainConfig(Part):
     export: str = changeable(
         "best", "weights to export: those of the best val loss, or the last", choices=("best", "last")
     )
-    output: str | None = changeable(None, "file to write the export to as well")
-    runs_dir: str = changeable("runs", "folder of the run directories")
+    output: str | None = changeable(None, "file to write the export to as well", is_path=True)
+    runs_dir: str = changeable("runs", "folder of the run directories", is_path=True)
     run_tag: str = changeable("", "text to append to the run's name")
     aim: bool = changeable(True, "log to Aim")
 
@@ -238,9 +238,12 @@ class DataConfig(Part):
         "data/input.txt",
         "UTF-8 text: a file, a folder, a pattern in quotes, or a named corpus such as shakespeare",
         flag="--data",
+        is_path=True,
     )
     val_data: str | None = changeable(
-        None, "another text for validation; then all of the first is for training, and no split is used"
+        None,
+        "another text for validation; then all of the first is for training, and no split is used",
+        is_path=True,
     )
     train_split: float = setting(0.9, "fraction of the text for training", above=0, maximum=1)
     val_split: float = setting(0.1, "fraction of the text for validation", above=0, below=1)

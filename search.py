@@ -28,6 +28,7 @@ from pathlib import Path
 
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.files import make_folder
+from utils_alg1.base.scripts import command
 from utils_alg1.console.command_line import (
     Options,
     Parser,
@@ -35,6 +36,7 @@ from utils_alg1.console.command_line import (
     add_parameter_flags,
     not_empty,
     number,
+    path_name,
     split_parameters,
 )
 from utils_alg1.console.script import run_script
@@ -55,14 +57,14 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     from utils_alg1.run_directory import sanitise_tag
 
     parser = Parser(
-        prog="python search.py",
-        usage="python search.py [--flag VALUE ...]",
+        prog=command("search.py"),
+        usage="%(prog)s [--flag VALUE ...]",
         description="Search for better hyperparameters: many short runs, compared by their val loss.",
         epilog="The flags below `search` are those of train.py and apply to every trial.",
     )
     group = parser.add_argument_group("search")
     space = "file of the search space (%(default)s)"
-    group.add_argument("--space", type=not_empty, default="configs/search.yaml", metavar="PATH", help=space)
+    group.add_argument("--space", type=path_name, default="configs/search.yaml", metavar="PATH", help=space)
     study = "name of the study and of its folder in searches/ (default: that of the space file)"
     group.add_argument("--study", type=not_empty, metavar="NAME", help=study)
     trials = "number of trials, including those of earlier starts (%(default)s)"
@@ -124,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         stopped = Search(storage, study, plan, folder, n_trials, threads, console).run(arguments.workers)
         n_finished = len(finished_trials(study))
         if stopped and n_finished < n_trials:
-            command = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])
-            console.say(f"stopped after {n_finished} of {n_trials} trials; go on with: {command}")
+            again = f"{command('search.py')} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
+            console.say(f"stopped after {n_finished} of {n_trials} trials; go on with: {again}")
             return 128 + stopped
 
         # 4. Tables, pictures and the best parameters.

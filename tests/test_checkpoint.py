@@ -732,7 +732,11 @@ def test_a_run_without_a_checkpoint_cannot_go_on(a_run, train):
     shutil.rmtree(only_run() / "artifacts/checkpoints")
     result = train("--resume", "latest")
     assert result.code == 2
-    assert f"error: {only_run()}: it has no checkpoint yet\n" in result.err
+    assert f"error: {only_run()}: it has no checkpoint\n" in result.err
+    words = ["--config", "meta/full_config.json", "--init-from", "artifacts/export/model.safetensors"]
+    flags = " ".join(word if word.startswith("--") else f"{only_run()}/{word}" for word in words)
+    assert f"hint: start a new run from its export: python train.py {flags}\n" in result.err
+    assert train(*flags.split(), "--quiet").code == 0
 
 
 @pytest.mark.parametrize("name", ["latest", "2020-01-01_001", "nowhere/at/all"])

@@ -731,5 +731,5 @@ def test_ctrl_c_at_a_terminal_leaves_nothing_of_the_bar(text_file):
     lines = lasting(seen.decode().replace("\r\n", "\n"))
     assert code == 130, lines
     assert lines[-2] == "stopping after this step; once more to leave at once"
-    assert re.fullmatch(r"stopped at step \d+; go on with: python train.py --resume \S+", lines[-1])
+    assert re.fullmatch(r"stopped at step \d+; go on with: python \S*train.py --resume runs/\S+", lines[-1])
     assert lines[-3].startswith("step      0  train loss")

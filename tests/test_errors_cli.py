@@ -579,7 +579,7 @@ def test_a_run_with_damaged_checkpoints_only_says_what_is_left(run, train):
         for path in reversed(checkpoints)
     ]
     assert error == f"error: {run}: none of its {len(checkpoints)} checkpoints can be read"
-    assert hint.startswith("hint: put a copy of one there, or start anew: python train.py")
+    assert hint.startswith("hint: put a copy of one there, or start a new run from its export: python ")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils_alg1.base.errors import BAD_INPUT, Alg1Error, disk_error
+from utils_alg1.base.scripts import command
 
 if TYPE_CHECKING:
     from filelock import FileLock  # imported when it is needed: it takes longer than all of --help
@@ -104,7 +105,7 @@ def list_runs(runs_dir: str | Path) -> list[Path]:
     return sorted(runs, key=lambda run: (run.name[:10], int(run.name.split("_")[1]), run.name))
 
 
-NO_RUN_HINT = "start one: python train.py, or name another --runs-dir"
+NO_RUN_HINT = f"start one: {command('train.py')}, or name another --runs-dir"
 
 
 def existing_runs(runs_dir: str | Path) -> list[Path]:
@@ -134,7 +135,7 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
     raise Alg1Error(f"{name}: no such run in {runs_dir}, and no run directory", hint)
 
 
-NO_WEIGHTS_HINT = "train one: python train.py, or name a --model"
+NO_WEIGHTS_HINT = f"train one: {command('train.py')}, or name a --model"
 
 
 def find_weights(runs_dir: str, name: str | None = None) -> Path:

@@ -89,7 +89,7 @@ def write_atomically(path: Path | str, data: bytes) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, text.encode("utf-8", "surrogatepass"))
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_or_warn(path: Path, write: Callable[[Path], object], warn: Callable[[str], None]) -> None:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from utils_alg1.base.scripts import command
+
 # Our name -> other names of the same thing, whose values mean the same.
 SAME = {
     "learning_rate": "lr max_lr peak_lr base_lr",
@@ -129,7 +131,7 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
         "use {grad_accum_steps}: a step has {batch_size} x {block_size} x that many characters"
     ),
     "do_train do_eval": "{batch_size?}leave it out: train.py trains, and evaluates",
-    "eval_only": ("{score}", "{batch_size?}it is another script: python inference.py --score PATH"),
+    "eval_only": ("{score}", f"{{batch_size?}}it is another script: {command('inference.py')} --score PATH"),
     "eval_strategy evaluation_strategy": "use {eval_interval}, in steps",
     "eval_on_start": "{batch_size?}leave it out: a run begins with an evaluation",
     "per_device_eval_batch_size eval_batch_size eval_accumulation_steps": (
@@ -196,9 +198,9 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     "dtype": "{temperature?}leave it out: sampling computes in float32",
     "compile": "{temperature?}leave it out: sampling compiles nothing",
     "prompt start temperature top_k top_p num_samples max_new_tokens do_predict": (
-        "{batch_size?}it is for sampling: python inference.py"
+        f"{{batch_size?}}it is for sampling: {command('inference.py')}"
     ),
-    "trials n_trials space study sampler": "{batch_size?}it is for a search: python search.py",
+    "trials n_trials space study sampler": f"{{batch_size?}}it is for a search: {command('search.py')}",
 }
 ANSWER_TO = {name: answer for names, answer in ANSWERS.items() for name in names.split()}
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.other_names import answer_to, bare, same_as
+from utils_alg1.base.scripts import command
 
-CONFIG_HINT = "python train.py --help explains every value"
+CONFIG_HINT = f"{command('train.py')} --help explains every value"
 SHORTEST_BEGINNING = 3  # characters of a name that stand for all of it
 LEAST_SIMILARITY = 0.75  # of a name with a typing error, see difflib.SequenceMatcher.ratio
 

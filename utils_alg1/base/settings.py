@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,10 +31,12 @@ def setting(
     choices: tuple[str, ...] = (),
     flag: str = "",
     may_change: bool = False,
+    is_path: bool = False,
 ) -> Any:
     """Return a dataclass field with its help and limits (see `Spec`)."""
     limits = {"above": above, "minimum": minimum, "below": below, "maximum": maximum, "choices": choices}
-    return field(default=default, metadata={"help": help, "flag": flag, "may_change": may_change, **limits})
+    about = {"help": help, "flag": flag, "may_change": may_change, "is_path": is_path}
+    return field(default=default, metadata=about | limits)
 
 
 # A setting that a resumed run may change, since it does not affect the steps so far.
@@ -51,6 +54,7 @@ class Limits:
     below: float | None = None  # exclusive upper bound
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
+    is_path: bool = False  # a file or a folder, which may begin with ~
 
     def violation(self, value: Any) -> str | None:
         """Return "must be ..." with what a value violates, its type included; None if it is good."""
@@ -104,7 +108,8 @@ def coerce(limits: Limits, value: Any) -> Any:
     """Convert `value`, from a file or the command line, to the type of `limits`; `violation` checks the rest.
 
     PyYAML reads `1e-3` as a string and JSON does not distinguish 1 from 1.0: 10000, 1e4 and 10_000 are the
-    same integer. YAML reads `on` and `off` as booleans; nanoGPT writes True and False.
+    same integer. YAML reads `on` and `off` as booleans; nanoGPT writes True and False. The `~` that a path
+    begins with is the home folder: a shell replaces it only where a word begins.
 
     Raises:
         ValueError: with what the value must be.
@@ -120,7 +125,7 @@ def coerce(limits: Limits, value: Any) -> Any:
         value = _to_number(limits.type, value)
     if type(value) is not limits.type:
         raise ValueError(f"must be {TYPE_NAMES[limits.type]}")
-    return value
+    return os.path.expanduser(value) if limits.is_path else value
 
 
 def _to_number(kind: type, value: int | float | str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import shlex
 import sys
@@ -16,6 +17,7 @@ from parameters import PARTS, specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.other_names import answer_to, bare
 from utils_alg1.base.problems import Problem, raise_problems, shown, similar
+from utils_alg1.base.scripts import command
 from utils_alg1.base.settings import Limits, coerce
 
 TEXTS = ("data_path", "val_data", "vocabulary", "score")  # flags that name a text
@@ -145,11 +147,16 @@ def not_empty(text: str) -> str:
     return text
 
 
+def path_name(text: str) -> str:
+    """An argparse type: a path, which may begin with ~."""
+    return os.path.expanduser(not_empty(text))
+
+
 def parse_command_line(argv: list[str] | None = None) -> Options:
     """Parse train.py's command line. Parameters stay text, which ConfigLoader checks with the files."""
     parser = Parser(
-        prog="python train.py",
-        usage="python train.py [--flag VALUE ...]",
+        prog=command("train.py"),
+        usage="%(prog)s [--flag VALUE ...]",
         description="Train a character-level GPT. With no flags: the reference model on data/input.txt.",
         epilog="Every parameter can also be set in a file of configs/: --batch-size 8 is batch_size: 8.",
         argument_default=argparse.SUPPRESS,
@@ -158,8 +165,8 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
     add_config_flag(run)
     start = run.add_mutually_exclusive_group()
     resume = "run to continue: latest, a run id or a run directory"
-    start.add_argument("--resume", type=not_empty, metavar="RUN", help=resume)
-    start.add_argument("--init-from", type=not_empty, metavar="PATH", help="exported model to start from")
+    start.add_argument("--resume", type=path_name, metavar="RUN", help=resume)
+    start.add_argument("--init-from", type=path_name, metavar="PATH", help="exported model to start from")
     shows = "print every parameter with its origin as YAML and exit"
     run.add_argument("--print-config", action="store_true", help=shows)
     volume = run.add_mutually_exclusive_group()
@@ -175,13 +182,13 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
 
 def add_config_flag(group: Any) -> None:
     text = "JSON or YAML file of parameters, or a folder (a preset) in place of configs/"
-    group.add_argument("--config", type=not_empty, metavar="PATH", help=text)
+    group.add_argument("--config", type=path_name, metavar="PATH", help=text)
 
 
 def add_runs_dir_flag(parser: argparse.ArgumentParser) -> None:
     """Add --runs-dir to a script that reads runs; see ConfigLoader.runs_dir."""
     text = "folder of the run directories (default: as in training)"
-    parser.add_argument("--runs-dir", type=not_empty, metavar="PATH", help=text)
+    parser.add_argument("--runs-dir", type=path_name, metavar="PATH", help=text)
 
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from parameters import MODEL_OPTIONS, ModelConfig
 from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.scripts import command
 from utils_alg1.network.tensor_file import read_arrays
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def _not_a_model(missing: str, names: Collection[str], path: str | Path) -> Alg1
     if of_gpt2 := next((name for name in names if name.endswith("wte.weight")), None):
         return Alg1Error(
             f"{path}: another layout, that of GPT-2 and nanoGPT ({of_gpt2}, ...), and another network",
-            "sample them with the program that trained them, or train anew: python train.py --data TEXT",
+            "sample them with the program that trained them,"
+            f" or train anew: {command('train.py')} --data TEXT",
         )
     first, n_others = ", ".join(sorted(names)[:3]), max(0, len(names) - 3)
     listed = (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from parameters import Parameters, specs
 from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
+from utils_alg1.base.scripts import command
 from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
 from utils_alg1.run_directory import RunDirectory
 from utils_alg1.training.distributed import Distributed, launch_command
@@ -103,7 +104,7 @@ def describe_end(
     }
     if run.report_path.exists():
         lines["report"] = str(run.report_path)
-    lines["sample"] = ShellCommand(f"python inference.py --run {shlex.quote(str(run.path))}")
+    lines["sample"] = ShellCommand(f"{command('inference.py')} --run {shlex.quote(str(run.path))}")
     if "tensorboard" in trackers:
         curves = tensorboard_instructions(str(run.path.parent), params.tensorboard.port)
         lines["curves"] = ShellCommand(*curves)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from parameters import format_settings, specs
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.files import write_atomically, write_or_warn
+from utils_alg1.base.scripts import command
 from utils_alg1.base.text import EVALUATION_NOTE, format_number
 from utils_alg1.console.table import format_table, to_csv
 from utils_alg1.search.space import Plan, shapes_training
@@ -114,7 +115,7 @@ def write_results(study: optuna.Study, plan: Plan, folder: Path, console: Consol
             lines["gained"] = f"{trial.values[0] - best.values[0]:.4f}"
     lines["results"] = f"{folder}: results.csv, history.png, importance.png, slice.png"
     lines["runs"] = f"{plan.fixed['runs_dir']}/*_{study.study_name}-*"
-    lines["next"] = f"python train.py --config {shlex.quote(str(folder / 'best.yaml'))}"
+    lines["next"] = f"{command('train.py')} --config {shlex.quote(str(folder / 'best.yaml'))}"
     console.block(lines)
 
 

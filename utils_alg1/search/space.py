@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from parameters import specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.problems import Problem, explain, raise_problems, shown
+from utils_alg1.base.scripts import command, shipped
 from utils_alg1.base.settings import Spec, coerce
 from utils_alg1.console.command_line import Options
 from utils_alg1.utils_config_loader import ConfigLoader
@@ -36,7 +37,9 @@ RESERVED_PARAMETERS = ("run_tag", "output")
 # A resumed run may change these, but not a study that is continued: its trials would not be comparable.
 BUDGET_PARAMETERS = ("max_iters", "eval_interval", "eval_iters", "patience")
 SHOWN_DIGITS = 16  # of the SHA-256 of the text
-SPACE_HINT = "configs/search.yaml shows how a space is written; python train.py --help explains every name"
+SPACE_HINT = (
+    f"configs/search.yaml shows how a space is written; {command('train.py')} --help explains every name"
+)
 
 
 def read_space(path: str | Path, for_grid: bool) -> Space:
@@ -52,7 +55,7 @@ def read_space(path: str | Path, for_grid: bool) -> Space:
     space: Space = {}
     problems: list[Problem] = []
     try:
-        entries = ConfigLoader.load_file(path)
+        entries = ConfigLoader.load_file(shipped(path))
     except Alg1Error as error:
         raise Alg1Error(error.message, f"{error.hint}, or name another --space") from None
     for name, entry in entries.items():

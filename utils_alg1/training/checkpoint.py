@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ import torch
 from model import BigramLanguageModel
 from parameters import ModelConfig, coerce_all
 from utils_alg1.base.errors import Alg1Error, disk_error
+from utils_alg1.base.scripts import command
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
 from utils_alg1.network.weights import CHECKPOINT_FORMAT, FORMAT_VERSION, OTHER_CHECKPOINT, fits_vocabulary
 from utils_alg1.run_directory import (
@@ -297,7 +299,8 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
     Raises:
         Alg1Error: there is none left.
     """
-    paths = checkpoint_paths(RunFolder(run_dir).checkpoint_dir)
+    run = RunFolder(run_dir)
+    paths = checkpoint_paths(run.checkpoint_dir)
     for path in reversed(paths):
         try:
             return read_checkpoint(path)
@@ -306,9 +309,18 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
     if paths:
         raise Alg1Error(
             f"{run_dir}: none of its {len(paths)} checkpoints can be read",
-            "put a copy of one there, or start anew: python train.py (an export serves as --init-from)",
+            f"put a copy of one there, or {_new_run(run)}",
         )
-    raise Alg1Error(f"{run_dir}: it has no checkpoint yet", "start anew: python train.py")
+    raise Alg1Error(f"{run_dir}: it has no checkpoint", _new_run(run))
+
+
+def _new_run(run: RunFolder) -> str:
+    """Return how to train in place of resuming a run without checkpoints: from its export if it has one."""
+    words = ["--config", run.record_path] if run.record_path.is_file() else []
+    if not run.export_path.is_file():
+        return f"start anew: {command('train.py')}"
+    words += ["--init-from", run.export_path]
+    return f"start a new run from its export: {command('train.py')} {shlex.join(map(str, words))}"
 
 
 def quarantine_newer(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:

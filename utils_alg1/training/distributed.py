@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line
+from utils_alg1.base.scripts import command, script
 from utils_alg1.console.script import skip_finalization
 from utils_alg1.console.signals import signal_handler
 from utils_alg1.training.launcher import launcher, read_place
@@ -206,9 +207,9 @@ def init_distributed() -> Distributed:
 def launch_command(dist: Distributed) -> str:
     """Return the command that trains with as many processes again."""
     if dist.world_size == 1:
-        return "python train.py"
+        return command("train.py")
     if launcher() != "torchrun":
-        return f"{launcher()} (as before) python train.py"
+        return f"{launcher()} (as before) {command('train.py')}"
     if os.environ.get("LOCAL_WORLD_SIZE") == str(dist.world_size):
-        return f"torchrun --standalone --nproc_per_node={dist.world_size} train.py"
-    return "torchrun (as before) train.py"
+        return f"torchrun --standalone --nproc_per_node={dist.world_size} {script('train.py')}"
+    return f"torchrun (as before) {script('train.py')}"
