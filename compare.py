@@ -121,7 +121,8 @@ def read_run(path: Path) -> Row:
     unfinished run is that of its newest checkpoint.
     """
     row: Row = dict.fromkeys((*RESULTS, *specs()))
-    row |= {"run": path.name, "tag": RUN_ID.sub(r"\3", path.name), "resumed": False, "best": False}
+    named = RUN_ID.fullmatch(path.name)  # not if it was renamed
+    row |= {"run": path.name, "tag": named[3] or "" if named else "", "resumed": False, "best": False}
     row["state"] = "unfinished"
     damaged = False
     for read in (read_record, read_evaluations, read_final):

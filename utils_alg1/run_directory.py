@@ -9,6 +9,8 @@ runs/YYYY-MM-DD_NNN_tag/
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import re
 import shutil
@@ -18,9 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils_alg1.base.errors import BAD_INPUT, Alg1Error, disk_error
+from utils_alg1.base.files import read_json_object
 from utils_alg1.base.scripts import command
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from filelock import FileLock  # imported when it is needed: it takes longer than all of --help
 
 RUN_ID = re.compile(r"(\d{4}-\d{2}-\d{2})_(\d{3,})(?:_(.*))?")
@@ -88,6 +93,14 @@ def checkpoint_step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
+def is_done(run: RunFolder) -> bool:
+    """Return whether a run has the results of its newest checkpoint, so that nothing was interrupted."""
+    with contextlib.suppress(Alg1Error, LookupError, TypeError):
+        newest = checkpoint_paths(run.checkpoint_dir)[-1]
+        return bool(read_json_object(run.final_path)["steps"] >= checkpoint_step(newest))
+    return False
+
+
 def sanitise_tag(tag: str) -> str:
     """Reduce a tag to letters, digits, `-`, `_` and `.`, so that it can be part of a directory's name."""
     text = unicodedata.normalize("NFC", tag)
@@ -96,20 +109,49 @@ def sanitise_tag(tag: str) -> str:
 
 
 def list_runs(runs_dir: str | Path) -> list[Path]:
-    """Return the run directories in a folder, oldest first."""
+    """Return the run directories in a folder, those that were renamed too, in the order of their starts."""
     try:
         paths = list(Path(runs_dir).iterdir())
     except (OSError, ValueError):  # ValueError: the name has a null character
         return []
-    runs = [path for path in paths if RUN_ID.fullmatch(path.name) and path.is_dir()]
-    return sorted(runs, key=lambda run: (run.name[:10], int(run.name.split("_")[1]), run.name))
+    return sorted(filter(is_run, paths), key=_order)
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a path is a run directory: by its name or, if it was renamed, by what is in it."""
+    return path.is_dir() and bool(RUN_ID.fullmatch(path.name) or RunFolder(path).record_path.is_file())
+
+
+def recorded_start(run: RunFolder) -> str | None:
+    """Return the time at which a run started, with its zone (ISO 8601); None if it has no record of it."""
+    with contextlib.suppress(Alg1Error, ValueError):
+        started = read_json_object(run.record_path).get("started")
+        if isinstance(started, str) and datetime.datetime.fromisoformat(started).tzinfo:
+            return started
+    return None
+
+
+def _order(path: Path) -> tuple[float, int, str]:
+    """Return what runs are sorted by: their starts. Older versions recorded no more than the local date."""
+    named = RUN_ID.fullmatch(path.name)
+    number = int(named[2]) if named else 0
+    for time_or_date in (recorded_start(RunFolder(path)), named and named[1]):
+        with contextlib.suppress(ValueError, OverflowError):  # no such date
+            if time_or_date:
+                return datetime.datetime.fromisoformat(time_or_date).timestamp(), number, path.name
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime, number, path.name
+    return 0.0, number, path.name
 
 
 NO_RUN_HINT = f"start one: {command('train.py')}, or name another --runs-dir"
 
 
+WHOLE_NAME_HINT = "give the whole name of one of them"
+
+
 def existing_runs(runs_dir: str | Path) -> list[Path]:
-    """Return the run directories in a folder, oldest first; raises Alg1Error if there is none."""
+    """Return what `list_runs` does; raises Alg1Error if there is no run."""
     runs = list_runs(runs_dir)
     if not runs:
         reason = "" if os.path.isdir(runs_dir) else ": no such folder"
@@ -118,21 +160,47 @@ def existing_runs(runs_dir: str | Path) -> list[Path]:
 
 
 def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
-    """Return the directory of a run, named by `latest`, a run id or a path; Alg1Error if there is none."""
+    """Return the directory of a run.
+
+    Args:
+        name: `latest`, the run's name in `runs_dir`, which may lack the tag, or its path.
+
+    Raises:
+        Alg1Error: there is none, or several runs have this number.
+    """
     if name == "latest":
         return existing_runs(runs_dir)[-1]
     runs = list_runs(runs_dir)
-    for run in runs:
-        if run.name == name or (run.name.startswith(f"{name}_") and RUN_ID.fullmatch(name)):
-            return run  # the tag may be left out: no two runs of a day have the same number
-    path = Path(name)
-    if path.is_dir() and (path / "artifacts").is_dir():
-        return path
-    if path.is_file():
+    named = [run for run in runs if run.name == name]
+    if not named and RUN_ID.fullmatch(name):
+        named = [run for run in runs if run.name.startswith(f"{name}_")]
+    if len(named) > 1:  # no two runs of a day get the same number, but a run may have been copied
+        names = ", ".join(run.name for run in named)
+        raise Alg1Error(f"{name}: {len(named)} runs in {runs_dir} have this number: {names}", WHOLE_NAME_HINT)
+    for path in (*named, Path(runs_dir, name), Path(name)):
+        if path in named or (path / "artifacts").is_dir():
+            return path
+    if os.path.isfile(name):
         hint = "weights are named with inference.py --model, or train.py --init-from"
         raise Alg1Error(f"{name}: this is a file, not a run", hint)
     hint = f"the latest is {runs[-1].name}" if runs else NO_RUN_HINT
     raise Alg1Error(f"{name}: no such run in {runs_dir}, and no run directory", hint)
+
+
+def find_interrupted(runs_dir: str | Path, say: Callable[[str], None]) -> Path:
+    """Return the newest run with a checkpoint that was interrupted, or else the newest that has one.
+
+    Where others have started since, say so. Raises Alg1Error if there is no run.
+    """
+    runs = existing_runs(runs_dir)
+    saved = [run for run in runs if checkpoint_paths(RunFolder(run).checkpoint_dir)] or runs
+    for run in reversed(saved):
+        if not is_done(RunFolder(run)) and not in_use(run):
+            if run != saved[-1]:
+                state = "is done" if is_done(RunFolder(saved[-1])) else "is in use by another process"
+                say(f"going on with {run}, the newest that was interrupted: {saved[-1].name} {state}")
+            return run
+    return saved[-1]
 
 
 NO_WEIGHTS_HINT = f"train one: {command('train.py')}, or name a --model"

@@ -22,7 +22,16 @@ from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import make_folder, write_atomically, write_json
 from utils_alg1.data.corpus import Corpus
 from utils_alg1.data.texts import Text
-from utils_alg1.run_directory import LOCK_NAME, RunDirectory, RunFolder, list_runs, lock_run, sanitise_tag
+from utils_alg1.run_directory import (
+    LOCK_NAME,
+    RUN_ID,
+    RunDirectory,
+    RunFolder,
+    list_runs,
+    lock_run,
+    recorded_start,
+    sanitise_tag,
+)
 
 SUBDIRECTORIES = ("meta", "logs/tensorboard", "artifacts/checkpoints", "artifacts/export", "eval")
 PACKAGES = ("torch", "safetensors", "numpy", "tensorboard", "aim")  # whose versions are recorded
@@ -45,8 +54,8 @@ class RunIDGenerator:
 
     def get_next_counter(self, date: str) -> int:
         """Return one more than the highest counter of `date` (YYYY-MM-DD)."""
-        names = [path.name for path in list_runs(self.runs_dir) if path.name.startswith(f"{date}_")]
-        return int(names[-1].split("_")[1]) + 1 if names else 1
+        names = [RUN_ID.fullmatch(path.name) for path in list_runs(self.runs_dir)]
+        return max((int(name[2]) for name in names if name and name[1] == date), default=0) + 1
 
 
 class RunDirectoryCreator:
@@ -176,6 +185,10 @@ def _write_lines(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat()
+
+
 def _describe_text(text: Text) -> dict[str, Any]:
     return {
         "path": text.name,
@@ -202,6 +215,8 @@ def write_records(
     text = _describe_text(corpus.text) | {"vocab_size": corpus.tokenizer.vocab_size}
     if corpus.held_out is not None:
         text["held_out"] = _describe_text(corpus.held_out)
+    started = recorded_start(run) if run.record_path.exists() else _now()
     record = {"parameters": params.flat(), "origins": params.origins, "corpus": text, "runtime": runtime}
-    write_json(run.record_path, record)
+    # None: it was started by a version that did not record it.
+    write_json(run.record_path, record | ({} if started is None else {"started": started}))
     return {"git": git, "environment": environment, "corpus": text, "runtime": runtime}

@@ -22,14 +22,18 @@ class TensorBoardWriter:
 
     The first failure (TensorBoard not installed, disk full, anything that it raises) is one warning; after
     it, `enabled` is False and every call does nothing. For a resumed run, the points of `purge_step` and
-    later ones are hidden.
+    later ones are hidden. The folder is created, unless it `must_exist`.
     """
 
     def __init__(
-        self, log_dir: str | Path, purge_step: int | None = None, warn: Callable[[str], None] = warnings.warn
+        self,
+        log_dir: str | Path,
+        purge_step: int | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+        must_exist: bool = False,
     ):
         self._guard = Guard("TensorBoard", warn)
-        self._writer: Any = self._guard.attempt(_open, Path(log_dir), purge_step)
+        self._writer: Any = self._guard.attempt(_open, Path(log_dir), purge_step, must_exist)
 
     @property
     def enabled(self) -> bool:
@@ -66,10 +70,12 @@ class TensorBoardWriter:
         self._writer = None
 
 
-def _open(log_dir: Path, purge_step: int | None) -> SummaryWriter:
+def _open(log_dir: Path, purge_step: int | None, must_exist: bool) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
-    log_dir.mkdir(parents=True, exist_ok=True)
+    if not must_exist:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    _require(log_dir)
     if purge_step is not None and (log_dir / PROJECTOR_FOLDER).exists():
         for path, step in _embedding_steps(log_dir).items():
             if step >= purge_step:
@@ -85,9 +91,15 @@ def _open(log_dir: Path, purge_step: int | None) -> SummaryWriter:
     return SummaryWriter(str(log_dir), purge_step=purge_step)
 
 
+def _require(folder: Path) -> None:
+    """Raise FileNotFoundError for a folder that was deleted: what is created in it would make it anew."""
+    folder.stat()
+
+
 def write_embedding(log_dir: Path, tag: str, vectors: Any, labels: list[str], step: int) -> None:
     """Write (V, C) vectors for the projector, with V labels without newlines or tabs."""
     folder = log_dir / PROJECTOR_FOLDER / tag
+    _require(log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     rows = ("\t".join(f"{value:.7g}" for value in row) for row in vectors.tolist())
     for name, lines in (("labels", labels), (f"step_{step:09d}", rows)):

@@ -164,7 +164,7 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
     run = parser.add_argument_group("run")
     add_config_flag(run)
     start = run.add_mutually_exclusive_group()
-    resume = "run to continue: latest, a run id or a run directory"
+    resume = "run to continue: its name or directory, or latest: the newest that was interrupted"
     start.add_argument("--resume", type=path_name, metavar="RUN", help=resume)
     start.add_argument("--init-from", type=path_name, metavar="PATH", help="exported model to start from")
     shows = "print every parameter with its origin as YAML and exit"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from parameters import Parameters, specs
 from utils_aim.instructions import instructions as aim_instructions
-from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
+from utils_alg1.base.errors import CANNOT_TRAIN, DISK_FAILED, Alg1Error
 from utils_alg1.base.scripts import command
 from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
 from utils_alg1.run_directory import RunDirectory
@@ -175,6 +175,13 @@ def add_resume_hint(
         hint = f"its newest weights, for --init-from: {newest_checkpoint}"
     hint = f"{error.hint}; {hint}" if error.hint else hint
     return Alg1Error(error.message, hint, error.exit_code)
+
+
+def gone(run: RunDirectory, dist: Distributed) -> Alg1Error:
+    """Return the error of a run whose directory is no longer there."""
+    moved = f"if it was moved: {launch_command(dist)} --resume and its new path"
+    hint = f"{moved}; if it was deleted, start a new run"
+    return Alg1Error(f"{run.path}: this run was moved or deleted while it trained", hint, DISK_FAILED)
 
 
 def resume_command(run: RunDirectory, dist: Distributed) -> str:

@@ -151,6 +151,13 @@ class MainRun(Run):
             self._stack = stack.pop_all()
         return self
 
+    def __exit__(self, *error: object) -> None:
+        """Close. Raises Alg1Error (exit code 4) in place of an error due to the directory being gone."""
+        is_gone = not self.directory.record_path.exists()  # `close` may remove it too
+        self.close()
+        if is_gone and isinstance(error[1], Alg1Error | OSError):
+            raise summary.gone(self.directory, self.dist) from error[1]
+
     @contextlib.contextmanager
     def training(self, trainer: Trainer) -> Iterator[None]:
         """See Run.training. Raises Alg1Error (exit code 4) also if a checkpoint could not be written.

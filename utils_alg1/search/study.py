@@ -351,7 +351,8 @@ class Search:
         numbers = optuna.storages.RetryHeartbeatStaleTrialCallback.retry_history(trials[trial.number])
         begun = {f"{self.study.study_name}-{n}": trials[n].datetime_start for n in numbers}
         for run in reversed(list_runs(self.plan.fixed["runs_dir"])):
-            start = begun.get(RUN_ID.fullmatch(run.name)[3])  # type: ignore[index]
+            named = RUN_ID.fullmatch(run.name)
+            start = named and begun.get(named[3])
             if start and run.stat().st_mtime >= start.timestamp():
                 return run
         return None

@@ -138,7 +138,7 @@ def open_tensorboard(
 ) -> MetricLogger:
     """Open TensorBoard's event file; after a resume, points of `purge_step` and later ones are hidden."""
     run = RunFolder(run_dir)
-    writer = TensorBoardWriter(run.tensorboard_dir, purge_step, warn)
+    writer = TensorBoardWriter(run.tensorboard_dir, purge_step, warn, must_exist=True)
     # The table of runs has the parameters that affect the training, without intervals and paths.
     known = specs()
     compared = [n for n in hparams if n in ALSO_COMPARED or not known[n].may_change]

@@ -22,9 +22,8 @@ from utils_alg1.run_directory import (
     RunDirectory,
     RunFolder,
     checkpoint_path,
-    checkpoint_paths,
+    find_interrupted,
     find_run,
-    list_runs,
     lock_run,
     refuse_run,
     weights_of,
@@ -42,7 +41,8 @@ BEGINS_ANEW = "optimizer, schedule and step count begin anew"  # in a run that s
 def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory, Checkpoint]:
     """Lock the run that --resume names, and read its newest valid checkpoint.
 
-    `name` may also be the path of a checkpoint file, from which the run then continues.
+    `latest` is the newest run that was interrupted (see `find_interrupted`). `name` may also be the path of a
+    checkpoint file, from which the run then continues.
 
     Raises:
         Alg1Error: no such run, in use, or no checkpoint that can be read.
@@ -58,8 +58,7 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory
             )
         path = folders[2]
     else:
-        saved = [run for run in list_runs(runs_dir) if checkpoint_paths(RunFolder(run).checkpoint_dir)]
-        path = saved[-1] if saved and name == "latest" else find_run(runs_dir, name)
+        path = find_interrupted(runs_dir, console.say) if name == "latest" else find_run(runs_dir, name)
     run = lock_run(path)
     try:
         # Some may have been deleted by hand.
