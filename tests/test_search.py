@@ -754,8 +754,7 @@ def test_ctrl_c_leaves_the_trials_for_the_next_start(search, fake_train):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
-    command = f"python {PROJECT}/search.py {' '.join(flags)}"
-    assert out.endswith(f"stopped after 0 of 3 trials; go on with: {command}\n")
+    assert out.endswith(f"stopped after 0 of 3 trials; go on with: python search.py {' '.join(flags)}\n")
     again = search(*flags, "--trials", 2)
     assert again.code == 0, again.err
     assert [trial.value for trial in counted()] == [0.125, 0.125] and len(list_runs("runs")) == 2
