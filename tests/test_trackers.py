@@ -628,7 +628,7 @@ def started(tmp_path, monkeypatch):
             notes_by_name["aim"].append((payload, step))
 
     class FakeTensorBoard(Tracker):
-        def __init__(self, log_dir, purge_step, warn):
+        def __init__(self, log_dir, purge_step, warn, must_exist=False):
             notes_by_name["purge_step"].append(purge_step)
 
         def add_hparams(self, name, values): ...
