@@ -973,7 +973,7 @@ def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_f
         "from utils_alg1.console.script import run_script\n"
         "from utils_alg1.tracking import background, trackers\n"
         "background.NOTICE_AFTER = 0.1\n"
-        "trackers.TensorBoardWriter = lambda *_: threading.Event().wait()\n"
+        "trackers.TensorBoardWriter = lambda *_, **__: threading.Event().wait()\n"
         f"run_script(lambda: train.main({flags!r}))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
