@@ -138,6 +138,15 @@ def test_a_pattern_without_quotes_and_two_files_are_told_how_it_is_done(train, w
         assert train("--data", *shlex.split(pattern), *TINY, *QUIET_TRACKERS).code == 0
 
 
+def test_a_pattern_that_matches_other_files_too_is_not_offered(train, workdir):
+    Path("texts").mkdir()
+    for name in ("train", "val", "notes"):
+        Path(f"texts/{name}.txt").write_text("to be or not to be")
+    result = train("--data", "texts/train.txt", "texts/val.txt", *TINY)
+    assert result.code == 2
+    assert "several texts are their folder, or a pattern in quotes: --data 'books/*.txt'" in result.err
+
+
 # --- the same bytes train the same --------------------------------------------------------------------
 
 

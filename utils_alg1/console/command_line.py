@@ -115,11 +115,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def several_texts(flag: str, names: list[str]) -> str:
-    """Return how a flag names several texts: those that a shell has made of a pattern, by the pattern."""
-    paths = [Path(name) for name in names]
-    alike = len({(path.parent, path.suffix) for path in paths}) == 1
-    pattern = str(paths[0].parent / f"*{paths[0].suffix}") if alike else "books/*.txt"
-    return f"several texts are their folder, or a pattern in quotes: {flag} {shlex.quote(pattern)}"
+    """Return how a flag names several texts: by a pattern, where one matches these files and no others."""
+    paths = {Path(name) for name in names}
+    patterns = {path.parent / f"*{path.suffix}" for path in paths}
+    matching = [pattern for pattern in patterns if set(pattern.parent.glob(pattern.name)) == paths]
+    example = str(matching[0]) if matching else "books/*.txt"
+    return f"several texts are their folder, or a pattern in quotes: {flag} {shlex.quote(example)}"
 
 
 def number(
