@@ -144,6 +144,8 @@ def short_timeouts(monkeypatch):
 def nobody_left() -> Iterator[None]:
     """Whatever a tracker does, its process is gone when the run is."""
     yield
+    for process in multiprocessing.active_children():
+        process.join(10)  # a killed one may take longer than the short timeouts on a busy machine
     assert multiprocessing.active_children() == []
 
 
