@@ -126,7 +126,7 @@ class Arithmetic:
 def environment(device: torch.device, processor: Processor) -> dict[str, Any]:
     """Return what of an arithmetic is not chosen: threads and platform."""
     if device.type != "cpu":
-        return {}
+        return {"threads": None, "platform": None}
     name = " ".join(filter(None, (processor.name, torch.backends.cpu.get_cpu_capability())))
     return {"threads": torch.get_num_threads(), "platform": f"PyTorch {torch.__version__} on {name}"}
 
@@ -219,5 +219,4 @@ def keep_arithmetic(
     if compiled is None or asked:
         compiled = compiling_pays(params, device)
     wanted = dataclasses.replace(before, device=device.type, dtype=dtype, compiled=compiled)
-    wanted = dataclasses.replace(wanted, threads=None, platform=None)
     return supported(dataclasses.replace(wanted, **environment(device, processor)), params)
