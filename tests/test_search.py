@@ -701,6 +701,20 @@ def children_of(pid: int) -> list[int]:
     return sorted(set(found))
 
 
+def stopped_between_commits(process: subprocess.Popen[str]) -> bool:
+    """Stop a search; where it holds the lock of the study, so that nobody could read it, let it go on."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    try:
+        with contextlib.closing(sqlite3.connect("searches/space/study.db", timeout=0.5)) as study:
+            study.execute("BEGIN EXCLUSIVE")
+            study.rollback()
+    except sqlite3.OperationalError:
+        process.send_signal(signal.SIGCONT)
+        return False
+    return True
+
+
 def test_two_searches_at_once_share_the_trials(fake_train, campaign):
     if not campaign.whole:
         pytest.skip("takes ten seconds: pytest --campaign")
@@ -726,8 +740,7 @@ def test_a_process_that_slept_goes_on_without_the_trial_it_lost(fake_train, camp
     sleeper = start_search(*flags)
     wait_for(lambda: list_runs("runs"))
     wait_for(lambda: any("run" in trial.user_attrs for trial in trials_of()))
-    time.sleep(0.5)  # until it has committed, and waits for the next evaluation
-    sleeper.send_signal(signal.SIGSTOP)
+    wait_for(lambda: stopped_between_commits(sleeper))
     other = start_search(*flags)
     wait_for(lambda: any(trial.state.name == "FAIL" for trial in trials_of()))
     sleeper.send_signal(signal.SIGCONT)
