@@ -37,7 +37,7 @@ def make_change(diff: str, project: Path) -> None:
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with every change that is shown."""
     project = tmp_path_factory.mktemp("extending") / "project"
-    ignored = shutil.ignore_patterns(".*", "benchmarks", "docs", "runs", "*.egg-info", "__pycache__")
+    ignored = shutil.ignore_patterns(".*", "benchmarks", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(PROJECT, project, ignore=ignored)
     for diff in shown_changes().values():
         make_change(diff, project)

@@ -27,13 +27,14 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, printed_config, runner
 
-TEXTS = ("README.md", "README-TENSORBOARD.md", "README-AIM.md", "README-ARCH.md", "CONTRIBUTING.md")
+READMES = ("README.md", "README-TENSORBOARD.md", "README-AIM.md", "README-ARCH.md", "CONTRIBUTING.md")
+TEXTS = (*READMES, *(f"docs/{path.name}" for path in sorted(PROJECT.glob("docs/*.md"))))
 SCRIPTS = ("train.py", "inference.py", "search.py", "compare.py")
 
 # Commands that a test cannot run, by their first words, and why not.
 NOT_RUN = {
     "pip install": "needs the network; its extras are looked up in pyproject.toml",
-    "python -m venv": ".ci/run makes one and runs all tests in it",
+    "python3 -m venv": ".ci/run makes one and runs all tests in it",
     "source .venv/bin/activate": "changes the shell that it is typed in",
     "uv run": "uv is no part of the project; its extras are looked up, what it runs is run without it",
     "pytest": "it is what runs this; its flags are parsed",
@@ -262,7 +263,7 @@ def test_the_flags_of_a_command_in_the_text_are_known(command, capsys):
 def test_the_table_of_parameters_is_whole():
     from parameters import specs
 
-    text = (PROJECT / "README.md").read_text("utf-8")
+    text = (PROJECT / "docs/parameters.md").read_text("utf-8")
     table = text.partition("| topic | flags |")[2].partition("\n\n")[0]
     others = "--config --resume --init-from --print-config --serve-tensorboard --quiet --verbose".split()
     assert sorted(re.findall(r"--[a-z0-9-]+\w", table)) == sorted(
@@ -271,12 +272,29 @@ def test_the_table_of_parameters_is_whole():
 
 
 @pytest.mark.parametrize("script", ["train", "inference", "search", "compare"])
-def test_every_flag_of_a_script_is_in_the_readme(script, capsys):
+def test_every_flag_of_a_script_is_in_the_texts(script, capsys):
     with pytest.raises(SystemExit):
         __import__(script).parse_command_line(["--help"])
     flags = re.findall(r"^ +(--[a-z0-9-]+)", capsys.readouterr().out, flags=re.M)
-    text = (PROJECT / "README.md").read_text("utf-8")
+    text = "".join((PROJECT / name).read_text("utf-8") for name in TEXTS)
     assert flags and [flag for flag in flags if not re.search(rf"{flag}\b(?!-)", text)] == []
+
+
+def test_the_readme_is_short():
+    assert len((PROJECT / "README.md").read_text("utf-8").split()) <= 1500
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "benchmarks/README.md"])
+def test_what_a_text_links_to_exists(name):
+    text = (PROJECT / name).read_text("utf-8")
+    links = re.findall(r"\]\(((?!https?:)[^)]+)\)", text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (PROJECT / name).parent / path if path else PROJECT / name
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.M)
+            assert anchor in [heading.lower().replace(" ", "-") for heading in headings], link
 
 
 @pytest.mark.parametrize("code", blocks("README.md", "python"))
