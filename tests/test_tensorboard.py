@@ -38,6 +38,7 @@ from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_metrics
 from utils_alg1.training.trainer import Trainer
 from utils_tensorboard import server as server_module
+from utils_tensorboard.event_file import new_path
 from utils_tensorboard.instructions import instructions
 from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.server import serve_tensorboard
@@ -501,10 +502,7 @@ def test_a_purge_hides_that_step_and_later_ones_however_fast_it_follows(tmp_path
     assert scalars(read_events(tmp_path))["a"] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
-def test_a_purge_forgets_the_embeddings_of_that_step_and_later_ones(tmp_path, monkeypatch):
-    # No wait for the next second: only event files need one.
-    monkeypatch.setattr("utils_tensorboard.writer.time", types.SimpleNamespace(time=lambda: 0))
-
+def test_a_purge_forgets_the_embeddings_of_that_step_and_later_ones(tmp_path):
     def write(purge_step: int | None, *steps: int) -> list[str]:
         writer = TensorBoardWriter(tmp_path, purge_step, pytest.fail)
         for step in steps:
@@ -523,17 +521,70 @@ def test_a_purge_forgets_the_embeddings_of_that_step_and_later_ones(tmp_path, mo
     assert write(0) == []
 
 
-def test_no_two_event_files_are_of_one_second(tmp_path, monkeypatch):
-    now = [1700000000.0]
+def log_points(folder: Path, purge_step: int | None, steps: range, value: float) -> None:
+    logger = MetricLogger(TensorBoardWriter(folder, purge_step, warn=pytest.fail))
+    for step in steps:
+        logger.log("scalars", {"a": value}, step)
+    logger.close()
 
-    def sleep(_: float) -> None:
-        now[0] += 0.25
 
-    clock = types.SimpleNamespace(time=lambda: now[0], sleep=sleep)
-    monkeypatch.setattr("utils_tensorboard.writer.time", clock)
-    (tmp_path / "events.out.tfevents.1700000000.host.9.9").touch()
-    TensorBoardWriter(tmp_path, warn=pytest.fail).close()
-    assert now == [1700000001.0]
+@pytest.mark.parametrize("behind", [0, 1, 3600, 10**9], ids=lambda seconds: f"{seconds} s")
+def test_points_under_a_clock_that_is_behind_are_seen_after_the_others(tmp_path, monkeypatch, behind):
+    log_points(tmp_path, None, range(6), 1.0)
+    watcher = EventAccumulator(str(tmp_path), size_guidance=NO_SAMPLING).Reload()  # as a running server
+    clock = types.SimpleNamespace(time=lambda: time.time() - behind)
+    monkeypatch.setattr("utils_tensorboard.event_file.time", clock)
+    for session in (2.0, 3.0):
+        log_points(tmp_path, 4, range(4, 8), session)
+        seen = [(step, 1.0) for step in range(4)] + [(step, session) for step in range(4, 8)]
+        assert scalars(watcher.Reload())["a"] == seen
+        assert scalars(read_events(tmp_path))["a"] == seen
+    first, second, third = (int(path.name.split(".")[3]) for path in sorted(tmp_path.iterdir()))
+    assert (second, third) == (first + 1, first + 2)
+    newest_file = sorted(tmp_path.iterdir())[-1]
+    wall_times = [e.wall_time for e in EventAccumulator(str(newest_file)).Reload().Scalars("a")]
+    assert wall_times == pytest.approx([time.time()] * 4, abs=600)  # the axis of times is not shifted
+
+
+def test_an_event_file_of_this_second_does_not_hide_the_next_one(tmp_path):
+    for name in ("events.out.tfevents.1700000000.host.9.9", "events.out.tfevents.x", "other"):
+        (tmp_path / name).touch()
+    seconds: list[int] = []
+    for _ in range(3):
+        path = new_path(tmp_path)
+        path.touch()
+        seconds.append(int(path.name.split(".")[3]))
+    assert int(time.time()) - 600 < seconds[0] <= time.time()  # no later than needed
+    assert seconds == [seconds[0] + i for i in range(3)]
+
+
+def test_what_is_written_does_not_bring_a_deleted_folder_or_file_back(tmp_path):
+    folder = tmp_path / "logs"
+    logger = MetricLogger(TensorBoardWriter(folder, warn=pytest.fail))
+    logger.log("scalars", {"a": 1.0}, 0)
+    for path in folder.iterdir():
+        path.unlink()
+    logger.log("scalars", {"a": 1.0}, 1)
+    logger.flush()
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+    logger.log("scalars", {"a": 1.0}, 2)
+    logger.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["before", "listed"])
+def test_a_folder_that_is_deleted_while_it_is_opened_is_not_made_anew(tmp_path, monkeypatch, moment):
+    folder = tmp_path / "logs"
+    if moment == "listed":
+        folder.mkdir()
+        monkeypatch.setattr("utils_tensorboard.event_file.socket.gethostname", lambda: folder.rmdir() or "h")
+    warnings: list[str] = []
+    writer = TensorBoardWriter(folder, None, warnings.append, must_exist=True)
+    assert not writer.enabled
+    assert list(tmp_path.iterdir()) == []
+    (warning,) = warnings
+    assert warning.startswith("TensorBoard is switched off, training goes on: FileNotFoundError")
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):

@@ -810,10 +810,11 @@ def fake_tensorboard(monkeypatch):
 
     def install(place: str, fail) -> None:
         writer = type("SummaryWriter", (FakeSummaryWriter,), {})
-        if hasattr(FakeSummaryWriter, place):
+        if place == "SummaryWriter":
+            writer.__init__ = fail
+        elif hasattr(FakeSummaryWriter, place):
             setattr(writer, place, fail)
-        broken = place == "SummaryWriter"
-        monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", fail if broken else writer)
+        monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", writer)
         if place == "hparams_pb":
             monkeypatch.setattr(summary_v2, "hparams_pb", fail)
         if place == "ProjectorConfig":

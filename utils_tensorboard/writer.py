@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils_alg1.base.errors import Guard, guarded
 from utils_alg1.base.files import write_atomically
+from utils_tensorboard.event_file import open_events
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -71,8 +71,6 @@ class TensorBoardWriter:
 
 
 def _open(log_dir: Path, purge_step: int | None, must_exist: bool) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
     if not must_exist:
         log_dir.mkdir(parents=True, exist_ok=True)
     _require(log_dir)
@@ -84,11 +82,7 @@ def _open(log_dir: Path, purge_step: int | None, must_exist: bool) -> SummaryWri
     # Some readers ignore the purge of a folder that has not been purged before.
     if not any(log_dir.glob("events.out.tfevents.*")):
         purge_step = 0
-    # Event files are read in the order of their names, which start with the time in whole seconds: an
-    # older file of this second could sort after ours, and its points would not be purged.
-    while any(log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
-        time.sleep(0.02)
-    return SummaryWriter(str(log_dir), purge_step=purge_step)
+    return open_events(log_dir, purge_step)
 
 
 def _require(folder: Path) -> None:
