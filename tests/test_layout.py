@@ -1,4 +1,4 @@
-"""How the code is laid out: short functions, imports that go down, and nothing left out of the wheel."""
+"""How the code is laid out: short functions, imports that go down, nothing that an installation exposes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -69,16 +68,26 @@ def test_the_training_script_is_at_most_two_hundred_lines():
     assert len((PROJECT / "train.py").read_text("utf-8").splitlines()) <= LONGEST_SCRIPT
 
 
-def test_every_module_is_in_the_wheel():
-    setuptools = SETTINGS["setuptools"]
-    packages = {path.parent for path in FILES if path.name == "__init__.py"}
-    for path in FILES:
-        if path.parent == PROJECT:
-            assert path.stem in setuptools["py-modules"]
-        else:
-            assert path.parent in packages, f"{name_of(path.parent)} has no __init__.py"
-            package = name_of(path.parent).replace("/", ".")
-            assert any(fnmatch(package, pattern) for pattern in setuptools["packages"]["find"]["include"])
+def test_an_installation_brings_no_module(tmp_path):
+    """The scripts run from the checkout; elsewhere `import utils` is that of another project."""
+    assert SETTINGS["setuptools"] == {"packages": [], "py-modules": []}
+    names = [name.partition(".")[0] for name in SETTINGS["importlinter"]["root_packages"]]
+    code = (
+        "import importlib.util, sys\n"
+        "found = [importlib.util.find_spec(name) for name in sys.argv[1:]]\n"
+        "print(*(spec.origin for spec in found if spec), sep='\\n')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, *names]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, check=True, capture_output=True, encoding="utf-8"
+    )
+    assert [path for path in done.stdout.split("\n") if path.startswith(str(PROJECT))] == []
+
+
+def test_every_folder_of_modules_is_a_package():
+    for folder in {path.parent for path in FILES} - {PROJECT}:
+        assert (folder / "__init__.py").exists(), name_of(folder)
 
 
 def test_every_module_has_its_place_in_the_layers():
