@@ -6,6 +6,7 @@ The parent imports torch and trains once; every child starts from there in milli
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -244,6 +245,16 @@ def raising(number: int) -> Action:
         raise OSError(number, os.strerror(number))
 
     return action
+
+
+def without_locks(number: int, replace: Callable[[object, str, object], object] = setattr) -> None:
+    """In this process, let every lock of a file fail with an error, as on some network mounts."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for name in ("flock", "lockf"):
+        replace(fcntl, name, refuse)
 
 
 # --- what must hold -----------------------------------------------------------------------------------

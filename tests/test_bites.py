@@ -88,7 +88,7 @@ GUARDS = [
     ),
     Guard(
         "lock of a run",
-        "utils_alg1/run_directory.py",
+        "utils_alg1/base/locks.py",
         "        lock.acquire()\n",
         "        pass\n",
         "tests/test_checkpoint.py -k in_use",

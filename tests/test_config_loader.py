@@ -979,10 +979,7 @@ def test_a_run_is_locked_while_it_lives(workdir):
 
 
 def test_a_run_waits_for_another_that_is_being_created(workdir, monkeypatch):
-    def without_patience(path, timeout):
-        return FileLock(path, timeout=0)
-
-    monkeypatch.setattr(utils_run_manager, "FileLock", without_patience)
+    monkeypatch.setattr(utils_run_manager, "LOCK_SECONDS", 0)
     Path("runs").mkdir()
     with FileLock(Path("runs", LOCK_NAME)), pytest.raises(Alg1Error) as caught:
         create_run("runs")

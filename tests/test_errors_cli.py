@@ -810,7 +810,7 @@ def test_a_runs_folder_that_cannot_be_made_ends_with_4(place, train, monkeypatch
         ("mkdir", "eval", "create runs/{run_id}/eval"),
         ("mkdir", "checkpoints", "create runs/{run_id}/artifacts/checkpoints"),
         ("open", f"_001/{LOCK_NAME}", "lock runs/{run_id}"),
-        ("open", f"runs/{LOCK_NAME}", "create a run in runs"),
+        ("open", f"runs/{LOCK_NAME}", "lock runs"),
     ],
 )
 def test_a_run_directory_is_whole_or_not_there(workdir, monkeypatch, function, ending, action):

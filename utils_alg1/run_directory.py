@@ -19,14 +19,15 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils_alg1.base.errors import BAD_INPUT, Alg1Error, disk_error
+from utils_alg1.base.errors import BAD_INPUT, Alg1Error
 from utils_alg1.base.files import read_json_object
+from utils_alg1.base.locks import take_lock
 from utils_alg1.base.scripts import command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from filelock import FileLock  # imported when it is needed: it takes longer than all of --help
+    from filelock import FileLock
 
 RUN_ID = re.compile(r"(\d{4}-\d{2}-\d{2})_(\d{3,})(?:_(.*))?")
 CHECKPOINT_NAME = re.compile(r"step_(\d{9,})\.safetensors")
@@ -243,16 +244,8 @@ def lock_run(path: Path, timeout: float = LOCK_TIMEOUT) -> RunDirectory:
 
     Raises Alg1Error with exit code 2 if another process holds it, and 4 if the file system refuses.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path / LOCK_NAME, timeout=timeout)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise Alg1Error(f"{path} is in use by another process", "wait for it, or start a new run") from None
-    except OSError as error:
-        raise disk_error(f"lock {path}", error) from error
-    return RunDirectory(path, lock)
+    in_use = Alg1Error(f"{path} is in use by another process", "wait for it, or start a new run")
+    return RunDirectory(path, take_lock(path / LOCK_NAME, timeout, in_use))
 
 
 def in_use(path: Path) -> bool:
@@ -261,5 +254,5 @@ def in_use(path: Path) -> bool:
         if os.path.exists(path / LOCK_NAME):
             lock_run(path, timeout=0).lock.release()
     except Alg1Error as error:
-        return error.exit_code == BAD_INPUT  # not for a read-only file system, where it cannot be known
+        return error.exit_code == BAD_INPUT  # not where the file system is read-only or has no locks
     return False

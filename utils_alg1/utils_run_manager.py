@@ -15,11 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from parameters import CONFIG_DIR, CONFIG_FILES, Parameters
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import make_folder, write_atomically, write_json
+from utils_alg1.base.locks import NoLocks, take_lock
 from utils_alg1.data.corpus import Corpus
 from utils_alg1.data.texts import Text
 from utils_alg1.run_directory import (
@@ -35,6 +34,7 @@ from utils_alg1.run_directory import (
 
 SUBDIRECTORIES = ("meta", "logs/tensorboard", "artifacts/checkpoints", "artifacts/export", "eval")
 PACKAGES = ("torch", "safetensors", "numpy", "tensorboard", "aim")  # whose versions are recorded
+LOCK_SECONDS = 60  # to wait for other runs that are being created
 UNKNOWN = "unknown"  # without git, or without a repository
 NOTES = "# {run_id}\n\nWhat I tried, and what I saw:\n\n"
 
@@ -95,18 +95,23 @@ def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
 
     Two runs that start at the same time get different numbers: `runs_dir` is locked meanwhile.
     """
-    lock = Path(runs_dir) / LOCK_NAME
-    make_folder(lock.parent)
+    runs_dir = Path(runs_dir)
+    path, is_new_folder = runs_dir / LOCK_NAME, not runs_dir.exists()
+    in_use = Alg1Error(f"{path} was not free for a minute", "end the process that holds it")
+    make_folder(runs_dir)
     try:
-        lock.touch()  # where that fails with ENOENT, as in /proc, FileLock would try again for a minute
-        with FileLock(lock, timeout=60):
-            path = RunDirectoryCreator(runs_dir).create(RunIDGenerator(runs_dir).generate(tag))
-            with _removed_on_failure(path):
-                run = lock_run(path)
+        path.touch()  # where that fails with ENOENT, as in /proc, FileLock would try again for a minute
+        with take_lock(path, LOCK_SECONDS, in_use):
+            run_dir = RunDirectoryCreator(runs_dir).create(RunIDGenerator(runs_dir).generate(tag))
+            with _removed_on_failure(run_dir):
+                run = lock_run(run_dir)
         run.is_new = True
         return run
-    except Timeout:
-        raise Alg1Error(f"{lock} was not free for a minute", "end the process that holds it") from None
+    except NoLocks:
+        path.unlink()
+        if is_new_folder:
+            runs_dir.rmdir()
+        raise
     except OSError as error:
         raise disk_error(f"create a run in {runs_dir}", error) from error
 
