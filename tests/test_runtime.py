@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import re
 import signal
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from conftest import QUIET_TRACKERS, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parameters import ModelConfig, Parameters
-from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
+from utils_alg1.base.errors import CANNOT_TRAIN, OTHER_PROGRAMS, Alg1Error
 from utils_alg1.console import signals as signals_module
 from utils_alg1.console.script import run_script
 from utils_alg1.console.signals import StopSignals
+from utils_alg1.run_directory import RunFolder, checkpoint_paths, list_runs
 from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import runtime as runtime_module
 from utils_alg1.training.arithmetic import (
@@ -29,7 +34,7 @@ from utils_alg1.training.arithmetic import (
     environment,
     recorded_arithmetic,
 )
-from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
+from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed, is_lost_connection
 from utils_alg1.training.runtime import (
     Compiled,
     Runtime,
@@ -472,23 +477,84 @@ def test_seeding_decides_what_torch_draws():
 # --- memory -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
-    ],
-)
-def test_running_out_of_memory_is_an_error_with_smaller_settings(error):
+SMALLER = "try --batch-size 2 --grad-accum-steps 2, which sees about as much text in a step"
+OF_THE_GPU = "other programs hold the memory of the GPU"
+ON_THE_CPU = [
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried 8 bytes"),  # Windows
+    RuntimeError("std::bad_alloc"),
+]
+ON_A_GPU = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), ""),
+    (torch.OutOfMemoryError("XPU out of memory. Tried to allocate 20 GiB"), ""),
+    (torch.OutOfMemoryError("Tried to allocate 20 GiB"), ""),
+    (getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory\nCompile with ..."), ""),
+    (RuntimeError("HIP out of memory. Tried to allocate 20 GiB"), ""),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB, other allocations: 40 GB)"), ""),
+    (RuntimeError("Invalid buffer size: 24.00 GB"), ""),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        " (CUBLAS_STATUS_ALLOC_FAILED)",
+    ),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        " (CUBLAS_STATUS_NOT_INITIALIZED)",
+    ),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), " (CUDNN_STATUS_NOT_INITIALIZED)"),
+    (
+        RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+        " (OUT_OF_DEVICE_MEMORY)",
+    ),
+    (
+        torch.distributed.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"),
+        "",
+    ),
+]
+ALL_THAT_TELL = [(error, "", None) for error in ON_THE_CPU] + [(*of_gpu, OF_THE_GPU) for of_gpu in ON_A_GPU]
+
+
+@pytest.mark.parametrize("error, status, of_gpu", ALL_THAT_TELL)
+def test_running_out_of_memory_is_an_error_with_smaller_settings(error, status, of_gpu):
     model, train = parameters().model, parameters().train
-    with (
-        pytest.raises(Alg1Error, match=r"^out of memory here$") as caught,
-        memory_guard("here", model, train),
-    ):
+    with pytest.raises(Alg1Error) as caught, memory_guard("here", model, train):
         raise error
+    assert caught.value.message == f"out of memory here{status}"
     assert caught.value.exit_code == CANNOT_TRAIN
-    assert caught.value.hint.startswith("try --batch-size 2 --grad-accum-steps 2,")
+    assert caught.value.hint == SMALLER + (f"; or --device cpu, if {of_gpu}" if of_gpu else "")
+    assert not isinstance(error, RuntimeError) or not is_lost_connection(error)
+
+
+@pytest.mark.parametrize("error, status, of_gpu", ALL_THAT_TELL)
+def test_running_out_of_memory_anywhere_in_a_script_is_one_line(error, status, of_gpu, capsys):
+    def script() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_script(script)
+    message, hint = capsys.readouterr().err.splitlines()
+    assert (end.value.code, message) == (CANNOT_TRAIN, f"error: out of memory{status}")
+    way_out = f"use --device cpu, or end them, if {of_gpu}" if of_gpu else OTHER_PROGRAMS
+    assert hint == f"hint: {way_out}"
+
+
+def test_weights_larger_than_the_memory_are_told_as_such(train, sample, text_file, monkeypatch):
+    assert train(*TINY, *QUIET_TRACKERS, "--data", text_file).code == 0
+    (run,) = list_runs("runs")
+    files = sorted(run.rglob("*.safetensors"))
+    for error in (MemoryError("Unable to allocate 20 GiB"), OSError(errno.ENOMEM, "Cannot allocate memory")):
+        monkeypatch.setattr(np, "fromfile", Mock(side_effect=error))
+        for result, file in (
+            (sample(), RunFolder(run).export_path),
+            (sample("--score", text_file), RunFolder(run).export_path),
+            (train("--init-from", RunFolder(run).export_path), RunFolder(run).export_path),
+            (train("--resume", "latest"), checkpoint_paths(RunFolder(run).checkpoint_dir)[-1]),
+        ):
+            assert result.code == CANNOT_TRAIN
+            # No word of damage, and no older checkpoint in place of the newest.
+            assert result.err == (f"error: out of memory while reading {file}\nhint: {OTHER_PROGRAMS}\n")
+    assert sorted(run.rglob("*.safetensors*")) == files
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory"), KeyboardInterrupt()])

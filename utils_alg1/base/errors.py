@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec
 
 P = ParamSpec("P")
@@ -30,6 +32,7 @@ class Alg1Error(Exception):
         self.exit_code = exit_code
 
 
+OTHER_PROGRAMS = "end other programs, or use a machine with more memory"
 HINTS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -40,20 +43,64 @@ HINTS = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "this is a folder; name a file in it",
     errno.ENOTDIR: "check its path: a part of it is a file and no folder",
+    errno.ENOMEM: OTHER_PROGRAMS,
 }
+EXIT_CODES = {errno.ENAMETOOLONG: BAD_INPUT, errno.ENOMEM: CANNOT_TRAIN}  # whatever was tried
+# What PyTorch and safetensors say of too little memory, where they have no type for it. A library that cannot
+# even start on a GPU, because another program holds its memory, says NOT_INITIALIZED.
+HOST_MEMORY = re.compile(r"can't allocate memory|not enough memory|bad_alloc|os error 12\b")
+DEVICE_MEMORY = re.compile(
+    r"(?i:out of memory)|[A-Z]+_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED)"  # CUDA, HIP, MPS, XPU, libraries
+    r"|OUT_OF_(?:HOST_MEMORY|DEVICE_MEMORY|RESOURCES)|Invalid buffer size"  # the drivers of XPU and MPS
+)
 
 
 def disk_error(action: str, error: OSError) -> Alg1Error:
     """Return the Alg1Error for an OSError raised by `action`, such as "write runs/x"."""
     hint = HINTS.get(error.errno or 0, "check the disk, or choose another place")
-    exit_code = BAD_INPUT if error.errno == errno.ENAMETOOLONG else DISK_FAILED
+    exit_code = EXIT_CODES.get(error.errno or 0, DISK_FAILED)
     return Alg1Error(f"cannot {action}: {error.strerror or error}", hint, exit_code)
 
 
 def unreadable(path: object, error: OSError) -> Alg1Error:
     """Return the Alg1Error for an OSError raised while reading a file that the user named."""
     hint = HINTS.get(error.errno or 0, "use another copy of it")
-    return Alg1Error(f"{path}: cannot be read: {error.strerror or error}", hint)
+    exit_code = EXIT_CODES.get(error.errno or 0, BAD_INPUT)
+    return Alg1Error(f"{path}: cannot be read: {error.strerror or error}", hint, exit_code)
+
+
+def out_of_memory(error: Exception, where: str = "", hint: str | None = None) -> Alg1Error | None:
+    """Return the Alg1Error (exit code 3) for an exception that tells of too little memory; None for another.
+
+    Args:
+        where: in what, for the message.
+        hint: what needs less memory. Where it is that of an accelerator, `--device cpu` is named too.
+    """
+    if isinstance(error, Alg1Error):
+        return None
+    text = str(error)
+    on_device = DEVICE_MEMORY.search(text) if isinstance(error, RuntimeError) else None
+    if on_device or type(error).__name__ == "OutOfMemoryError":  # that of PyTorch, which is not imported here
+        status = on_device[0] if on_device and on_device[0].isupper() else ""
+        message = " ".join(filter(None, ("out of memory", where, status and f"({status})")))
+        hint = f"{hint}; or --device cpu, if" if hint else "use --device cpu, or end them, if"
+        return Alg1Error(message, f"{hint} other programs hold the memory of the GPU", CANNOT_TRAIN)
+    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or no_memory or HOST_MEMORY.search(text):
+        return Alg1Error(f"out of memory {where}".rstrip(), hint or OTHER_PROGRAMS, CANNOT_TRAIN)
+    return None
+
+
+@contextlib.contextmanager
+def memory_guard(where: str, find_hint: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turn running out of memory into an Alg1Error; see `out_of_memory`."""
+    try:
+        yield
+    except Exception as error:
+        failure = out_of_memory(error, where, find_hint and find_hint())
+        if failure is None:
+            raise
+        raise failure from error
 
 
 def first_line(problem: object) -> str:

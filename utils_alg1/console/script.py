@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from utils_alg1.base.errors import DONE, INTERRUPTED, Alg1Error, disk_error
+from utils_alg1.base.errors import DONE, INTERRUPTED, Alg1Error, disk_error, memory_guard
 from utils_alg1.console.messages import print_error
 from utils_alg1.console.signals import RaiseSignal, signal_handler
 
@@ -50,7 +50,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 def _exit_code(main: Callable[[], int]) -> int:
     """Run main() and return its exit code; what a user or a disk can cause is raised as an Alg1Error."""
     try:
-        with signal_handler(RaiseSignal()):
+        with signal_handler(RaiseSignal()), memory_guard(""):
             return main()
     except (KeyboardInterrupt, SystemExit) as stop:
         # torchrun sends SIGTERM when a process is gone: it may come while a failed run closes.

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils_alg1.base.errors import Alg1Error, first_line, unreadable
+from utils_alg1.base.errors import Alg1Error, first_line, memory_guard, out_of_memory, unreadable
 from utils_alg1.base.files import write_atomically
 
 if TYPE_CHECKING:
@@ -108,12 +108,17 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]
         None for a safetensors file of another program.
 
     Raises:
-        Alg1Error: not found, not a safetensors file, truncated, or altered since it was written.
+        Alg1Error: not found, not a safetensors file, truncated, or altered since it was written; or larger
+            than the memory (exit code 3).
     """
+    with memory_guard(f"while reading {path}"):
+        return _read_arrays(Path(path))
+
+
+def _read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
     import numpy as np
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     refuse_pickle(path)
     try:
         with safe_open(str(path), framework="numpy"):  # checks the header and the size
@@ -126,6 +131,8 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]
             raise Alg1Error(f"{path}: its numbers are of the type {min(unknown)}, which is not known", hint)
         arrays = {name: _to_array(content[start:], **header[name]) for name in sorted(header)}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         # Types and messages vary between releases of safetensors.
         hint = "it may be truncated or of another format; use another file"
         raise Alg1Error(f"{path}: not a whole safetensors file ({first_line(error)})", hint) from None

@@ -26,7 +26,7 @@ import torch
 
 from model import BigramLanguageModel
 from parameters import ModelConfig, coerce_all
-from utils_alg1.base.errors import Alg1Error, disk_error
+from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, disk_error
 from utils_alg1.base.scripts import command
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
 from utils_alg1.network.weights import CHECKPOINT_FORMAT, FORMAT_VERSION, OTHER_CHECKPOINT, fits_vocabulary
@@ -305,6 +305,8 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
         try:
             return read_checkpoint(path)
         except Alg1Error as error:
+            if error.exit_code == CANNOT_TRAIN:  # out of memory: the others are as large
+                raise
             warn(f"{error.message}; trying an older one")
     if paths:
         raise Alg1Error(

@@ -17,7 +17,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line
+from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line, out_of_memory
 from utils_alg1.base.scripts import command, script
 from utils_alg1.console.script import skip_finalization
 from utils_alg1.console.signals import signal_handler
@@ -187,6 +187,8 @@ def is_lost_connection(error: RuntimeError) -> bool:
     """Return whether a collective operation failed, rather than the program: PyTorch has no type for it."""
     import torch
 
+    if out_of_memory(error):  # NCCL's of the GPU, say
+        return False
     if isinstance(error, torch.distributed.DistError):
         return True
     return any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Broken pipe"))

@@ -7,13 +7,15 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from parameters import ModelConfig, Parameters, TrainConfig
+from utils_alg1.base import errors
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
 from utils_alg1.training.arithmetic import (
     SMALL_STEP_FLOPS,
@@ -183,21 +185,16 @@ class Compiled:
             return self._function(*args)
 
 
-@contextlib.contextmanager
-def memory_guard(where: str, model: ModelConfig, train: TrainConfig | None = None) -> Iterator[None]:
+def memory_guard(
+    where: str, model: ModelConfig, train: TrainConfig | None = None
+) -> contextlib.AbstractContextManager:
     """Turn running out of memory into an Alg1Error (exit code 3) that names settings with less.
 
     Args:
         where: in what, for the message.
         train: given where the memory depends on the size of a micro-batch.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error):  # what PyTorch says on a CPU
-            raise
-        raise Alg1Error(f"out of memory {where}", smaller_settings(model, train), CANNOT_TRAIN) from error
+    return errors.memory_guard(where, partial(smaller_settings, model, train))
 
 
 def check_memory(params: Parameters, vocab_size: int, device: torch.device) -> None:
