@@ -175,7 +175,11 @@ class TrainConfig(Part):
         "auto", "torch.compile of the step; auto: for long runs on CUDA", choices=("auto", "on", "off")
     )
     threads: int = changeable(
-        0, "CPU threads; 0: one for small training steps, else PyTorch's default", minimum=0, maximum=1024
+        0,
+        "CPU threads; 0 or auto: one for small training steps, else PyTorch's default",
+        minimum=0,
+        maximum=1024,
+        auto=0,
     )
     optimizer: str = setting(
         "adamw", "optimizer; muon: for hidden matrices, AdamW for the rest", choices=("adamw", "sgd", "muon")

@@ -32,6 +32,7 @@ from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import checkpoint_paths
 from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import checkpoint as checkpoint_module
+from utils_alg1.training import runtime as runtime_module
 from utils_alg1.training.arithmetic import Arithmetic, Processor, environment
 from utils_alg1.training.checkpoint import (
     CheckpointStore,
@@ -45,6 +46,7 @@ from utils_alg1.training.resume import load_model_file
 from utils_alg1.training.runtime import Runtime
 from utils_alg1.training.trainer import Trainer
 
+VOCAB_SIZE = len(set(TEXT))
 ALL_KEPT = ["--checkpoint-interval", 1, "--keep-checkpoints", 99]
 
 
@@ -805,6 +807,69 @@ def test_what_shaped_the_past_may_not_change(flag, value, shown, a_run, train):
     assert result.code == 2
     assert f"error: the run cannot go on with other values: {shown}\n" in result.err
     assert {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "flags, spelled_out",
+    [
+        ((), ("--dtype", "float32")),
+        ((), ("--compile", "off")),
+        ((), ("--compile", "auto", "--threads", "auto", "--device", "auto", "--dtype", "auto")),
+        ((), ("--device", "cpu", "--threads", 1)),
+        ((), ("--vocab-size", VOCAB_SIZE)),
+        (("--dtype", "bfloat16"), ("--dtype", "auto")),
+        (("--vocab-size", VOCAB_SIZE), ()),
+    ],
+)
+def test_the_value_that_a_run_has_chosen_may_be_spelled_out(flags, spelled_out, a_run, train):
+    a_run(*flags, into="whole")
+    a_run(*flags, stop=2)
+    result = train("--resume", "latest", *spelled_out)
+    assert (result.code, result.err) == (0, "")
+    assert_same_end()
+    assert train("--resume", "latest", "--max-iters", 7).code == 0  # it is no change afterwards, either
+
+
+@pytest.mark.parametrize(
+    "flags, changed, shown",
+    [
+        ((), ("--dtype", "bfloat16"), "dtype: 'float32' -> 'bfloat16'"),
+        (("--dtype", "bfloat16"), ("--dtype", "float32"), "dtype: 'bfloat16' -> 'float32'"),
+        ((), ("--vocab-size", VOCAB_SIZE + 1), f"vocab_size: {VOCAB_SIZE} -> {VOCAB_SIZE + 1}"),
+    ],
+)
+def test_another_value_than_a_run_has_chosen_is_refused(flags, changed, shown, a_run, train):
+    a_run(*flags, stop=2)
+    result = train("--resume", "latest", *changed)
+    assert result.code == 2
+    assert f"error: the run cannot go on with other values: {shown}\n" in result.err
+
+
+def test_a_resume_has_the_threads_of_the_run_whatever_the_default_is(
+    train, text_file, monkeypatch, one_thread
+):
+    """They decide how sums are split: with another number a run ends with other bytes."""
+    monkeypatch.setattr(runtime_module, "SMALL_STEP_FLOPS", 0)  # so that PyTorch's default is taken
+    flags = [*TINY, *QUIET_TRACKERS, "--data", text_file, "--threads", "auto"]
+    torch.set_num_threads(2)
+    assert train(*flags, "--runs-dir", "whole").code == 0
+    stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    assert train(*flags).code == 130
+    for spelled_out in ((), ("--threads", "auto"), ("--threads", 0)):
+        torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
+        shutil.copytree("runs", "copy")
+        result = train("--resume", "latest", "--runs-dir", "copy", *spelled_out)
+        assert (result.code, result.err) == (0, "") and "2 threads" in result.out
+        assert_same_end("whole", "copy")
+        assert read_checkpoint(checkpoint(6, "copy")).metadata["arithmetic"]["threads"] == 2
+        shutil.rmtree("copy")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    torch.set_num_threads(1)
+    result = train("--resume", "latest")
+    assert result.code == 0 and result.err == (
+        "warning: the run was computed with 2 threads, and goes on with 1 thread:"
+        " it may not end with the same bytes\n"
+    )
 
 
 def test_every_refused_change_is_shown_at_once(a_run, train):

@@ -32,10 +32,11 @@ def setting(
     flag: str = "",
     may_change: bool = False,
     is_path: bool = False,
+    auto: Any = None,
 ) -> Any:
     """Return a dataclass field with its help and limits (see `Spec`)."""
     limits = {"above": above, "minimum": minimum, "below": below, "maximum": maximum, "choices": choices}
-    about = {"help": help, "flag": flag, "may_change": may_change, "is_path": is_path}
+    about = {"help": help, "flag": flag, "may_change": may_change, "is_path": is_path, "auto": auto}
     return field(default=default, metadata=about | limits)
 
 
@@ -55,6 +56,7 @@ class Limits:
     maximum: float | None = None  # inclusive upper bound
     choices: tuple[str, ...] = ()
     is_path: bool = False  # a file or a folder, which may begin with ~
+    auto: Any = None  # the value that the word `auto` stands for
 
     def violation(self, value: Any) -> str | None:
         """Return "must be ..." with what a value violates, its type included; None if it is good."""
@@ -117,6 +119,8 @@ def coerce(limits: Limits, value: Any) -> Any:
     if value is None and limits.default is None:
         return None
     word = str(value).lower() if isinstance(value, bool | str) else ""
+    if word == "auto" and limits.auto is not None:
+        return limits.auto
     if limits.type is bool:
         value = SWITCHES.get(word, value)
     elif word in SWITCHES and "off" in limits.choices:

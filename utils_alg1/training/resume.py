@@ -151,7 +151,7 @@ def check_resumable(
     # What a run from before a parameter existed does not name is at its default.
     old = Parameters.from_values(coerce_all(checkpoint.metadata["parameters"])[0], {})
     old_train, train, step = old.train, params.train, checkpoint.progress.step
-    before, now = old.flat(), params.flat()
+    before, now = (with_choices(values.flat(), checkpoint) for values in (old, params))
     given = {name: value for name, value in now.items() if value not in (before[name], None)}
     fixed = [name for name, spec in specs().items() if before[name] != now[name] and not spec.may_change]
     changed = [f"{name}: {shown(before[name])} -> {shown(now[name])}" for name in fixed]
@@ -186,6 +186,20 @@ def check_resumable(
             f" the run has {'another' if old_held_out else 'no'} held-out text",
             "name that text with --val-data" if old_held_out else "leave val_data out",
         )
+
+
+def with_choices(values: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the values of the parameters, with what the run has chosen where one leaves it the choice.
+
+    So `--dtype bfloat16` is no change of a run whose `auto` came to that.
+    """
+    metadata = checkpoint.metadata
+    choices = {
+        "dtype": ("auto", metadata["arithmetic"].get("dtype", "auto")),
+        "vocab_size": (None, len(metadata["vocabulary"])),
+    }
+    open_ = {name: choice for name, (free, choice) in choices.items() if values[name] == free}
+    return {**values, **open_}
 
 
 def new_run(checkpoint: Checkpoint, given: Mapping[str, Any], dist: Distributed) -> str:
