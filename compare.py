@@ -282,7 +282,7 @@ def format_cell(row: Row, name: str) -> str:
         return f"{value:,.0f}" if value < 1e12 else f"{value:.3g}"
     if name == "state":
         return f"{value}, resumed" if row["resumed"] else value
-    if name == "step" and row["state"] != "done" and row["max_iters"] is not None:
+    if name == "step" and row["max_iters"] not in (None, value):
         return f"{value} of {row['max_iters']}"
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if name == "run" or len(text) <= MAX_CELL_LENGTH else text[: MAX_CELL_LENGTH - 1] + "…"

@@ -5,6 +5,7 @@
     python train.py --config configs/laptop             a preset: a folder of settings, or a file of them
     python train.py --print-config                      every value and where it came from
     python train.py --resume latest                     continue an interrupted run, on CPUs to the same bytes
+    python train.py --resume latest --finish            export and report what it has, without training on
     python train.py --init-from model.safetensors       start from trained weights
     torchrun --standalone --nproc_per_node=2 train.py   two processes, on two GPUs or CPU cores
 
@@ -84,6 +85,7 @@ def build_trainer(job: Job, console: Console) -> Trainer:
         trainer.warm_up_ddp()
         if job.checkpoint:
             job.checkpoint.load_trainer(trainer)
+        trainer.ends_here = job.finish
     return trainer
 
 

@@ -313,6 +313,22 @@ def at(trainer: Trainer, step: int) -> Trainer:
     return trainer
 
 
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, stop: Callable[[], object]) -> None:
+    """Call `stop` in the middle of a step, once."""
+    from utils_alg1.training.trainer import Trainer
+
+    optimizer_step = Trainer.optimizer_step
+    pending = [step]
+
+    def stopping(self: Trainer) -> None:
+        if pending == [self.step]:
+            pending.clear()
+            stop()
+        optimizer_step(self)
+
+    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
+
+
 def printed_config(out: str) -> dict[str, tuple[Any, str]]:
     """The value and the origin of each parameter in the output of --print-config."""
     values = yaml.safe_load(out)

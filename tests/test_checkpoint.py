@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET_TRACKERS, TEXT, TINY, at, compile_with, lasting_metrics
+from conftest import QUIET_TRACKERS, TEXT, TINY, at, compile_with, lasting_metrics, stop_at
 from filelock import FileLock
 from safetensors.numpy import save
 
@@ -137,20 +137,6 @@ def assert_same_end(a: str = "whole", b: str = "runs") -> None:
     assert_same_tensors(checkpoint(step, a), checkpoint(step, b))
     assert_same_tensors(export_of(a), export_of(b))
     assert metrics(a) == metrics(b)
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, stop) -> None:
-    """Call `stop` in the middle of a step, once."""
-    optimizer_step = Trainer.optimizer_step
-    pending = [step]
-
-    def stopping(self):
-        if pending == [self.step]:
-            pending.clear()
-            stop()
-        optimizer_step(self)
-
-    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
 
 
 def damage(path: Path) -> None:

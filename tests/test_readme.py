@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, printed_config, runner
+from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, Result, printed_config, runner, stop_at
 
 READMES = ("README.md", "README-TENSORBOARD.md", "README-AIM.md", "README-ARCH.md", "CONTRIBUTING.md")
 TEXTS = (*READMES, *(f"docs/{path.name}" for path in sorted(PROJECT.glob("docs/*.md"))))
@@ -90,19 +90,6 @@ def run_ids(monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
     monkeypatch.setattr(RunIDGenerator, "generate", lambda self, tag: run_id)
 
 
-def stop_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    from utils_alg1.training.trainer import Trainer
-
-    optimizer_step = Trainer.optimizer_step
-
-    def stopping(self):
-        if self.step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        optimizer_step(self)
-
-    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A checkout's configs/, texts, a finished run, an interrupted one, and weights."""
@@ -131,7 +118,7 @@ def home(tmp_path_factory) -> Path:
         run_ids(monkeypatch, "2026-01-31_001")
         assert script.main([*TINY, *QUIET_TRACKERS]) == 0
         run_ids(monkeypatch, "2026-01-31_002_search")
-        stop_at_step_3(monkeypatch)
+        stop_at(3, monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
         assert script.main([*TINY, *QUIET_TRACKERS]) == 143
         export = "runs/2026-01-31_001/artifacts/export/model.safetensors"
         for name in ("model.safetensors", "old.safetensors"):
@@ -195,7 +182,7 @@ def test_a_command_that_trains(command, place, train, request):
         assert printed_config(result.out)["max_iters"] == (6, "--max-iters")
         assert set(os.listdir("runs")) == before
         return
-    last = 8 if words[-2:-1] == ["--max-iters"] and "--resume" in words else 6
+    last = 8 if words[-2:-1] == ["--max-iters"] and "--resume" in words else 4 if "--finish" in words else 6
     assert f"reached   step {last}: " in result.out
     assert bool(set(os.listdir("runs")) - before) == ("--resume" not in words)
 
@@ -265,7 +252,9 @@ def test_the_table_of_parameters_is_whole():
 
     text = (PROJECT / "docs/parameters.md").read_text("utf-8")
     table = text.partition("| topic | flags |")[2].partition("\n\n")[0]
-    others = "--config --resume --init-from --print-config --serve-tensorboard --quiet --verbose".split()
+    others = (
+        "--config --resume --finish --init-from --print-config --serve-tensorboard --quiet --verbose".split()
+    )
     assert sorted(re.findall(r"--[a-z0-9-]+\w", table)) == sorted(
         [*others, *(spec.flag for spec in specs().values())]
     )

@@ -33,6 +33,7 @@ class Options:
     config: str | None = None
     resume: str | None = None
     init_from: str | None = None
+    finish: bool = False
     print_config: bool = False
     quiet: bool = False
     verbose: bool = False
@@ -168,6 +169,8 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
     resume = "run to continue: its name or directory, or latest: the newest that was interrupted"
     start.add_argument("--resume", type=path_name, metavar="RUN", help=resume)
     start.add_argument("--init-from", type=path_name, metavar="PATH", help="exported model to start from")
+    finish = "with --resume: take no further step; write the export, results and report of what is saved"
+    run.add_argument("--finish", action="store_true", help=finish)
     shows = "print every parameter with its origin as YAML and exit"
     run.add_argument("--print-config", action="store_true", help=shows)
     volume = run.add_mutually_exclusive_group()
@@ -176,6 +179,8 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
     run.add_argument("--serve-tensorboard", action="store_true", help="serve TensorBoard while training")
     add_parameter_flags(parser)
     values, given = split_parameters(parser.parse_args(argv))
+    if given.get("finish") and "resume" not in given:
+        parser.error("--finish needs a run", "name it: --resume RUN --finish")
     if given.get("print_config"):
         given["quiet"] = True  # the standard output is YAML and nothing else
     return Options(values=values, **given)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, trainer: Trainer) -> LabelledLines:
     """Return the lines printed at the start of a run: device, model, text, steps, folder and parameters."""
     model, train, runtime = params.model, params.train, trainer.runtime
-    sequences = trainer.tokens_per_step // model.block_size
     device = f"{runtime.device}, {runtime.arithmetic.dtype}, {format_count(runtime.threads, 'thread')}"
     if runtime.arithmetic.compiled:
         device += ", compiled"
@@ -52,12 +51,20 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
         "val": f"{describe_text(corpus.held_out)}; all of the text is for training"
         if corpus.held_out
         else "",
-        "steps": (f"{trainer.step} to {train.max_iters}, of" if trainer.step else f"{train.max_iters} of")
-        + f" {sequences} x {format_count(model.block_size, 'character')}",
+        "steps": describe_steps(trainer),
         "folder": folder,
     }
     lines["changed"] = describe_changes(params)
     return {label: line for label, line in lines.items() if line}
+
+
+def describe_steps(trainer: Trainer) -> str:
+    """Return the steps that are ahead and the size of each; with --finish, that there are none."""
+    step, max_iters, length = trainer.step, trainer.config.max_iters, trainer.block_size
+    if trainer.ends_here:
+        return f"{step} of {max_iters} were taken, and no more are"
+    size = f"{trainer.tokens_per_step // length} x {format_count(length, 'character')}"
+    return f"{step} to {max_iters}, of {size}" if step else f"{max_iters} of {size}"
 
 
 def describe_text(text: Text) -> str:
@@ -121,10 +128,12 @@ def describe_part(measured: Measurement) -> str:
     return f"{measured.characters:,} of the val part's {measured.available:,} characters, spread evenly"
 
 
-def untrained_warning(exported: dict[str, Any], params: Parameters) -> str | None:
+def untrained_warning(exported: dict[str, Any], progress: Progress, params: Parameters) -> str | None:
     """Return the warning for an export of the weights that a run began with; None for any other."""
     if exported["step"] > 0:
         return None
+    if progress.step == 0:
+        return "no step was taken: the exported weights are those that the run began with"
     return (
         "no evaluation was better than that of step 0: the exported weights are those from before the first"
         f" step, not trained by this run; try another --learning-rate than {params.train.learning_rate:g}, or"
@@ -146,7 +155,9 @@ def longer_training(
     """Return the lines with the command that trains a finished run for longer."""
     steps = params.train.max_iters
     longer = dataclasses.replace(params.train, max_iters=2 * steps)
-    if progress.step < steps:  # --patience ended it
+    if progress.step < steps and not progress.out_of_patience(params.train.patience):  # --finish ended it
+        return {"continue": ShellCommand(resume_command(run, dist))}
+    if progress.step < steps:
         return {"continue": ShellCommand(f"{resume_command(run, dist)} --patience 0")}
     if same_learning_rates(params.train, longer, steps):
         return {"continue": ShellCommand(f"{resume_command(run, dist)} --max-iters {longer.max_iters}")}

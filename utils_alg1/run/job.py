@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from parameters import DataConfig, Parameters
 from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.scripts import command
 from utils_alg1.console.command_line import Options
 from utils_alg1.console.script import importing
 from utils_alg1.utils_config_loader import ConfigLoader
@@ -41,6 +43,7 @@ class Job:
         corpus, runtime: the text and the device; each process opens its own (see `open_local`).
         run, checkpoint: what --resume names; the directory, locked, in the main process only.
         initial: the model that --init-from names.
+        finish: take no further step: write the results of the checkpoint.
         config_files: the configuration files that were read, with their bytes; in the main process only.
         serve_tensorboard: whether to serve TensorBoard meanwhile; in the main process only.
     """
@@ -51,6 +54,7 @@ class Job:
     run: RunDirectory | None = None
     checkpoint: Checkpoint | None = None
     initial: BigramLanguageModel | None = None
+    finish: bool = False
     config_files: dict[Path, bytes] = field(default_factory=dict)
     serve_tensorboard: bool = False
 
@@ -114,6 +118,9 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
             if checkpoint is not None:
                 flags = "--data PATH" + (" or --val-data PATH" if params.data.val_data else "")
                 error.hint = f"put the text of the run there, or name where it lies now: {flags}"
+                if options.finish:  # the weights are there all the same
+                    sample = f"{command('inference.py')} --run {shlex.quote(str(checkpoint.path.parents[2]))}"
+                    error.hint += f"; without it, its newest checkpoint can be sampled: {sample}"
             raise
         corpus.check_block_size(params.model.block_size, params.data.train_split, params.data.val_split)
         vocabulary, note = corpus.tokenizer.vocabulary, ""
@@ -133,7 +140,7 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
         learned = (initial.vocabulary if initial else None) or ()
         remark_on_texts(corpus, params.data, console, learned)
         after_failure.pop_all()
-    job = Job(params, corpus, runtime, run, checkpoint, initial)
+    job = Job(params, corpus, runtime, run, checkpoint, initial, options.finish)
     job.config_files = sources.files
     job.serve_tensorboard = options.serve_tensorboard
     return job

@@ -90,8 +90,8 @@ class Run:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether a signal ended the training before max_iters."""
-        return self.stop_signal > 0 and self.trainer.step < self.job.params.train.max_iters
+        """Whether a signal ended the training before it was finished."""
+        return self.stop_signal > 0 and not self.trainer.finished
 
     def print_resume_command(self) -> None:
         """Print how to continue a run that stopped early."""
@@ -220,11 +220,12 @@ class MainRun(Run):
     def print_resume_command(self) -> None:
         command = summary.resume_command(self.directory, self.dist)
         self.console.remind(f"stopped at step {self.trainer.step}; go on with", command)
+        self.console.remind("or end it here, with its export and report", f"{command} --finish")
 
     def export(self) -> None:
         run, params, console = self.directory, self.job.params, self.console
         self._exported = results.export_weights(self.trainer, self.store, run, params, console)
-        if warning := summary.untrained_warning(self._exported, params):
+        if warning := summary.untrained_warning(self._exported, self.trainer.progress, params):
             console.warn(warning)
         self._measured = self._measure()
         self._samples = results.write_results(run, self.trainer, self._exported, self._measured)

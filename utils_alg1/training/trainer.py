@@ -70,6 +70,7 @@ class Trainer:
         sequences = config.batch_size * config.grad_accum_steps * runtime.dist.world_size
         self.tokens_per_step = sequences * self.block_size
         self.clock = Clock(runtime.synchronize, self.tokens_per_step)
+        self.ends_here = False  # --finish: no further step is taken
         self.gradient_norm = math.nan
         self.speed: float | None = None
 
@@ -81,7 +82,7 @@ class Trainer:
     @property
     def eval_due(self) -> bool:
         """Whether to evaluate now: every eval_interval, at the end, and where the checkpoint evaluated."""
-        at_end = self.step >= self.config.max_iters
+        at_end = self.ends_here or self.step >= self.config.max_iters
         return at_end or due(self.step, self.config.eval_interval) or self.progress.evaluated
 
     @property
@@ -91,8 +92,9 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether max_iters is reached, or --patience stops early."""
-        return self.step >= self.config.max_iters or self.progress.out_of_patience(self.config.patience)
+        """Whether max_iters is reached, or --patience or --finish ends the run before."""
+        at_end = self.ends_here or self.step >= self.config.max_iters
+        return at_end or self.progress.out_of_patience(self.config.patience)
 
     def forward_backward(self) -> float:
         """Run forward and backward on all micro-batches of this step, and clip. Return the mean loss in nats.

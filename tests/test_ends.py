@@ -1,0 +1,123 @@
+"""How runs end: an interrupted one that is finished where it is, and what is said at the end of a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import QUIET_TRACKERS, TINY, lasting_metrics, runner, stop_at
+
+from utils_alg1.network.tensor_file import read_tensors
+from utils_alg1.report import results as results_module
+from utils_alg1.run_directory import checkpoint_paths, list_runs
+
+
+@pytest.fixture
+def start(train, text_file, monkeypatch):
+    monkeypatch.setattr("utils_alg1.report.pictures.draw_loss_curve", lambda *_: None)
+    monkeypatch.setattr(results_module, "SAMPLE_LENGTH", 4)
+    return lambda *flags: train("--data", text_file, *TINY, *QUIET_TRACKERS, *flags)
+
+
+@pytest.fixture
+def compare(capsys):
+    import compare as script
+
+    return runner(script.main, capsys)
+
+
+@pytest.fixture
+def interrupted(start, monkeypatch) -> tuple[Path, list[str]]:
+    """A run that Ctrl-C has ended at step 4, an evaluation at step 3, and the last lines that it printed."""
+    with monkeypatch.context() as patch:
+        stop_at(3, patch, lambda: signal.raise_signal(signal.SIGINT))
+        result = start("--eval-interval", 3)
+    assert result.code == 130
+    (run,) = list_runs("runs")
+    assert not (run / "eval/final.json").exists()
+    return run, result.out.splitlines()[-2:]
+
+
+# --- --finish -----------------------------------------------------------------------------------------
+
+
+def test_after_ctrl_c_both_ways_to_go_on_are_named(interrupted):
+    run, lines = interrupted
+    assert lines == [
+        f"stopped at step 4; go on with: python train.py --resume {run}",
+        f"or end it here, with its export and report: python train.py --resume {run} --finish",
+    ]
+
+
+def test_finish_writes_the_results_of_the_newest_checkpoint_and_takes_no_step(interrupted, train, compare):
+    run, lines = interrupted
+    before = {path: path.read_bytes() for path in checkpoint_paths(run / "artifacts/checkpoints")}
+    words = shlex.split(lines[1].split(": ")[1])
+    result = train(*words[2:])
+    assert (result.code, result.err) == (0, "")
+    assert "  4 of 6 were taken, and no more are\n" in result.out
+    assert f"  python train.py --resume {run}\n" in result.out
+    after = {path: path.read_bytes() for path in checkpoint_paths(run / "artifacts/checkpoints")}
+    assert after == before
+    final = json.loads((run / "eval/final.json").read_text())
+    assert final["steps"] == 4
+    assert final["export"] == {"weights": "best", "step": final["best_step"]}
+    assert final["val_loss"] > 0 and final["export_val_loss"] > 0  # step 4 was evaluated now
+    assert (run / "eval/report.html").exists() and (run / "eval/samples.txt").exists()
+    assert json.loads((run / "meta/full_config.json").read_text())["parameters"]["max_iters"] == 6
+    (row,) = json.loads(compare("--json").out)
+    assert (row["state"], row["step"], row["export_val_loss"]) == ("done", 4, final["export_val_loss"])
+    assert "done, resumed  4 of 6" in compare().out
+
+
+def test_a_run_that_was_finished_goes_on_to_the_same_bytes(interrupted, start, train):
+    run, _ = interrupted
+    assert train("--resume", run, "--finish", "--export", "last").code == 0
+    assert train("--resume", run).code == 0
+    assert start("--eval-interval", 3, "--runs-dir", "whole").code == 0
+    (whole,) = list_runs("whole")
+    for name in ("checkpoints/step_000000006.safetensors", "export/model.safetensors"):
+        ours, theirs = (read_tensors(folder / "artifacts" / name)[0] for folder in (run, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(tensor.equal(theirs[key]) for key, tensor in ours.items())
+    ours, theirs = (lasting_metrics(folder / "logs/metrics.jsonl") for folder in (run, whole))
+    assert ours == theirs
+
+
+def test_finish_without_the_text_names_both_remedies(interrupted, train, sample):
+    run, _ = interrupted
+    Path("text.txt").rename("moved.txt")
+    shutil.rmtree(".tokens", ignore_errors=True)
+    result = train("--resume", run, "--finish")
+    assert result.code == 2
+    assert result.err.splitlines()[1] == (
+        "hint: put the text of the run there, or name where it lies now: --data PATH;"
+        f" without it, its newest checkpoint can be sampled: python inference.py --run {run}"
+    )
+    assert not (run / "eval/final.json").exists()
+    assert sample("--run", run, "--max-new-tokens", 5).code == 0
+    assert train("--resume", run, "--finish", "--data", "moved.txt").code == 0
+    assert (run / "eval/report.html").exists()
+
+
+def test_finish_of_a_run_that_took_no_step_says_that_it_is_untrained(start, train, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(0, patch, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start()
+    result = train("--resume", "latest", "--finish")
+    expected = "warning: no step was taken: the exported weights are those that the run began with\n"
+    assert (result.code, result.err) == (0, expected)
+
+
+def test_finish_needs_a_run(train):
+    result = train("--finish")
+    assert result.code == 2
+    assert result.err == (
+        "error: --finish needs a run\n"
+        "hint: name it: --resume RUN --finish; python train.py --help lists every flag\n"
+    )
