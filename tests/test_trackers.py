@@ -887,7 +887,8 @@ def test_wherever_a_tracker_crashes_it_is_one_warning(place, workdir, fake_tenso
 @pytest.mark.parametrize("place", ["SummaryWriter", "add_scalar", "flush", "close"])
 def test_wherever_a_tracker_hangs_it_is_one_warning(place, workdir, fake_tensorboard, short_timeouts):
     fake_tensorboard(place, hang)
-    reason = "may lack the end of the run: it did not close within 0 seconds"
+    lacks = "lacks the whole run" if place == "SummaryWriter" else "may lack the end of the run"
+    reason = f"{lacks}: it did not close within 0 seconds; a resume sends the missing curves"
     assert open_and_log("TensorBoard", workdir) == (-9, [f"TensorBoard {reason}"])
 
 
@@ -914,7 +915,7 @@ def crashes(fake_aim, fake_tensorboard, _) -> str:
 
 def hangs(fake_aim, fake_tensorboard, monkeypatch) -> str:
     monkeypatch.setattr(background_module, "TIMEOUT", 0.2)
-    fake_aim("Run", hang)
+    fake_aim("track", hang)
     fake_tensorboard("add_scalar", hang)
     return "may lack the end of the run: it did not close within 0 seconds"
 
@@ -965,7 +966,8 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "True may lack the end of the run: it did not close within 0 seconds\n"
+    reason = "it did not close within 0 seconds; a resume sends the missing curves"
+    assert done.stdout == f"True lacks the whole run: {reason}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -987,7 +989,8 @@ def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_f
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert err == "warning: TensorBoard may lack the end of the run: it was not waited for\n"
+    remedy = "a resume sends the missing curves"
+    assert err == f"warning: TensorBoard lacks the whole run: it was not waited for; {remedy}\n"
     assert "\nreached   step " in out and "\na sample:\n" in out
 
 

@@ -126,6 +126,7 @@ class BackgroundTracker:
         self._guard = Guard(name, warn)
         self._calls: list[tuple[str, tuple]] = []  # the next batch: methods of Tracker, with arguments
         self._send_time = 0.0
+        self._has_run = flushed_step > 0  # whether the run is there, maybe without its end
         self._batches: queue.Queue[tuple[str, bytes]] = queue.Queue(QUEUE_SIZE)
         try:
             self._start_process(create)
@@ -172,6 +173,7 @@ class BackgroundTracker:
         last = "open"
         while True:
             run_hash, failures = self._connection.recv()
+            self._has_run = True
             self.run_hash = run_hash or self.run_hash
             for failure in failures:
                 self._guard.disable(failure)
@@ -214,8 +216,9 @@ class BackgroundTracker:
         self._calls, self._send_time = [], time.monotonic() + BATCH_SECONDS
 
     def kill(self, reason: str) -> None:
-        """Kill the tracker's process."""
-        self._guard.disable(f"{self.name} may lack the end of the run: {reason}")
+        """Kill the tracker's process, and warn of what is missing."""
+        lacks = "may lack the end of the run" if self._has_run else "lacks the whole run"
+        self._guard.disable(f"{self.name} {lacks}: {reason}; a resume sends the missing curves")
         self._process.kill()
         with contextlib.suppress(queue.Full):
             self._batches.put_nowait(CLOSE)  # a signal may have kept `close` from being sent
