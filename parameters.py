@@ -157,6 +157,9 @@ class TrainConfig(Part):
 
     batch_size: int = setting(4, "sequences per micro-batch", above=0)
     max_iters: int = changeable(5000, "number of training steps", above=0)
+    max_seconds: float = changeable(
+        0.0, "seconds of training after which the run saves and ends, as at SIGTERM; 0: no limit", minimum=0
+    )
     learning_rate: float = setting(1e-3, "peak learning rate", above=0)
     eval_interval: int = changeable(100, "steps between evaluations; there is one at the end too", above=0)
     eval_iters: int = changeable(
@@ -200,7 +203,12 @@ class TrainConfig(Part):
         1, "gradient accumulation steps: micro-batches per training step, in each process", above=0
     )
     checkpoint_interval: int = changeable(
-        500, "steps between checkpoints, besides at a new best val loss and the end; 0: only there", minimum=0
+        500,
+        "steps between checkpoints, besides those by the clock, at a new best and at the end; 0: only those",
+        minimum=0,
+    )
+    checkpoint_minutes: float = changeable(
+        5.0, "minutes after which there is a checkpoint in any case; 0: none by the clock", minimum=0
     )
     keep_checkpoints: int = changeable(2, "number of newest checkpoints to keep, besides the best", above=0)
     patience: int = changeable(

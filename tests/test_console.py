@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,6 @@ import faults
 import pytest
 from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, run_process
 from rich.live import Live
-from rich.progress import Progress
 
 import train as script
 from parameters import Parameters
@@ -485,9 +483,7 @@ def test_a_terminal_that_goes_away_does_not_stop_the_training(open_screen, monke
 def fake_clock(monkeypatch):
     """A clock whose time only changes when a test sets it."""
     clock = SimpleNamespace(now=100.0)
-    clock.monotonic = lambda: clock.now
-    monkeypatch.setattr(terminal_module, "time", clock)
-    monkeypatch.setattr(terminal_module, "Progress", partial(Progress, get_time=clock.monotonic))
+    monkeypatch.setattr(terminal_module, "running_time", lambda: clock.now)
     return clock
 
 

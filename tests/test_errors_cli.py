@@ -1074,3 +1074,24 @@ def test_a_loss_is_formatted_with_perplexity_and_bits(loss, text):
 def test_quiet_training_says_nothing(trained):
     _, said = trained
     assert said == ""
+
+
+ON_WINDOWS = """
+import os, runpy, signal, sys
+sys.modules.update(dict.fromkeys(("fcntl", "grp", "pwd", "resource", "termios")))  # None: cannot be imported
+for name in ("SIGHUP", "SIGUSR1", "pthread_sigmask"):
+    delattr(signal, name)
+del os.fork, os.nice
+sys.platform = "win32"
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py", "search.py", "compare.py"])
+def test_windows_is_refused_in_one_line(script, workdir):
+    command = [sys.executable, "-c", ON_WINDOWS, str(PROJECT / script), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    message = "error: ALG1 runs on Linux and macOS\nhint: on Windows use WSL, which is a Linux\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)

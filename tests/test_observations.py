@@ -390,7 +390,7 @@ def test_an_interval_of_0_is_never_due(step, interval, expected):
 
 def test_speed_leaves_out_evaluations_and_looks(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("utils_alg1.training.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("utils_alg1.training.progress.running_time", lambda: now[0])
     synchronized = []
     clock = Clock(lambda: synchronized.append(now[0]), tokens_per_step=10)
     progress = Progress(step=3, seconds=20.0)

@@ -47,7 +47,7 @@ FURTHER_NAMES = """
     device dtype compile threads optimizer weight_decay beta1 beta2 lr_schedule warmup_iters min_lr grad_clip
     grad_accum_steps checkpoint_interval keep_checkpoints patience export histogram_interval tensorboard aim
     output runs_dir run_tag activation_interval attention_interval embedding_interval sample_interval
-    gradient_norm_interval speed_interval
+    gradient_norm_interval speed_interval checkpoint_minutes max_seconds
 """
 
 
@@ -223,6 +223,7 @@ LIMITS = [
     ("eval_iters", 1, 0, "must be above 0"),
     ("seed", 0, -1, "must be at least 0"),
     ("seed", 2**63 - 1, 2**63, "must be at most 9223372036854775807"),
+    ("max_seconds", 0.0, -0.5, "must be at least 0"),
     ("device", "cpu", "", "must not be empty"),
     ("dtype", "bfloat16", "half", "must be one of auto, float32, bfloat16, float16"),
     ("compile", "on", "yes", "must be one of auto, on, off"),
@@ -238,6 +239,7 @@ LIMITS = [
     ("grad_clip", 0.0, -1.0, "must be at least 0"),
     ("grad_accum_steps", 1, 0, "must be above 0"),
     ("checkpoint_interval", 0, -1, "must be at least 0"),
+    ("checkpoint_minutes", 0.0, -1.0, "must be at least 0"),
     ("keep_checkpoints", 1, 0, "must be above 0"),
     ("patience", 0, -1, "must be at least 0"),
     ("export", "last", "newest", "must be one of best, last"),

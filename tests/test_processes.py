@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import faults
 import pytest
@@ -622,7 +623,9 @@ def test_an_error_of_the_program_is_no_lost_connection():
 
 def run_of(dist: Distributed) -> Run:
     """The run of a process that keeps nothing."""
-    return Run(None, dist)
+    run = Run(None, dist)
+    run.trainer = SimpleNamespace(out_of_time=False)
+    return run
 
 
 def test_a_signal_stops_every_process():

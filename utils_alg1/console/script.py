@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from utils_alg1.base.errors import DONE, INTERRUPTED, Alg1Error, disk_error, memory_guard
+from utils_alg1.base.errors import BAD_INPUT, DONE, INTERRUPTED, Alg1Error, disk_error, memory_guard
+from utils_alg1.base.running_time import running_time
 from utils_alg1.console.messages import print_error
 from utils_alg1.console.signals import RaiseSignal, signal_handler
 
@@ -22,6 +23,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 
     An Alg1Error is printed as one `error:` line and, if it has a hint, one `hint:` line.
     """
+    if sys.platform == "win32":  # no fork, no fsync of a folder, other locks and signals
+        print_error(Alg1Error("ALG1 runs on Linux and macOS", "on Windows use WSL, which is a Linux"))
+        sys.exit(BAD_INPUT)
     # A program that is started with closed streams (`<&-`, `>&-`) has None here.
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -50,7 +54,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 def _exit_code(main: Callable[[], int]) -> int:
     """Run main() and return its exit code; what a user or a disk can cause is raised as an Alg1Error."""
     try:
-        with signal_handler(RaiseSignal()), memory_guard(""):
+        with signal_handler(RaiseSignal()), running_time.watch(), memory_guard(""):
             return main()
     except (KeyboardInterrupt, SystemExit) as stop:
         # torchrun sends SIGTERM when a process is gone: it may come while a failed run closes.

@@ -40,9 +40,6 @@ def signal_handler(handler: Callable[[int, FrameType | None], None] | signal.Han
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
     """Delay STOP_SIGNALS until the end of the block, for this thread and for processes that it forks."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -6,12 +6,12 @@ import contextlib
 import math
 import os
 import sys
-import time
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from utils_alg1.base.running_time import running_time
 from utils_alg1.base.text import format_duration, format_number
 from utils_alg1.console.messages import print_line
 
@@ -47,6 +47,7 @@ class Bar:
             auto_refresh=False,  # no thread beside the training
             transient=True,
             redirect_stderr=sys.stderr.isatty(),  # not if stderr is a file
+            get_time=running_time,
             speed_estimate_period=math.inf,  # for the remaining time: over the last 1,000 redraws
         )
         self._task = self._progress.add_task("", total=total, completed=step)
@@ -56,7 +57,7 @@ class Bar:
     def update(self, step: int, loss: float) -> None:
         """Record a finished step, and redraw the bar if it is due."""
         self._loss = loss
-        now = time.monotonic()
+        now = running_time()
         if self._rate_start is None:
             self._rate_start = now, step
         start_time, start_step = self._rate_start

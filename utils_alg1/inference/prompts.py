@@ -68,7 +68,7 @@ def standard_input() -> BufferedReader:
 
 def note_unread_input() -> None:
     """Print a note if a pipe or a file waits at the standard input, which nothing is going to read."""
-    with contextlib.suppress(ImportError, OSError):  # Windows; it is closed, or a device
+    with contextlib.suppress(OSError):  # it is closed, or a device
         import fcntl
         import termios
 

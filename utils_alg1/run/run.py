@@ -72,8 +72,9 @@ class Run:
 
     def stop_requested(self) -> bool:
         """Return whether any process was asked to stop: all get the same answer from the same call."""
-        own = signal.SIGTERM if self.dist.launcher_died else self._signals.received
-        self.stop_signal = self.dist.all_reduce_max(own or 0)
+        ends = self.dist.launcher_died or self.trainer.out_of_time
+        own = self._signals.received or (signal.SIGTERM if ends else 0)
+        self.stop_signal = self.dist.all_reduce_max(own)
         return self.stop_signal > 0
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
@@ -218,8 +219,10 @@ class MainRun(Run):
         self.console.progress(self.trainer.step + 1, loss)
 
     def print_resume_command(self) -> None:
+        step, limit = self.trainer.step, self.job.params.train.max_seconds
+        reason = f" after {limit:g} seconds (max_seconds)" if self.trainer.out_of_time else ""
         command = summary.resume_command(self.directory, self.dist)
-        self.console.remind(f"stopped at step {self.trainer.step}; go on with", command)
+        self.console.remind(f"stopped at step {step}{reason}; go on with", command)
         self.console.remind("or end it here, with its export and report", f"{command} --finish")
 
     def export(self) -> None:

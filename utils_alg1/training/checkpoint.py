@@ -204,6 +204,7 @@ class CheckpointStore:
             (flat, {kind: tensor.to("cpu", copy=True) for kind, tensor in tensors.items()})
             for flat, tensors in joined_tensors(trainer)
         ]
+        trainer.clock.saved()
         self._writing = self._writer.submit(self._write, copies, metadata, progress.step, progress.best_step)
 
     def _write(

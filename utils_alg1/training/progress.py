@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from utils_alg1.base.running_time import running_time
 
 
 @dataclass
@@ -72,6 +73,8 @@ class Progress:
 class Clock:
     """Measures the training loop: its seconds, and the speed of its steps in tokens per second.
 
+    Time in which the process is stopped does not count (see `RunningTime`).
+
     Args:
         synchronize: waits for the device, so that the time read next is true.
     """
@@ -79,6 +82,7 @@ class Clock:
     def __init__(self, synchronize: Callable[[], None], tokens_per_step: int):
         self._synchronize, self._tokens_per_step = synchronize, tokens_per_step
         self._began = self._paused = 0.0
+        self._saved_at = running_time()
         self._start = (0.0, 0)  # time and step
         self._readings: dict[str, tuple[float, int]] = {}
 
@@ -87,10 +91,23 @@ class Clock:
         now = self._now()
         self._began = now - progress.seconds
         self._start = now, progress.step
+        self._saved_at = now
 
     def measure(self, progress: Progress) -> None:
         """Set progress.seconds to the time spent in the loop so far."""
         progress.seconds = self._now() - self._began
+
+    def elapsed(self) -> float:
+        """Return the seconds since `start`."""
+        return running_time() - self._start[0]
+
+    def saved(self) -> None:
+        """Note that a checkpoint is saved now."""
+        self._saved_at = running_time()
+
+    def since_saved(self) -> float:
+        """Return the seconds since `saved` or `start`."""
+        return running_time() - self._saved_at
 
     def speed(self, reader: str, step: int) -> float | None:
         """Return the tokens/s of training since this reader asked last, or None if no step was taken."""
@@ -108,4 +125,4 @@ class Clock:
 
     def _now(self) -> float:
         self._synchronize()
-        return time.perf_counter()
+        return running_time()

@@ -87,8 +87,19 @@ class Trainer:
 
     @property
     def save_due(self) -> bool:
-        """Whether to save a checkpoint now: every checkpoint_interval, and at a new best."""
-        return self.progress.best_step == self.step or due(self.step, self.config.checkpoint_interval)
+        """Whether to save a checkpoint now: every checkpoint_interval and checkpoint_minutes, at a new best.
+
+        Only the main process saves, so its clock alone decides.
+        """
+        seconds = 60 * self.config.checkpoint_minutes
+        by_clock = seconds > 0 and self.clock.since_saved() >= seconds
+        is_best = self.progress.best_step == self.step
+        return is_best or due(self.step, self.config.checkpoint_interval) or by_clock
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether max_seconds are over."""
+        return 0 < self.config.max_seconds <= self.clock.elapsed()
 
     @property
     def finished(self) -> bool:
