@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from utils_alg1.data.corpus import open_corpus
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run.run import Run
 from utils_alg1.training import arithmetic as arithmetic_module
+from utils_alg1.training import distributed as distributed_module
 from utils_alg1.training import launcher
 from utils_alg1.training.arithmetic import Processor
 from utils_alg1.training.distributed import (
@@ -343,9 +345,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_resumed(folder: Path, uninterrupted: Path) -> None:
     """Resume in two processes, and compare."""
     assert run_together(2, "--resume", "latest") == [0, 0], output()
-    assert faults.tensors(faults.checkpoints(folder)[-1]) == faults.tensors(
-        faults.checkpoints(uninterrupted)[-1]
-    )
+    check_same_end(folder, uninterrupted)
+
+
+def check_same_end(folder: Path, uninterrupted: Path) -> None:
+    """Compare the last checkpoints and the metrics of two runs."""
+    checkpoint = faults.checkpoints(folder)[-1]
+    assert faults.tensors(checkpoint) == faults.tensors(faults.checkpoints(uninterrupted)[-1])
     assert faults.metrics(faults.only_run(folder)) == faults.metrics(faults.only_run(uninterrupted))
 
 
@@ -378,6 +384,46 @@ def test_a_signal_to_one_process_stops_all(folder, uninterrupted, rank, number):
     assert newest == faults.checkpoints(folder)[-1]
     assert "stopped at step 6; go on with: torchrun --standalone --nproc_per_node=2 train.py" in output()
     check_resumed(folder, uninterrupted)
+
+
+def stopped_at_step(step: int, prepare: Callable[[], object]) -> list[int]:
+    """Start two processes; the second one is stopped at a step, and the first one waits for it."""
+
+    def place(rank: int) -> None:
+        prepare()
+        if rank == 1:
+            at_step(step, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+    pids = start(2, RUN, place)
+    assert os.WIFSTOPPED(os.waitpid(pids[1], os.WUNTRACED)[1])
+    return pids
+
+
+def test_processes_that_are_stopped_for_long_go_on(folder, uninterrupted):
+    """Here for longer than they wait for each other at the start."""
+
+    def shorten() -> None:
+        distributed_module.CONNECT_TIMEOUT = datetime.timedelta(seconds=2)
+
+    pids = stopped_at_step(5, shorten)
+    os.kill(pids[0], signal.SIGSTOP)
+    time.sleep(3)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert [faults.wait(pid) for pid in pids] == [0, 0], output()
+    check_same_end(folder, uninterrupted)
+
+
+def test_a_process_that_does_not_answer_is_not_said_to_have_ended(folder):
+    def shorten() -> None:
+        distributed_module.TIMEOUT = datetime.timedelta(seconds=2)
+
+    pids = stopped_at_step(5, shorten)
+    assert faults.wait(pids[0]) == 4, output()
+    os.kill(pids[1], signal.SIGKILL)
+    faults.wait(pids[1])
+    assert "error: another process of this run has not answered for 0:00:02\n" in output()
+    assert "hint: end it if it is still there; then go on: torchrun" in output()
 
 
 # --- torchrun itself ----------------------------------------------------------------------------------
@@ -578,14 +624,33 @@ def test_scripts_that_do_not_train_ignore_the_variables(name, code, folder, monk
     assert run_process(name, "--help").code == code
 
 
-def test_processes_of_srun_train_to_the_end(folder):
-    def as_srun(rank: int) -> None:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            del os.environ[name]
-        os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
+def as_srun(rank: int) -> None:
+    """Set the variables of srun in the place of torchrun's."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"}
+    os.environ |= {"SLURM_STEP_NUM_TASKS": "2"}
 
+
+def test_processes_of_srun_train_to_the_end(folder):
     assert [faults.wait(pid) for pid in start(2, RUN, as_srun)] == [0, 0], output()
     assert f"continue  srun (as before) python train.py --resume {faults.only_run(Path())}" in output()
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1,)])  # SLURM signals every process, or some
+def test_a_job_of_srun_that_gets_sigusr1_saves_and_resumes_to_the_same_bytes(folder, uninterrupted, ranks):
+    def prepare(rank: int) -> None:
+        as_srun(rank)
+        if rank in ranks:
+            at_step(5, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+    assert [faults.wait(pid) for pid in start(2, RUN, prepare)] == [128 + signal.SIGUSR1] * 2, output()
+    assert faults.checkpoints(folder)[-1].stem == "step_000000006"
+    command = f"srun (as before) python train.py --resume runs/{faults.only_run(folder).name}"
+    assert f"stopped at step 6; go on with: {command}\n" in output()
+    resumed = start(2, command.split()[-2:], as_srun)
+    assert [faults.wait(pid) for pid in resumed] == [0, 0], output()
+    check_same_end(folder, uninterrupted)
 
 
 def test_a_port_that_is_in_use_is_said(folder):

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-TIMEOUT = datetime.timedelta(minutes=10)  # timeout of a collective operation; another process may be saving
+CONNECT_TIMEOUT = datetime.timedelta(minutes=10)  # for all processes to be there
+# Of a collective operation. The processes may be stopped meanwhile (Ctrl-Z, a laptop that sleeps, a batch
+# system); one that has ended is noticed by its connection.
+TIMEOUT = datetime.timedelta(hours=24)
 
 
 class Distributed:
@@ -103,8 +106,12 @@ class Distributed:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         skip_finalization()
         try:
+            meeting = torch.distributed.rendezvous(
+                "env://", self.rank, self.world_size, timeout=CONNECT_TIMEOUT
+            )
+            store, rank, world_size = next(meeting)
             torch.distributed.init_process_group(
-                backend, timeout=TIMEOUT, rank=self.rank, world_size=self.world_size
+                backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size
             )
         except torch.distributed.DistError as error:  # the port is in use, or nobody has answered
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -169,7 +176,7 @@ class Distributed:
         """Turn a broken connection into one line of the main process; the others end silently.
 
         Raises:
-            Alg1Error: another process is gone (exit code 4).
+            Alg1Error: another process is gone, or has not answered within TIMEOUT (exit code 4).
         """
         try:
             yield
@@ -178,9 +185,11 @@ class Distributed:
                 raise
             if not self.is_main:
                 raise SystemExit(DISK_FAILED) from error
-            raise Alg1Error(
-                "another process of this run has ended", "its own last line says why", DISK_FAILED
-            ) from error
+            message, hint = "another process of this run has ended", "its own last line says why"
+            if "Timed out" in str(error):
+                message = f"another process of this run has not answered for {TIMEOUT}"
+                hint = "end it if it is still there"
+            raise Alg1Error(message, hint, DISK_FAILED) from error
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
@@ -191,7 +200,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
         return False
     if isinstance(error, torch.distributed.DistError):
         return True
-    return any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Broken pipe"))
+    return any(word in str(error) for word in ("gloo", "Timed out", "NCCL", "Connection", "Broken pipe"))
 
 
 SINGLE_PROCESS = Distributed()
