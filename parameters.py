@@ -168,7 +168,7 @@ class TrainConfig(Part):
         above=0,
     )
     seed: int = setting(1337, "random seed", minimum=0, maximum=2**63 - 1)
-    device: str = changeable("auto", "device: auto, cpu, cuda, cuda:N or mps")
+    device: str = changeable("auto", "device: auto (CUDA or the CPU), cpu, cuda, cuda:N, mps, xpu or xpu:N")
     dtype: str = setting(
         "auto",
         "data type of the products; auto: the fastest, on a CPU by processor and sizes",

@@ -48,7 +48,7 @@ NAMES_WEIGHTS = "weights are named with inference.py --model, or train.py --init
 COLUMNS = f"{', '.join(RESULTS)}, or any parameter of train.py"
 NOT_WHOLE = "it may be truncated or of another format; use another file"
 CHECK_DATA = "check the path of --data; --data python-docs is there without a file or a network"
-DEVICES = "use --device cuda for an NVIDIA GPU, --device cpu, or leave it out"
+DEVICES = "use cuda for a GPU of NVIDIA or AMD, mps of Apple, xpu of Intel; or cpu, or leave it out"
 OF_GPT2 = (
     "gpt2.safetensors: another layout, that of GPT-2 and nanoGPT (transformer.wte.weight, ...), and another"
     " network",
@@ -179,7 +179,7 @@ TRAIN_MISTAKES = [
     ),
     ("--output folder", "--output folder: this is a folder", "name a file in it"),
     # machine
-    ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
+    ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps, xpu, xpu:N", DEVICES),
     (
         "--device cuda:77",
         "--device cuda:77: this machine has no such device",
@@ -309,8 +309,8 @@ SAMPLING_MISTAKES = [
         "download it first",
     ),
     ("--runs-dir nowhere", "there is no run in nowhere: no such folder", NO_RUN_HINT),
-    ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
-    ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
+    ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps, xpu, xpu:N", DEVICES),
+    ("--device nonsense", "--device nonsense: not one of auto, cpu, cuda, cuda:N, mps, xpu, xpu:N", DEVICES),
     (
         "--device cuda:77",
         "--device cuda:77: this machine has no such device",
@@ -352,7 +352,7 @@ SEARCHING_MISTAKES = [
         SPACE_HINT,
     ),
     ("--runs-dir notes.txt", "--runs-dir notes.txt: this is a file", "name a folder"),
-    ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps", DEVICES),
+    ("--device gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps, xpu, xpu:N", DEVICES),
     ("--data nowhere.txt", "nowhere.txt: no such text file", CHECK_DATA),
     (
         "--storage notes.txt",

@@ -667,7 +667,8 @@ def test_a_port_that_is_in_use_is_said(folder):
     [
         ("cuda:1", "--device cuda:1 is for one process, and there are 2"),
         ("mps", "--device mps is for one process, and there are 2"),
-        ("cuda", "there are 1 GPUs, too few for process 2 of this machine"),
+        ("xpu", "--device xpu is for one process, and there are 2"),
+        ("cuda", "1 GPU is visible, too few for process 2 of this machine"),
     ],
 )
 def test_devices_that_processes_cannot_share(monkeypatch, device, message):

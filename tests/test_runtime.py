@@ -42,6 +42,7 @@ from utils_alg1.training.runtime import (
     memory_guard,
     smaller_settings,
     start_runtime,
+    visible_gpus,
 )
 from utils_alg1.training.seeds import derive_seed, generator, seed_initial_weights
 from utils_alg1.utils_config_loader import RESUMED
@@ -56,14 +57,32 @@ SEEDS = st.integers(0, 2**63 - 1)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Make torch believe in so many GPUs: `machine(cuda=2, mps=True, bf16=False)`."""
+    """Make torch believe in so many GPUs: `machine(cuda=2, bf16=False)`, `machine(xpu=1)`, `machine(mps=1)`.
 
-    def pretend(cuda: int = 0, mps: bool = False, bf16: bool = True) -> None:
+    What it returns are the CUDA devices that were made the current one.
+    """
+
+    def pretend(cuda: int = 0, mps: int = 0, xpu: int = 0, bf16: bool = True) -> list[torch.device]:
+        current: list[torch.device] = []
+
+        def make_current(device):
+            current.append(device)
+            return contextlib.nullcontext()
+
+        def is_bf16_supported(including_emulation: bool = True) -> bool:
+            return bf16 or including_emulation
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+        monkeypatch.setattr(torch.cuda, "device", make_current)
         monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        counts = {"cuda": cuda, "mps": mps, "xpu": xpu}
+        kind = next((kind for kind, n in counts.items() if n), None)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: counts[kind] if kind else 0)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: kind and torch.device(kind))
+        return current
 
     return pretend
 
@@ -83,41 +102,106 @@ def parameters(**values) -> Parameters:
 
 
 @pytest.mark.parametrize(
-    "name, cuda, mps, expected",
+    "name, gpus, expected",
     [
-        ("auto", 0, False, "cpu"),
-        ("auto", 0, True, "cpu"),
-        ("auto", 1, False, "cuda"),
-        ("cpu", 0, False, "cpu"),
-        ("cpu", 2, True, "cpu"),
-        ("cpu:0", 0, False, "cpu:0"),
-        ("cuda", 1, False, "cuda"),
-        ("cuda:0", 1, False, "cuda:0"),
-        ("cuda:1", 2, False, "cuda:1"),
-        ("mps", 0, True, "mps"),
+        ("auto", {}, "cpu"),
+        ("auto", {"mps": 1}, "cpu"),
+        ("auto", {"xpu": 2}, "cpu"),
+        ("auto", {"cuda": 1}, "cuda"),
+        ("cpu", {}, "cpu"),
+        ("cpu", {"cuda": 2}, "cpu"),
+        ("cpu:0", {}, "cpu:0"),
+        ("cuda", {"cuda": 1}, "cuda"),
+        ("cuda:0", {"cuda": 1}, "cuda:0"),
+        ("cuda:1", {"cuda": 2}, "cuda:1"),
+        ("mps", {"mps": 1}, "mps"),
+        ("mps:0", {"mps": 1}, "mps:0"),
+        ("xpu", {"xpu": 1}, "xpu"),
+        ("xpu:1", {"xpu": 2}, "xpu:1"),
     ],
 )
-def test_a_device_that_is_there_is_found(name, cuda, mps, expected, machine):
-    machine(cuda, mps)
+def test_a_device_that_is_there_is_found(name, gpus, expected, machine):
+    machine(**gpus)
     assert find_device(name) == torch.device(expected)
 
 
 @pytest.mark.parametrize(
-    "name, cuda", [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), ("cuda:7", 2), ("mps", 0), ("cpu:1", 0)]
+    "name, gpus",
+    [
+        ("cuda", {}),
+        ("cuda:0", {}),
+        ("cuda", {"xpu": 1}),
+        ("mps", {}),
+        ("mps", {"cuda": 1}),
+        ("xpu:1", {"mps": 1}),
+        ("cpu:1", {}),
+    ],
 )
-def test_a_device_that_is_not_there_is_an_error(name, cuda, machine):
-    machine(cuda)
+def test_a_device_that_is_not_there_is_an_error(name, gpus, machine, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine(**gpus)
     with pytest.raises(Alg1Error, match=f"^--device {name}: this machine has no such device$") as caught:
         find_device(name)
     assert caught.value.hint == "use --device auto or --device cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(Alg1Error) as caught:
+        find_device(name)
+    hides = "CUDA_VISIBLE_DEVICES=-1 hides GPUs: unset it, or use --device cpu"
+    assert caught.value.hint == (hides if name.startswith("cuda") else "use --device auto or --device cpu")
 
 
-@pytest.mark.parametrize("name", ["banana", "", "cuda:x", "cuda:-1", "meta", "xla", "CPU "])
+@pytest.mark.parametrize(
+    "name, gpus, message",
+    [
+        ("cuda:3", {"cuda": 1}, "1 GPU is visible; it is cuda:0"),
+        ("cuda:2", {"cuda": 2}, "2 GPUs are visible; they are cuda:0 to cuda:1"),
+        ("xpu:1", {"xpu": 1}, "1 GPU is visible; it is xpu:0"),
+        ("mps:1", {"mps": 1}, "1 GPU is visible; it is mps:0"),
+    ],
+)
+def test_a_number_that_no_gpu_has_is_an_error_that_tells_the_numbers(
+    name, gpus, message, machine, monkeypatch
+):
+    (kind,) = gpus
+    variable = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}.get(kind, "NONE")
+    machine(**gpus)
+    for value, renumbered in ((None, ""), ("3", f"{variable}=3 numbers the GPUs that it names from 0: ")):
+        if value is None:
+            monkeypatch.delenv(variable, raising=False)
+        else:
+            monkeypatch.setenv(variable, value)
+        with pytest.raises(Alg1Error) as caught:
+            find_device(name)
+        assert caught.value.message == f"--device {name}: {message}"
+        expected = renumbered if kind != "mps" else ""
+        assert caught.value.hint == f"{expected}use --device {kind}:0"
+
+
+@pytest.mark.parametrize(
+    "named, gpus, expected",
+    [
+        (None, 0, []),
+        (None, 2, ["0", "1"]),
+        ("3, 5", 2, ["3", "5"]),
+        ("GPU-8932f937,GPU-1", 2, ["GPU-8932f937", "GPU-1"]),
+        ("1,9,2", 1, ["1"]),  # CUDA ignores what follows a number that no GPU has
+        ("", 0, []),
+    ],
+)
+def test_the_visible_gpus_are_named_as_cuda_names_them(named, gpus, expected, machine, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    machine(cuda=gpus)
+    assert visible_gpus() == expected
+
+
+@pytest.mark.parametrize("name", ["banana", "", "cuda:x", "xpu:-1", "meta", "xla", "CPU "])
 def test_what_is_no_device_is_an_error(name, machine):
     machine(cuda=1)
     with pytest.raises(Alg1Error) as caught:
         find_device(name)
-    assert caught.value.message == f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps"
+    assert caught.value.message == f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps, xpu, xpu:N"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -217,6 +301,16 @@ def test_the_dtype_of_a_device(device, dtype, bf16, expected, machine):
     runtime = start_runtime(parameters(device=device, dtype=dtype))
     assert runtime.dtype is expected
     assert runtime.arithmetic.gradient == ("manual" if device == "cpu" else "autograd")
+
+
+def test_the_chosen_gpu_is_asked_whether_it_has_bfloat16(machine):
+    """And not whether it can emulate it, as a T4 does, nor the GPU that happens to be the current one."""
+    for bf16, dtype in ((True, "bfloat16"), (False, "float16")):
+        asked = machine(cuda=2, bf16=bf16)
+        assert start_runtime(parameters(device="cuda:1")).arithmetic.dtype == dtype
+        assert asked == [torch.device("cuda:1")]
+        muon = start_runtime(parameters(device="cuda:1", dtype="bfloat16", optimizer="muon")).arithmetic.muon
+        assert muon == ("bfloat16" if bf16 else "float32")
 
 
 def test_float16_without_cuda_is_refused():

@@ -69,7 +69,7 @@ class Arithmetic:
     """How training steps are computed.
 
     Attributes:
-        device: the type of the device: cpu, cuda, mps.
+        device: the type of the device: cpu, cuda, mps, xpu.
         dtype: the data type of the products of the forward pass.
         products: the library of the manual gradient's products: pytorch (its own choice) or onednn.
         gradient: manual (network/gradient.py) or autograd.
@@ -142,22 +142,37 @@ def choose_arithmetic(params: Parameters, device: torch.device, processor: Proce
     if (dtype := config.dtype) == "auto":
         wide = params.model.n_embd >= BFLOAT16_N_EMBD and not small
         if device.type == "cuda":
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-        elif device.type == "cpu" and wide and processor.flags & BFLOAT16_FLAGS:
-            dtype = "bfloat16"
-        else:
-            dtype = "float32"
-    if dtype == "float16" and device.type != "cuda":
-        text = f"--dtype float16 needs CUDA, and the device is {device}"
-        raise Alg1Error(text, "use --dtype float32 or --dtype bfloat16")
+            dtype = "bfloat16" if has_bfloat16(device, processor) else "float16"
+        else:  # Apple's and Intel's GPUs were never measured
+            dtype = "bfloat16" if wide and has_bfloat16(device, processor) else "float32"
+    if not supports(device, dtype):
+        needs = "CUDA" if dtype == "float16" else "macOS 14"
+        others = "--dtype float32 or --dtype bfloat16" if dtype == "float16" else "--dtype float32"
+        raise Alg1Error(f"--dtype {dtype} needs {needs}, and the device is {device}", f"use {others}")
     products = "onednn" if dtype == "bfloat16" or flops >= processor.onednn_flops else "pytorch"
-    fast_bfloat16 = device.type == "cuda" or processor.flags & BFLOAT16_FLAGS
     muon = "float32"
-    if config.optimizer == "muon" and dtype == "bfloat16" and fast_bfloat16:
+    if config.optimizer == "muon" and dtype == "bfloat16" and has_bfloat16(device, processor):
         muon = "bfloat16"
     compiled = compiling_pays(params, device)
     chosen = Arithmetic(device.type, dtype, products, "manual", compiled, muon=muon)
     return supported(dataclasses.replace(chosen, **environment(device, processor)), params)
+
+
+def has_bfloat16(device: torch.device, processor: Processor) -> bool:
+    """Return whether a device has instructions for products in bfloat16, and does not emulate them."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # which is asked, rather than the current one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(processor.flags & BFLOAT16_FLAGS)
+
+
+def supports(device: torch.device, dtype: str) -> bool:
+    """Return whether training steps can be computed in a data type on a device."""
+    if dtype == "float16":  # it needs a loss scaler, which was tried on CUDA only
+        return device.type == "cuda"
+    if dtype == "bfloat16" and device.type == "mps":  # elsewhere autocast does nothing
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return True
 
 
 def compiling_pays(params: Parameters, device: torch.device) -> bool:
@@ -212,9 +227,8 @@ def keep_arithmetic(
 
     Whether to compile is asked anew only by a flag: what the run began with may have failed.
     """
-    dtype, compiled = before.dtype, before.compiled
-    if dtype == "float16" and device.type != "cuda":
-        dtype = "float32"
+    dtype = before.dtype if supports(device, before.dtype) else "float32"
+    compiled = before.compiled
     asked = params.train.compile != "auto" and params.origins["compile"] != RESUMED
     if compiled is None or asked:
         compiled = compiling_pays(params, device)

@@ -17,6 +17,7 @@ import torch
 from parameters import ModelConfig, Parameters, TrainConfig
 from utils_alg1.base import errors
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
+from utils_alg1.base.text import format_count
 from utils_alg1.training.arithmetic import (
     SMALL_STEP_FLOPS,
     Arithmetic,
@@ -28,6 +29,9 @@ from utils_alg1.training.arithmetic import (
 from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
 
 LOGGER = logging.getLogger("alg1")
+NO_DEVICE_HINT = "use --device auto or --device cpu"
+UNTRIED = {"mps": "an Apple GPU", "xpu": "an Intel GPU"}  # `auto` leaves these alone
+VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}  # variables that hide and renumber GPUs
 BYTES_PER_PARAMETER = 12  # at least: float32 weight, gradient and one optimizer moment
 
 
@@ -68,8 +72,10 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait for the device, so that the time read next is true."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type == "mps":  # torch.accelerator does not wait for it in every version of PyTorch
+            torch.mps.synchronize()
+        elif self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
 
 
 def start_runtime(
@@ -86,6 +92,8 @@ def start_runtime(
         Alg1Error: there is no such device, or it does not support the dtype.
     """
     device = find_device(params.train.device)
+    if params.train.device == "auto" and dist.is_main and (kind := untried_accelerator()):
+        LOGGER.info("%s is here, which auto leaves alone: --device %s trains on it", UNTRIED[kind], kind)
     if dist.world_size > 1:
         device = device_of_process(device, dist)
     processor = Processor.read()
@@ -131,7 +139,7 @@ def device_of_process(device: torch.device, dist: Distributed) -> torch.device:
     n_gpus = torch.cuda.device_count()
     if dist.local_rank >= n_gpus:
         raise Alg1Error(
-            f"there are {n_gpus} GPUs, too few for process {dist.local_rank + 1} of this machine",
+            f"{visible(n_gpus)}, too few for process {dist.local_rank + 1} of this machine",
             "start as many processes as there are GPUs: --nproc_per_node",
         )
     torch.cuda.set_device(dist.local_rank)
@@ -139,7 +147,7 @@ def device_of_process(device: torch.device, dist: Distributed) -> torch.device:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` means on this machine.
+    """Return the device that `auto`, or a name such as `cpu`, `cuda`, `cuda:1`, `mps`, means on this machine.
 
     Raises:
         Alg1Error: there is no such device.
@@ -148,15 +156,51 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        count = {"cpu": 1, "cuda": n_gpus, "mps": int(torch.backends.mps.is_available())}[device.type]
+        count = count_devices(device.type)
     except (RuntimeError, KeyError):
-        hint = "use --device cuda for an NVIDIA GPU, --device cpu, or leave it out"
-        raise Alg1Error(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps", hint) from None
-    if (device.index or 0) >= count:
-        text = f"--device {name}: this machine has no such device"
-        raise Alg1Error(text, "use --device auto or --device cpu")
-    return device
+        hint = "use cuda for a GPU of NVIDIA or AMD, mps of Apple, xpu of Intel; or cpu, or leave it out"
+        raise Alg1Error(
+            f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps, xpu, xpu:N", hint
+        ) from None
+    if (device.index or 0) < count:
+        return device
+    variable = VISIBLE.get(device.type, "")
+    hidden = f"{variable}={os.environ[variable]}" if variable in os.environ else ""
+    if not count or device.type == "cpu":
+        hint = f"{hidden} hides GPUs: unset it, or use --device cpu" if hidden else NO_DEVICE_HINT
+        raise Alg1Error(f"--device {name}: this machine has no such device", hint)
+    first = f"{device.type}:0"
+    names = f"it is {first}" if count == 1 else f"they are {first} to {device.type}:{count - 1}"
+    renumbered = f"{hidden} numbers the GPUs that it names from 0: " if hidden else ""
+    raise Alg1Error(f"--device {name}: {visible(count)}; {names}", f"{renumbered}use --device {first}")
+
+
+def visible(n_gpus: int) -> str:
+    """Return "2 GPUs are visible"."""
+    return f"{format_count(n_gpus, 'GPU')} {'is' if n_gpus == 1 else 'are'} visible"
+
+
+def count_devices(kind: str) -> int:
+    """Return how many devices of a kind there are; raises KeyError if it is none that ALG1 knows."""
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind in UNTRIED:
+        return torch.accelerator.device_count() if untried_accelerator() == kind else 0
+    return {"cpu": 1}[kind]
+
+
+def untried_accelerator() -> str | None:
+    """Return which of the UNTRIED kinds of accelerators this machine has, and this PyTorch supports."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found is not None and found.type in UNTRIED else None
+
+
+def visible_gpus() -> list[str]:
+    """Return the CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES would name them."""
+    n_gpus = count_devices("cuda")
+    named = os.environ.get(VISIBLE["cuda"])
+    names = [str(i) for i in range(n_gpus)] if named is None else named.split(",")
+    return [name.strip() for name in names[:n_gpus]]
 
 
 class Compiled:
@@ -216,8 +260,10 @@ def check_memory(params: Parameters, vocab_size: int, device: torch.device) -> N
 
 def memory_of(device: torch.device) -> float:
     """Return the bytes of memory of a device; infinity where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).get_device_properties(device).total_memory
+    if device.type == "mps":  # shares the memory of the machine, but not all of it
+        return torch.mps.recommended_max_memory()
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
