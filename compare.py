@@ -152,7 +152,8 @@ def read_record(run: RunFolder, row: Row) -> None:
     sized = Parameters.from_values(given | {"vocab_size": check(corpus["vocab_size"])}, {})
     raise_problems(Parameters.from_values(given, {}).problems() + sized.problems())
     row |= given | {"n_parameters": sized.model.n_parameters}
-    row["resumed"] = RESUMED in record["origins"].values()
+    # Earlier versions kept no parts of a run.
+    row["resumed"] = len(record.get("parts", [])) > 1 or RESUMED in record["origins"].values()
     row["text"], row["text_sha256"] = text_name(corpus["path"]), str(corpus["sha256"])
     if held_out := corpus.get("held_out"):
         row["val_text"], row["val_sha256"] = text_name(held_out["path"]), str(held_out["sha256"])

@@ -588,7 +588,7 @@ def test_a_signal_prints_the_command_that_goes_on(start, train, text_file, monke
         stop_at(2, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
         result = start(into=into)
         assert result.code == 130
-        line = result.out.splitlines()[-1]
+        line = result.out.splitlines()[-2]
         said, command = line.split("; go on with: ")
         assert said == "stopped at step 3"
         words = shlex.split(command)

@@ -726,6 +726,8 @@ def test_ctrl_c_at_a_terminal_leaves_nothing_of_the_bar(text_file):
     os.close(terminal)
     lines = lasting(seen.decode().replace("\r\n", "\n"))
     assert code == 130, lines
-    assert lines[-2] == "stopping after this step; once more to leave at once"
-    assert re.fullmatch(r"stopped at step \d+; go on with: python \S*train.py --resume runs/\S+", lines[-1])
-    assert lines[-3].startswith("step      0  train loss")
+    command = r"python \S*train.py --resume runs/\S+"
+    assert lines[-3] == "stopping after this step; once more to leave at once"
+    assert re.fullmatch(rf"stopped at step \d+; go on with: {command}", lines[-2])
+    assert re.fullmatch(rf"or end it here, with its export and report: {command} --finish", lines[-1])
+    assert lines[-4].startswith("step      0  train loss")

@@ -439,8 +439,9 @@ def test_hostile_text_stays_text(run):
     record["parameters"]["run_tag"] = record["origins"]["seed"] = record["corpus"]["path"] = HOSTILE
     record["parameters"]["<script>alert(3)</script>"] = 1
     record["corpus"]["path"] += "/<img src=x onerror=y>.txt"
+    record["parts"][0]["command"] = "<i onclick=x>&gt;</i>"
     (run / "meta/full_config.json").write_text(json.dumps(record))
-    (run / "meta/env.txt").write_text("command: <b onclick=x>&lt;</b>\n")
+    (run / "meta/env.txt").write_text("python: <b onclick=x>&lt;</b>\n")
     with (run / "logs/metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, HOSTILE: 1.0}) + "\n")
     page = Page(build_page(run, [HOSTILE, "\n\nbegins with lines"], HOSTILE))
@@ -449,7 +450,8 @@ def test_hostile_text_stays_text(run):
     assert page.texts["pre"] == ["\n" + HOSTILE, "\n\n\nbegins with lines", "\n" + HOSTILE]
     cells = [cell for table in page.tables for row in table for cell in row]
     assert cells.count(HOSTILE) == 3  # the tag in both tables of parameters, and the origin of the seed
-    assert "<b onclick=x>&lt;</b>" in cells and "<script>alert(3)</script>" in cells
+    assert "<b onclick=x>&lt;</b>" in cells and "<i onclick=x>&gt;</i>" in cells
+    assert "<script>alert(3)</script>" in cells
 
 
 def test_what_no_page_can_hold_is_shown_by_a_symbol(run):

@@ -17,7 +17,14 @@ from typing import Any
 
 from parameters import CONFIG_DIR, CONFIG_FILES, Parameters
 from utils_alg1.base.errors import Alg1Error, disk_error
-from utils_alg1.base.files import make_folder, write_atomically, write_json
+from utils_alg1.base.files import (
+    decode,
+    make_folder,
+    read_bytes,
+    read_json_object,
+    write_atomically,
+    write_json,
+)
 from utils_alg1.base.locks import NoLocks, take_lock
 from utils_alg1.data.corpus import Corpus
 from utils_alg1.data.texts import Text
@@ -31,6 +38,7 @@ from utils_alg1.run_directory import (
     recorded_start,
     sanitise_tag,
 )
+from utils_alg1.utils_config_loader import RESUMED
 
 SUBDIRECTORIES = ("meta", "logs/tensorboard", "artifacts/checkpoints", "artifacts/export", "eval")
 PACKAGES = ("torch", "safetensors", "numpy", "tensorboard", "aim")  # whose versions are recorded
@@ -144,16 +152,16 @@ class MetadataCapture:
         return platform.python_version()
 
     @classmethod
-    def capture_git_info(cls, path: str | Path) -> dict[str, str]:
-        """Write commit, branch and whether there are uncommitted changes to a file, and return them."""
+    def capture_git_info(cls, path: str | Path, heading: str = "") -> dict[str, str]:
+        """Add commit, branch and whether there are uncommitted changes to a file, and return them."""
         status = cls._git("status", "--porcelain")
         dirty = UNKNOWN if status is None else "yes" if status else "no"
         values = {"commit": cls.get_git_commit(), "branch": cls.get_git_branch(), "dirty": dirty}
-        return _write_lines(path, values)
+        return _add_lines(path, values, heading)
 
     @classmethod
-    def capture_env_info(cls, path: str | Path) -> dict[str, str]:
-        """Write the versions of Python, PyTorch and the rest to a file, and return them."""
+    def capture_env_info(cls, path: str | Path, heading: str = "") -> dict[str, str]:
+        """Add the command and the versions of Python, PyTorch and the rest to a file, and return them."""
         info = {"python": cls.get_python_version(), "platform": platform.platform()}
         info["command"] = shlex.join(sys.argv)
         for package in PACKAGES:
@@ -161,7 +169,7 @@ class MetadataCapture:
                 info[package] = metadata.version(package)
             except metadata.PackageNotFoundError:
                 info[package] = "not installed"
-        return _write_lines(path, info)
+        return _add_lines(path, info, heading)
 
     @staticmethod
     def copy_configs(config_dir: str | Path, meta_dir: str | Path) -> None:
@@ -184,10 +192,22 @@ def copy_files(files: Mapping[Path, bytes], folder: Path) -> None:
         write_atomically(copy, data)
 
 
-def _write_lines(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
+def _add_lines(path: str | Path, values: dict[str, str], heading: str) -> dict[str, str]:
+    """Write `name: value` lines to a file and return them; below the heading if it has lines already."""
+    is_later = heading and Path(path).exists()
+    before = Path(path).read_bytes() + f"\n# {heading}\n".encode() if is_later else b""
     text = "".join(f"{name}: {value}\n" for name, value in values.items())
-    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+    write_atomically(path, before + text.encode("utf-8", "backslashreplace"))
     return values
+
+
+def read_lines(path: Path) -> dict[str, str]:
+    """Read a file of `name: value` lines, the last one of each name; {} if it cannot be read."""
+    try:
+        pairs = (line.partition(": ") for line in decode(read_bytes(path), path).splitlines())
+    except Alg1Error:
+        return {}
+    return {name: value for name, separator, value in pairs if separator}
 
 
 def _now() -> str:
@@ -203,16 +223,49 @@ def _describe_text(text: Text) -> dict[str, Any]:
     }
 
 
+def _earlier_record(run: RunFolder) -> dict[str, Any]:
+    """Return the record of a run that is resumed, with the list of its parts; {} if there is none."""
+    try:
+        record = read_json_object(run.record_path)
+    except Alg1Error:
+        return {}
+    if not isinstance(record.get("parts"), list):  # of an earlier version, which kept the last command only
+        command = read_lines(run.meta_dir / "env.txt").get("command", UNKNOWN)
+        record["parts"] = [{"step": 0, "started": recorded_start(run), "command": command}]
+    return record
+
+
+def _kept_origins(params: Parameters, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return where each value came from; for one that a resumed run keeps, where it came from at first."""
+    values, origins = record.get("parameters"), record.get("origins")
+    if not isinstance(values, dict) or not isinstance(origins, dict):
+        return params.origins
+    return {
+        name: origins.get(name, RESUMED)
+        if params.origins[name] == RESUMED and values.get(name) == value
+        else params.origins[name]
+        for name, value in params.flat().items()
+    }
+
+
 def write_records(
     run: RunFolder,
     params: Parameters,
     config_files: Mapping[Path, bytes],
     corpus: Corpus,
     runtime: dict[str, Any],
+    step: int = 0,
 ) -> dict[str, Any]:
-    """Fill meta/, also with copies of `config_files` (path -> bytes); return the origin for the trackers."""
-    git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt")
-    environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt")
+    """Fill meta/, also with copies of `config_files` (path -> bytes); return the origin for the trackers.
+
+    `step` is the one that this part of the run begins at. What is there of the parts before is kept.
+    """
+    now, earlier = _now(), _earlier_record(run)
+    heading = f"resumed at step {step}, {now}"
+    git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt", heading)
+    environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt", heading)
+    part = {"step": step, "started": now, "command": environment["command"]}
+    parts = [*earlier.get("parts", []), part]
     copy_files(config_files, run.meta_dir / "configs")
     notes = run.meta_dir / "notes.md"
     if not notes.exists():
@@ -220,8 +273,10 @@ def write_records(
     text = _describe_text(corpus.text) | {"vocab_size": corpus.tokenizer.vocab_size}
     if corpus.held_out is not None:
         text["held_out"] = _describe_text(corpus.held_out)
-    started = recorded_start(run) if run.record_path.exists() else _now()
-    record = {"parameters": params.flat(), "origins": params.origins, "corpus": text, "runtime": runtime}
+    started = recorded_start(run) if run.record_path.exists() else now
+    origins = _kept_origins(params, earlier)
+    record: dict[str, Any] = {"parameters": params.flat(), "origins": origins, "corpus": text}
+    record |= {"runtime": runtime, "parts": parts}
     # None: it was started by a version that did not record it.
     write_json(run.record_path, record | ({} if started is None else {"started": started}))
-    return {"git": git, "environment": environment, "corpus": text, "runtime": runtime}
+    return {"git": git, "environment": environment, "corpus": text, "runtime": runtime, "parts": parts}

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from parameters import DataConfig
+from parameters import DataConfig, Parameters
 from utils_alg1.base.errors import Alg1Error, unreadable
 from utils_alg1.base.files import make_folder, write_atomically
 from utils_alg1.base.problems import nearest
@@ -32,20 +32,33 @@ DOWNLOAD_TIMEOUT = 5  # seconds
 Say = Callable[[str], None]  # shows the user one line
 
 
-def find_training_text(name: str = DEFAULT_PATH, say: Say = print) -> TextFiles:
-    """Return the files of the text that --data names; see `find_text`.
+def training_text(name: str = DEFAULT_PATH, say: Say = print) -> str:
+    """Return the name of the text that is trained on where --data names this one: the same if it is there.
 
-    If the default path is missing, tiny Shakespeare is downloaded to it; without a network, python-docs is
-    used instead.
+    If the default path is missing, tiny Shakespeare is downloaded to it; without a network, python-docs takes
+    its place.
     """
     path = _path_of(name)
-    if path != Path(DEFAULT_PATH) or file_mode(path):
-        return find_text(name, say)
-    try:
-        return TextFiles.of(_shakespeare(say, path))
-    except Alg1Error as error:
-        say(f"{error.message}; training on the Python documentation (python-docs) instead")
-    return TextFiles.of(_python_docs(say))
+    if path == Path(DEFAULT_PATH) and not file_mode(path):
+        try:
+            _shakespeare(say, path)
+        except Alg1Error as error:
+            say(f"{error.message}; training on the Python documentation (python-docs) instead")
+            return "python-docs"
+    return name
+
+
+def name_text(params: Parameters, say: Say) -> None:
+    """Name the text that is trained on in the parameters, where another one is named; see `training_text`."""
+    asked = params.data.data_path
+    params.data.data_path = training_text(asked, say)
+    if params.data.data_path != asked:
+        params.origins["data_path"] = f"{asked} is missing"
+
+
+def find_training_text(name: str = DEFAULT_PATH, say: Say = print) -> TextFiles:
+    """Return the files of the text that --data names; see `training_text` and `find_text`."""
+    return find_text(training_text(name, say), say)
 
 
 def find_text(name: str, say: Say = print, flag: str = "--data") -> TextFiles:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from parameters import specs
 from utils import Tokenizer
-from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.files import decode, read_bytes, read_json_object, write_atomically, write_or_warn
+from utils_alg1.base.files import read_json_object, write_atomically, write_or_warn
 from utils_alg1.base.text import format_count, format_duration, format_number, text_name, without_controls
 from utils_alg1.report import pictures
 from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.metrics_file import Point, read_curves
 from utils_alg1.tracking.observer import attention_weights
 from utils_alg1.utils_output import Console
+from utils_alg1.utils_run_manager import read_lines
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -128,12 +128,3 @@ def downsample(points: list[Point]) -> list[Point]:
         interval = points[begin:end]
         kept += sorted({min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])})
     return kept
-
-
-def read_lines(path: Path) -> dict[str, str]:
-    """Read a file of `name: value` lines; return an empty dict if it cannot be read."""
-    try:
-        pairs = (line.partition(": ") for line in decode(read_bytes(path), path).splitlines())
-    except Alg1Error:
-        return {}
-    return {name: value for name, separator, value in pairs if separator}

@@ -106,6 +106,7 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
             return None
         with importing():
             from utils_alg1.data.corpus import find_corpus
+            from utils_alg1.data.sources import name_text
             from utils_alg1.report.results import check_output
             from utils_alg1.training import resume
             from utils_alg1.training.runtime import check_memory, start_runtime
@@ -113,6 +114,7 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
         check_output(params.train.output)
         runtime = start_runtime(params, dist, checkpoint.metadata["arithmetic"] if checkpoint else None)
         try:
+            name_text(params, console.say)
             corpus = find_corpus(params.data, console.say)
         except Alg1Error as error:
             if checkpoint is not None:

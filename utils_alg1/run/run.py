@@ -134,7 +134,8 @@ class MainRun(Run):
             console.log_to(run.log_path)
 
             # 5. Metadata.
-            origin = write_records(run, params, job.config_files, job.corpus, job.runtime.describe())
+            step, runtime = job.checkpoint.progress.step if job.checkpoint else 0, job.runtime.describe()
+            origin = write_records(run, params, job.config_files, job.corpus, runtime, step)
 
             # 6. Aim, and 7. TensorBoard: both start in the background.
             state = None

@@ -197,6 +197,7 @@ def make_plan(space: Space, options: Options) -> Plan:
             the text cannot be used, or the runs folder is a file.
     """
     from utils_alg1.data.corpus import find_corpus
+    from utils_alg1.data.sources import name_text
     from utils_alg1.training.runtime import find_device
 
     clashes = dict.fromkeys(space, "it is searched")
@@ -207,6 +208,7 @@ def make_plan(space: Space, options: Options) -> Plan:
     params, problems = ConfigLoader(options).merge()
     # A problem that involves a searched parameter is one of the defaults only.
     raise_problems([*problems, *(p for p in params.problems() if not set(p.names) & space.keys())])
+    name_text(params, print)
     flat = params.flat()
     defaults = {name: flat.pop(name) for name in space}
     if os.path.isfile(flat["runs_dir"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from model import BigramLanguageModel
 from parameters import ModelConfig, Parameters, coerce_all, specs
 from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
-from utils_alg1.base.files import remove_temporary_files
+from utils_alg1.base.files import read_json_object, remove_temporary_files
 from utils_alg1.base.problems import shown
 from utils_alg1.base.settings import field_names
 from utils_alg1.base.text import format_count
@@ -178,7 +179,7 @@ def check_resumable(
     if text != old_text:
         raise Alg1Error(
             f"{params.data.data_path}: this is not the text that the run was trained on",
-            f"name that text with --data, or {new_run(checkpoint, given, dist)}",
+            f"name that text with --data{recorded_text(checkpoint)}, or {new_run(checkpoint, given, dist)}",
         )
     if held_out != old_held_out:
         raise Alg1Error(
@@ -200,6 +201,14 @@ def with_choices(values: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str,
     }
     open_ = {name: choice for name, (free, choice) in choices.items() if values[name] == free}
     return {**values, **open_}
+
+
+def recorded_text(checkpoint: Checkpoint) -> str:
+    """Return where the text of a run was, for a hint; nothing if that is not known."""
+    with contextlib.suppress(Alg1Error, KeyError, TypeError):
+        corpus = read_json_object(RunFolder(checkpoint.path.parents[2]).record_path)["corpus"]
+        return f" (it was {corpus['path']})"
+    return ""
 
 
 def new_run(checkpoint: Checkpoint, given: Mapping[str, Any], dist: Distributed) -> str:
