@@ -158,7 +158,9 @@ def test_the_first_lines_of_a_run_that_goes_on_in_two_processes_with_aim_and_a_c
     corpus = Corpus(text)
     runtime = Runtime(arithmetic=Arithmetic(compiled=True), dist=Distributed(world_size=2))
     model = SimpleNamespace(config=SimpleNamespace(n_parameters=4976))
-    trainer: Any = SimpleNamespace(model=model, runtime=runtime, step=6, tokens_per_step=4 * 32)
+    trainer: Any = SimpleNamespace(
+        model=model, runtime=runtime, step=6, tokens_per_step=4 * 32, ends_here=False
+    )
     lines = summary_module.describe_start(RUN, params, corpus, trainer)
     assert lines["device"] == "cpu, float32, 1 thread, compiled, in each of 2 processes"
     assert lines["steps"] == "6 to 8, of 4 x 32 characters"

@@ -51,16 +51,16 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
         "val": f"{describe_text(corpus.held_out)}; all of the text is for training"
         if corpus.held_out
         else "",
-        "steps": describe_steps(trainer),
+        "steps": describe_steps(params, trainer),
         "folder": folder,
     }
     lines["changed"] = describe_changes(params)
     return {label: line for label, line in lines.items() if line}
 
 
-def describe_steps(trainer: Trainer) -> str:
+def describe_steps(params: Parameters, trainer: Trainer) -> str:
     """Return the steps that are ahead and the size of each; with --finish, that there are none."""
-    step, max_iters, length = trainer.step, trainer.config.max_iters, trainer.block_size
+    step, max_iters, length = trainer.step, params.train.max_iters, params.model.block_size
     if trainer.ends_here:
         return f"{step} of {max_iters} were taken, and no more are"
     size = f"{trainer.tokens_per_step // length} x {format_count(length, 'character')}"
