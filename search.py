@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, options = parse_command_line(argv)
     refuse_torchrun("search.py", "start it alone; --workers 2 runs two trials at a time")
     require_optuna()
+    from utils_alg1.search.gpus import Gpus
     from utils_alg1.search.results import finished_trials, write_results
     from utils_alg1.search.space import grid_values, make_plan, read_space
     from utils_alg1.search.study import Search, open_storage, open_study, storage_guard
@@ -115,7 +116,9 @@ def main(argv: list[str] | None = None) -> int:
         console.log_to(folder / "search.log")
         n_finished = len(finished_trials(study))
         trials = f"{n_trials}" + (f", {n_finished} of them finished" if n_finished else "")
+        gpus = Gpus(plan.fixed.get("device"))
         how = f"{arguments.sampler}, {arguments.workers} at a time"
+        how += f", each on one of {len(gpus.names)} GPUs" if gpus.names else ""
         space = f"{arguments.space}: {', '.join(plan.space)}"
         console.block({"study": str(folder), "space": space, "trials": trials, "how": how})
 
@@ -123,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         threads = threads_per_trial(plan.fixed.get("threads"), arguments.workers)
         if threads:
             options.values.pop("threads", None)  # --threads 0, which these take the place of
-        stopped = Search(storage, study, plan, folder, n_trials, threads, console).run(arguments.workers)
+        search = Search(storage, study, plan, folder, n_trials, threads, gpus, console)
+        stopped = search.run(arguments.workers)
         n_finished = len(finished_trials(study))
         if stopped and n_finished < n_trials:
             again = f"{command('search.py')} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()

@@ -32,6 +32,7 @@ from utils_alg1.console.command_line import Options
 from utils_alg1.run_directory import list_runs
 from utils_alg1.search import results as results_module
 from utils_alg1.search import study as study_module
+from utils_alg1.search.gpus import Gpus
 from utils_alg1.search.space import grid_values, make_plan, read_space
 from utils_alg1.tracking.metrics_file import read_metrics
 from utils_alg1.utils_output import Console
@@ -78,7 +79,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {str(PROJECT)!r})
-sys.modules["utils_alg1.training.runtime"] = SimpleNamespace(find_device=str)  # no trial needs PyTorch
+sys.modules["utils_alg1.training.runtime"] = SimpleNamespace(  # no trial needs PyTorch
+    find_device=str, visible_gpus=list
+)
 import search
 from utils_alg1.search import results, study
 from utils_alg1.console.script import run_script
@@ -135,7 +138,7 @@ def search_of(study: optuna.Study, n_trials: int) -> study_module.Search:
     """The search in this process whose space open_study has written."""
     plan, folder = make_plan(read_space("space.yaml", False), Options()), Path("searches", study.study_name)
     storage = study_module.open_storage(f"sqlite:///{folder}/study.db")
-    return study_module.Search(storage, study, plan, folder, n_trials, [], Console(quiet=True))
+    return study_module.Search(storage, study, plan, folder, n_trials, [], Gpus(None), Console(quiet=True))
 
 
 def end_unfinished(search: study_module.Search, trial: optuna.Trial) -> None:
@@ -793,6 +796,54 @@ def test_trials_do_not_inherit_the_variables_of_a_launcher(search, fake_train, m
     fake_train.write_text(f"import os; assert not os.environ.keys() & {variables}\n" + FAKE_TRAIN)
     assert search("--space", write_space(learning_rate=RATES), "--trials", 1).code == 0
     assert results()[0]["state"] == "complete"
+
+
+ON_ONE_GPU = """
+import atexit, os
+gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+with open("gpus.txt", "a") as file:
+    file.write(gpu + chr(10))
+if gpu != "none":
+    os.mkdir("gpu-" + gpu)  # fails where another trial is on it
+    atexit.register(os.rmdir, "gpu-" + gpu)
+"""
+
+
+@pytest.mark.parametrize(
+    "flags, gpus, used, told",
+    [
+        ([], ["3", "GPU-5"], {"3", "GPU-5"}, "tpe, 2 at a time, each on one of 2 GPUs\n"),
+        (["--device", "cpu"], ["3", "GPU-5"], {"none"}, "tpe, 2 at a time\n"),
+        ([], ["3"], {"none"}, "tpe, 2 at a time\n"),
+        ([], [], {"none"}, "tpe, 2 at a time\n"),
+    ],
+)
+def test_each_worker_has_a_gpu_of_its_own(flags, gpus, used, told, search, fake_train, monkeypatch):
+    monkeypatch.setattr("utils_alg1.training.runtime.visible_gpus", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    fake_train.write_text(ON_ONE_GPU + FAKE_TRAIN)
+    space = write_space(learning_rate=RATES)
+    result = search("--space", space, "--trials", 6, "--workers", 2, *flags)
+    assert result.code == 0 and told in result.out
+    assert {row["state"] for row in results()} <= {"complete", "pruned"}
+    assert set(Path("gpus.txt").read_text().split()) == used
+
+
+def test_trials_are_spread_over_the_gpus(monkeypatch):
+    monkeypatch.setattr("utils_alg1.training.runtime.visible_gpus", lambda: ["a", "b", "c"])
+    for device in ("cuda:1", "cpu", "xpu", None):  # None: it is searched
+        assert Gpus(device).names == []
+    gpus = Gpus("cuda")
+    with contextlib.ExitStack() as running:
+        taken = [
+            running.enter_context(gpus.one(number))["CUDA_VISIBLE_DEVICES"] for number in (7, 7, 9, 10, 5)
+        ]
+        assert taken == ["b", "c", "a", "b", "c"]  # more workers than GPUs are fine
+        with gpus.one(0) as first, gpus.one(1):
+            assert first == {"CUDA_VISIBLE_DEVICES": "a"}
+    for number in (1, 2, 3):  # the only trial of this process: the number decides
+        with gpus.one(number) as variables:
+            assert variables == {"CUDA_VISIBLE_DEVICES": "abca"[number]}
 
 
 def test_a_second_signal_leaves_no_process(fake_train):

@@ -31,6 +31,7 @@ from utils_alg1.base.errors import CANNOT_TRAIN, DISK_FAILED, DONE, Alg1Error, f
 from utils_alg1.base.files import make_folder, read_json_object
 from utils_alg1.console.signals import STOP_SIGNALS, StopSignals
 from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, in_use, list_runs
+from utils_alg1.search.gpus import Gpus
 from utils_alg1.search.results import describe_trial, finished_trials, rounded
 from utils_alg1.search.space import Plan, changed_settings, grid_values, suggest
 from utils_alg1.tracking.metrics_file import read_rows
@@ -169,6 +170,7 @@ class Search:
     folder: Path
     n_trials: int  # in total, in all processes and earlier starts
     flags: list[str]  # further flags of every train.py
+    gpus: Gpus
     console: Console
     failure: Exception | None = None  # ends the search
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -306,7 +308,7 @@ class Search:
             arguments = [*self.plan.arguments(parameters), tag]
         command = [sys.executable, str(TRAIN_SCRIPT), *arguments, *self.flags]
         reports, pruned = self.reports(trial, log), False
-        with self.start(command, log) as child:
+        with self.gpus.one(trial.number) as variables, self.start(command, log, variables) as child:
             try:
                 while not pruned and self.goes_on(child):
                     # The defaults are not pruned: the gain over them is told at the end.
@@ -320,13 +322,17 @@ class Search:
         next(reports, False)
         return child.returncode, pruned
 
-    def start(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
-        """Start the process of a trial, in a session of its own: Ctrl-C reaches search.py only."""
+    def start(self, command: list[str], log: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start the process of a trial, in a session of its own: Ctrl-C reaches search.py only.
+
+        Args:
+            variables: added to its environment.
+        """
         # A second signal, which kills the children, must not come while one of them is not known yet.
         with log.open("wb") as output, self.signals.delayed():
             if self.stopping:
                 raise NotFinished
-            environment = without_place(os.environ)
+            environment = without_place(os.environ) | variables
             child = subprocess.Popen(
                 command, stdout=output, stderr=output, start_new_session=True, env=environment
             )
