@@ -121,7 +121,8 @@ def masked(out: str) -> list[str]:
 def test_without_a_terminal_a_run_prints_these_lines_and_no_others(start):
     result = start("--learning-rate", 2e-3, "--eval-interval", 3)
     best = max(int(n) for n in re.findall(r"step +(\d+) .*  best  ", result.out))
-    *lines, _ = masked(result.out.split("a sample:\n")[0] + "a sample:\n\n")
+    before, _, after = result.out.partition("a sample:\n")
+    *lines, _ = masked(before + "a sample:\n\nsample " + after.rpartition("\nsample ")[2])
     assert result.err == ""
     assert lines == [
         "run      RUN",
@@ -144,10 +145,11 @@ def test_without_a_terminal_a_run_prints_these_lines_and_no_others(start):
         "measured  val loss LOSS (perplexity P, B bits per character) of the export,"
         " over all of the val part: 412 characters",
         "report    runs/RUN/eval/report.html",
-        "sample    python inference.py --run runs/RUN",
-        "continue  python train.py --resume runs/RUN --max-iters 12",
         "",
         "a sample:",
+        "",
+        "sample    python inference.py --run runs/RUN",
+        "continue  python train.py --resume runs/RUN --max-iters 12",
     ]
 
 
@@ -422,12 +424,12 @@ def test_no_terminal_obeys_a_text_or_the_name_of_a_file(term, open_screen, monke
     console.begin_progress(0, 10, 1)
     console.warn("above the bar\x1b[2J")
     sample = "one\r\ntwo\rthree\t\x07\x1b]0;title\x07"
-    console.summary({"reached": "step 1"}, sample)
+    console.summary({"reached": "step 1"}, sample, {"next": "1"})
     console.close()
     shown = lasting(screen.text())
     assert shown[:2] == ["text    evil␛[2J.txt: 5 characters", "sample  python inference.py --run \ufffd"]
-    assert shown[-2] == "one"
-    assert shown[-1].expandtabs() == "two␍three       ␇␛]0;title␇"
+    assert (shown[-4], shown[-1]) == ("one", "next  1")
+    assert shown[-3].expandtabs() == "two␍three       ␇␛]0;title␇"
     assert sample in Path("train.log").read_bytes().decode()
 
 

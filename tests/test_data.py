@@ -353,7 +353,7 @@ def test_the_largest_block_that_fits_trains_and_one_more_does_not(train, workdir
 
     assert refused.code == 2
     assert refused.err.splitlines() == [
-        "error: text.txt: 40 characters are too few for block_size = 4",
+        "error: text.txt: 40 characters are too few for block_size = 4: 4 of them are for validation",
         "hint: use a longer text, or --block-size 3 at most",
     ]
     assert not Path("runs").exists()
@@ -368,7 +368,8 @@ def test_a_text_too_short_for_any_block_says_so(train, workdir):
 
     assert result.code == 2
     assert result.err.splitlines() == [
-        "error: text.txt: 8 characters are too few for block_size = 8, and for any other",
+        "error: text.txt: 8 characters are too few for block_size = 8, and for any other: 1 of them are for"
+        " validation",
         "hint: use a longer text: each of train_split and val_split needs two characters",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import QUIET_TRACKERS, TINY, lasting_metrics, runner, stop_at
 
+from parameters import Parameters
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.report import results as results_module
+from utils_alg1.report.summary import describe_overfitting
 from utils_alg1.run_directory import checkpoint_paths, list_runs
+from utils_alg1.training.progress import Evaluation, Progress
 
 
 @pytest.fixture
@@ -121,3 +125,78 @@ def test_finish_needs_a_run(train):
         "error: --finish needs a run\n"
         "hint: name it: --resume RUN --finish; python train.py --help lists every flag\n"
     )
+
+
+# --- what is said at the end --------------------------------------------------------------------------
+
+
+def test_the_sample_stands_before_the_commands(start):
+    out = start().out
+    assert (
+        out.index("\nreport  ")
+        < out.index("\na sample:\n")
+        < out.index("\nsample  ")
+        < out.index("\ncontinue ")
+    )
+
+
+def overfitting(
+    val_loss: float, train_loss: float, best: float = 2.0, weights: str = "best", **values: float
+) -> str | None:
+    progress = Progress(500, best_val=best, best_step=300)
+    progress.evaluation = Evaluation(500, train_loss, val_loss, 1e-3)
+    params = Parameters.from_values(values, {})
+    return describe_overfitting(params, progress, {"weights": weights, "step": 300})
+
+
+def test_a_val_loss_that_has_risen_while_the_train_loss_fell_is_told():
+    told = "val loss has risen by 0.3000 since step 300: the export has the weights of step 300."
+    ways = "--patience 5, fewer steps or a longer text"
+    assert overfitting(2.3, 1.0) == f"{told} In a new run, try --dropout 0.2, {ways}"
+    told = told.partition(": ")[0] + ": the export has the last weights; --export best keeps the better ones."
+    ways = "more --dropout than 0.1, fewer steps or a longer text"
+    assert (
+        overfitting(2.3, 1.0, weights="last", dropout=0.1, patience=2) == f"{told} In a new run, try {ways}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("val_loss", "train_loss"),
+    [(2.0, 1.0), (2.0286, 1.9), (2.049, 1.5), (4.0, 3.9)],
+    ids=["at its best", "as README's run", "within the margin", "both losses rose: diverged"],
+)
+def test_what_is_no_overfitting_is_not_called_so(val_loss, train_loss):
+    assert overfitting(val_loss, train_loss) is None
+
+
+def test_a_run_that_learns_its_text_by_heart_says_so(start, workdir):
+    Path("text.txt").write_text("ab" * 450 + "aabb" * 25)
+    result = start("--max-iters", 60, "--eval-interval", 10, "--learning-rate", 0.05)
+    assert result.code == 0
+    step = json.loads((list_runs("runs")[0] / "eval/final.json").read_text())["best_step"]
+    assert re.search(
+        rf"^overfit +val loss has risen by \S+ since step {step}: the export has the", result.out, re.M
+    )
+    Path("text.txt").write_text("ab" * 500)
+    assert "overfit" not in start("--max-iters", 60, "--eval-interval", 10, "--learning-rate", 0.05).out
+
+
+# --- texts that are too short -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ([], ": 30 of them are for validation"),
+        (["--train-split", 0.05], ": 15 of them are for training"),
+        (["--val-data", "long.txt"], ""),
+    ],
+)
+def test_a_text_that_is_too_short_says_which_part_of_it_is(flags, part, train, workdir):
+    Path("short.txt").write_text("abc" * 100)
+    Path("long.txt").write_text("cab" * 200)
+    result = train("--data", "short.txt", "--block-size", 32 if part else 400, *flags)
+    assert result.code == 2
+    message = result.err.splitlines()[0]
+    size = 32 if part else 400
+    assert message == f"error: short.txt: 300 characters are too few for block_size = {size}{part}"

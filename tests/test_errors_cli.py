@@ -687,7 +687,7 @@ def test_a_preset_that_is_meant_is_named(place, train, flag, meant):
     [
         (
             "--block-size 500",
-            "text.txt: {n:,} characters are too few for block_size = 500",
+            "text.txt: {n:,} characters are too few for block_size = 500: {n_val} of them are for validation",
             "use a longer text, or --block-size {largest} at most",
         ),
         ("--runs-dir notes.txt", "notes.txt: a file is in the way of this folder", "name another"),
@@ -700,7 +700,7 @@ def test_a_preset_that_is_meant_is_named(place, train, flag, meant):
 )
 def test_a_mistake_found_after_reading_the_text_leaves_only_its_tokens(place, train, command, error, hint):
     n = len((place / "text.txt").read_text(encoding="utf-8"))
-    numbers = {"n": n, "largest": round(0.1 * n) - 1}
+    numbers = {"n": n, "n_val": round(0.1 * n), "largest": round(0.1 * n) - 1}
     before = snapshot(place)
     result = train("--data", "text.txt", *command.split())
     assert result.err == report(error, hint).format(**numbers)

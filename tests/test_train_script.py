@@ -255,7 +255,7 @@ def test_samples_are_drawn_from_the_exported_weights(finished, fast_end):
     samples = draw_texts(model, 1337, 3, 4)
     expected = "\n\n".join(f"--- sample {i}\n{sample}" for i, sample in enumerate(samples, 1)) + "\n"
     assert (folder / "eval/samples.txt").read_text(encoding="utf-8") == expected
-    assert finished.out.endswith(f"a sample:\n{samples[0]}\n")
+    assert f"a sample:\n{samples[0]}\n\nsample    python inference.py" in finished.out
 
 
 def test_a_picture_that_cannot_be_drawn_costs_one_line(start, monkeypatch):

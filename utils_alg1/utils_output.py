@@ -161,13 +161,15 @@ class Console(logging.Handler):
             fields.pop()
         self.say(line, "^(?P<bold>step) .* val( loss)? (?P<cyan>[^ ]+)( +(?P<green>best))?", shown)
 
-    def summary(self, lines: LabelledLines, sample: str) -> None:
-        """Print the results at the end of a run, and a sample."""
+    def summary(self, results: LabelledLines, sample: str, commands: LabelledLines) -> None:
+        """Print the results at the end of a run, a sample, and what to type next."""
         self.end_progress()
         self.say()
-        self.block(lines)
+        self.block(results)
         self.say("a sample:", "(?P<bold>.*)")
         self.say(sample)
+        self.say()
+        self.block(commands)
 
     def begin_progress(self, step: int, total: int, tokens_per_step: int) -> None:
         """Show a progress bar if the standard output is a terminal."""

@@ -118,10 +118,14 @@ class Corpus:
             return
         short = self.text if self.held_out is None or n_train <= n_val else self.held_out
         text = f"{short.name}: {short.n_characters:,} characters are too few for block_size = {block_size}"
+        part = ""
+        if self.held_out is None:
+            use = "training" if n_train <= n_val else "validation"
+            part = f": {min(n_train, n_val):,} of them are for {use}"
         if largest >= 1:
-            raise Alg1Error(text, f"use a longer text, or --block-size {largest} at most")
+            raise Alg1Error(f"{text}{part}", f"use a longer text, or --block-size {largest} at most")
         what = "each of train_split and val_split" if self.held_out is None else "it"
-        raise Alg1Error(f"{text}, and for any other", f"use a longer text: {what} needs two characters")
+        raise Alg1Error(f"{text}, and for any other{part}", f"use a longer text: {what} needs two characters")
 
     def remarks(self) -> list[str]:
         """Return the lines that tell what a text is like, where nothing is wrong with it."""

@@ -240,7 +240,6 @@ class MainRun(Run):
 
     def print_summary(self) -> None:
         run, params, progress = self.directory, self.job.params, self.trainer.progress
-        ending = summary.describe_end(
-            run, params, progress, self._exported, self._measured, self._shown_in, self.dist
-        )
-        self.console.summary(ending, self._samples[0])
+        ending = summary.describe_end(run, params, progress, self._exported, self._measured)
+        commands = summary.next_commands(run, params, progress, self._shown_in, self.dist)
+        self.console.summary(ending, self._samples[0], commands)
