@@ -195,7 +195,7 @@ TRAIN_MISTAKES = [
 # (script, command line, error): mistakes that do not depend on a file.
 FLAG_MISTAKES = [
     ("train", "--max-iter 5", "unknown flag --max-iter; did you mean --max-iters?"),
-    ("train", "--batch_size=5", "unknown flag --batch_size; did you mean --batch-size?"),
+    ("train", "--batch_sise=5", "unknown flag --batch_sise; did you mean --batch-size?"),
     ("train", "--no-data", "unknown flag --no-data\n"),
     ("train", "--qqqqqqq -5", "unknown flag --qqqqqqq"),
     (

@@ -558,6 +558,8 @@ def test_a_command_without_a_value_shows_the_present_one(sample, model, type_in)
         ),
         (":lenght", ["error: unknown command :lenght; did you mean :length?", ...]),
         (":qqq", ["error: unknown command :qqq", ...]),
+        (":exit", ["error: unknown command :exit; did you mean :quit?", ...]),
+        (":q", ["error: unknown command :q; did you mean :quit?", ...]),
         (":length x", ["error: :length: 'x' must be a whole number", "hint: :help explains every command"]),
         (":length 5 6", ["error: :length: '5 6' must be a whole number", ...]),
         (":temperature -1", ["error: :temperature: -1.0 must be at least 0", ...]),
@@ -597,6 +599,17 @@ def test_spaces_before_a_command_do_not_matter(sample, model, type_in):
 
     assert result.out == greedy(model, " ab", 3) + "\n\n"
     assert result.err.splitlines()[2:] == [":length 3", ":length 3"]
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", " exit()"])
+def test_who_types_exit_is_told_how_to_leave(sample, model, type_in, word):
+    type_in(word)
+    result = sample("--interactive", *GREEDY, "--unknown", "replace")
+    assert result.out == greedy(model, re.sub(r"[^abe]", " ", word), 12) + "\n\n"
+    said = f"note: {word.strip()!r} is continued as a prompt; to leave: :quit, or Ctrl-D"
+    assert result.err.splitlines()[2] == said
+    type_in("exit the a")
+    assert "note: 'exit" not in sample("--interactive", *GREEDY, "--unknown", "replace").err
 
 
 def test_numbers_are_written_as_in_training(sample, model, type_in):

@@ -66,8 +66,6 @@ ANSWERED = [
     ("--no_cuda False", ": leave it out: --device is a GPU where there is one"),
     ("--resume_from_checkpoint False", ": leave it out: a run starts from scratch"),
     ("--disable_tqdm False", ": leave it out: progress is shown"),
-    ("--init_from=resume", "; did you mean --resume latest?"),
-    ("--init_from=a.safetensors", "; did you mean --init-from?"),
     ("init_from: resume", ": it is a flag, for the command line: --resume latest"),
     ("init_from: out/a.safetensors", ": it is a flag, for the command line: --init-from PATH"),
     ("--dataset=shakespeare_char", "; did you mean --data shakespeare?"),
@@ -84,6 +82,33 @@ ANSWERED = [
     ("--temperature 1", ": it is for sampling: python inference.py"),
     ("quiet: true", ": it is a flag, for the command line"),
 ]
+
+
+# With underscores, as nanoGPT writes its flags: script, command line, and the name and value that come of it.
+UNDERSCORES = [
+    ("train", "--max_iters 5", "values", {"max_iters": "5"}),
+    ("train", "--max_iters=5 --run_tag=a_b", "values", {"max_iters": "5", "run_tag": "a_b"}),
+    ("train", "--no_aim --init_from a_b.safetensors", "init_from", "a_b.safetensors"),
+    ("train", "--no_aim", "values", {"aim": False}),
+    ("inference", "--max_new_tokens 7", "max_new_tokens", 7),
+    ("search", "--sampler_seed=3", "sampler_seed", 3),
+    ("compare", "--runs_dir other_runs", "runs_dir", "other_runs"),
+]
+
+
+@pytest.mark.parametrize(("script", "line", "name", "value"), UNDERSCORES)
+def test_a_flag_may_be_written_with_underscores(script, line, name, value):
+    import importlib
+
+    options = importlib.import_module(script).parse_command_line(line.split())
+    options = options[0] if script == "search" else options  # and those of train.py
+    assert getattr(options, name) == value
+
+
+@pytest.mark.parametrize("line", ["--max_iters 5 --max-iters 6", "--max-iters 5 --max_iters 6"])
+def test_both_spellings_are_one_flag(line):
+    with pytest.raises(Alg1Error, match="--max-iters is given 2 times: --max-iters 5, --max-iters 6"):
+        parse_command_line(line.split())
 
 
 def as_known(name: str) -> str:

@@ -57,6 +57,7 @@ SAME = {
     "interactive": "chat",
     "model": "model_path model_name_or_path checkpoint ckpt checkpoint_path ckpt_path weights load",
     "run": "out_dir output_dir run_dir",
+    "quit": "exit q bye",
     # search.py and compare.py
     "trials": "n_trials num_trials max_trials",
     "workers": "jobs n_jobs num_workers",

@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the command line. An Alg1Error names every unknown flag, or else the first mistake."""
-        args = sys.argv[1:] if args is None else args
+        args = self._with_dashes(sys.argv[1:] if args is None else args)
         namespace, unknown = self.parse_known_args(args, namespace)
         raise_problems([*self._unknown_flags(unknown)], self.hint)
         uses = self._uses(args)
@@ -64,6 +64,15 @@ class Parser(argparse.ArgumentParser):
                 hint = "settings are read from a YAML or JSON file: --config PATH"
             self.error(f"belongs to no flag: {words}", hint)
         return namespace
+
+    def _with_dashes(self, args: Sequence[str]) -> list[str]:
+        """Return a command line with the flags as they are listed: --max_iters means --max-iters."""
+        words, known = list(args), self._option_string_actions
+        for i, word in enumerate(itertools.takewhile(lambda word: word != "--", args)):
+            flag, is_given, value = word.partition("=")
+            if flag not in known and flag.replace("_", "-") in known:
+                words[i] = flag.replace("_", "-") + is_given + value
+        return words
 
     def _unknown_flags(self, words: list[str]) -> Iterator[Problem]:
         """Yield a problem for each flag among the words that belong to no known one."""

@@ -13,7 +13,7 @@ from parameters import specs
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.problems import nearest
 from utils_alg1.console.command_line import Parser, number
-from utils_alg1.console.messages import print_error
+from utils_alg1.console.messages import print_error, print_note
 from utils_alg1.console.signals import RaiseSignal, signal_handler
 
 INTRODUCTION = "a prompt, then Enter; :help lists the commands, Ctrl-C stops a text, Ctrl-D ends"
@@ -75,6 +75,8 @@ def interact(
                 elif typed.startswith(":"):
                     print(obey(typed, arguments, seed, read_stop), file=sys.stderr)
                     continue
+                if typed.strip().removesuffix("()") in ("exit", "quit"):
+                    print_note(f"{typed.strip()!r} is continued as a prompt; to leave: :quit, or Ctrl-D")
                 answer(line)
         except EOFError:
             if asks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def format_table(
         headings: of the columns, the most important first.
         rows: the cells. What is not printable in them, a line end too, becomes U+FFFD.
         width: in terminal columns; None is unlimited. From a wider table columns are left out from the right,
-            and named in lines at the end; the first two stay, and the first is cut if they are too wide.
+            and named in lines at the end; the first two stay, and the first is folded if they are too wide.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -35,14 +36,27 @@ def format_table(
     console = Console(file=text, width=width, color_system=None, markup=False, emoji=False)
     table = Table(box=None, pad_edge=False)
     for heading in headings[:shown]:
-        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=True)
-    table.columns[0].max_width = max(1, width - (ends[shown - 1] - sizes[0]))
+        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    first_width = max(1, width - (ends[shown - 1] - sizes[0]))
+    table.columns[0].max_width = first_width
     for row in cells:
-        table.add_row(*row[:shown])
+        table.add_row(fold(row[0], first_width), *row[1:shown])
     console.print(table)
     if shown < len(headings):
         console.print(f"no room for: {', '.join(headings[shown:])}")
     return [line.rstrip() for line in text.getvalue().splitlines()]
+
+
+def fold(name: str, width: int) -> str:
+    """Break a name behind its hyphens and underscores, into lines of so many terminal columns if possible."""
+    from rich.cells import cell_len
+
+    lines = [""]
+    for piece in re.findall("[^_-]*[_-]?", name):
+        if lines[-1] and cell_len(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def to_csv(names: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
