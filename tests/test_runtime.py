@@ -210,6 +210,18 @@ def test_threads_are_set_and_recorded(threads):
     assert torch.get_num_threads() == runtime.threads == threads
 
 
+def test_more_threads_than_cores_cost_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for threads in (0, 2, 3):
+        assert not caplog.records
+        start_runtime(parameters(device="cpu", threads=threads))
+    (record,) = caplog.records
+    assert record.getMessage() == "warning: 3 threads share 2 cores, where fewer would be faster"
+    caplog.clear()
+    start_runtime(parameters(device="cpu", threads=3), Distributed(rank=1, world_size=2))
+    assert not caplog.records
+
+
 def test_zero_threads_leave_the_choice_to_pytorch():
     torch.set_num_threads(2)
     assert start_runtime(parameters(**LARGE, device="cpu")).threads == torch.get_num_threads() == 2
@@ -649,6 +661,20 @@ def test_weights_larger_than_the_memory_are_told_as_such(train, sample, text_fil
             # No word of damage, and no older checkpoint in place of the newest.
             assert result.err == (f"error: out of memory while reading {file}\nhint: {OTHER_PROGRAMS}\n")
     assert sorted(run.rglob("*.safetensors*")) == files
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: all CUDA-capable devices are busy or unavailable",
+        "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be ...",
+    ],
+)
+def test_a_gpu_that_another_program_does_not_share_is_told_as_such(text):
+    with pytest.raises(Alg1Error) as caught, memory_guard("here", ModelConfig()):
+        raise RuntimeError(text)
+    assert caught.value.message == "another program uses the GPU, and does not share it"
+    assert (caught.value.hint, caught.value.exit_code) == ("use --device cpu, or end that program", 3)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory"), KeyboardInterrupt()])

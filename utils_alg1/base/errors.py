@@ -79,6 +79,9 @@ def out_of_memory(error: Exception, where: str = "", hint: str | None = None) ->
     if isinstance(error, Alg1Error):
         return None
     text = str(error)
+    if "CUDA-capable device(s) is/are busy" in text or "CUDA-capable devices are busy" in text:
+        message = "another program uses the GPU, and does not share it"
+        return Alg1Error(message, "use --device cpu, or end that program", CANNOT_TRAIN)
     on_device = DEVICE_MEMORY.search(text) if isinstance(error, RuntimeError) else None
     if on_device or type(error).__name__ == "OutOfMemoryError":  # that of PyTorch, which is not imported here
         status = on_device[0] if on_device and on_device[0].isupper() else ""

@@ -99,6 +99,10 @@ def start_runtime(
     processor = Processor.read()
     before = None if recorded is None else recorded_arithmetic(recorded, params, device, dist)
     set_threads(params, device, before.threads if before else None)
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if dist.is_main and params.train.threads > cores:
+        text = "warning: %s share %s, where fewer would be faster"
+        LOGGER.warning(text, format_count(threads, "thread"), format_count(cores, "core"))
     if before is None:
         arithmetic = choose_arithmetic(params, device, processor)
     else:
@@ -110,7 +114,7 @@ def start_runtime(
                 before.differences(arithmetic),
                 now,
             )
-    return Runtime(device, arithmetic, torch.get_num_threads(), dist)
+    return Runtime(device, arithmetic, threads, dist)
 
 
 def set_threads(params: Parameters, device: torch.device, before: int | None) -> None:
