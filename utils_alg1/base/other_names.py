@@ -171,7 +171,8 @@ ANSWERS: dict[str, str | tuple[str, ...]] = {
     "torch_compile_backend torch_compile_mode": "{batch_size?}leave it out: it is chosen by the device",
     "gpu cuda use_cuda accelerator=gpu": "{device cuda}",
     "cpu use_cpu no_cuda use_cuda=false cuda=false": "{device cpu}",
-    "use_mps_device": "{device mps}",
+    "use_mps_device mps": "{device mps}",
+    "xpu use_xpu": "{device xpu}",
     "use_cpu=false no_cuda=false use_mps_device=false": "leave it out: {device} is a GPU where there is one",
     "backend ddp_backend": "{batch_size?}leave it out: it is NCCL on GPUs, gloo on CPUs",
     "local_rank gpus n_gpu n_gpus num_gpus devices num_processes nproc_per_node num_nodes ddp fsdp deepspeed"
