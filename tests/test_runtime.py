@@ -146,7 +146,7 @@ def test_a_device_that_is_not_there_is_an_error(name, gpus, machine, monkeypatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     with pytest.raises(Alg1Error) as caught:
         find_device(name)
-    hides = "CUDA_VISIBLE_DEVICES=-1 hides GPUs: unset it, or use --device cpu"
+    hides = "CUDA_VISIBLE_DEVICES=-1 may hide it: unset that, or use --device cpu"
     assert caught.value.hint == (hides if name.startswith("cuda") else "use --device auto or --device cpu")
 
 

@@ -171,7 +171,7 @@ def find_device(name: str) -> torch.device:
     variable = VISIBLE.get(device.type, "")
     hidden = f"{variable}={os.environ[variable]}" if variable in os.environ else ""
     if not count or device.type == "cpu":
-        hint = f"{hidden} hides GPUs: unset it, or use --device cpu" if hidden else NO_DEVICE_HINT
+        hint = f"{hidden} may hide it: unset that, or use --device cpu" if hidden else NO_DEVICE_HINT
         raise Alg1Error(f"--device {name}: this machine has no such device", hint)
     first = f"{device.type}:0"
     names = f"it is {first}" if count == 1 else f"they are {first} to {device.type}:{count - 1}"
