@@ -1,4 +1,4 @@
-"""Sample text from a trained model, or score a text with it.
+"""Sample text from a trained model, score a text with it, or make a page of it.
 
     python inference.py                                  the latest run
     python inference.py --run 2026-01-31_001             a run, by its id or directory
@@ -6,6 +6,7 @@
     python inference.py --prompt "ROMEO:" --max-new-tokens 300 --temperature 0.8
     python inference.py --interactive                    prompt after prompt; :help lists its commands
     python inference.py --score text.txt                 how well the model predicts a text
+    python inference.py --page model.html                a page for a browser, in which the model answers
 
 Characters appear as they are drawn. The same model, prompt, settings and --seed give the same text. On a CPU
 PyTorch is not imported: the forward pass is utils_alg1/network/decoder.py.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -36,13 +38,18 @@ if TYPE_CHECKING:
     from utils_alg1.network.sampling import LogitsDecoder
 
 BATCH_TOKENS = 8192  # of context: so many texts of --num-samples are drawn at a time, for the sake of memory
-OF_EVERY_MODE = {"--run", "--model", "--runs-dir", "--device", "--vocabulary", "--unknown"}
+OF_A_MODEL = {"--run", "--model", "--runs-dir", "--vocabulary"}
+DRAWING_NOTHING = {  # what else may stand beside a flag with which no text is drawn
+    "--score": {"--device", "--unknown"},
+    "--page": set[str](),
+}
 
 
 def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line of inference.py. Raises Alg1Error, or SystemExit after --help."""
     parser = Parser(
-        prog=command("inference.py"), description="Sample text from a trained model, or score one."
+        prog=command("inference.py"),
+        description="Sample text from a trained model, score one, or make a page.",
     )
     source = parser.add_mutually_exclusive_group()
     run = "a run id or directory (default: the latest)"
@@ -56,6 +63,8 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     prompts.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
     scored = "draw nothing, and measure how well the model predicts this text; - is the standard input"
     prompts.add_argument("--score", type=path_name, metavar="PATH", help=scored)
+    page = "draw nothing, and write a page for a browser, in which the model continues what one types"
+    prompts.add_argument("--page", type=path_name, metavar="PATH", help=page)
     add_settings(text)
     samples = "number of texts to draw (%(default)s)"
     text.add_argument("--num-samples", type=number(int, minimum=1), default=1, metavar="N", help=samples)
@@ -68,15 +77,17 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.interactive and arguments.num_samples != 1:
         parser.error("--interactive draws one text for each prompt: leave --num-samples out")
-    if arguments.score is not None:
-        drawing = [flag for flag in parser.given if flag not in OF_EVERY_MODE | {"--score"}]
-        if drawing:
-            parser.error(f"--score draws no text: leave {', '.join(drawing)} out")
+    for mode, beside in DRAWING_NOTHING.items():
+        other = [flag for flag in parser.given if flag not in OF_A_MODEL | beside | {mode}]
+        if mode in parser.given and other:
+            parser.error(f"{mode} draws no text: leave {', '.join(other)} out")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
+    if arguments.page is not None:
+        return make_page(arguments)
     prompt = read_prompt(arguments.prompt, arguments.prompt_file)
     device = find_device(arguments.device)
     weights, path = load_weights(arguments)
@@ -101,6 +112,18 @@ def main(argv: list[str] | None = None) -> int:
         sample(decoder, tokenizer, prompt, arguments)
     except NotFiniteError as error:
         raise Alg1Error(f"{path}: {error}", "use weights of a run that has not diverged") from error
+    return DONE
+
+
+def make_page(arguments: argparse.Namespace) -> int:
+    """Write the page of --page, which is named after the weights' run or file."""
+    from utils_alg1.report.playground import check_page, write_page
+
+    check_page(arguments.page)
+    weights, path = load_weights(arguments)
+    write_page(arguments.page, weights, str(weights.provenance.get("run_id") or path.stem))
+    size = os.path.getsize(arguments.page) / 1e6
+    print(text_for_stream(sys.stdout, f"{arguments.page}: {size:.1f} MB, for any browser, without a network"))
     return DONE
 
 

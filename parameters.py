@@ -217,6 +217,7 @@ class TrainConfig(Part):
     export: str = changeable(
         "best", "weights to export: those of the best val loss, or the last", choices=("best", "last")
     )
+    playground: bool = changeable(True, "a playground in eval/report.html, for up to a million parameters")
     output: str | None = changeable(None, "file to write the export to as well", is_path=True)
     runs_dir: str = changeable("runs", "folder of the run directories", is_path=True)
     run_tag: str = changeable("", "text to append to the run's name")

@@ -75,6 +75,7 @@ OTHER = {
     "keep_checkpoints": 5,
     "patience": 3,
     "export": "last",
+    "playground": False,
     "output": "out.safetensors",
     "runs_dir": "elsewhere",
     "run_tag": "a tag",

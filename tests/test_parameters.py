@@ -259,7 +259,7 @@ LIMITS = [
     ("port", 1, 0, "must be at least 1"),
     ("port", 65535, 65536, "must be at most 65535"),
 ]
-WITHOUT_LIMITS = {"qk_norm", "zero_init", "output", "run_tag", "aim", "tensorboard"}
+WITHOUT_LIMITS = {"qk_norm", "zero_init", "output", "playground", "run_tag", "aim", "tensorboard"}
 
 
 def test_the_table_of_limits_is_complete():

@@ -199,7 +199,7 @@ def test_a_command_that_samples(command, place, sample, monkeypatch):
         raise given
 
     monkeypatch.setattr("builtins.input", answer)
-    shorter = [] if "--score" in words else ["--max-new-tokens", 20]
+    shorter = [] if {"--score", "--page"} & set(words) else ["--max-new-tokens", 20]
     result = sample(*words[2:], *shorter)
     assert (result.code, "error" in result.err) == (0, False)
     assert len(result.out) > 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import fnmatch
 import hashlib
 import io
 import json
@@ -13,14 +12,14 @@ import math
 import re
 import shutil
 import subprocess
-import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, with_changes
+from browser import CHROMIUM, needs_chromium
+from conftest import QUIET_TRACKERS, TEXT, TINY, with_changes
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -33,16 +32,16 @@ from utils_alg1.base.files import write_or_warn
 from utils_alg1.report import page as page_module
 from utils_alg1.report import pictures as pictures_module
 from utils_alg1.report.page import MAX_POINTS, build_page, downsample
+from utils_alg1.report.rendering import source
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_curves
 from utils_alg1.tracking.observer import attention_weights
 
-TEMPLATES = Path(page_module.__file__).parent / "templates"
 HOSTILE = (
     "</script><img src=x onerror=alert(1)></pre></main><style>*{display:none}</style>\n"
     "<!-- &amp; &#0; \"quotes\" 'more' 中文字 🙂👩‍🚀 \u202eback\u202c ا ب\n\ttab <svg/onload=alert(2)>"
 )
-VOID = {"meta", "link", "img"}
+VOID = {"meta", "link", "img", "input"}
 
 
 @pytest.fixture
@@ -416,21 +415,27 @@ def sha256(text: str) -> str:
 
 
 def assert_harmless(page: Page) -> None:
-    """Check that the page runs no code but its own script, which its policy names, and requests nothing."""
+    """Check that the page runs no code but its own, which its policy names, and requests nothing."""
     assert not {"iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
         for name in ("src", "href", "srcset", "data", "action", "poster", "background"):
             assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
-    data, script = page.texts["script"]
+    *data, model, script = page.texts["script"]
     (style,) = page.texts["style"]
-    assert page.all("script") == [{"type": "application/json", "id": "data"}, {}] and json.loads(data)
-    assert script == (TEMPLATES / "report.js").read_text("utf-8").rstrip("\n")
+    assert page.all("script") == [
+        {"type": "application/json", "id": "data"},
+        {"type": "application/json", "id": "playground"},
+        {"type": "text/plain", "id": "model"},
+        {},
+    ]
+    assert all(map(json.loads, data)) and model == source("model.js")
+    assert script == source("elements.js", "report.js", "playground.js")
     assert "url(" not in style and "@import" not in style
     (policy,) = [a["content"] for a in page.all("meta") if "http-equiv" in a]
     assert policy == (
         f"default-src 'none'; img-src data:; style-src 'sha256-{sha256(style)}';"
-        f" script-src 'sha256-{sha256(script)}'"
+        f" script-src 'sha256-{sha256(script)}'; worker-src blob:"
     )
 
 
@@ -512,16 +517,6 @@ def test_a_loss_picture_without_an_evaluation_is_refused(tmp_path):
         pictures_module.draw_loss_curve(tmp_path / "gone.jsonl", tmp_path / "loss.png", "")
 
 
-def test_the_files_of_the_page_are_in_the_wheel():
-    settings = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))
-    patterns = settings["tool"]["setuptools"]["package-data"]["utils_alg1.report"]
-    files = [path for path in TEMPLATES.parent.rglob("*.*") if path.suffix not in (".py", ".pyc")]
-    assert {path.name for path in files} == {"report.html", "report.css", "report.js"}
-    for path in files:
-        name = path.relative_to(TEMPLATES.parent).as_posix()
-        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-
 # --- curves -------------------------------------------------------------------------------------------
 
 
@@ -550,17 +545,6 @@ def test_the_page_of_a_long_run_is_small(run):
 # --- in a browser -------------------------------------------------------------------------------------
 
 
-CHROMIUM = next(
-    (
-        path
-        for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
-        if (path := shutil.which(name))
-    ),
-    None,
-)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine's PATH")
-
-
 def browse(page: Path, folder: Path, *flags: str) -> tuple[str, list[str], list[str]]:
     """Open a page in a browser; return the final document, the console messages and the requested URLs.
 
@@ -587,7 +571,7 @@ def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path):
     page = tmp_path / "report.html"
     page.write_text(source, encoding="utf-8")
     document, said, asked = browse(page, tmp_path)
-    assert "中文字 🙂👩‍🚀" in document and document.count("<section") == 5
+    assert "中文字 🙂👩‍🚀" in document and document.count("<section") == 6
     assert document.count("<svg ") == 3  # losses, learning rate and gradient norm: no speed in six steps
     assert document.count("<polyline ") == 4 and document.count("<circle ") == 2
     assert (said, asked) == ([], [])
@@ -606,7 +590,7 @@ def in_browser(folder: Path, code: str) -> list:
 
     There, `place()` returns an empty <svg> of 600 x 300 pixels.
     """
-    script, style = ((TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
+    style, script = source("report.css"), source("elements.js", "report.js")
     page = f"""<!doctype html><meta charset=utf-8>
         <style>{style} main {{ width: 600px; padding: 0 }} main svg {{ height: 300px }}</style>
         <main></main><pre></pre>

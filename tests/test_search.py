@@ -986,7 +986,7 @@ def test_the_best_preset_is_the_best_trial_at_the_length_of_a_normal_run(after_t
     used = json.loads(Path(best["run"], "meta/full_config.json").read_text())["parameters"]
     changed = {name for name in used if values[name] != used[name]}
     budget = {"max_iters", "eval_interval", "eval_iters", "histogram_interval"}
-    assert changed == budget | {"aim", "tensorboard", "run_tag", "threads"}
+    assert changed == budget | {"aim", "tensorboard", "playground", "run_tag", "threads"}
     assert (values["max_iters"], values["aim"], values["tensorboard"]) == (70, True, True)
     flags = ["--max-iters", 60, "--eval-interval", 10, "--eval-iters", 2, *QUIET_TRACKERS, "--quiet"]
     assert train("--config", "searches/k/best.yaml", *flags, "--threads", used["threads"]).code == 0

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -99,6 +100,31 @@ def write_or_warn(path: Path, write: Callable[[Path], object], warn: Callable[[s
         write(path)
     except Exception as error:  # plotting libraries raise many types
         warn(f"{path} was not written: {first_line(error)}")
+
+
+def check_target(flag: str, name: str, kind: str, is_kind: Callable[[Path], bool]) -> None:
+    """Check that a file which a flag names can be written, and that this replaces nothing but such a file.
+
+    Args:
+        kind: what is to be written, with its article.
+        is_kind: whether a file is of this kind, which alone is overwritten.
+
+    Raises:
+        Alg1Error: it cannot (exit code 4 if the file system refuses).
+    """
+    path = Path(name).absolute()
+    if not path.parent.is_dir():
+        raise Alg1Error(f"{flag} {name}: there is no folder {Path(name).parent}", "create it")
+    if path.is_dir():
+        raise Alg1Error(f"{flag} {name}: this is a folder", "name a file in it")
+    if path.exists() and not is_kind(path):
+        hint = f"name another file: {kind} would take its place"
+        raise Alg1Error(f"{flag} {name}: this file is not {kind}", hint)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise disk_error(f"write {flag} {name}", error) from error
 
 
 def make_folder(path: Path) -> None:

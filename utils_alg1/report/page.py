@@ -1,22 +1,28 @@
 """eval/: the pictures of a finished run, and report.html, a page that needs no other file and no network.
 
-The page is templates/report.html (jinja2) with report.css and report.js, which draws the charts, inside it.
+The page is templates/report.html with report.css and report.js, which draws the charts, inside it. So is the
+model, unless it is large (see playground.py).
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import itertools
 import math
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base.files import read_json_object, write_atomically, write_or_warn
-from utils_alg1.base.text import format_count, format_duration, format_number, text_name, without_controls
-from utils_alg1.report import pictures
+from utils_alg1.base.scripts import command
+from utils_alg1.base.text import text_name
+from utils_alg1.network.weights import read_weights
+from utils_alg1.report import pictures, playground
+from utils_alg1.report.rendering import render
 from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.metrics_file import Point, read_curves
 from utils_alg1.tracking.observer import attention_weights
@@ -24,13 +30,12 @@ from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import read_lines
 
 if TYPE_CHECKING:
-    from jinja2 import Template
-
     from utils_alg1.training.trainer import Trainer
 
 MAX_POINTS = 800  # points of a curve; a page has fewer pixels
 MAX_EVALUATIONS = 200  # rows of the table of evaluations
 ATTENTION_LENGTH = 64  # characters of context; with more, a character would be less than two pixels wide
+HELD_OUT_LENGTH = 1000  # characters
 
 
 def write_report(run: RunDirectory, trainer: Trainer, samples: list[str], console: Console) -> None:
@@ -39,6 +44,7 @@ def write_report(run: RunDirectory, trainer: Trainer, samples: list[str], consol
     attention_path = run.eval_dir / "attention.png"
     assert trainer.model.vocabulary is not None
     text = Tokenizer(trainer.model.vocabulary).decode(idx[0].tolist())
+    held_out = np.asarray(trainer.data[1][:HELD_OUT_LENGTH])
 
     def write_loss(path: Path) -> None:
         pictures.draw_loss_curve(run.metrics_path, path, run.run_id)
@@ -48,7 +54,7 @@ def write_report(run: RunDirectory, trainer: Trainer, samples: list[str], consol
         write_atomically(path, pictures.draw_attention(weights, run.run_id))
 
     def write_page(path: Path) -> None:
-        page = build_page(run.path, samples, text if attention_path.exists() else None)
+        page = build_page(run.path, samples, text if attention_path.exists() else None, held_out)
         write_atomically(path, page.encode("utf-8"))
 
     write_or_warn(run.eval_dir / "loss.png", write_loss, console.warn)
@@ -56,13 +62,20 @@ def write_report(run: RunDirectory, trainer: Trainer, samples: list[str], consol
     write_or_warn(run.report_path, write_page, console.warn)
 
 
-def build_page(run_dir: Path, samples: list[str], attention_text: str | None) -> str:
+def build_page(
+    run_dir: Path, samples: list[str], attention_text: str | None, held_out: np.ndarray | None = None
+) -> str:
     """Build the page from the directory of a finished run.
 
-    `attention_text` is the text shown in eval/attention.png; None if there is no such picture. Raises what
-    comes of a file that is missing or damaged: Alg1Error, OSError, KeyError or jinja2.UndefinedError.
+    Args:
+        attention_text: the text shown in eval/attention.png; None if there is no such picture.
+        held_out: the tokens of a text that is shown with the loss of each character.
+
+    Raises what comes of a file that is missing or damaged: Alg1Error, OSError, KeyError or
+    jinja2.UndefinedError.
     """
     run = RunFolder(run_dir)
+    weights = read_weights(run.export_path)
     final, record = read_json_object(run.final_path), read_json_object(run.record_path)
     curves = read_curves(run.metrics_path)
     val = curves.get("loss/val", [])
@@ -73,9 +86,15 @@ def build_page(run_dir: Path, samples: list[str], attention_text: str | None) ->
         (name, value, specs()[name].default if name in specs() else "", record["origins"].get(name, ""))
         for name, value in record["parameters"].items()
     ]
+    is_small = weights.config.n_parameters <= playground.LARGEST_IN_REPORT
+    has_playground = is_small and record["parameters"].get("playground", True)
     picture = b"" if attention_text is None else (run.eval_dir / "attention.png").read_bytes()
-    return template().render(
+    return render(
+        "report.html",
+        playground.STYLE if has_playground else ("report.css",),
+        ("elements.js", "report.js", *(["playground.js"] if has_playground else [])),
         name=run_dir.name,
+        generator="ALG1",
         final=final,
         record=record,
         text_name=text_name(record["corpus"]["path"]),
@@ -91,30 +110,10 @@ def build_page(run_dir: Path, samples: list[str], attention_text: str | None) ->
         git=read_lines(run.meta_dir / "git.txt"),
         environment=read_lines(run.meta_dir / "env.txt"),
         curves={name: downsample(points) for name, points in curves.items()},
+        held_out=None if held_out is None else playground.surprise(weights, held_out),
+        page_command=f"{command('inference.py')} --run {shlex.quote(str(run_dir))} --page playground.html",
+        **(playground.playground_values(weights) if has_playground else {"playground": None}),
     )
-
-
-def template() -> Template:
-    """Return the template of the page; it escapes every value and raises for a missing one."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    def visible(value: Any) -> Any:
-        return value if hasattr(value, "__html__") else without_controls(str(value))
-
-    environment = Environment(
-        loader=PackageLoader("utils_alg1.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible,
-    )
-    formats = {"count": format_count, "duration": format_duration, "number": format_number}
-    environment.filters |= {"csp_hash": csp_hash, **formats}
-    return environment.get_template("report.html")
-
-
-def csp_hash(source: str) -> str:
-    """Return how a Content-Security-Policy names an inline script or style: by its SHA-256."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")
 
 
 def downsample(points: list[Point]) -> list[Point]:

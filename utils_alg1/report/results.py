@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parameters import Parameters
-from utils_alg1.base.errors import Alg1Error, disk_error
-from utils_alg1.base.files import write_atomically, write_json
+from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.files import check_target, write_atomically, write_json
 from utils_alg1.base.text import bits_per_character, perplexity
 from utils_alg1.network.tensor_file import read_metadata
 from utils_alg1.network.weights import FORMAT
@@ -80,21 +79,14 @@ def check_output(output: str | None) -> None:
     """
     if output is None:
         return
-    path = Path(output).absolute()
-    hint = "name another file: an export would take its place"
-    if not path.parent.is_dir():
-        raise Alg1Error(f"--output {output}: there is no folder {Path(output).parent}", "create it")
-    if path.is_dir():
-        raise Alg1Error(f"--output {output}: this is a folder", "name a file in it")
-    if any(RunFolder(folder).record_path.is_file() for folder in path.resolve().parents):
+    if any(RunFolder(folder).record_path.is_file() for folder in Path(output).absolute().resolve().parents):
+        hint = "name another file: an export would take its place"
         raise Alg1Error(f"--output {output}: this is in the directory of a run", hint)
-    if path.exists() and read_metadata(path).get("format") != FORMAT:  # which even a damaged export has
-        raise Alg1Error(f"--output {output}: this file is not an export", hint)
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise disk_error(f"write --output {output}", error) from error
+
+    def is_export(path: Path) -> bool:
+        return read_metadata(path).get("format") == FORMAT  # which even a damaged export has
+
+    check_target("--output", output, "an export", is_export)
 
 
 def export_weights(

@@ -157,7 +157,7 @@ class Plan:
     def arguments(self, parameters: dict[str, Any]) -> list[str]:
         """Return the command line of train.py for a trial."""
         config = [] if self.options.config is None else [f"--config={self.options.config}"]
-        values = self.options.values | parameters
+        values = {"playground": False} | self.options.values | parameters  # of no use in so many reports
         return config + [specs()[name].word(value) for name, value in values.items()]
 
     def invalid_reason(self, parameters: dict[str, Any]) -> str | None:

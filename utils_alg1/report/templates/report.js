@@ -1,4 +1,3 @@
-"use strict";
 // Draws the curves of the page's JSON as SVG, each chart as wide as its place on the page.
 
 // Of each line: its name, its class in report.css and its metric.
@@ -17,15 +16,6 @@ const CHARTS = [
   { title: "Gradient norm", unit: "", lines: [["", "train", "gradient_norm"]] },
   { title: "Speed", unit: "characters per second", lines: [["", "train", "tokens_per_second"]] },
 ];
-
-/** Adds an element to `parent` and returns it; inside an <svg> it is an SVG element. */
-function add(parent, name, attributes = {}, text = "") {
-  const isSvg = name === "svg" || parent instanceof SVGElement;
-  const element = document.createElementNS(`http://www.w3.org/${isSvg ? "2000/svg" : "1999/xhtml"}`, name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.textContent = text;
-  return parent.appendChild(element);
-}
 
 /** Returns round numbers from `low` to `high`: about `count`, `minStep` or more apart; `low` alone if it is as good as `high`. */
 function ticks(low, high, count, minStep = 0) {
@@ -113,9 +103,20 @@ function addChart(parent, title, unit, lines, steps) {
   svg.addEventListener("pointerleave", () => (output.textContent = ""));
 }
 
-const { steps, curves } = JSON.parse(document.getElementById("data").textContent);
+/** Colours characters by the losses, in nats, with which the model predicted them; `evenly` is that of a uniform guess. */
+function showSurprise(parent, { characters, losses, evenly }) {
+  const describe = i =>
+    losses[i] === null
+      ? `${label(characters[i])} is the first: nothing predicts it`
+      : `${label(characters[i])} had a probability of ${percent(Math.exp(-losses[i]))}: ${losses[i].toFixed(2)} nats`;
+  const shares = losses.map(loss => Math.min(1, loss / evenly));
+  addCharacters(parent, "val", "held-out text by surprise", describe).show(characters, shares);
+}
+
+const { steps, curves, held_out: heldOut } = JSON.parse(document.getElementById("data").textContent);
 for (const { title, unit, lines } of CHARTS) {
   const found = lines.map(([name, kind, metric]) => ({ name, kind, points: curves[metric] ?? [] }));
   const drawn = found.filter(line => line.points.length > 0);
   if (drawn.length) addChart(document.getElementById("charts"), title, unit, drawn, Math.max(steps, 1));
 }
+if (heldOut) showSurprise(document.getElementById("held-out"), heldOut);
