@@ -33,6 +33,7 @@ from utils_alg1.training import arithmetic as arithmetic_module
 from utils_alg1.training import distributed as distributed_module
 from utils_alg1.training import launcher
 from utils_alg1.training.arithmetic import Processor
+from utils_alg1.training.devices import device_of_process
 from utils_alg1.training.distributed import (
     SINGLE_PROCESS,
     Distributed,
@@ -41,7 +42,7 @@ from utils_alg1.training.distributed import (
     launch_command,
 )
 from utils_alg1.training.evaluation import measure
-from utils_alg1.training.runtime import Runtime, device_of_process
+from utils_alg1.training.runtime import Runtime
 
 RUN = (
     "--data text.txt --n-embd 16 --n-head 2 --n-layer 2 --block-size 8 --batch-size 2 --dropout 0.1"

@@ -34,15 +34,14 @@ from utils_alg1.training.arithmetic import (
     environment,
     recorded_arithmetic,
 )
+from utils_alg1.training.devices import find_device, memory_of, visible_gpus
 from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed, is_lost_connection
 from utils_alg1.training.runtime import (
     Compiled,
     Runtime,
-    find_device,
     memory_guard,
     smaller_settings,
     start_runtime,
-    visible_gpus,
 )
 from utils_alg1.training.seeds import derive_seed, generator, seed_initial_weights
 from utils_alg1.utils_config_loader import RESUMED
@@ -751,7 +750,7 @@ def test_a_model_that_cannot_fit_is_refused(more, fits, monkeypatch):
 
 
 def test_this_machine_has_some_memory():
-    assert runtime_module.memory_of(torch.device("cpu")) > 2**27
+    assert memory_of(torch.device("cpu")) > 2**27
 
 
 @pytest.mark.parametrize("number, code", STOPPING)

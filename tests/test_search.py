@@ -79,7 +79,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {str(PROJECT)!r})
-sys.modules["utils_alg1.training.runtime"] = SimpleNamespace(  # no trial needs PyTorch
+sys.modules["utils_alg1.training.devices"] = SimpleNamespace(  # no trial needs PyTorch
     find_device=str, visible_gpus=list
 )
 import search
@@ -819,7 +819,7 @@ if gpu != "none":
     ],
 )
 def test_each_worker_has_a_gpu_of_its_own(flags, gpus, used, told, search, fake_train, monkeypatch):
-    monkeypatch.setattr("utils_alg1.training.runtime.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("utils_alg1.training.devices.visible_gpus", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     fake_train.write_text(ON_ONE_GPU + FAKE_TRAIN)
     space = write_space(learning_rate=RATES)
@@ -830,7 +830,7 @@ def test_each_worker_has_a_gpu_of_its_own(flags, gpus, used, told, search, fake_
 
 
 def test_trials_are_spread_over_the_gpus(monkeypatch):
-    monkeypatch.setattr("utils_alg1.training.runtime.visible_gpus", lambda: ["a", "b", "c"])
+    monkeypatch.setattr("utils_alg1.training.devices.visible_gpus", lambda: ["a", "b", "c"])
     for device in ("cuda:1", "cpu", "xpu", None):  # None: it is searched
         assert Gpus(device).names == []
     gpus = Gpus("cuda")

@@ -31,8 +31,8 @@ def find_device(name: str) -> torch.device | None:
     if name == "cpu" or (name == "auto" and not may_have_gpu()):
         return None
     with importing():
-        from utils_alg1.training import runtime
-    device = runtime.find_device(name)
+        from utils_alg1.training import devices
+    device = devices.find_device(name)
     return None if device.type == "cpu" else device
 
 

@@ -19,7 +19,7 @@ class Gpus:
     """
 
     def __init__(self, device: str | None):
-        from utils_alg1.training.runtime import visible_gpus
+        from utils_alg1.training.devices import visible_gpus
 
         names = visible_gpus() if device in ("auto", "cuda") else []
         self.names = names if len(names) > 1 else []

@@ -198,7 +198,7 @@ def make_plan(space: Space, options: Options) -> Plan:
     """
     from utils_alg1.data.corpus import find_corpus
     from utils_alg1.data.sources import name_text
-    from utils_alg1.training.runtime import find_device
+    from utils_alg1.training.devices import find_device
 
     clashes = dict.fromkeys(space, "it is searched")
     clashes |= dict.fromkeys(RESERVED_PARAMETERS, "the search names its runs itself")

@@ -1,11 +1,10 @@
-"""The device of a run and how it computes there: arithmetic, threads, compilation, memory."""
+"""How a run computes on its device: arithmetic, threads, compilation; what to do where memory ends."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,12 +25,17 @@ from utils_alg1.training.arithmetic import (
     keep_arithmetic,
     recorded_arithmetic,
 )
+from utils_alg1.training.devices import (
+    UNTRIED,
+    device_of_process,
+    find_device,
+    memory_of,
+    synchronize,
+    untried_accelerator,
+)
 from utils_alg1.training.distributed import SINGLE_PROCESS, Distributed
 
 LOGGER = logging.getLogger("alg1")
-NO_DEVICE_HINT = "use --device auto or --device cpu"
-UNTRIED = {"mps": "an Apple GPU", "xpu": "an Intel GPU"}  # `auto` leaves these alone
-VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}  # variables that hide and renumber GPUs
 BYTES_PER_PARAMETER = 12  # at least: float32 weight, gradient and one optimizer moment
 
 
@@ -72,10 +76,7 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait for the device, so that the time read next is true."""
-        if self.device.type == "mps":  # torch.accelerator does not wait for it in every version of PyTorch
-            torch.mps.synchronize()
-        elif self.device.type != "cpu":
-            torch.get_device_module(self.device).synchronize(self.device)
+        synchronize(self.device)
 
 
 def start_runtime(
@@ -125,86 +126,6 @@ def set_threads(params: Parameters, device: torch.device, before: int | None) ->
         torch.set_num_threads(before)
     elif device.type == "cpu" and params.flops_per_micro_batch() < SMALL_STEP_FLOPS:
         torch.set_num_threads(1)  # a second one gains little there, and takes a core from the trackers
-
-
-def device_of_process(device: torch.device, dist: Distributed) -> torch.device:
-    """Return the device of one of several processes: the CPU, which they share, or a GPU of its own.
-
-    Raises:
-        Alg1Error: there are more processes than GPUs, or they cannot share that kind of device.
-    """
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda" or device.index is not None:
-        raise Alg1Error(
-            f"--device {device} is for one process, and there are {dist.world_size}",
-            "use --device cuda, which gives each process a GPU of its own, or --device cpu",
-        )
-    n_gpus = torch.cuda.device_count()
-    if dist.local_rank >= n_gpus:
-        raise Alg1Error(
-            f"{visible(n_gpus)}, too few for process {dist.local_rank + 1} of this machine",
-            "start as many processes as there are GPUs: --nproc_per_node",
-        )
-    torch.cuda.set_device(dist.local_rank)
-    return torch.device("cuda", dist.local_rank)
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device that `auto`, or a name such as `cpu`, `cuda`, `cuda:1`, `mps`, means on this machine.
-
-    Raises:
-        Alg1Error: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        count = count_devices(device.type)
-    except (RuntimeError, KeyError):
-        hint = "use cuda for a GPU of NVIDIA or AMD, mps of Apple, xpu of Intel; or cpu, or leave it out"
-        raise Alg1Error(
-            f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps, xpu, xpu:N", hint
-        ) from None
-    if (device.index or 0) < count:
-        return device
-    variable = VISIBLE.get(device.type, "")
-    hidden = f"{variable}={os.environ[variable]}" if variable in os.environ else ""
-    if not count or device.type == "cpu":
-        hint = f"{hidden} may hide it: unset that, or use --device cpu" if hidden else NO_DEVICE_HINT
-        raise Alg1Error(f"--device {name}: this machine has no such device", hint)
-    first = f"{device.type}:0"
-    names = f"it is {first}" if count == 1 else f"they are {first} to {device.type}:{count - 1}"
-    renumbered = f"{hidden} numbers the GPUs that it names from 0: " if hidden else ""
-    raise Alg1Error(f"--device {name}: {visible(count)}; {names}", f"{renumbered}use --device {first}")
-
-
-def visible(n_gpus: int) -> str:
-    """Return "2 GPUs are visible"."""
-    return f"{format_count(n_gpus, 'GPU')} {'is' if n_gpus == 1 else 'are'} visible"
-
-
-def count_devices(kind: str) -> int:
-    """Return how many devices of a kind there are; raises KeyError if it is none that ALG1 knows."""
-    if kind == "cuda":
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind in UNTRIED:
-        return torch.accelerator.device_count() if untried_accelerator() == kind else 0
-    return {"cpu": 1}[kind]
-
-
-def untried_accelerator() -> str | None:
-    """Return which of the UNTRIED kinds of accelerators this machine has, and this PyTorch supports."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found.type if found is not None and found.type in UNTRIED else None
-
-
-def visible_gpus() -> list[str]:
-    """Return the CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES would name them."""
-    n_gpus = count_devices("cuda")
-    named = os.environ.get(VISIBLE["cuda"])
-    names = [str(i) for i in range(n_gpus)] if named is None else named.split(",")
-    return [name.strip() for name in names[:n_gpus]]
 
 
 class Compiled:
@@ -260,18 +181,6 @@ def check_memory(params: Parameters, vocab_size: int, device: torch.device) -> N
             "try a smaller --n-embd or --n-layer",
             CANNOT_TRAIN,
         )
-
-
-def memory_of(device: torch.device) -> float:
-    """Return the bytes of memory of a device; infinity where the system does not tell."""
-    if device.type in ("cuda", "xpu"):
-        return torch.get_device_module(device).get_device_properties(device).total_memory
-    if device.type == "mps":  # shares the memory of the machine, but not all of it
-        return torch.mps.recommended_max_memory()
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return math.inf
 
 
 def smaller_settings(model: ModelConfig, train: TrainConfig | None = None) -> str:
