@@ -294,7 +294,9 @@ def test_a_search_finds_something_better_than_the_defaults(search, fake_train):
     assert losses[0] == pytest.approx(0.009) and min(losses) < 0.009
     assert len({row["learning_rate"] for row in rows}) == n
     assert f"gained    {losses[0] - min(losses):.4f}\n" in result.out
-    assert result.out.rstrip().endswith("next      python train.py --config searches/space/best.yaml")
+    assert result.out.rstrip().endswith(
+        "next      python train.py --config searches/space/best.yaml   for 5,000 steps"
+    )
     again = search(*flags, "--trials", n)
     assert f"trials  {n}, {n} of them finished\n" in again.out and results() == rows
     assert search(*flags, "--trials", n + 1).code == 0 and len(results()) == n + 1
@@ -1007,3 +1009,58 @@ def test_a_study_goes_on_with_the_same_plan_only(after_the_kill, search):
     result = search("--space", "other.yaml", *KILLED)
     assert result.code == 2
     assert all(f"{name}: " in result.err for name in ("learning_rate", "weight_decay", "beta1"))
+
+
+# --- what comes of a search ---------------------------------------------------------------------------
+
+
+def printed_next(search, *flags: object) -> str:
+    result = search("--space", write_space(learning_rate=[1e-3, 1e-2]), "--trials", 1, *flags)
+    assert result.code == 0, result.err
+    return result.out.rstrip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("where", ["flag", "preset"])
+def test_the_printed_command_trains_as_long_as_without_a_search(where, search, fake_train, train):
+    Path("mine").mkdir()
+    Path("mine/train.yaml").write_text("max_iters: 40\nlr_schedule: cosine\n")
+    flags = ["--max-iters", 20] if where == "flag" else ["--config", "mine", "--max-iters", 20]
+    shown = printed_next(search, *flags)
+    command = {"flag": "for 5,000 steps", "preset": "--max-iters=40   for 40 steps"}[where]
+    start = "next      python train.py --config searches/space/best.yaml"
+    assert shown == f"{start}{'   ' if where == 'flag' else ' '}{command}"
+    words = shown.removeprefix("next      python train.py ").partition("   for ")[0].split()
+    values = printed_config(train(*words, "--print-config").out)
+    assert values["max_iters"][0] == {"flag": 5000, "preset": 40}[where]
+    assert values["lr_schedule"][0] == {"flag": "constant", "preset": "cosine"}[where]
+
+
+def test_a_length_that_is_searched_is_that_of_the_best_trial(search, fake_train, train):
+    space = write_space(max_iters=[20, 30], learning_rate=[1e-3])
+    result = search("--space", space, "--trials", 1)
+    assert result.code == 0, result.err
+    shown = train("--config", "searches/space/best.yaml", "--print-config")
+    steps = printed_config(shown.out)["max_iters"][0]
+    assert steps in (20, 30)
+    assert result.out.rstrip().endswith(f"best.yaml   for {steps} steps")
+
+
+@pytest.mark.parametrize(
+    ("limits", "labels"),
+    [
+        ((1.6e-4, 4.6e-3), ["0.0003", "0.001", "0.003"]),
+        ((8e-6, 2.0), ["1e-05", "0.001", "0.1"]),
+        ((0.9, 2.4), ["1", "2"]),
+        ((1.1e-3, 4e-3), ["0.002", "0.003", "0.004"]),
+        ((30, 130), ["30", "100"]),
+    ],
+)
+def test_a_logarithmic_axis_has_plain_numbers(limits, labels):
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    axes.set_xscale("log")
+    axes.set_xlim(*limits)
+    results_module.set_ticks(axes)
+    shown = [axes.xaxis.get_major_formatter()(tick, 0) for tick in axes.get_xticks()]
+    assert shown == labels and len(axes.get_xticks(minor=True)) == 0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
+import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +16,20 @@ from parameters import format_settings, specs
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.files import write_atomically, write_or_warn
 from utils_alg1.base.scripts import command
-from utils_alg1.base.text import EVALUATION_NOTE, format_number
+from utils_alg1.base.text import EVALUATION_NOTE, format_count, format_number
+from utils_alg1.console.command_line import Options
 from utils_alg1.console.table import format_table, to_csv
 from utils_alg1.search.space import Plan, shapes_training
-from utils_alg1.utils_output import Console
+from utils_alg1.utils_config_loader import ConfigLoader
+from utils_alg1.utils_output import Console, ShellCommand
 
 if TYPE_CHECKING:
     import optuna
+    from matplotlib.axes import Axes
     from optuna.trial import FrozenTrial
 
 N_PRINTED_TRIALS = 10  # trials in the table on the console
+MAX_TICKS = 5  # numbers at an axis that is as wide as those of slice.png
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -96,13 +103,15 @@ def write_results(study: optuna.Study, plan: Plan, folder: Path, console: Consol
     write_preset(folder / "best.yaml", study.study_name, plan, best)
     draw_pictures(study, plan, folder, console)
 
-    headings = ["trial", "state", "val_loss", *plan.space, "run", "reason"]
+    headings = ["trial", "state", "val_loss", *plan.space, "run"]
+    headings += ["reason"] if any(row["reason"] for row in rows) else []
     # The loss of an export does not compare with that of an evaluation, which may be low by luck.
     rows.sort(key=lambda row: (row["state"] != "complete", row["val_loss"] or math.inf))
     printed = [row | {"val_loss": show_loss(row)} for row in rows[:N_PRINTED_TRIALS]]
     table = [[show(row[heading]) for heading in headings] for row in printed]
     notes = [EVALUATION_NOTE] if any(row["val_loss"].startswith("~") for row in printed) else []
-    for line in ("", *format_table(headings, table), *notes, ""):
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in ("", *format_table(headings, table, width), *notes, ""):
         console.say(line)
     counts = [f"{n} {state}" for state, n in sorted(Counter(row["state"] for row in rows).items())]
     lines = {
@@ -115,8 +124,23 @@ def write_results(study: optuna.Study, plan: Plan, folder: Path, console: Consol
             lines["gained"] = f"{trial.values[0] - best.values[0]:.4f}"
     lines["results"] = f"{folder}: results.csv, history.png, importance.png, slice.png"
     lines["runs"] = f"{plan.fixed['runs_dir']}/*_{study.study_name}-*"
-    lines["next"] = f"{command('train.py')} --config {shlex.quote(str(folder / 'best.yaml'))}"
+    lines["next"] = next_command(folder / "best.yaml", plan)
     console.block(lines)
+
+
+def next_command(preset: Path, plan: Plan) -> ShellCommand:
+    """Return the command that trains with the best parameters, for as long as without a search.
+
+    That is what the files say, whatever --max-iters the trials had; a preset's length has to be named, as
+    the best parameters take the place of its folder.
+    """
+    words = ["--config", str(preset)]
+    steps = ConfigLoader(Options(config=str(preset))).merge()[0].train.max_iters
+    of_files = ConfigLoader(replace(plan.options, values={})).merge()[0].train.max_iters
+    if "max_iters" not in plan.space and steps != of_files:
+        words.append(f"--max-iters={of_files}")
+        steps = of_files
+    return ShellCommand(f"{command('train.py')} {shlex.join(words)}", f"for {format_count(steps, 'step')}")
 
 
 def write_preset(path: Path, study: str, plan: Plan, best: FrozenTrial) -> None:
@@ -131,13 +155,29 @@ def write_preset(path: Path, study: str, plan: Plan, best: FrozenTrial) -> None:
     write_atomically(path, text.encode("utf-8", "surrogatepass"))
 
 
+def set_ticks(axes: Axes) -> None:
+    """Label a logarithmic axis with plain numbers, at least two and so few that they do not overlap."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    if axes.get_xscale() != "log":
+        return
+    low, high = axes.get_xlim()
+    for steps in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+        ticks = [step * 10.0**n for n in decades for step in steps]
+        if len(ticks := [tick for tick in ticks if low <= tick <= high]) >= 2:
+            break
+    axes.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / MAX_TICKS) or 1]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def draw_pictures(study: optuna.Study, plan: Plan, folder: Path, console: Console) -> None:
     """Draw the losses of the trials, how much each parameter matters, and the loss over each of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter
     from optuna.visualization import matplotlib as plots
 
     names = list(plan.space)
@@ -153,8 +193,8 @@ def draw_pictures(study: optuna.Study, plan: Plan, folder: Path, console: Consol
             pictures[path.stem]()
         if path.stem == "slice":
             pyplot.gcf().set_figwidth(3.8 * (len(names) + 1))  # wide enough for its labels
-            for axes in pyplot.gcf().axes:  # those between the powers of ten would overlap
-                axes.xaxis.set_minor_formatter(NullFormatter())
+            for axes in pyplot.gcf().axes:
+                set_ticks(axes)
         pyplot.savefig(path, bbox_inches="tight")
 
     for name in pictures:
