@@ -21,7 +21,8 @@ from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
 from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Image
 from utils_alg1.network.tensor_file import read_tensors
-from utils_alg1.run_directory import list_runs
+from utils_alg1.run_directory import RunFolder, list_runs
+from utils_alg1.tracking.aim_record import read_record
 from utils_alg1.tracking.metrics_file import read_metrics
 from utils_alg1.training.trainer import Trainer
 
@@ -104,7 +105,7 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
         patch.setattr("utils_alg1.tracking.background.FLUSH_TIMEOUT", 60)
         assert train(*WITH_AIM).code == 130
     (path,) = list_runs("runs")
-    first_hash = (path / "meta/aim.txt").read_text().strip()
+    first_hash = read_record(RunFolder(path)).run_hash
     _, checkpoint = read_tensors(path / "artifacts/checkpoints/step_000000003.safetensors")
     assert checkpoint["trackers"] == {"aim": {"run": first_hash, "synced": 3}}
     assert train("--resume", "latest").code == 0

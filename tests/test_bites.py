@@ -110,7 +110,7 @@ GUARDS = [
     Guard(
         "lock of a run, in the processes of its trackers",
         "utils_alg1/tracking/background.py",
-        "    release_inherited_files(keep={2, connection.fileno()})\n",
+        "    release_inherited_files(keep={connection.fileno()})\n",
         "",
         "tests/test_trackers.py -k parent_is_killed",
     ),

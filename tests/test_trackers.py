@@ -8,11 +8,13 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from collections.abc import Iterator
 from contextlib import closing
@@ -33,7 +35,7 @@ from utils_alg1.run_directory import list_runs, lock_run
 from utils_alg1.tracking import background as background_module
 from utils_alg1.tracking import trackers as trackers_module
 from utils_alg1.tracking.background import BackgroundTracker
-from utils_alg1.tracking.metrics_file import MetricsFile, cut_metrics, read_metrics, read_rows
+from utils_alg1.tracking.metrics_file import MetricsFile, RowReader, cut_metrics, read_metrics, read_rows
 from utils_alg1.tracking.trackers import Trackers, open_aim, open_tensorboard, start_trackers
 from utils_alg1.utils_run_manager import create_run
 
@@ -86,8 +88,13 @@ class Recorder(Tracker):
         self._record("close")
 
 
-def background(create, warn=pytest.fail, flushed_step=0, run_hash=None) -> BackgroundTracker:
-    return BackgroundTracker("X", create, warn, flushed_step, run_hash).start()
+NO_METRICS = Path("/nowhere/metrics.jsonl")
+
+
+def background(
+    create, warn=pytest.fail, flushed_step=0, run_hash=None, metrics_path=NO_METRICS
+) -> BackgroundTracker:
+    return BackgroundTracker("X", create, warn, metrics_path, flushed_step, run_hash).start()
 
 
 def flush(tracker: BackgroundTracker, step: int) -> None:
@@ -272,9 +279,8 @@ def test_the_metrics_file_keeps_scalars_only(tmp_path):
 
 def test_a_tracker_gets_everything_once_and_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(background_module, "QUEUE_SIZE", 2)
-    monkeypatch.setattr(background_module, "BATCH_SECONDS", 0.001)
-    recorder = Recorder(tmp_path)
-    with closing(Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": background(of(recorder))})) as trackers:
+    recorder, path = Recorder(tmp_path), tmp_path / "m.jsonl"
+    with closing(Trackers(MetricsFile(path), {"x": background(of(recorder), metrics_path=path)})) as trackers:
         for step in range(50):
             trackers.log("scalars", {"loss/train": 1.0, "loss/val": 2.0, "learning_rate": 3.0}, step)
             trackers.log("scalars", {"loss/train_step": 0.5}, step)
@@ -282,22 +288,26 @@ def test_a_tracker_gets_everything_once_and_in_order(tmp_path, monkeypatch):
             trackers.log("images", [step], step)
             trackers.log("texts", {"samples": "a"}, step)
             trackers.log("embedding", "e", step)
-    expected = []
+    rows, others = [], []
     for step in range(50):
-        evaluation = {"loss/train": 1.0, "loss/val": 2.0, "learning_rate": 3.0}
-        expected += [("scalars", evaluation, step), ("scalars", {"loss/train_step": 0.5}, step)]
-        expected += [("histograms", ["weight", "bias"], step), ("images", [step], step)]
-        expected += [("texts", {"samples": "a"}, step), ("embedding", "e", step)]
-    assert recorder.calls == [*expected, ("close",)]
+        rows.append(("scalars", {"loss/train": 1.0, "loss/val": 2.0, "learning_rate": 3.0}, step))
+        rows.append(("scalars", {"loss/train_step": 0.5}, step))
+        others += [("histograms", ["weight", "bias"], step), ("images", [step], step)]
+        others += [("texts", {"samples": "a"}, step), ("embedding", "e", step)]
+    *calls, last = recorder.calls
+    assert [call for call in calls if call[0] == "scalars"] == rows
+    assert [call for call in calls if call[0] not in ("scalars", "flush")] == others
+    assert last == ("close",)
     assert exit_codes(trackers) == {"x": 0}
 
 
 def test_flushed_step_moves_when_a_flush_was_done_and_a_late_one_is_waited_for_once(tmp_path, monkeypatch):
     waits: list[float] = []
-    recorder = Recorder(tmp_path, "scalars")
-    tracker = background(of(recorder), flushed_step=2)
+    recorder, path = Recorder(tmp_path, "scalars"), tmp_path / "m.jsonl"
+    recorder.first_step = 2
+    tracker = background(of(recorder), flushed_step=2, metrics_path=path)
     assert tracker.ready.wait(30)
-    trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": tracker})
+    trackers = Trackers(MetricsFile(path), {"x": tracker})
     trackers.log("scalars", {"loss/train_step": 1.0}, 6)
     monkeypatch.setattr(background_module, "FLUSH_TIMEOUT", 0.05)
     monkeypatch.setattr(tracker.ready, "wait", lambda s, wait=tracker.ready.wait: waits.append(s) or wait(s))
@@ -337,7 +347,7 @@ def test_a_tracker_that_failed_is_never_marked_as_flushed(tmp_path):
 
     def start(kind, warn):
         tracker = kind(tmp_path)
-        tracker.warn = warn
+        tracker.warn, tracker.first_step = warn, 1
         return tracker
 
     background_trackers = {
@@ -365,7 +375,6 @@ def test_the_run_hash_is_the_old_one_until_a_tracker_is_open_and_where_it_cannot
 
 def test_a_full_queue_gives_a_tracker_up_once_and_blocks_never_again(tmp_path, monkeypatch, short_timeouts):
     monkeypatch.setattr(background_module, "QUEUE_SIZE", 3)
-    monkeypatch.setattr(background_module, "BATCH_SECONDS", 0)
     warnings: list[str] = []
     recorder = Recorder(tmp_path, "scalars")
     tracker = background(of(recorder), warnings.append)
@@ -478,7 +487,8 @@ def orphans(tmp_path, monkeypatch):
     def run_and_die(started: list[Recorder]) -> None:
         run = create_run(tmp_path / "runs")
         background_trackers = {
-            str(i): BackgroundTracker("X", of(recorder), print) for i, recorder in enumerate(started)
+            str(i): BackgroundTracker("X", of(recorder), print, run.metrics_path)
+            for i, recorder in enumerate(started)
         }
         trackers = Trackers(MetricsFile(run.metrics_path), background_trackers)
         for tracker in background_trackers.values():
@@ -534,6 +544,7 @@ def test_a_tracker_leaves_signals_to_its_parent(tmp_path):
 def test_a_tracker_whose_process_is_killed_is_one_warning_and_nobody_waits_for_it(tmp_path):
     warnings: list[str] = []
     recorder = Recorder(tmp_path, "flush")
+    recorder.first_step = 2
     tracker = background(of(recorder), warnings.append, flushed_step=2)
     trackers = Trackers(MetricsFile(tmp_path / "m.jsonl"), {"x": tracker})
     assert tracker.ready.wait(30)
@@ -541,7 +552,7 @@ def test_a_tracker_whose_process_is_killed_is_one_warning_and_nobody_waits_for_i
     tracker._process.kill()
     assert tracker.ready.wait(30)
     for step in range(20_000):
-        trackers.log("scalars", {"loss/val": 1.0}, step)
+        trackers.log("texts", {"samples": "a"}, step)
     trackers.flush(6)
     assert tracker.ready.is_set()
     assert trackers.state() == {"x": {"run": "hash-1", "synced": 2}}
@@ -576,26 +587,26 @@ def test_what_cannot_be_sent_is_one_warning_and_the_tracker_is_closed(tmp_path):
     assert "pickle" in warning
 
 
-def test_what_was_printed_before_a_process_began_is_printed_once_and_its_reader_may_be_gone(tmp_path):
+def test_what_was_printed_before_is_printed_once_and_what_a_tracker_prints_is_dropped(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": ""}
     code = (
-        "import sys\n"
+        "import pathlib, sys\n"
         "from utils_alg1.base.summaries import Tracker\n"
         "from utils_alg1.tracking.background import BackgroundTracker\n"
         "def create(warn):\n    print('opened', flush=True)\n    return Tracker()\n"
         "sys.stdout.write('once ')\n"
-        "tracker = BackgroundTracker('X', create, lambda text: print(text, file=sys.stderr)).start()\n"
+        "warn, path = lambda text: print(text, file=sys.stderr), pathlib.Path('none')\n"
+        "tracker = BackgroundTracker('X', create, warn, path).start()\n"
         "tracker.start_close()\n"
         "assert tracker.ended.wait(60)\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "once ", "opened\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "once ", "")
     gone, stdout = os.pipe()
     os.close(gone)
     done = subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
     os.close(stdout)
-    assert done.stderr.startswith("opened\n")
     assert "switched off" not in done.stderr
 
 
@@ -620,7 +631,7 @@ def started(tmp_path, monkeypatch):
     notes_by_name = {name: Notes(tmp_path / name) for name in ("opened", "aim", "tensorboard", "purge_step")}
 
     class FakeAim(Tracker):
-        def __init__(self, run_name, run_dir, run_hash, warn):
+        def __init__(self, run_name, run_dir, repo, run_hash, warn):
             notes_by_name["opened"].append(run_hash)
             self.run_hash = run_hash if run_hash in exists else "new"
 
@@ -643,6 +654,7 @@ def started(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers_module, "MetricLogger", lambda writer: writer)
     exists: set[str] = set()
     run = create_run(tmp_path / "runs")
+    (run.tensorboard_dir / "events.out.tfevents.1.host.1.0").touch()
     write_rows(run.metrics_path, 10)
     params = types.SimpleNamespace(
         train=types.SimpleNamespace(aim=True), tensorboard=types.SimpleNamespace(tensorboard=True)
@@ -668,10 +680,10 @@ def test_a_start_that_is_interrupted_closes_what_it_has_started(started, monkeyp
     closed: list[MetricsFile] = []
     close = MetricsFile.close
 
-    def make(name, *rest):
+    def make(*arguments, **options):
         if made:
             raise KeyboardInterrupt
-        made.append(BackgroundTracker(name, *rest))
+        made.append(BackgroundTracker(*arguments, **options))
         return made[0]
 
     monkeypatch.setattr(trackers_module, "BackgroundTracker", make)
@@ -700,7 +712,11 @@ def test_a_tracker_gets_the_rows_that_it_had_not_flushed_once(started, aim, tens
     assert after.aim == rows(range(aim, 10))
     assert after.tensorboard == rows(range(tensorboard, 10))
     assert after.purge_step == [tensorboard]
-    assert after.state == state
+    # A row of step 9 may still have come, unless a checkpoint told otherwise.
+    assert after.state == {
+        "aim": {"run": "old", "synced": max(aim, 9)},
+        "tensorboard": {"run": None, "synced": max(tensorboard, 9)},
+    }
 
 
 def test_a_tracker_that_is_new_to_a_run_gets_all_of_it(started):
@@ -722,6 +738,121 @@ def test_an_aim_run_that_no_checkpoint_names_is_found_again(started):
     after = started({"aim": {"run": None, "synced": 0}}, hashes=("new",))
     assert after.opened == ["new"]
     assert after.aim == rows(range(10))
+
+
+# --- a tracker that is far behind ---------------------------------------------------------------------
+
+
+class Slow(Recorder):
+    """Takes a while for each row."""
+
+    def log(self, kind, payload, step):
+        time.sleep(0.002)
+        super().log(kind, payload, step)
+
+    def steps(self) -> list[int]:
+        return [call[2] for call in self.calls if call[0] == "scalars" and "loss/train_step" in call[1]]
+
+
+@pytest.fixture
+def behind(tmp_path, monkeypatch):
+    """`behind(first_step)`: trackers of a run of 400 steps, one of which takes them slowly, and that one."""
+    path = tmp_path / "m.jsonl"
+    write_rows(path, 400, eval_interval=1000)
+    monkeypatch.setattr(background_module, "FLUSH_TIMEOUT", 0.05)
+    monkeypatch.setattr(background_module, "TICK_SECONDS", 0.05)
+    warnings: list[str] = []
+
+    def start(first_step: int = 0) -> types.SimpleNamespace:
+        slow = Slow(tmp_path)
+        slow.first_step = first_step
+        tracker = background(of(slow), warnings.append, first_step, metrics_path=path)
+        assert tracker.ready.wait(30)
+        wait_until(lambda: tracker.left)
+        trackers = Trackers(MetricsFile(path), {"x": tracker})
+        return types.SimpleNamespace(trackers=trackers, tracker=tracker, slow=slow, warnings=warnings)
+
+    return start
+
+
+def test_nothing_waits_for_a_tracker_that_is_behind_and_no_memory_holds_its_rows(behind, monkeypatch):
+    it = behind()
+    monkeypatch.setattr(it.tracker.ready, "wait", lambda _: pytest.fail("waited"))
+    for step in range(400, 600):
+        it.trackers.log("scalars", {"loss/train_step": 1.0}, step)
+    it.trackers.flush(600)
+    assert it.tracker.left > 0.3
+    assert it.tracker._calls.qsize() == 0
+    it.trackers.patient = True
+    it.trackers.close()
+    assert it.slow.steps() == list(range(600))
+    assert it.warnings == []
+
+
+def test_a_run_that_is_stopped_leaves_the_rest_to_the_next_resume_which_goes_on_there(behind):
+    first = behind()
+    wait_until(lambda: first.tracker.flushed_step > 20)
+    background_module.NOTICE_AFTER, notice_after = 0.05, background_module.NOTICE_AFTER
+    first.trackers.close()
+    background_module.NOTICE_AFTER = notice_after
+    synced = first.trackers.state()["x"]["synced"]
+    taken = first.slow.steps()
+    assert 20 < synced < 400
+    assert synced <= len(taken) <= synced + 1 and taken == list(range(len(taken)))
+    assert first.slow.calls[-1] == ("close",)  # it is not killed
+    (warning,) = first.warnings
+    assert warning.startswith(f"X lacks the steps from {synced} on: it did not close within ")
+    assert warning.endswith("; a resume sends the missing curves")
+    second = behind(synced)
+    second.trackers.patient = True
+    second.trackers.close()
+    assert second.slow.steps() == taken + list(range(synced, 400))
+
+
+def test_the_end_of_a_training_waits_and_says_how_much_is_left(behind, monkeypatch):
+    monkeypatch.setattr(background_module, "TIMEOUT", 0.6)  # of silence: it takes longer
+    monkeypatch.setattr(background_module, "NOTICE_AFTER", 0.1)
+    monkeypatch.setattr(background_module, "NOTICE_EVERY", 0.1)
+    messages: list[str] = []
+    monkeypatch.setattr(background_module.LOGGER, "info", lambda text, *words: messages.append(text % words))
+    it = behind()
+    it.trackers.patient = True
+    it.trackers.close()
+    assert it.slow.steps() == list(range(400))
+    assert it.warnings == []
+    pattern = r"waiting for X to take the rest, (\d+)% of the steps; Ctrl-C goes without"
+    shares = [int(match[1]) for match in map(re.compile(pattern).fullmatch, messages) if match]
+    assert len(shares) > 1 and shares == sorted(shares, reverse=True) and shares[0] > shares[-1]
+
+
+def test_the_memory_of_a_tracker_that_is_behind_is_that_of_one_row(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write_rows(path, 50_000)
+    assert path.stat().st_size > 2_000_000
+    rows, count = RowReader(path, 0), 0
+    tracemalloc.start()
+    for _ in rows.read(lambda: False):
+        count += 1
+    assert (count, rows.step, rows.left) == (75_000, 49_999, 0.0)
+    assert tracemalloc.get_traced_memory()[1] < 200_000
+    tracemalloc.stop()
+
+
+def test_a_reader_of_rows_goes_on_where_it_was_and_sees_what_is_written_later(tmp_path):
+    path = tmp_path / "m.jsonl"
+    reader = RowReader(path, 3)
+    assert list(reader.read(lambda: True)) == []  # no file yet
+    write_rows(path, 6, eval_interval=100)
+    assert [row["step"] for row in reader.read(lambda: reader.step > 3)] == [3, 4]
+    assert 0 < reader.left < 0.5
+    assert [row["step"] for row in reader.read(lambda: False)] == [5]
+    assert reader.left == 0.0
+    with path.open("a") as file:
+        file.write('{"step": 6, "loss/train_step": 1.0}\n{"step": 7, ')
+    assert [row["step"] for row in reader.read(lambda: False)] == [6]
+    with path.open("a") as file:
+        file.write('"loss/train_step": 1.0}\n')
+    assert [row["step"] for row in reader.read(lambda: False)] == [7]
 
 
 # --- trackers that fail: the run never does -----------------------------------------------------------
@@ -842,7 +973,7 @@ def open_and_log(name: str, folder: Path) -> tuple[int, list[str]]:
         "TensorBoard": functools.partial(open_tensorboard, run.path, None, {"n_embd": 16}),
     }[name]
     warnings: list[str] = []
-    tracker = BackgroundTracker(name, create, warnings.append).start()
+    tracker = BackgroundTracker(name, create, warnings.append, run.metrics_path).start()
     trackers = Trackers(MetricsFile(run.metrics_path), {"x": tracker})
     tracker.log("scalars", {"loss/val": 1.5}, 0)
     tracker.log("histograms", [Histogram("p", "parameter", np.array([1, 2]), np.arange(3.0))], 0)
@@ -945,17 +1076,17 @@ def test_a_run_whose_trackers_fail_is_one_warning_each_and_the_same_run(
 
 def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(tmp_path):
     code = (
-        "import atexit, threading\n"
+        "import atexit, functools, pathlib, threading\n"
         "from utils_alg1.base.summaries import Tracker\n"
         "from utils_alg1.tracking import background\n"
-        "never = threading.Event()\n"
+        "never, path = threading.Event(), pathlib.Path('none')\n"
         "def create(warn, hangs):\n"
         "    atexit.register(never.wait)\n"
         "    threading.Thread(target=never.wait).start()\n"
         "    return never.wait() if hangs else Tracker()\n"
         "trackers = [\n"
-        "    background.BackgroundTracker(str(hangs), lambda warn, h=hangs: create(warn, h), print)\n"
-        "    for hangs in (False, True)\n"
+        "    background.BackgroundTracker(str(h), functools.partial(create, hangs=h), print, path)\n"
+        "    for h in (False, True)\n"
         "]\n"
         "for tracker in trackers: tracker.start()\n"
         "background.close_all(trackers[:1])\n"
@@ -1008,7 +1139,8 @@ def test_the_user_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
     messages: list[str] = []
     monkeypatch.setattr(background_module.LOGGER, "info", lambda text, *words: messages.append(text % words))
     slow = Recorder(tmp_path, "close")
-    background_trackers = [BackgroundTracker("Aim", of(slow), pytest.fail).start(), background(of(Tracker()))]
+    aim = BackgroundTracker("Aim", of(slow), pytest.fail, NO_METRICS).start()
+    background_trackers = [aim, background(of(Tracker()))]
     close(background_trackers[1])
     threading.Timer(0.3, slow.gate.set).start()
     background_module.close_all(background_trackers)

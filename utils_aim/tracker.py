@@ -11,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils_alg1.base.errors import Guard, guarded
+from utils_alg1.base.errors import Guard, guarded, type_and_text
 from utils_alg1.base.summaries import Kind, Tracker
 
 LOCK_TIMEOUT = 10.0  # seconds
 LOCK_POLL = 0.2  # seconds
+# What is raised where a repository is damaged: by Aim's storage, by its upgrade of the list of runs, and by
+# what reads its version and makes its folders.
+STORAGE_PACKAGES = ("aimrocks", "sqlalchemy", "sqlite3", "subprocess")
+DAMAGED_WHEN_OPENED = (ValueError, FileExistsError, NotADirectoryError)
 
 Context = dict[str, str] | None  # tells curves of one name apart, such as {"subset": "train"}
 
@@ -48,9 +52,22 @@ class AimTracker(Tracker):
         run_hash: str | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ):
-        self._guard = Guard("Aim", warn)
-        self._run = self._guard.attempt(_open_run, Path(repo).absolute(), run_hash, run_name)
+        self._run: Any = None
+        self._folder = Path(repo).absolute() / ".aim"
+        self._guard = Guard("Aim", warn, self._explain)
+        self._run = self._guard.attempt(_open_run, self._folder.parent, run_hash, run_name)
         self.track_metadata("run_dir", str(run_dir))
+
+    def _explain(self, error: BaseException) -> str:
+        """Return what a failure of Aim means, and how to repair its repository if that is damaged."""
+        text = type_and_text(error).replace(f"{self._folder}/", "")
+        if "lock" in text and "locks" not in text:
+            return f"{text}; another program holds {self._folder}: end it"
+        opening = self._run is None and isinstance(error, DAMAGED_WHEN_OPENED)
+        if opening or type(error).__module__.partition(".")[0] in STORAGE_PACKAGES:
+            repair = "move it away: the next --resume sends the run to a new one"
+            return f"{self._folder} is damaged ({text}); {repair}"
+        return text
 
     @property
     def enabled(self) -> bool:

@@ -80,9 +80,14 @@ def _open(log_dir: Path, purge_step: int | None, must_exist: bool) -> SummaryWri
                 path.unlink()
         _list_embeddings(log_dir)
     # Some readers ignore the purge of a folder that has not been purged before.
-    if not any(log_dir.glob("events.out.tfevents.*")):
+    if not has_events(log_dir):
         purge_step = 0
     return open_events(log_dir, purge_step)
+
+
+def has_events(log_dir: Path) -> bool:
+    """Return whether there is an event file in a folder."""
+    return any(log_dir.glob("events.out.tfevents.*"))
 
 
 def _require(folder: Path) -> None:

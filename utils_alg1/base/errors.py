@@ -111,13 +111,23 @@ def first_line(problem: object) -> str:
     return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
-class Guard:
-    """Runs code that training can do without. Its first failure is one warning and disables it for good."""
+def type_and_text(error: BaseException) -> str:
+    """Return the type and the first line of an exception, at most 200 characters."""
+    return first_line(f"{type(error).__name__}: {error}".removesuffix(": "))[:200]
 
-    def __init__(self, name: str, warn: Callable[[str], None]):
+
+class Guard:
+    """Runs code that training can do without. Its first failure is one warning and disables it for good.
+
+    `explain` returns what the warning says of an exception.
+    """
+
+    def __init__(
+        self, name: str, warn: Callable[[str], None], explain: Callable[[BaseException], str] = type_and_text
+    ):
         self.name = name
         self.enabled = True
-        self._warn = warn
+        self._warn, self._explain = warn, explain
         self._lock = threading.Lock()
 
     def attempt(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -127,12 +137,12 @@ class Guard:
         try:
             return function(*args, **kwargs)
         except (Exception, SystemExit) as error:  # third-party trackers raise anything
-            self.fail(f"{type(error).__name__}: {error}".removesuffix(": "))
+            self.fail(self._explain(error))
             return None
 
     def fail(self, reason: str) -> None:
         """Disable, with a warning that names the reason."""
-        self.disable(f"{self.name} is switched off, training goes on: {first_line(reason)[:200]}")
+        self.disable(f"{self.name} is switched off, training goes on: {reason}")
 
     def disable(self, warning: str) -> None:
         """Disable, with this warning; a guard that is already disabled does not warn again."""

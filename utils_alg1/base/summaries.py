@@ -26,9 +26,13 @@ class Tracker:
 
     Attributes:
         run_hash: the tracker's own name of the run, if it has one: a resumed run gets it back.
+        first_step: it has the scalars of the steps before, and is given those of this step and later ones.
+        remark: what the user should know of how it was opened.
     """
 
     run_hash: str | None = None
+    first_step = 0
+    remark = ""
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         """Log data of a step, which is the number of updates done before.

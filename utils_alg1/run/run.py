@@ -236,6 +236,7 @@ class MainRun(Run):
         page.write_report(run, self.trainer, self._samples, console)
         results.copy_export(run, params.train.output)
         self.trackers.flush(self.trainer.step)
+        self.trackers.patient = True
         self._shown_in = self.trackers.working_names
 
     def print_summary(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,7 @@ Point = tuple[float, float]  # step, value
 
 EACH_STEP = "loss/train_step"  # marks the row of a training step; other rows are much rarer
 MAX_VALUE = 1e100  # of a curve: sums and quotients of such values stay finite
+FLUSH_SECONDS = 0.5  # seconds for which the rows of steps may stay unwritten, so that others see them soon
 
 
 class MetricsFile(Tracker):
@@ -28,14 +30,17 @@ class MetricsFile(Tracker):
         self.path = path
         with _disk_errors(path):
             self._file = path.open("a", encoding="utf-8")
+        self._flush_time = 0.0
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         if kind != "scalars":
             return
         with _disk_errors(self.path):
             self._file.write(json.dumps({"step": step, **payload}) + "\n")
-            if EACH_STEP not in payload:  # rare rows are flushed, so that they can be read at once
+            # Rare rows are flushed, so that they can be read at once.
+            if EACH_STEP not in payload or time.monotonic() > self._flush_time:
                 self._file.flush()
+                self._flush_time = time.monotonic() + FLUSH_SECONDS
 
     def flush(self) -> None:
         with _disk_errors(self.path):
@@ -80,6 +85,36 @@ def read_rows(file: BinaryIO, strict: bool = False) -> Iterator[dict[str, float]
             file.seek(-len(line), os.SEEK_CUR)
             return
         yield row
+
+
+class RowReader:
+    """Reads a metrics file while it is written: each row from a step on, once.
+
+    Attributes:
+        step: the rows of earlier steps were read.
+        left: the share of the file that was not read yet; 0.0 when there was no further row.
+    """
+
+    def __init__(self, path: Path, first_step: int):
+        self.step, self.left = first_step, 0.0
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def read(self, is_enough: Callable[[], bool]) -> Iterator[dict[str, float]]:
+        """Yield the next rows, until there is none or `is_enough()`, which is asked after each."""
+        if self._file is None:
+            if not self._path.exists():
+                return
+            self._file = self._path.open("rb")
+        first_step = self.step
+        for row in read_rows(self._file):
+            if row["step"] >= first_step:
+                self.step = int(row["step"])
+                yield row
+            if is_enough():
+                self.left = 1 - self._file.tell() / max(os.fstat(self._file.fileno()).st_size, 1)
+                return
+        self.left = 0.0
 
 
 def read_curves(path: Path) -> dict[str, list[Point]]:

@@ -1,7 +1,8 @@
 """Sends everything that a run logs to `logs/metrics.jsonl`, TensorBoard and Aim.
 
-`logs/metrics.jsonl` is written at once. TensorBoard and Aim each run in a process of their own, so that a
-tracker that is slow, raises, hangs or crashes costs one warning and never the run.
+`logs/metrics.jsonl` is written at once. TensorBoard and Aim each run in a process of their own, which reads
+the scalars there, so that a tracker that is slow, raises, hangs or crashes costs one warning and never the
+run.
 
 To add a tracker, write a subclass of `Tracker` (utils_alg1/base/summaries.py lists what it is given), and
 add a `BackgroundTracker` to `background` in `start_trackers`; CONTRIBUTING.md shows one. An on/off switch is
@@ -11,7 +12,6 @@ a field in parameters.py, such as `aim`.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,30 +19,44 @@ from typing import Any
 
 from parameters import Parameters, specs
 from utils_aim.tracker import AimTracker
-from utils_alg1.base.files import write_atomically
+from utils_alg1.base.files import make_folder
 from utils_alg1.base.summaries import Kind, Tracker
 from utils_alg1.run_directory import RunDirectory, RunFolder
+from utils_alg1.tracking.aim_record import (
+    REPOSITORY,
+    AimRecord,
+    find_repo,
+    original_of,
+    read_record,
+    write_record,
+)
 from utils_alg1.tracking.background import BackgroundTracker, close_all, flush_all
-from utils_alg1.tracking.metrics_file import MetricsFile, read_metrics
+from utils_alg1.tracking.metrics_file import MetricsFile
 from utils_tensorboard.logger import MetricLogger
-from utils_tensorboard.writer import TensorBoardWriter
+from utils_tensorboard.writer import TensorBoardWriter, has_events
 
-AIM_HASH_NAME = "aim.txt"  # in meta/
 # Parameters that are compared between runs, although a resumed run may change them.
 ALSO_COMPARED = ("max_iters", "grad_accum_steps", "data_path")
 
 
 class Trackers:
-    """The trackers of a run: its own record, which gets everything first, and the others by name."""
+    """The trackers of a run: its own record, from which the others, by name, read the scalars.
+
+    Attributes:
+        patient: whether `close` waits for a tracker that has many rows still to read.
+    """
 
     def __init__(self, metrics_file: Tracker, background: dict[str, BackgroundTracker]):
         self.metrics_file, self.background = metrics_file, background
+        self.patient = False
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         """Log data of a step to all trackers (see `Tracker.log`)."""
-        self.metrics_file.log(kind, payload, step)
-        for tracker in self.background.values():
-            tracker.log(kind, payload, step)
+        if kind == "scalars":
+            self.metrics_file.log(kind, payload, step)
+        else:
+            for tracker in self.background.values():
+                tracker.log(kind, payload, step)
 
     def flush(self, step: int) -> None:
         """Make everything logged before `step` durable; a slow tracker is waited for only briefly."""
@@ -65,7 +79,7 @@ class Trackers:
         try:
             self.metrics_file.close()
         finally:
-            close_all(self.background.values())
+            close_all(self.background.values(), self.patient)
 
 
 @contextlib.contextmanager
@@ -83,27 +97,29 @@ def start_trackers(
         run: its metrics file is already cut back if it was resumed.
         hparams: all parameters, which the trackers show beside the curves.
         metadata: code version, environment and so on, which Aim keeps too.
-        state: `Trackers.state` in the checkpoint of a resumed run. The rows of the metrics file that a
-            tracker had not flushed by then are sent again.
+        state: `Trackers.state` in the checkpoint of a resumed run. A tracker is given the rows of the metrics
+            file that it had not flushed by then.
     """
+    aim_state, tensorboard_state = ((state or {}).get(name, {}) for name in ("aim", "tensorboard"))
     background: dict[str, BackgroundTracker] = {}
     with contextlib.closing(Trackers(MetricsFile(run.metrics_path), background)) as trackers:
+        start = partial(BackgroundTracker, warn=warn, metrics_path=run.metrics_path.absolute())
         try:
             if params.train.aim:
-                known = (state or {}).get("aim", {})
-                run_hash, flushed_step = known.get("run"), known.get("synced", 0)
+                run_hash, flushed_step = aim_state.get("run"), aim_state.get("synced", 0)
                 create_aim = partial(open_aim, run.path.absolute(), run_hash, flushed_step, hparams, metadata)
-                background["aim"] = BackgroundTracker("Aim", create_aim, warn, flushed_step, run_hash)
+                background["aim"] = start("Aim", create_aim, flushed_step=flushed_step, run_hash=run_hash)
             if params.tensorboard.tensorboard:
-                flushed_step = (state or {}).get("tensorboard", {}).get("synced", 0)
+                flushed_step = tensorboard_state.get("synced", 0)
+                if not has_events(run.tensorboard_dir):  # they were deleted
+                    make_folder(run.tensorboard_dir)
+                    flushed_step = 0
                 purge_step = None if state is None else flushed_step
                 create = partial(open_tensorboard, run.path.absolute(), purge_step, hparams)
-                background["tensorboard"] = BackgroundTracker("TensorBoard", create, warn, flushed_step)
+                background["tensorboard"] = start("TensorBoard", create, flushed_step=flushed_step)
         finally:  # `close` needs them started
             for tracker in background.values():
                 tracker.start()
-        for tracker in background.values():
-            _log_rows(run.metrics_path, tracker, range(tracker.flushed_step, sys.maxsize))
         yield trackers
 
 
@@ -115,22 +131,42 @@ def open_aim(
     metadata: dict[str, Any],
     warn: Callable[[str], None],
 ) -> AimTracker:
-    """Open the run in Aim.
+    """Open the run in Aim, in the repository that it has (see aim_record.py).
 
-    The run named `checkpoint_hash` in Aim has the rows before `flushed_step`. If it is gone, a new one is
-    created there and these rows are logged again. meta/aim.txt names a run opened after the last checkpoint.
+    The run named `checkpoint_hash` in Aim has the rows before `flushed_step`; another one is given all. That
+    of meta/aim.txt is newer: it may have been begun after the last checkpoint. If it is gone from Aim, or
+    this directory is a copy of one that keeps it, a new one is begun.
     """
     run = RunFolder(run_dir)
-    hash_path = run.meta_dir / AIM_HASH_NAME
-    run_hash = checkpoint_hash or (hash_path.read_text().strip() if hash_path.exists() else None)
-    aim = AimTracker(run.run_id, run_dir, run_hash=run_hash, warn=warn)
+    record = read_record(run)
+    repo = find_repo(run, record)
+    original = original_of(run, record, repo)
+    run_hash = None if original else record.run_hash or checkpoint_hash
+    aim = AimTracker(run.run_id, run_dir, repo, run_hash, warn)
     aim.track_config(hparams)
     for key, value in metadata.items():
         aim.track_metadata(key, value)
-    if aim.run_hash is not None and aim.run_hash != checkpoint_hash:
-        write_atomically(hash_path, f"{aim.run_hash}\n".encode())
-        _log_rows(run.metrics_path, aim, range(flushed_step))
+    if aim.run_hash is not None:
+        aim.first_step = flushed_step if aim.run_hash == checkpoint_hash else 0
+        aim.remark = _remark(aim, record, repo, original, flushed_step)
+        write_record(run, aim.run_hash, repo)
     return aim
+
+
+def _remark(aim: AimTracker, record: AimRecord, repo: Path, original: Path | None, flushed_step: int) -> str:
+    """Return what is not as usual about where a run goes on in Aim."""
+    again = "all of its steps are sent, in the background"
+    if original is not None:
+        return (
+            f"Aim: this run is a copy of {original}, which keeps its run in Aim; a new one is begun: {again}"
+        )
+    if record.run_hash is not None and aim.run_hash != record.run_hash:
+        return f"Aim no longer has this run; a new one is begun: {again}"
+    if aim.first_step < flushed_step:
+        return f"Aim lacks a part of this run: {again}"
+    if repo != Path.cwd():
+        return f"Aim: this run goes on in {repo / REPOSITORY}"
+    return ""
 
 
 def open_tensorboard(
@@ -143,12 +179,6 @@ def open_tensorboard(
     known = specs()
     compared = [n for n in hparams if n in ALSO_COMPARED or not known[n].may_change]
     writer.add_hparams(run.run_id, {name: hparams[name] for name in compared})
-    return MetricLogger(writer)
-
-
-def _log_rows(metrics_path: Path, tracker: Tracker | BackgroundTracker, steps: range) -> None:
-    """Log the rows of the metrics file of those steps."""
-    for row in read_metrics(metrics_path):
-        step = int(row.pop("step"))
-        if step in steps:
-            tracker.log("scalars", row, step)
+    logger = MetricLogger(writer)
+    logger.first_step = purge_step or 0
+    return logger
