@@ -24,6 +24,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from data import load_data
 from model import BigramLanguageModel
 from parameters import specs
 from utils import Tokenizer
@@ -31,6 +32,7 @@ from utils_alg1.base import text as text_module
 from utils_alg1.base.files import write_or_warn
 from utils_alg1.report import page as page_module
 from utils_alg1.report import pictures as pictures_module
+from utils_alg1.report.baselines import count_baselines
 from utils_alg1.report.page import MAX_POINTS, build_page, downsample
 from utils_alg1.report.rendering import source
 from utils_alg1.run_directory import list_runs
@@ -131,6 +133,10 @@ class Page(HTMLParser):
         return json.loads(self.texts["script"][0])
 
 
+def paragraphs(page: Page) -> list[str]:
+    return [" ".join(text.split()) for text in page.texts["p"]]
+
+
 def page_of(run: Path) -> Page:
     return Page((run / "eval/report.html").read_text(encoding="utf-8"))
 
@@ -163,6 +169,40 @@ def test_final_figures_follow_from_the_metrics_and_the_weights(start):
     assert datetime.timedelta(seconds=-1) <= age < datetime.timedelta(hours=1)
 
 
+def test_the_losses_of_counting_are_in_the_results_and_on_the_page(run):
+    final, page = json.loads((run / "eval/final.json").read_text()), page_of(run)
+    train_data, val_data, tokenizer = load_data("text.txt")
+    counted = count_baselines(train_data, val_data, tokenizer.vocab_size, 8)
+    losses = {"uniform": counted.uniform, "unigram": counted.unigram, "bigram": counted.bigram}
+    assert {name: final[f"{name}_loss"] for name in losses} == losses
+    assert final["counted_characters"] == final["train_characters"] == len(train_data) - 1
+    figures = dict(zip(page.texts["dt"], page.texts["b"], strict=True))
+    shown = {name: f"{loss:.4f}" for name, loss in losses.items()}
+    assert {name: text.split("\n")[0] for name, text in figures.items() if name in losses} == shown
+    assert figures["this model"] == f"{final['export_val_loss']:.4f}"
+    assert ["uniform", counted.uniform] in page.data["references"]
+    assert any(
+        f"The counts are of {len(train_data) - 1:,} characters of the part" in p for p in paragraphs(page)
+    )
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"bigram_loss": 2.5, "export_val_loss": 2.0}, "The model is 0.50 nats better than counting pairs: "),
+        ({"bigram_loss": 2.5, "export_val_loss": 2.5}, "The model is no better than counting pairs: "),
+        (
+            {"counted_characters": 90, "train_characters": 1000},
+            "of the part for training, spread evenly, with",
+        ),
+    ],
+)
+def test_the_page_tells_what_was_learned_beyond_counting(run, values, expected):
+    final = json.loads((run / "eval/final.json").read_text()) | values
+    (run / "eval/final.json").write_text(json.dumps(final))
+    assert any(expected in text for text in paragraphs(Page(build_page(run, [], None))))
+
+
 def test_bits_per_character_are_the_loss_to_the_base_of_two():
     assert text_module.bits_per_character(math.log(8)) == pytest.approx(3, rel=1e-15)
     assert text_module.format_loss(math.log(8)) == "2.0794 (perplexity 8.00, 3.000 bits per character)"
@@ -190,9 +230,9 @@ def saved_figures(monkeypatch):
 def draw_loss(tmp_path, saved_figures):
     """Draws the loss picture of metrics rows and returns the axes."""
 
-    def draw(rows, title="2026-01-31_001"):
+    def draw(rows, title="2026-01-31_001", *more):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        pictures_module.draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title)
+        pictures_module.draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title, *more)
         assert decoded((tmp_path / "loss.png").read_bytes()).shape == (540, 960, 3)
         return saved_figures[-1].axes[0]
 
@@ -218,6 +258,17 @@ def test_the_loss_picture_of_one_step_has_a_dot_and_whole_steps(draw_loss):
     assert [line.get_marker() for line in axes.lines] == ["o", "", ""]
     assert steps_shown(axes) == [0, 1]
     assert steps_shown(draw_loss([evaluated(7, 4.1, 4.2)])) == [7]
+
+
+def test_the_loss_picture_has_the_losses_of_counting_and_where_the_run_was_resumed(draw_loss):
+    references = {"uniform": 4.1744, "unigram": 3.3, "bigram": 1.2}
+    axes = draw_loss([evaluated(0, 4.1, 4.2), evaluated(9, 3.1, 3.2)], "a", references, [4, 7])
+    level, upright = axes.lines[3:5], axes.lines[5:]
+    assert [set(line.get_ydata()) for line in level] == [{4.1744}, {3.3}]  # 1.2 would flatten the curves
+    assert [text.get_text() for text in axes.texts] == ["uniform 4.17", "unigram 3.30"]
+    assert [text.get_position()[1] for text in axes.texts] == [4.1744, 3.3]
+    assert [set(line.get_xdata()) for line in upright] == [{4}, {7}]
+    assert [text.get_text() for text in axes.get_legend().get_texts()][2:] == ["val", "resumed"]
 
 
 def test_the_loss_picture_holds_what_the_font_lacks_and_what_looks_like_mathematics(
@@ -484,6 +535,10 @@ def test_a_resumed_run_shows_the_whole_curve(run, train):
     assert data["curves"]["loss/train_step"] == losses and len(losses) == 10
     assert data["curves"]["best"] == [min(data["curves"]["loss/val"], key=lambda point: point[1])]
     assert (run / "eval/loss.png").read_bytes() != picture
+    command = json.loads((run / "meta/full_config.json").read_text())["parts"][1]["command"]
+    assert data["marks"] == [[6, "resumed", f"resumed at step 6: {command}"]]
+    assert ["resumed at step 6", command] in page_of(run).tables[3]
+    assert any("are where the run was resumed" in text for text in paragraphs(page_of(run)))
 
 
 def test_what_cannot_be_made_costs_one_line_each_and_nothing_outdated_stays(run, train, monkeypatch):
@@ -571,7 +626,7 @@ def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path):
     page = tmp_path / "report.html"
     page.write_text(source, encoding="utf-8")
     document, said, asked = browse(page, tmp_path)
-    assert "中文字 🙂👩‍🚀" in document and document.count("<section") == 6
+    assert "中文字 🙂👩‍🚀" in document and document.count("<section") == 7
     assert document.count("<svg ") == 3  # losses, learning rate and gradient norm: no speed in six steps
     assert document.count("<polyline ") == 4 and document.count("<circle ") == 2
     assert (said, asked) == ([], [])
@@ -647,6 +702,32 @@ def test_a_chart_places_its_points_between_round_numbers(tmp_path):
     # twentieth of their distance, 0.1, from its edges: 2.2 in all.
     assert points == "44.0,261.8 179.0,18.2 314.0,140.0" and n_circles == 1
     assert (first_step, last_step, values) == (0, 200, "a 3 at step 50")
+
+
+@needs_chromium
+def test_a_chart_has_lines_at_references_and_where_the_run_was_resumed(tmp_path):
+    code = """
+      const lines = [{ name: "a", kind: "train", points: [[0, 1], [50, 3], [100, 2]] }];
+      const marks = [[50, "resumed", "first"], [60, "resumed", "second"], [200, "resumed", "third"]];
+      addChart(document.querySelector("main"), "Loss", "", lines, 200, [["half", 0]], marks);
+      const svg = document.querySelector("svg");
+      for (const path of svg.querySelectorAll(".reference, .mark")) result.push(path.getAttribute("d"));
+      for (const name of ["half 0.00", "resumed"]) {
+        const found = [...svg.querySelectorAll("text")].filter(text => text.textContent === name);
+        result.push(found.map(text => [Number(text.getAttribute("x")), text.getAttribute("text-anchor")]));
+      }
+      const { left } = svg.getBoundingClientRect();
+      for (const x of [44 + 135, 44 + 300]) {
+        svg.dispatchEvent(new PointerEvent("pointermove", { clientX: left + x }));
+        result.push(document.querySelector("output").textContent);
+      }"""
+    *paths, reference, labels, near, far = in_browser(tmp_path, code)
+    # The reference is the lowest value: a twentieth of 3 from the lower edge, of 3.3 in all.
+    assert paths[:3] == ["M179 6V326", "M206 6V326", "M584 6V326"]
+    assert float(paths[3].removeprefix("M44 ").removesuffix("H584")) == pytest.approx(326 - 320 * 0.15 / 3.3)
+    assert reference == [[580, "end"]]
+    assert labels == [[183, "start"], [580, "end"]]  # that of the second would lie upon the first one's
+    assert (near, far) == ("a 3 at step 50; first", "a 2 at step 100")
 
 
 def random_curves() -> list[list[list[float]]]:

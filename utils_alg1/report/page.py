@@ -11,7 +11,7 @@ import itertools
 import math
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from utils_alg1.base.scripts import command
 from utils_alg1.base.text import text_name
 from utils_alg1.network.weights import read_weights
 from utils_alg1.report import pictures, playground
+from utils_alg1.report.baselines import NAMES, in_view
 from utils_alg1.report.rendering import render
 from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.metrics_file import Point, read_curves
@@ -47,7 +48,9 @@ def write_report(run: RunDirectory, trainer: Trainer, samples: list[str], consol
     held_out = np.asarray(trainer.data[1][:HELD_OUT_LENGTH])
 
     def write_loss(path: Path) -> None:
-        pictures.draw_loss_curve(run.metrics_path, path, run.run_id)
+        final, record = read_json_object(run.final_path), read_json_object(run.record_path)
+        steps = [step for step, *_ in resumes(record)]
+        pictures.draw_loss_curve(run.metrics_path, path, run.run_id, baselines(final), steps)
 
     def write_attention(path: Path) -> None:
         weights = attention_weights(trainer.model, idx)
@@ -110,10 +113,24 @@ def build_page(
         git=read_lines(run.meta_dir / "git.txt"),
         environment=read_lines(run.meta_dir / "env.txt"),
         curves={name: downsample(points) for name, points in curves.items()},
+        baselines=baselines(final),
+        references=list(in_view(baselines(final), curves).items()),
+        marks=resumes(record),
         held_out=None if held_out is None else playground.surprise(weights, held_out),
         page_command=f"{command('inference.py')} --run {shlex.quote(str(run_dir))} --page playground.html",
         **(playground.playground_values(weights) if has_playground else {"playground": None}),
     )
+
+
+def baselines(final: dict[str, Any]) -> dict[str, float]:
+    """Return the losses of the guesses that only count, by name."""
+    return {name: final[f"{name}_loss"] for name in NAMES}
+
+
+def resumes(record: dict[str, Any]) -> list[tuple[int, str, str]]:
+    """Return where a run was resumed: the step, its label in a chart, and what it says of it."""
+    parts = record.get("parts", [])[1:]
+    return [(p["step"], "resumed", f"resumed at step {p['step']}: {p['command']}") for p in parts]
 
 
 def downsample(points: list[Point]) -> list[Point]:

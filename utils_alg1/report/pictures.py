@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils_alg1.base.files import write_atomically
+from utils_alg1.report.baselines import in_view
 from utils_alg1.tracking.metrics_file import EACH_STEP, read_curves
 
 if TYPE_CHECKING:
@@ -21,8 +23,18 @@ TILE_SIZE = 1.6  # inches: side of a square of attention weights, with the space
 BACKGROUND, FOREGROUND = "#111318", "#c9ccd3"  # readable on a light page and on a dark one
 
 
-def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
+def draw_loss_curve(
+    metrics_path: Path,
+    picture: Path,
+    title: str,
+    references: Mapping[str, float] | None = None,
+    resumed: Sequence[int] = (),
+) -> None:
     """Plot the losses of a metrics file, those of every step and of every evaluation, and save them as a PNG.
+
+    Args:
+        references: losses to compare with, by name; those far from the curves are left out.
+        resumed: the steps that the run was resumed at.
 
     Raises ValueError if the file contains no evaluation.
     """
@@ -42,6 +54,13 @@ def draw_loss_curve(metrics_path: Path, picture: Path, title: str) -> None:
         points = curves.get(metric, [])
         marker = "o" if len(points) == 1 else ""  # a line of one point is invisible
         axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, **style)
+    for name, loss in in_view(references or {}, curves).items():
+        axes.axhline(loss, color="0.35", linewidth=1, linestyle="--")
+        across = axes.get_yaxis_transform()  # x from 0 to 1
+        label = f"{name} {loss:.2f}"
+        axes.text(0.995, loss, label, ha="right", va="bottom", fontsize=8, color="0.35", transform=across)
+    for i, step in enumerate(resumed):
+        axes.axvline(step, color="0.5", linewidth=1, linestyle=":", label=None if i else "resumed")
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)
     axes.set(xlabel="step", ylabel="loss (nats per character)")
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)

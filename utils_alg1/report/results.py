@@ -13,6 +13,7 @@ from utils_alg1.base.files import check_target, write_atomically, write_json
 from utils_alg1.base.text import bits_per_character, perplexity
 from utils_alg1.network.tensor_file import read_metadata
 from utils_alg1.network.weights import FORMAT
+from utils_alg1.report.baselines import count_baselines
 from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.observer import draw_texts
 from utils_alg1.training.checkpoint import read_checkpoint
@@ -33,13 +34,18 @@ def write_results(
     """Write eval/final.json, with losses in nats per character, and eval/samples.txt; return the samples.
 
     `export_val_loss` is the mean over `export_val_characters` of the val part, which has `val_characters` in
-    whole sequences; the other losses are those of evaluations. `seconds_in_loop` includes the training before
-    each resume; `wall_seconds` is the lifetime of this process without its imports.
+    whole sequences. So are those of a uniform, a unigram and a bigram guess (see baselines.py), by the counts
+    of `counted_characters` of the train part, which has `train_characters`. The other losses are those of
+    evaluations. `seconds_in_loop` includes the training before each resume; `wall_seconds` is the lifetime of
+    this process without its imports.
     """
     progress, evaluation = trainer.progress, trainer.progress.evaluation
     assert evaluation is not None and progress.best_val is not None  # training ends with an evaluation
     last, best = evaluation.val_loss, progress.best_val
     tokens = trainer.tokens_per_step * progress.step
+    vocabulary = trainer.model.vocabulary
+    assert vocabulary is not None
+    counted = count_baselines(*trainer.data, len(vocabulary), trainer.block_size)
     final = {
         "run_id": run.run_id,
         "finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -58,6 +64,11 @@ def write_results(
         "export_bits_per_character": bits_per_character(measured.loss),
         "export_val_characters": measured.characters,
         "val_characters": measured.available,
+        "uniform_loss": counted.uniform,
+        "unigram_loss": counted.unigram,
+        "bigram_loss": counted.bigram,
+        "counted_characters": counted.counted,
+        "train_characters": len(trainer.data[0]) - 1,
         "tokens": tokens,
         "seconds_in_loop": round(progress.seconds, 3),
         "wall_seconds": round(time.monotonic() - run.opened, 3),

@@ -5,6 +5,7 @@ const CHARTS = [
   {
     title: "Loss",
     unit: "nats per character, over the steps",
+    isOfLosses: true,
     lines: [
       ["train, each step", "each", "loss/train_step"],
       ["train", "train", "loss/train"],
@@ -16,6 +17,7 @@ const CHARTS = [
   { title: "Gradient norm", unit: "", lines: [["", "train", "gradient_norm"]] },
   { title: "Speed", unit: "characters per second", lines: [["", "train", "tokens_per_second"]] },
 ];
+const MARK_WIDTH = 64; // pixels of the label of a mark
 
 /** Returns round numbers from `low` to `high`: about `count`, `minStep` or more apart; `low` alone if it is as good as `high`. */
 function ticks(low, high, count, minStep = 0) {
@@ -45,10 +47,14 @@ function labels(values) {
   return exact.map(value => (value ? value.toLocaleString("en", digits) : "0"));
 }
 
-/** Draws a chart over the steps from 0 to `steps` into an <svg>; returns the step at a horizontal position. */
-function draw(svg, lines, steps) {
+/**
+ * Draws a chart over the steps from 0 to `steps` into an <svg>; returns the step at a horizontal position.
+ *
+ * `references` are named values, drawn as level lines; `marks` are steps with a label, drawn as upright lines.
+ */
+function draw(svg, lines, steps, references = [], marks = []) {
   const { clientWidth: width, clientHeight: height } = svg;
-  const values = lines.flatMap(line => line.points.map(([, value]) => value));
+  const values = [...lines.flatMap(line => line.points), ...references].map(([, value]) => value);
   const low = Math.min(...values);
   const high = Math.max(...values);
   const yTicks = ticks(low, high, height > 250 ? 7 : 5);
@@ -71,10 +77,22 @@ function draw(svg, lines, steps) {
     add(svg, "text", { x: left - 8, y: y(value), "text-anchor": "end", "dominant-baseline": "central" }, yLabels[i]);
   });
   xTicks.forEach((step, i) => add(svg, "text", { x: x(step), y: height - 6, "text-anchor": "middle" }, xLabels[i]));
+  let labelled = 0; // up to where the top has a label
+  for (const [step, name] of marks) {
+    add(svg, "path", { class: "mark", d: `M${x(step)} ${top}V${bottom}` });
+    const isLast = x(step) > right - MARK_WIDTH;
+    if (x(step) - (isLast ? MARK_WIDTH : 0) < labelled) continue;
+    add(svg, "text", { x: x(step) + (isLast ? -4 : 4), y: top + 9, "text-anchor": isLast ? "end" : "start" }, name);
+    labelled = x(step) + MARK_WIDTH;
+  }
   for (const { kind, points } of lines) {
     const places = points.map(([step, value]) => [x(step).toFixed(1), y(value).toFixed(1)]);
     if (places.length > 1) add(svg, "polyline", { class: kind, points: places.join(" ") });
     else add(svg, "circle", { class: kind, cx: places[0][0], cy: places[0][1], r: 4.5 });
+  }
+  for (const [name, value] of references) {
+    add(svg, "path", { class: "reference", d: `M${left} ${y(value)}H${right}` });
+    add(svg, "text", { class: "over", x: right - 4, y: y(value) - 5, "text-anchor": "end" }, `${name} ${value.toFixed(2)}`);
   }
   return position => ((position - left) / (right - left)) * steps;
 }
@@ -87,8 +105,8 @@ function valuesAt(lines, wanted) {
   return found.map(([name, step, value]) => `${name} ${Number(value.toPrecision(5))} at step ${step}`).join(", ");
 }
 
-/** Adds a figure with a chart, its legend and a line that shows the values under the pointer. */
-function addChart(parent, title, unit, lines, steps) {
+/** Adds a figure with a chart, its legend and a line that shows the values, and the mark, under the pointer. */
+function addChart(parent, title, unit, lines, steps, references, marks) {
   const figure = add(parent, "figure");
   add(add(figure, "figcaption", {}, `${title} `), "small", {}, unit);
   const svg = add(figure, "svg", { role: "img", "aria-label": `${title} over the steps` });
@@ -97,9 +115,13 @@ function addChart(parent, title, unit, lines, steps) {
     for (const { name, kind } of lines) add(legend, "li", { class: kind }, name);
   }
   const output = add(figure, "output");
-  let stepAt = draw(svg, lines, steps);
-  new ResizeObserver(() => (stepAt = draw(svg, lines, steps))).observe(svg);
-  svg.addEventListener("pointermove", event => (output.textContent = valuesAt(lines, stepAt(event.offsetX))));
+  let stepAt = draw(svg, lines, steps, references, marks);
+  new ResizeObserver(() => (stepAt = draw(svg, lines, steps, references, marks))).observe(svg);
+  svg.addEventListener("pointermove", ({ offsetX }) => {
+    const [from, to] = [stepAt(offsetX - 5), stepAt(offsetX + 5)];
+    const marked = marks.filter(([step]) => from <= step && step <= to).map(([, , text]) => text);
+    output.textContent = [valuesAt(lines, stepAt(offsetX)), ...marked].join("; ");
+  });
   svg.addEventListener("pointerleave", () => (output.textContent = ""));
 }
 
@@ -113,10 +135,11 @@ function showSurprise(parent, { characters, losses, evenly }) {
   addCharacters(parent, "val", "held-out text by surprise", describe).show(characters, shares);
 }
 
-const { steps, curves, held_out: heldOut } = JSON.parse(document.getElementById("data").textContent);
-for (const { title, unit, lines } of CHARTS) {
+const { steps, curves, held_out: heldOut, ...extras } = JSON.parse(document.getElementById("data").textContent);
+for (const { title, unit, lines, isOfLosses } of CHARTS) {
   const found = lines.map(([name, kind, metric]) => ({ name, kind, points: curves[metric] ?? [] }));
   const drawn = found.filter(line => line.points.length > 0);
-  if (drawn.length) addChart(document.getElementById("charts"), title, unit, drawn, Math.max(steps, 1));
+  const { references, marks } = isOfLosses ? extras : { references: [], marks: [] };
+  if (drawn.length) addChart(document.getElementById("charts"), title, unit, drawn, Math.max(steps, 1), references, marks);
 }
 if (heldOut) showSurprise(document.getElementById("held-out"), heldOut);
