@@ -29,7 +29,7 @@ CHROMIUM = next(
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine's PATH")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
-    " --disable-background-networking --proxy-server=127.0.0.1:9"
+    " --disable-background-networking --hide-scrollbars --proxy-server=127.0.0.1:9"
 ).split()
 # Puts the ends of two pipes where Chromium expects them, and becomes Chromium.
 START = "import os, sys; a = sys.argv; os.dup2(int(a[1]), 3); os.dup2(int(a[2]), 4); os.execv(a[3], a[3:])"
@@ -41,19 +41,24 @@ class Browser:
 
     Attributes:
         said: the messages on its console, and exceptions.
-        asked: the URLs that it has requested.
+        requests: the URLs that it has requested, besides its own and those of its own parts, by their ids.
+            What its policy forbids is told on the console, and is not among them.
     """
 
     def __init__(self, commands: int, answers: int):
         self._commands, self._answers = commands, answers
-        self._buffer, self._number, self._session = b"", 0, {}
+        self._buffer, self._number, self._session, self._url = b"", 0, {}, ""
         self.said: list[str] = []
-        self.asked: list[str] = []
+        self.requests: dict[str, str] = {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+
+    @property
+    def asked(self) -> list[str]:
+        return list(self.requests.values())
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command and return its result; events that come before it are noted."""
@@ -77,7 +82,11 @@ class Browser:
 
     def _note(self, event: str, about: dict[str, Any]) -> None:
         if event == "Network.requestWillBeSent":
-            self.asked.append(about["request"]["url"])
+            url = about["request"]["url"]
+            if url != self._url and not url.startswith(("blob:null/", "data:", "about:blank")):
+                self.requests[about["requestId"]] = url
+        elif event == "Network.loadingFailed" and about.get("blockedReason") == "csp":
+            self.requests.pop(about["requestId"], None)
         elif event in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.said.append(json.dumps(about))
 
@@ -91,11 +100,12 @@ class Browser:
             mobile=False,
         )
         self.call("Page.navigate", url="about:blank")
+        self.wait("location.href === 'about:blank'")
         self.said.clear()
-        self.asked.clear()
-        url = page.resolve().as_uri()
-        self.call("Page.navigate", url=url)
-        self.wait(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
+        self.requests.clear()
+        self._url = page.resolve().as_uri()
+        self.call("Page.navigate", url=self._url)
+        self.wait(f"location.href === {json.dumps(self._url)} && document.readyState === 'complete'")
 
     def evaluate(self, code: str) -> Any:
         """Return the JSON value of an expression in the page, or of the promise that it is."""

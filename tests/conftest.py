@@ -21,6 +21,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     import faults
+    from browser import Browser
 
     from utils_alg1.training.trainer import Trainer
 
@@ -134,6 +135,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser, for tests that are marked with `needs_chromium`."""
+    from browser import start_browser
+
+    with start_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @dataclass

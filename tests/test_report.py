@@ -11,14 +11,13 @@ import logging
 import math
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, needs_chromium
+from browser import Browser, needs_chromium
 from conftest import QUIET_TRACKERS, TEXT, TINY, with_changes
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -600,47 +599,32 @@ def test_the_page_of_a_long_run_is_small(run):
 # --- in a browser -------------------------------------------------------------------------------------
 
 
-def browse(page: Path, folder: Path, *flags: str) -> tuple[str, list[str], list[str]]:
-    """Open a page in a browser; return the final document, the console messages and the requested URLs.
-
-    Requests of the browser itself, such as for updates, have no page as their origin and are left out.
-    """
-    log = folder / "network.json"
-    command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-        *("--no-first-run", "--disable-background-networking", "--proxy-server=127.0.0.1:9"),
-        *(f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr"),
-        *("--virtual-time-budget=2000", "--dump-dom", *flags, page.resolve().as_uri()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    asked = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
-    return done.stdout, said, asked
-
-
 @needs_chromium
-def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path):
+def test_a_browser_opens_the_page_without_a_request_or_an_error(run, tmp_path, chromium):
+    def count(selector: str) -> int:
+        return chromium.evaluate(f"document.querySelectorAll('{selector}').length")
+
     source = build_page(run, [HOSTILE], HOSTILE)
     page = tmp_path / "report.html"
     page.write_text(source, encoding="utf-8")
-    document, said, asked = browse(page, tmp_path)
-    assert "中文字 🙂👩‍🚀" in document and document.count("<section") == 7
-    assert document.count("<svg ") == 3  # losses, learning rate and gradient norm: no speed in six steps
-    assert document.count("<polyline ") == 4 and document.count("<circle ") == 2
-    assert (said, asked) == ([], [])
+    chromium.open(page)
+    assert "中文字 🙂👩‍🚀" in chromium.evaluate("document.body.textContent") and count("section") == 7
+    assert count("#charts svg") == 3  # losses, learning rate and gradient norm: no speed in six steps
+    assert (count("polyline"), count("circle")) == (4, 2)
+    assert (chromium.said, chromium.asked) == ([], [])
 
     # What its policy forbids does not happen, and the browser tells; what it would allow is seen here.
     source = source.replace("</main>", "<img src='https://a.test/x.png'><script>no()</script></main>")
     page.write_text(source, encoding="utf-8")
-    _, said, asked = browse(page, tmp_path)
-    assert len(said) >= 2 and all("Content Security Policy" in line for line in said) and asked == []
+    chromium.open(page)
+    said = chromium.said
+    assert len(said) >= 2 and all("Content Security Policy" in line for line in said) and chromium.asked == []
     page.write_text(source.replace("img-src data:", "img-src *"), encoding="utf-8")
-    assert browse(page, tmp_path)[2] == ["https://a.test/x.png"]
+    chromium.open(page)
+    assert chromium.asked == ["https://a.test/x.png"]
 
 
-def in_browser(folder: Path, code: str) -> list:
+def in_browser(chromium: Browser, folder: Path, code: str) -> list:
     """Run code in a page with the report's script and style but no curves; return what its `result` holds.
 
     There, `place()` returns an empty <svg> of 600 x 300 pixels.
@@ -648,19 +632,17 @@ def in_browser(folder: Path, code: str) -> list:
     style, script = source("report.css"), source("elements.js", "report.js")
     page = f"""<!doctype html><meta charset=utf-8>
         <style>{style} main {{ width: 600px; padding: 0 }} main svg {{ height: 300px }}</style>
-        <main></main><pre></pre>
+        <main></main>
         <script id=data type="application/json">{{"steps": 1, "curves": {{}}}}</script>
         <script>{script}
         const place = () => add(document.querySelector("main"), "svg");
         const result = [];
         {code}
-        document.querySelector("pre").textContent = JSON.stringify(result);
         </script>"""
     (folder / "test.html").write_text(page, encoding="utf-8")
-    document, said, _ = browse(folder / "test.html", folder)
-    assert said == []
-    (text,) = re.findall("<pre>(.*)</pre>", document)
-    return json.loads(text)
+    chromium.open(folder / "test.html")
+    assert chromium.said == []
+    return chromium.evaluate("result")
 
 
 LABELS = [  # lowest and highest value, number of ticks, least distance; the labels
@@ -684,7 +666,7 @@ LABELS = [  # lowest and highest value, number of ticks, least distance; the lab
 
 
 @needs_chromium
-def test_a_chart_places_its_points_between_round_numbers(tmp_path):
+def test_a_chart_places_its_points_between_round_numbers(tmp_path, chromium):
     code = f"""
       for (const [a] of {json.dumps(LABELS)}) result.push(labels(ticks(...a)).join(" "));
       const svg = place();
@@ -696,7 +678,7 @@ def test_a_chart_places_its_points_between_round_numbers(tmp_path):
       result.push(svg.querySelector("polyline").getAttribute("points"));
       result.push(svg.querySelectorAll("circle").length, Math.round(stepAt(44)), Math.round(stepAt(584)));
       result.push(valuesAt(lines, 60));"""
-    *found, points, n_circles, first_step, last_step, values = in_browser(tmp_path, code)
+    *found, points, n_circles, first_step, last_step, values = in_browser(chromium, tmp_path, code)
     assert found == [expected for _, expected in LABELS]
     # The plot is 540 pixels wide from 44 on and 268 high from 6 on; the lowest and the highest value are a
     # twentieth of their distance, 0.1, from its edges: 2.2 in all.
@@ -705,7 +687,7 @@ def test_a_chart_places_its_points_between_round_numbers(tmp_path):
 
 
 @needs_chromium
-def test_a_chart_has_lines_at_references_and_where_the_run_was_resumed(tmp_path):
+def test_a_chart_has_lines_at_references_and_where_the_run_was_resumed(tmp_path, chromium):
     code = """
       const lines = [{ name: "a", kind: "train", points: [[0, 1], [50, 3], [100, 2]] }];
       const marks = [[50, "resumed", "first"], [60, "resumed", "second"], [200, "resumed", "third"]];
@@ -721,7 +703,7 @@ def test_a_chart_has_lines_at_references_and_where_the_run_was_resumed(tmp_path)
         svg.dispatchEvent(new PointerEvent("pointermove", { clientX: left + x }));
         result.push(document.querySelector("output").textContent);
       }"""
-    *paths, reference, labels, near, far = in_browser(tmp_path, code)
+    *paths, reference, labels, near, far = in_browser(chromium, tmp_path, code)
     # The reference is the lowest value: a twentieth of 3 from the lower edge, of 3.3 in all.
     assert paths[:3] == ["M179 6V326", "M206 6V326", "M584 6V326"]
     assert float(paths[3].removeprefix("M44 ").removesuffix("H584")) == pytest.approx(326 - 320 * 0.15 / 3.3)
@@ -742,7 +724,7 @@ def random_curves() -> list[list[list[float]]]:
 
 
 @needs_chromium
-def test_a_chart_of_any_curve_has_numbers_that_tell_its_places(tmp_path):
+def test_a_chart_of_any_curve_has_numbers_that_tell_its_places(tmp_path, chromium):
     curves = random_curves()
     code = f"""
       for (const points of {json.dumps(curves)}) {{
@@ -759,7 +741,7 @@ def test_a_chart_of_any_curve_has_numbers_that_tell_its_places(tmp_path):
         result.push({{ numbers, left: left - svg.getBoundingClientRect().left, points: drawn }});
         svg.remove();
       }}"""
-    for curve, drawn in zip(curves, in_browser(tmp_path, code), strict=True):
+    for curve, drawn in zip(curves, in_browser(chromium, tmp_path, code), strict=True):
         numbers = list(map(float, drawn["points"].replace(" ", ",").split(",")))
         points = list(zip(numbers[::2], numbers[1::2], strict=True))
         assert len(points) == len(curve) and drawn["left"] >= 0
@@ -783,24 +765,19 @@ def test_a_chart_of_any_curve_has_numbers_that_tell_its_places(tmp_path):
 
 
 @needs_chromium
-def test_the_page_is_as_wide_as_a_phone(run, tmp_path):
+def test_the_page_is_as_wide_as_a_phone(run, tmp_path, chromium):
     final = json.loads((run / "eval/final.json").read_text()) | {"steps": 6_000_000}
     (run / "eval/final.json").write_text(json.dumps(final))  # its labels are the widest
     source = build_page(run, ["x" * 2000, HOSTILE], "y" * 64).replace("<details>", "<details open>")
     (tmp_path / "report.html").write_text(source, encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        "<iframe src=report.html style='width:400px;height:800px;border:0' onload='"
-        "const page = this.contentDocument.documentElement;"
-        'const places = [...page.querySelectorAll("svg text")].map(t => t.getBoundingClientRect());'
-        'page.querySelector("svg").dispatchEvent(new PointerEvent("pointermove", { clientX: 200 }));'
-        "document.title = [page.scrollWidth, page.clientWidth, places.length > 10,"
-        " places.every(place => place.left >= 0 && place.right <= 400),"
-        ' page.querySelector("output").textContent]'
-        "'></iframe>"
-    )
-    document, _, _ = browse(frame, tmp_path, "--allow-file-access-from-files", "--hide-scrollbars")
-    title = re.search(r"<title>([^<]*)</title>", document)[1]
-    assert title.startswith("400,400,true,true,train, each step ") and re.search(
-        r"val [\d.]+ at step ", title
-    )
+    chromium.open(tmp_path / "report.html", width=400)
+    assert chromium.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [400, 400]
+    places = chromium.evaluate("""[...document.querySelectorAll("svg text")].map(text => {
+        const { left, right } = text.getBoundingClientRect();
+        return [left, right];
+    })""")
+    assert len(places) > 10 and all(left >= 0 and right <= 400 for left, right in places)
+    move = 'new PointerEvent("pointermove", { clientX: 200 })'
+    chromium.evaluate(f'document.querySelector("svg").dispatchEvent({move})')
+    told = chromium.evaluate('document.querySelector("output").textContent')
+    assert told.startswith("train, each step ") and re.search(r"val [\d.]+ at step ", told)

@@ -15,9 +15,10 @@ function percent(probability) {
   return `${(100 * probability).toFixed(probability < 0.0995 ? 1 : 0)} %`;
 }
 
-/** Returns a text whose control characters are visible; line feeds and tabs stay. */
+/** Returns a text whose control characters are visible; line feeds and tabs stay, and CR LF is a line feed. */
 function visible(text) {
-  return text.replace(/[\0-\x08\x0b-\x1f]/g, c => String.fromCharCode(0x2400 + c.charCodeAt(0))).replace(/\x7f/g, "\u2421");
+  const symbol = c => (c === "\x7f" ? "\u2421" : String.fromCharCode(0x2400 + c.charCodeAt(0)));
+  return text.replaceAll("\r\n", "\n").replace(/[\0-\x08\x0b-\x1f\x7f]/g, symbol);
 }
 
 /** Returns a character as it is named in a list: one that leaves no mark as a symbol or by its number. */

@@ -46,7 +46,8 @@ function startPlayground({ config, vocabulary, default_prompt: defaultPrompt, ..
   let outdated = false; // and something else has been typed or chosen since
   let job = 0; // the text that is being drawn: each has a number
   let text; // its element
-  const decode = tokens => visible(tokens.map(token => vocabulary[token]).join(""));
+  let held = ""; // a CR at its end, which may be the first half of a line end
+  const decode = tokens => tokens.map(token => vocabulary[token]).join("");
   let asked = []; // the tokens (T) of the newest question
   let seen = { tokens: [], attention: [] }; // those of the newest answer, and its attention weights (T, T)
 
@@ -95,7 +96,8 @@ function startPlayground({ config, vocabulary, default_prompt: defaultPrompt, ..
     page.text.replaceChildren();
     page.status.textContent = "";
     text = add(page.text, "pre", { dir: "auto", "aria-label": "your text and its continuation" });
-    add(text, "b", {}, decode(tokens));
+    add(text, "b", {}, visible(decode(tokens)));
+    held = "";
     job++;
     setDrawing(true);
     worker.postMessage({
@@ -115,7 +117,9 @@ function startPlayground({ config, vocabulary, default_prompt: defaultPrompt, ..
 
   worker.onmessage = ({ data }) => {
     if (data.kind === "drawn" && data.job === job) {
-      text.append(decode(data.tokens));
+      const drawn = held + decode(data.tokens);
+      held = drawn.endsWith("\r") && !data.done ? "\r" : "";
+      text.append(visible(drawn.slice(0, drawn.length - held.length)));
       if (data.done) setDrawing(false);
     }
     if (data.kind === "failed" && data.job === job) {
