@@ -117,7 +117,7 @@ GUARDS = [
     Guard(
         "end of a tracker that hangs and has no parent any more",
         "utils_alg1/tracking/background.py",
-        "    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()\n",
+        "        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()\n",
         "",
         "tests/test_trackers.py -k outlive",
     ),

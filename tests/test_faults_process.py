@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
 import faults
 import pytest
 from conftest import PROJECT
+
+from utils_alg1.base.threads import ENOUGH
 
 # --- signals ------------------------------------------------------------------------------------------
 
@@ -51,6 +56,98 @@ def test_a_first_and_a_second_signal_in_the_middle_of_a_save(reference, tmp_path
     chosen = faults.sample(cases, campaign.whole, 8)
     faults.run_cases(tmp_path, chosen)
     campaign.count("SIGINT or SIGTERM, once or twice, in the middle of a save", len(chosen))
+
+
+def signals_of_two_kinds(
+    reference: faults.Reference, first: int, second: int, index: int, folder: Path
+) -> None:
+    """A logout, or a notebook's stop button, sends another kind at once: both are one request."""
+
+    def interrupt(_name, real, arguments, options):
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), second)
+        return real(*arguments, **options) or ()
+
+    code = faults.train_in_child(faults.ARGUMENTS, partial(faults.at_file_call, index, interrupt))
+    output = (folder / "output.txt").read_text()
+    assert code in (128 + first, 128 + second, 0), output  # both are pending: Python takes the lower number
+    if code:
+        assert "go on with: python train.py --resume " in output and "left at once" not in output
+        reference.resume_and_check(folder)
+    else:  # it came in the very last checkpoint: the run was done
+        reference.check(folder)
+    assert not list(folder.glob("runs/**/*.tmp"))
+
+
+def test_a_second_signal_of_another_kind_in_the_middle_of_a_save(reference, tmp_path, campaign):
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    cases = {
+        f"{first.name}, then {second.name} at file call {index}": partial(
+            signals_of_two_kinds, reference, first, second, index
+        )
+        for first, second in itertools.permutations(kinds, 2)
+        for index in range(1, 44, 11)
+    }
+    chosen = faults.sample(cases, campaign.whole, 6)
+    faults.run_cases(tmp_path, chosen)
+    campaign.count("second signal of another kind", len(chosen))
+
+
+# --- few threads ----------------------------------------------------------------------------------------
+
+
+def with_few_threads(
+    reference: faults.Reference, n: int, of: tuple[str, ...], is_told: bool, folder: Path
+) -> None:
+    def limit() -> None:
+        """Let so many threads be alive, and no process be forked beyond; root is not held to a real limit."""
+        if is_told:
+            resource.setrlimit(resource.RLIMIT_NPROC, (n, n))
+        real_start, real_fork = threading.Thread.start, os.fork
+
+        def start(thread: threading.Thread) -> None:
+            if "threads" in of and threading.active_count() >= n:
+                raise RuntimeError("can't start new thread")
+            real_start(thread)
+
+        def fork() -> int:
+            if "forks" in of and threading.active_count() >= n:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            return real_fork()
+
+        threading.Thread.start = start  # type: ignore[method-assign]
+        os.fork = fork
+
+    arguments = [word for word in faults.ARGUMENTS if word != "--no-tensorboard"]
+    code = faults.train_in_child(arguments, limit)
+    output = (folder / "output.txt").read_text()
+    assert code == 0, output
+    reference.check(folder)
+    assert "Traceback" not in output
+    where = f"ulimit -u: {n}" if is_told else "of the system or its container"
+    reason = f"the limit on threads and processes is reached ({where})\n"
+    assert output.count("warning: ") == output.count(f": {reason}")
+    # Told of a limit, a tracker is only started where there is room for what it may need.
+    if n == 1 or (is_told and "threads" in of and n < ENOUGH):
+        assert "warning: TensorBoard is switched off, training goes on: the limit" in output
+    if n == 1 and "threads" in of:
+        assert "warning: the training waits while a checkpoint is written: the limit" in output
+    if n >= ENOUGH:
+        assert ("warning: " in output) == (n < ENOUGH + 1 and is_told and "threads" in of)
+
+
+def test_few_threads(reference, tmp_path, campaign):
+    cases = {
+        f"{n} {' and '.join(of)}, {'told' if is_told else 'not told'}": partial(
+            with_few_threads, reference, n, of, is_told
+        )
+        for n in (1, 2, 3, 4, ENOUGH, 2 * ENOUGH)
+        for of in (("threads",), ("forks",), ("threads", "forks"))
+        for is_told in (True, False)
+    }
+    chosen = faults.sample(cases, campaign.whole, 8)
+    faults.run_cases(tmp_path, chosen)
+    campaign.count("few threads", len(chosen))
 
 
 # --- full disks ---------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from utils_alg1.base.errors import thread_limit
+
 HOST = "127.0.0.1"  # this machine only, because TensorBoard has no passwords
 STOP_TIMEOUT = 5  # seconds
 
@@ -31,7 +33,10 @@ def serve_tensorboard(
         # In a session of its own: Ctrl-C goes to the training only, which then stops the server.
         process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
     except OSError as error:
-        warn(f"TensorBoard is not served on port {port}: {error.strerror}; try --port N")
+        reason = f"{error.strerror}; try --port N"
+        if isinstance(error, BlockingIOError):  # of the fork
+            reason = thread_limit()
+        warn(f"TensorBoard is not served on port {port}: {reason}")
     else:
         say(f"TensorBoard is at http://{HOST}:{port}/ while this run lasts")
     try:

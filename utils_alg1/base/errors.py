@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ class Alg1Error(Exception):
         self.exit_code = exit_code
 
 
+PLENTY_OF_THREADS = 1000  # a limit that is not reached
 OTHER_PROGRAMS = "end other programs, or use a machine with more memory"
 HINTS = {
     errno.ENOSPC: "free some space",
@@ -44,6 +46,7 @@ HINTS = {
     errno.EISDIR: "this is a folder; name a file in it",
     errno.ENOTDIR: "check its path: a part of it is a file and no folder",
     errno.ENOMEM: OTHER_PROGRAMS,
+    errno.EAGAIN: "raise the limit on processes (ulimit -u), or end other programs",
 }
 EXIT_CODES = {errno.ENAMETOOLONG: BAD_INPUT, errno.ENOMEM: CANNOT_TRAIN}  # whatever was tried
 # What PyTorch and safetensors say of too little memory, where they have no type for it. A library that cannot
@@ -106,6 +109,22 @@ def memory_guard(where: str, find_hint: Callable[[], str] | None = None) -> Iter
         raise failure from error
 
 
+def lacks_threads(error: BaseException) -> bool:
+    """Return whether an exception says that no thread can be started; there is no type for it."""
+    texts = ("can't start new thread", os.strerror(errno.EAGAIN))  # Python's, and those of C++
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def thread_limit() -> str:
+    """Return what to say where no thread or process can be started."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    is_low = 0 <= limit < PLENTY_OF_THREADS
+    where = f"ulimit -u: {limit}" if is_low else "of the system or its container"
+    return f"the limit on threads and processes is reached ({where})"
+
+
 def first_line(problem: object) -> str:
     """Return the first line of the text of an exception or a problem."""
     return (str(problem).splitlines() or [type(problem).__name__])[0]
@@ -137,7 +156,7 @@ class Guard:
         try:
             return function(*args, **kwargs)
         except (Exception, SystemExit) as error:  # third-party trackers raise anything
-            self.fail(self._explain(error))
+            self.fail(thread_limit() if lacks_threads(error) else self._explain(error))
             return None
 
     def fail(self, reason: str) -> None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from utils_alg1.base.errors import BAD_INPUT, DONE, INTERRUPTED, Alg1Error, disk_error, memory_guard
 from utils_alg1.base.running_time import running_time
+from utils_alg1.base.threads import spare_threads, thread_guard
 from utils_alg1.console.messages import print_error
 from utils_alg1.console.signals import RaiseSignal, signal_handler
 
@@ -39,6 +40,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8", errors=sys.stdin.errors)
+    spare_threads()
     try:
         code = _exit_code(main)
     except Alg1Error as error:
@@ -54,7 +56,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 def _exit_code(main: Callable[[], int]) -> int:
     """Run main() and return its exit code; what a user or a disk can cause is raised as an Alg1Error."""
     try:
-        with signal_handler(RaiseSignal()), running_time.watch(), memory_guard(""):
+        with signal_handler(RaiseSignal()), running_time.watch(), memory_guard(""), thread_guard():
             return main()
     except (KeyboardInterrupt, SystemExit) as stop:
         # torchrun sends SIGTERM when a process is gone: it may come while a failed run closes.

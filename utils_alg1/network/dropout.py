@@ -5,6 +5,7 @@ numpy draws 16 random bits an element, which is faster than PyTorch's Bernoulli 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -56,7 +57,8 @@ def draw_masks(config: ModelConfig, B: int, T: int, seed: int) -> DropoutMasks:
         return LayerMasks(attention, proj, down)
 
     layers = range(config.n_layer)
-    if sum(sizes) < THREADS_PAY or torch.get_num_threads() == 1:
-        return DropoutMasks([draw(layer) for layer in layers], LEVELS / threshold)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy draws without the GIL
-        return DropoutMasks(list(pool.map(draw, layers)), LEVELS / threshold)
+    if sum(sizes) >= THREADS_PAY and torch.get_num_threads() > 1:
+        # numpy draws without the GIL. Where threads cannot be started, it draws as for a small model.
+        with contextlib.suppress(RuntimeError), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return DropoutMasks(list(pool.map(draw, layers)), LEVELS / threshold)
+    return DropoutMasks([draw(layer) for layer in layers], LEVELS / threshold)

@@ -28,8 +28,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils_alg1.base.errors import Guard
+from utils_alg1.base.errors import Guard, thread_limit
 from utils_alg1.base.summaries import Kind, Tracker
+from utils_alg1.base.threads import enough_threads
 from utils_alg1.console.signals import STOP_SIGNALS, block_signals
 from utils_alg1.tracking.metrics_file import RowReader
 
@@ -62,14 +63,17 @@ def run_tracker(connection: Connection, name: str, create: CreateTracker, metric
     for number in STOP_SIGNALS:  # the parent handles them, and then sends `close`
         signal.signal(number, signal.SIG_IGN)
     LOGGER.disabled = True  # the parent writes the console and the log
-    if hasattr(os, "nice"):  # not on Windows
-        os.nice(NICE_INCREMENT)
+    os.nice(NICE_INCREMENT)
     # What a tracker prints is nobody's: a failure is one warning. The inherited stdout may hold output of the
     # parent.
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     release_inherited_files(keep={connection.fileno()})
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-    Server(connection, name, create, metrics_path).serve()
+
+    def open_watched(warn: Callable[[str], None]) -> Tracker:
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+        return create(warn)
+
+    Server(connection, name, open_watched, metrics_path).serve()
     os._exit(0)  # without waiting for threads and exit hooks of the tracker
 
 
@@ -188,9 +192,12 @@ class BackgroundTracker:
         self._leaves = False
         self._has_run = flushed_step > 0  # whether the run is there, maybe without its end
         try:
+            if not enough_threads():  # a library of a tracker may abort its process when it gets none
+                raise BlockingIOError
             self._start_process(create, metrics_path)
         except Exception as error:  # not SystemExit: in this process it comes from a signal
-            self._guard.fail(f"{type(error).__name__}: {error}")
+            is_limit = isinstance(error, BlockingIOError)  # what a fork raises
+            self._guard.fail(thread_limit() if is_limit else f"{type(error).__name__}: {error}")
             self.ended.set()
 
     def _start_process(self, create: CreateTracker, metrics_path: Path) -> None:
@@ -208,7 +215,12 @@ class BackgroundTracker:
     def start(self) -> BackgroundTracker:
         """Start to send and receive. Call it after all processes were forked: forks and threads mix badly."""
         if not self.ended.is_set():
-            threading.Thread(target=self._attend, name=self.name, daemon=True).start()
+            try:
+                threading.Thread(target=self._attend, name=self.name, daemon=True).start()
+            except RuntimeError:
+                self._guard.fail(thread_limit())
+                self._connection.close()  # its process leaves
+                self.ended.set()
         return self
 
     @property

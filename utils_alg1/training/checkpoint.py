@@ -17,7 +17,7 @@ import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -28,6 +28,7 @@ from model import BigramLanguageModel
 from parameters import ModelConfig, coerce_all
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, disk_error
 from utils_alg1.base.scripts import command
+from utils_alg1.base.threads import single_worker
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
 from utils_alg1.network.weights import CHECKPOINT_FORMAT, FORMAT_VERSION, OTHER_CHECKPOINT, fits_vocabulary
 from utils_alg1.run_directory import (
@@ -156,8 +157,12 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self.newest_step = newest_step
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writer = single_worker("checkpoint", self._warn_of_waits)
         self._writing: Future[None] | None = None
+
+    @staticmethod
+    def _warn_of_waits(reason: str) -> None:
+        LOGGER.warning("warning: the training waits while a checkpoint is written: %s", reason)
 
     def __enter__(self) -> CheckpointStore:
         return self

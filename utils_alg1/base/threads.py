@@ -1,0 +1,84 @@
+"""Threads and processes where the system may refuse to start one: `ulimit -u`, the limit of a container."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from utils_alg1.base.errors import CANNOT_TRAIN, PLENTY_OF_THREADS, Alg1Error, lacks_threads, thread_limit
+
+ENOUGH = 48  # for training with both trackers; Aim alone takes some twenty
+PIDS_LIMIT = Path("/sys/fs/cgroup/pids.max")
+
+
+@contextlib.contextmanager
+def thread_guard() -> Iterator[None]:
+    """Turn it into an Alg1Error (exit code 3) that a thread cannot be started."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lacks_threads(error):
+            raise
+        raise Alg1Error(thread_limit(), "raise it, or end other programs", CANNOT_TRAIN) from error
+
+
+def enough_threads() -> bool:
+    """Return whether ENOUGH threads can be started: tried out where a limit is low."""
+    limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
+    with contextlib.suppress(OSError, ValueError):  # of the container; not there, or "max"
+        limits.append(int(PIDS_LIMIT.read_text()))
+    if all(limit >= PLENTY_OF_THREADS or limit < 0 for limit in limits):
+        return True
+    release, started = threading.Event(), []
+    try:
+        for _ in range(ENOUGH):
+            thread = threading.Thread(target=release.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        return False
+    finally:
+        release.set()
+        for thread in started:
+            thread.join()
+    return True
+
+
+def spare_threads() -> None:
+    """Where few threads can be started, let OpenBLAS and OpenMP have one, before they are imported.
+
+    OpenMP ends the process if it cannot start another one, and OpenBLAS sends it SIGINT.
+    """
+    if not enough_threads():
+        os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def single_worker(name: str, warn: Callable[[str], None]) -> Executor:
+    """Return an executor with one thread; if that cannot be started, one that runs each call at once."""
+    pool = ThreadPoolExecutor(1, name)
+    try:
+        pool.submit(int).result()
+    except RuntimeError as error:
+        if not lacks_threads(error):
+            raise
+        warn(thread_limit())
+        return AtOnce()
+    return pool
+
+
+class AtOnce(Executor):
+    """Runs each call in `submit`."""
+
+    def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
