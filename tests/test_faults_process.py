@@ -96,6 +96,9 @@ def test_a_second_signal_of_another_kind_in_the_middle_of_a_save(reference, tmp_
 # --- few threads ----------------------------------------------------------------------------------------
 
 
+SLOW = "did not close within 20 seconds; a resume sends the missing curves\n"  # on a busy machine
+
+
 def with_few_threads(
     reference: faults.Reference, n: int, of: tuple[str, ...], is_told: bool, folder: Path
 ) -> None:
@@ -126,14 +129,16 @@ def with_few_threads(
     assert "Traceback" not in output
     where = f"ulimit -u: {n}" if is_told else "of the system or its container"
     reason = f"the limit on threads and processes is reached ({where})\n"
-    assert output.count("warning: ") == output.count(f": {reason}")
+    warnings = [line for line in output.splitlines(keepends=True) if line.startswith("warning: ")]
+    assert all(line.endswith((f": {reason}", SLOW)) for line in warnings), warnings
     # Told of a limit, a tracker is only started where there is room for what it may need.
     if n == 1 or (is_told and "threads" in of and n < ENOUGH):
         assert "warning: TensorBoard is switched off, training goes on: the limit" in output
     if n == 1 and "threads" in of:
         assert "warning: the training waits while a checkpoint is written: the limit" in output
     if n >= ENOUGH:
-        assert ("warning: " in output) == (n < ENOUGH + 1 and is_told and "threads" in of)
+        is_off = n == ENOUGH and is_told and "threads" in of  # one of them is the main thread
+        assert any(line.endswith(reason) for line in warnings) == is_off
 
 
 def test_few_threads(reference, tmp_path, campaign):
