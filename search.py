@@ -19,7 +19,6 @@ Requires Optuna: pip install -e '.[search]'
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shlex
 import sys
@@ -27,7 +26,6 @@ import warnings
 from pathlib import Path
 
 from utils_alg1.base.errors import DONE, Alg1Error
-from utils_alg1.base.files import make_folder
 from utils_alg1.base.scripts import command
 from utils_alg1.console.command_line import (
     Options,
@@ -98,20 +96,26 @@ def main(argv: list[str] | None = None) -> int:
     require_optuna()
     from utils_alg1.search.gpus import Gpus
     from utils_alg1.search.results import finished_trials, write_results
-    from utils_alg1.search.space import grid_values, make_plan, read_space
-    from utils_alg1.search.study import Search, open_storage, open_study, storage_guard
+    from utils_alg1.search.salvage import open_file
+    from utils_alg1.search.space import grid_points, make_plan, read_space
+    from utils_alg1.search.storage import open_storage, storage_guard
+    from utils_alg1.search.study import open_study
+    from utils_alg1.search.trials import Search
 
     is_grid = arguments.sampler == "grid"
     plan = make_plan(read_space(arguments.space, is_grid), options)
     n_trials, folder = arguments.trials, SEARCHES_DIR / arguments.study
+    points = grid_points(plan.space) if is_grid else []
     if is_grid:
-        n_trials = min(n_trials, math.prod(len(grid_values(domain)) for domain in plan.space.values()))
+        n_trials = min(n_trials, len(points))
 
-    with Console() as console, storage_guard():
+    database = folder / "study.db"
+    with Console() as console, storage_guard(arguments.storage or str(database)):
         # 2. The study: a new one, or an existing one that is continued.
-        if arguments.storage is None:
-            make_folder(folder)
-        storage = open_storage(arguments.storage or f"sqlite:///{folder / 'study.db'}")
+        if arguments.storage:
+            storage = open_storage(arguments.storage)
+        else:
+            storage = open_file(database, folder.name, console)
         study = open_study(storage, plan, folder, arguments, console)
         console.log_to(folder / "search.log")
         n_finished = len(finished_trials(study))
@@ -126,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         threads = threads_per_trial(plan.fixed.get("threads"), arguments.workers)
         if threads:
             options.values.pop("threads", None)  # --threads 0, which these take the place of
-        search = Search(storage, study, plan, folder, n_trials, threads, gpus, console)
+        search = Search(storage, study, plan, folder, n_trials, threads, gpus, console, points)
         stopped = search.run(arguments.workers)
         n_finished = len(finished_trials(study))
         if stopped and n_finished < n_trials:

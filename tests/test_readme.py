@@ -152,11 +152,11 @@ def search(capsys, place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     import search as script
     from utils_alg1.search import results as results_module
-    from utils_alg1.search import study as study_module
+    from utils_alg1.search import trials as trials_module
 
     (place / "fake_train.py").write_text(FAKE_TRAIN)
-    monkeypatch.setattr(study_module, "TRAIN_SCRIPT", place / "fake_train.py")
-    monkeypatch.setattr(study_module, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(trials_module, "TRAIN_SCRIPT", place / "fake_train.py")
+    monkeypatch.setattr(trials_module, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(results_module, "draw_pictures", lambda *_: None)
     return runner(script.main, capsys)
 

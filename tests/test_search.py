@@ -31,9 +31,12 @@ from utils_alg1.base.errors import Alg1Error
 from utils_alg1.console.command_line import Options
 from utils_alg1.run_directory import list_runs
 from utils_alg1.search import results as results_module
+from utils_alg1.search import storage as storage_module
 from utils_alg1.search import study as study_module
+from utils_alg1.search import trials as trials_module
 from utils_alg1.search.gpus import Gpus
-from utils_alg1.search.space import grid_values, make_plan, read_space
+from utils_alg1.search.space import grid_points, grid_values, make_plan, read_space
+from utils_alg1.search.study import queue_points
 from utils_alg1.tracking.metrics_file import read_metrics
 from utils_alg1.utils_output import Console
 
@@ -83,10 +86,10 @@ sys.modules["utils_alg1.training.devices"] = SimpleNamespace(  # no trial needs 
     find_device=str, visible_gpus=list
 )
 import search
-from utils_alg1.search import results, study
+from utils_alg1.search import results, storage, trials
 from utils_alg1.console.script import run_script
-study.TRAIN_SCRIPT, study.POLL_SECONDS = Path("fake_train.py").absolute(), 0.05
-study.HEARTBEAT_SECONDS, study.GRACE_SECONDS = 1, 3
+trials.TRAIN_SCRIPT, trials.POLL_SECONDS = Path("fake_train.py").absolute(), 0.05
+storage.HEARTBEAT_SECONDS, storage.GRACE_SECONDS = 1, 3
 results.draw_pictures = lambda *_: None
 run_script(search.main)
 """
@@ -109,8 +112,8 @@ def fake_train(text_file, monkeypatch) -> Path:
     path.write_text(FAKE_TRAIN)
     Path("run_search.py").write_text(RUN_SEARCH)
     Path("config.json").write_text('{"data_path": "text.txt"}')
-    monkeypatch.setattr(study_module, "TRAIN_SCRIPT", path)
-    monkeypatch.setattr(study_module, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(trials_module, "TRAIN_SCRIPT", path)
+    monkeypatch.setattr(trials_module, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(results_module, "draw_pictures", lambda *_: None)
     return path
 
@@ -130,18 +133,20 @@ def open_study(
     arguments = argparse.Namespace(storage=None, sampler=sampler, sampler_seed=seed, prune=prune)
     folder = Path("searches", name)
     folder.mkdir(parents=True, exist_ok=True)
-    storage = study_module.open_storage(f"sqlite:///{folder}/study.db")
+    storage = storage_module.open_storage(f"sqlite:///{folder}/study.db")
     return study_module.open_study(storage, plan, folder, arguments, Console(quiet=True))
 
 
-def search_of(study: optuna.Study, n_trials: int) -> study_module.Search:
+def search_of(study: optuna.Study, n_trials: int) -> trials_module.Search:
     """The search in this process whose space open_study has written."""
     plan, folder = make_plan(read_space("space.yaml", False), Options()), Path("searches", study.study_name)
-    storage = study_module.open_storage(f"sqlite:///{folder}/study.db")
-    return study_module.Search(storage, study, plan, folder, n_trials, [], Gpus(None), Console(quiet=True))
+    storage = storage_module.open_storage(f"sqlite:///{folder}/study.db")
+    points = grid_points(plan.space) if study.user_attrs["plan"]["grid"] else []
+    console = Console(quiet=True)
+    return trials_module.Search(storage, study, plan, folder, n_trials, [], Gpus(None), console, points)
 
 
-def end_unfinished(search: study_module.Search, trial: optuna.Trial) -> None:
+def end_unfinished(search: trials_module.Search, trial: optuna.Trial) -> None:
     """End a trial as if its objective had raised NotFinished."""
     search.study.tell(trial, state=optuna.trial.TrialState.FAIL)
     with pytest.MonkeyPatch.context() as patch:
@@ -306,7 +311,7 @@ def test_the_last_place_is_that_of_the_lower_number(fake_train):
     study = open_study("space", learning_rate=RATES)
     first, second = study.ask(), study.ask()
     search = search_of(study, 1)
-    with pytest.raises(study_module.NotFinished):
+    with pytest.raises(trials_module.NotFinished):
         search.objective(second)
     assert search.objective(first) < 0.1 and len(list_runs("runs")) == 1
 
@@ -324,8 +329,32 @@ def test_a_trial_without_a_place_does_not_stand_before_an_interrupted_one(fake_t
 def test_a_point_of_the_grid_without_a_place_stays_available(fake_train):
     study = open_study("space", "grid", n_layer=[1, 2, 3])
     search = search_of(study, 3)
-    trial = study.ask()
-    end_unfinished(search, trial)
+    queue_points(study, search.plan.space, search.points, 3)
+    end_unfinished(search, study.ask())
+    search.run(2)
+    assert sorted(trial.params["n_layer"] for trial in counted()) == [1, 2, 3]
+
+
+def test_points_that_two_processes_have_queued_at_once_are_tried_once(fake_train):
+    study = open_study("space", "grid", n_layer=[1, 2, 3])
+    search = search_of(study, 3)
+    for _ in range(2):  # the second one read before the first had written
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(study, "get_trials", lambda deepcopy: [])
+            queue_points(study, search.plan.space, search.points, 3)
+    search.run(2)
+    assert sorted(trial.params["n_layer"] for trial in counted()) == [1, 2, 3]
+    assert len(list_runs("runs")) == 3
+
+
+def test_a_lost_point_of_the_grid_is_queued_again(fake_train):
+    study = open_study("space", "grid", n_layer=[1, 2, 3])
+    search = search_of(study, 3)
+    queue_points(study, search.plan.space, search.points, 3)
+    for _ in range(2):  # killed between the end of a trial and its return into the queue
+        study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
+    waiting = optuna.trial.TrialState.WAITING  # as earlier versions have queued them
+    study.add_trial(optuna.trial.create_trial(state=waiting, system_attrs={"grid_id": 0}))
     search.run(2)
     assert sorted(trial.params["n_layer"] for trial in counted()) == [1, 2, 3]
 
@@ -340,7 +369,7 @@ def test_a_search_killed_while_it_creates_its_study_loses_nothing(search, fake_t
 
 
 def test_a_train_py_that_does_not_leave_is_killed(fake_train, monkeypatch):
-    monkeypatch.setattr(study_module, "TERMINATE_SECONDS", 0.2)
+    monkeypatch.setattr(trials_module, "TERMINATE_SECONDS", 0.2)
     fake_train.write_text("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FAKE_TRAIN)
     study = open_study("space", learning_rate=RATES)
     _defaults, trial = study.ask(), study.ask()
@@ -393,7 +422,7 @@ def test_no_two_workers_take_the_same_trial_out_of_the_queue(fake_train):
         thread.join()
     assert sorted(taken) == list(range(8))
     # That they read before one of them has written is rare; a transaction that reads keeps others out.
-    with study_module.open_storage("sqlite:///searches/other/study.db").engine.begin():
+    with storage_module.open_storage("sqlite:///searches/other/study.db").engine.begin():
         other = sqlite3.connect("searches/other/study.db", timeout=0)
         with pytest.raises(sqlite3.OperationalError, match="locked"):
             other.execute("BEGIN IMMEDIATE")
@@ -479,7 +508,7 @@ def failed(reason: str | None, loss: float | None = None, **parameters: Any) -> 
     ],
 )
 def test_what_fails_everywhere(trials, everywhere):
-    assert study_module.fails_everywhere(trials, {"n_layer": 6, "beta1": 0.9}, "no") == everywhere
+    assert trials_module.fails_everywhere(trials, {"n_layer": 6, "beta1": 0.9}, "no") == everywhere
 
 
 @pytest.mark.parametrize(
@@ -649,7 +678,7 @@ def test_a_database_that_fails_ends_the_search(search, fake_train, monkeypatch):
 
 def test_a_hopeless_trial_is_pruned(search, fake_train, monkeypatch):
     monkeypatch.setattr(study_module, "STARTUP_TRIALS", 1)
-    space = write_space(learning_rate=[0.9, 0.02])  # a grid is shuffled: 0.02 comes first
+    space = write_space(learning_rate=[0.02, 0.9])  # a grid is shuffled, and 0.02 comes first
     flags = ["--sampler", "grid", "--max-iters", 400, "--weight-decay", 0.05]
     assert search("--space", space, *flags).code == 0
     first, second = results()
@@ -755,8 +784,8 @@ def test_a_process_that_slept_goes_on_without_the_trial_it_lost(fake_train, camp
 
 
 def test_a_trial_that_died_before_its_first_heartbeat_is_replaced(search, fake_train, monkeypatch):
-    monkeypatch.setattr(study_module, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(study_module, "GRACE_SECONDS", 2)
+    monkeypatch.setattr(storage_module, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(storage_module, "GRACE_SECONDS", 2)
     open_study("space", learning_rate=RATES).ask()
     result = search("--space", "space.yaml", "--trials", 1)
     assert result.code == 0 and "waiting for trial 0, which another process began\n" in result.out
@@ -871,7 +900,7 @@ class Popen(subprocess.Popen):
         super().__init__(*arguments, **options)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-study.subprocess.Popen = Popen
+trials.subprocess.Popen = Popen
 run_script"""
     Path("run_search.py").write_text(RUN_SEARCH.replace("\nrun_script", signals, 1))
     process = start_search("--space", write_space(learning_rate=RATES), "--weight-decay", 1)
@@ -908,7 +937,7 @@ def test_a_pruned_run_has_really_ended_early(search, text_file, monkeypatch, cam
         pytest.skip("takes ten seconds: pytest --campaign")
     monkeypatch.setattr(study_module, "STARTUP_TRIALS", 1)
     flags = [*TINY, *QUIET_TRACKERS, "--max-iters", 3000, "--eval-interval", 20, "--data", text_file]
-    space = write_space(learning_rate=[1e-9, 1e-3])  # a grid is shuffled: 1e-3 comes first
+    space = write_space(learning_rate=[1e-3, 1e-9])  # a grid is shuffled, and 1e-3 comes first
     assert search("--space", space, *flags, "--sampler", "grid").code == 0
     good, hopeless = results()
     assert (good["state"], hopeless["state"]) == ("complete", "pruned")

@@ -51,4 +51,4 @@ def take_lock(path: Path, timeout: float, in_use: Alg1Error, hint: str = RUNS_HI
 def check_locks(folder: Path, hint: str) -> None:
     """Raise NoLocks if the file system of a folder has no locks; OSError if no file can be made there."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock") as file:
-        take_lock(Path(file.name), 0, Alg1Error(f"{folder} is in use", hint), hint).release()
+        take_lock(folder / Path(file.name).name, 0, Alg1Error(f"{folder} is in use", hint), hint).release()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import random
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,6 +129,14 @@ def grid_values(domain: Any) -> list[Any]:
     if domain.step is None:
         raise ValueError("a grid needs a list of choices, or a range with a step")
     return [domain.low + i * domain.step for i in range(round((domain.high - domain.low) / domain.step) + 1)]
+
+
+def grid_points(space: Space) -> list[dict[str, Any]]:
+    """Return every combination of values, in an order that looks random and is always the same."""
+    products = itertools.product(*(grid_values(domain) for domain in space.values()))
+    points = [dict(zip(space, values, strict=True)) for values in products]
+    random.Random(0).shuffle(points)
+    return points
 
 
 def suggest(trial: optuna.Trial, name: str, domain: Any) -> Any:
