@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -14,11 +15,15 @@ pytest.importorskip("optuna", reason="searching is optional: pip install -e '.[s
 
 import optuna
 from faults import without_locks
-from test_search import RATES, counted, fake_train, results, search, trials_of, write_space
+from test_search import RATES, counted, fake_train, open_study, results, search, trials_of, write_space
 
+from utils_alg1.console.command_line import Options
 from utils_alg1.search import storage as storage_module
-from utils_alg1.search.space import Plan
+from utils_alg1.search.results import write_results
+from utils_alg1.search.space import Plan, make_plan, read_space
+from utils_alg1.utils_output import Console
 
+NO_IMPORTANCE = "importance.png is left out: too few trials with different losses, "
 __all__ = ["fake_train", "search"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
@@ -155,3 +160,44 @@ def test_a_search_where_no_file_can_be_locked_says_so(search, fake_train, monkey
         "hint: start it in a folder of another file system, such as a local disk, or name a --storage there\n"
     )
     assert not Path("searches").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "left_out"),
+    [
+        ([2.5], "1 for 2 parameters"),
+        ([2.5, 2.5, 2.5, 2.5], "1 for 2 parameters"),
+        ([2.5, 2.25], "2 for 2 parameters"),
+        ([2.5, 2.25, 2.0], None),
+    ],
+)
+def test_a_picture_of_importance_that_would_be_false_is_left_out(text_file, capsys, losses, left_out):
+    Path("config.json").write_text('{"data_path": "text.txt"}')
+    study = open_study("space", learning_rate=RATES, n_layer=[2, 4])
+    plan = make_plan(read_space("space.yaml", False), Options())
+    for i, loss in enumerate(losses):
+        values = {"learning_rate": 0.001 * (i + 1), "n_layer": 2}
+        study.add_trial(optuna.trial.create_trial(params=values, distributions=plan.space, value=loss))
+    folder = Path("searches/space")
+    (folder / "importance.png").write_text("that of an earlier start")
+    write_results(study, plan, folder, Console())
+    out = capsys.readouterr().out
+    files = ["results.csv", "history.png", "importance.png", "slice.png"]
+    if left_out:
+        assert f"{NO_IMPORTANCE}{left_out}\n" in out
+        files.remove("importance.png")
+    else:
+        assert NO_IMPORTANCE not in out
+        assert (folder / "importance.png").read_bytes().startswith(b"\x89PNG")
+    assert f" searches/space: {', '.join(files)}\n" in out
+    assert set(files) <= set(os.listdir(folder)) <= {*files, "best.yaml", "study.db", "trials"}
+
+
+def test_runs_that_were_deleted_are_marked(search, flags):
+    shutil.rmtree(results()[0]["run"])
+    result = search(*flags, 2)
+    assert result.code == 0
+    runs = [line.split("runs/")[1] for line in result.out.splitlines() if "complete  " in line]
+    assert sorted(runs) == ["2026-01-01_001_space-0 (gone)", "2026-01-01_002_space-1"]
+    assert "\n(gone): this run was deleted, moved or renamed; the study has its loss\n" in result.out
+    assert search(*flags, 3).code == 0 and len(results()) == 3

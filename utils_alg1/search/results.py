@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 N_PRINTED_TRIALS = 10  # trials in the table on the console
+PICTURES = ("history", "importance", "slice")
+GONE = " (gone)"
+GONE_NOTE = "(gone): this run was deleted, moved or renamed; the study has its loss"
 MAX_TICKS = 5  # numbers at an axis that is as wide as those of slice.png
 
 
@@ -78,6 +81,12 @@ def show_loss(row: dict[str, Any]) -> str:
     return "~ " * is_evaluation + format_number(row["val_loss"])
 
 
+def show_run(row: dict[str, Any]) -> str | None:
+    """Format the run of a row: marked where it is not there any more."""
+    run: str | None = row["run"]
+    return f"{run}{GONE}" if run and not Path(run).is_dir() else run
+
+
 def describe_trial(study: optuna.Study, trial: FrozenTrial) -> str:
     """Return the line about a trial that has ended."""
     row, best = as_row(trial), best_of(finished_trials(study))
@@ -107,9 +116,10 @@ def write_results(study: optuna.Study, plan: Plan, folder: Path, console: Consol
     headings += ["reason"] if any(row["reason"] for row in rows) else []
     # The loss of an export does not compare with that of an evaluation, which may be low by luck.
     rows.sort(key=lambda row: (row["state"] != "complete", row["val_loss"] or math.inf))
-    printed = [row | {"val_loss": show_loss(row)} for row in rows[:N_PRINTED_TRIALS]]
+    printed = [row | {"val_loss": show_loss(row), "run": show_run(row)} for row in rows[:N_PRINTED_TRIALS]]
     table = [[show(row[heading]) for heading in headings] for row in printed]
     notes = [EVALUATION_NOTE] if any(row["val_loss"].startswith("~") for row in printed) else []
+    notes += [GONE_NOTE] if any(str(row["run"]).endswith(GONE) for row in printed) else []
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in ("", *format_table(headings, table, width), *notes, ""):
         console.say(line)
@@ -122,7 +132,8 @@ def write_results(study: optuna.Study, plan: Plan, folder: Path, console: Consol
         if "defaults" in trial.user_attrs and trial.state == best.state:
             lines["defaults"] = f"trial {trial.number}, val loss {trial.values[0]:.4f}"
             lines["gained"] = f"{trial.values[0] - best.values[0]:.4f}"
-    lines["results"] = f"{folder}: results.csv, history.png, importance.png, slice.png"
+    files = ["results.csv", *(f"{name}.png" for name in PICTURES)]
+    lines["results"] = f"{folder}: {', '.join(name for name in files if (folder / name).exists())}"
     lines["runs"] = f"{plan.fixed['runs_dir']}/*_{study.study_name}-*"
     lines["next"] = next_command(folder / "best.yaml", plan)
     console.block(lines)
@@ -197,6 +208,13 @@ def draw_pictures(study: optuna.Study, plan: Plan, folder: Path, console: Consol
                 set_ticks(axes)
         pyplot.savefig(path, bbox_inches="tight")
 
+    complete = [trial for trial in finished_trials(study) if trial.state.name == "COMPLETE"]
+    losses = {trial.values[0] for trial in complete}
+    if len(losses) <= len(names):  # any parameter could explain them
+        del pictures["importance"]
+        (folder / "importance.png").unlink(missing_ok=True)
+        found = f"{len(losses)} for {format_count(len(names), 'parameter')}"
+        console.say(f"importance.png is left out: too few trials with different losses, {found}")
     for name in pictures:
         write_or_warn(folder / f"{name}.png", draw, console.warn)
         pyplot.close("all")
