@@ -70,7 +70,8 @@ def test_finish_writes_the_results_of_the_newest_checkpoint_and_takes_no_step(in
     final = json.loads((run / "eval/final.json").read_text())
     assert final["steps"] == 4
     assert final["export"] == {"weights": "best", "step": final["best_step"]}
-    assert final["val_loss"] > 0 and final["export_val_loss"] > 0  # step 4 was evaluated now
+    evaluated = re.findall(r"^step +(\d+)  train loss \S+  val loss (\S+)", result.out, re.M)
+    assert evaluated == [("4", f"{final['val_loss']:.4f}")]
     assert (run / "eval/report.html").exists() and (run / "eval/samples.txt").exists()
     assert json.loads((run / "meta/full_config.json").read_text())["parameters"]["max_iters"] == 6
     (row,) = json.loads(compare("--json").out)
