@@ -15,7 +15,7 @@ from conftest import QUIET_TRACKERS, TINY, lasting_metrics, runner, stop_at
 from parameters import Parameters
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.report import results as results_module
-from utils_alg1.report.summary import describe_overfitting
+from utils_alg1.report.summary import describe_overfitting, overfits
 from utils_alg1.run_directory import checkpoint_paths, list_runs
 from utils_alg1.training.progress import Evaluation, Progress
 
@@ -144,9 +144,12 @@ def test_the_sample_stands_before_the_commands(start):
 def overfitting(
     val_loss: float, train_loss: float, best: float = 2.0, weights: str = "best", **values: float
 ) -> str | None:
+    """What is told of a run that was at its best at step 300, and ended at step 500; None if nothing is."""
     progress = Progress(500, best_val=best, best_step=300)
     progress.evaluation = Evaluation(500, train_loss, val_loss, 1e-3)
     params = Parameters.from_values(values, {})
+    if not overfits(progress):
+        return None
     return describe_overfitting(params, progress, {"weights": weights, "step": 300})
 
 
@@ -178,6 +181,7 @@ def test_a_run_that_learns_its_text_by_heart_says_so(start, workdir):
     assert re.search(
         rf"^overfit +val loss has risen by \S+ since step {step}: the export has the", result.out, re.M
     )
+    assert "\ncontinue  " not in result.out
     Path("text.txt").write_text("ab" * 500)
     assert "overfit" not in start("--max-iters", 60, "--eval-interval", 10, "--learning-rate", 0.05).out
 

@@ -110,20 +110,25 @@ def describe_end(
         "exported": f"{run.export_path} ({exported['weights']} weights, of step {exported['step']}){copy}",
         "measured": f"val loss {format_loss(measured.loss)} of the export, over {describe_part(measured)}",
     }
-    if line := describe_overfitting(params, progress, exported):
-        lines["overfit"] = line
+    if overfits(progress):
+        lines["overfit"] = describe_overfitting(params, progress, exported)
     if run.report_path.exists():
         lines["report"] = str(run.report_path)
     return lines
 
 
-def describe_overfitting(params: Parameters, progress: Progress, exported: dict[str, Any]) -> str | None:
-    """Return what to do about a val loss that has risen while the train loss fell; None if it has not."""
-    evaluation, best = progress.evaluation, progress.best_val
-    assert evaluation is not None and best is not None
-    rise = evaluation.val_loss - best
-    if rise < OVERFITTING_MARGIN or evaluation.train_loss > best:
-        return None
+def overfits(progress: Progress) -> bool:
+    """Return whether the val loss has risen by more than it scatters, and the train loss has fallen."""
+    last, best = progress.evaluation, progress.best_val
+    assert last is not None and best is not None
+    return last.val_loss - best >= OVERFITTING_MARGIN and last.train_loss <= best
+
+
+def describe_overfitting(params: Parameters, progress: Progress, exported: dict[str, Any]) -> str:
+    """Return how far the val loss has risen, which weights are exported, and what to try."""
+    last, best = progress.evaluation, progress.best_val
+    assert last is not None and best is not None
+    rise = format_number(last.val_loss - best)
     if exported["weights"] == "best":
         weights = f"the export has the weights of step {exported['step']}"
     else:
@@ -131,7 +136,7 @@ def describe_overfitting(params: Parameters, progress: Progress, exported: dict[
     dropout = f"more --dropout than {params.model.dropout:g}" if params.model.dropout else "--dropout 0.2"
     ways = [dropout, *([] if params.train.patience else ["--patience 5"]), "fewer steps", "a longer text"]
     return (
-        f"val loss has risen by {format_number(rise)} since step {progress.best_step}: {weights}."
+        f"val loss has risen by {rise} since step {progress.best_step}: {weights}."
         f" In a new run, try {', '.join(ways[:-1])} or {ways[-1]}"
     )
 
@@ -152,7 +157,8 @@ def next_commands(
         lines["curves"] = ShellCommand(*curves)
     if "aim" in trackers:
         lines["compare"] = ShellCommand(*aim_instructions())
-    lines |= longer_training(run, params, progress, dist)
+    if not overfits(progress):  # or further steps would make it worse
+        lines |= longer_training(run, params, progress, dist)
     return lines
 
 
