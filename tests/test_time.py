@@ -14,6 +14,7 @@ import pytest
 from conftest import QUIET_TRACKERS, TINY
 
 from utils_alg1.base.running_time import RunningTime
+from utils_alg1.run_directory import checkpoint_step
 from utils_alg1.training import progress as progress_module
 from utils_alg1.training.checkpoint import CheckpointStore
 from utils_alg1.training.trainer import Trainer
@@ -144,3 +145,40 @@ def test_seconds_in_which_the_process_is_stopped_do_not_count(workdir):
     assert faults.wait(pid) == 0
     wall, counted = map(float, Path("told").read_text().split())
     assert wall - counted >= 1.4
+
+
+# --- a notebook's stop button ---
+
+
+def test_a_notebooks_stop_button_costs_no_more_than_the_minutes_and_is_told(reference, workdir, text_file):
+    """On steps of a second; those in the middle of one are killed before they can save."""
+
+    def slow_steps() -> None:
+        forward_backward = Trainer.forward_backward
+
+        def slow(trainer: Trainer) -> float:
+            time.sleep(1)
+            return forward_backward(trainer)
+
+        Trainer.forward_backward = slow
+
+    words = ["--eval-interval", "12", "--checkpoint-interval", "0", "--checkpoint-minutes", "0.025"]
+    pid = faults.start_train([*faults.ARGUMENTS, *words], slow_steps)
+    end = time.monotonic() + faults.TIMEOUT
+    while not any(checkpoint_step(path) >= 2 for path in faults.checkpoints(workdir)):
+        assert time.monotonic() < end, Path("output.txt").read_text()
+        time.sleep(0.05)
+    time.sleep(0.3)
+    for number, seconds in (("SIGINT", 0.2), ("SIGHUP", 0.1), ("SIGCONT", 0.1), ("SIGINT", 0.5)):
+        os.kill(pid, getattr(signal, number))
+        time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    assert faults.wait(pid) == 130  # the second SIGINT, before the SIGKILL
+    saved = checkpoint_step(faults.checkpoints(workdir)[-1])
+    assert faults.metrics(faults.only_run(workdir))[-1]["step"] - saved <= 2  # a second each
+    name = faults.only_run(workdir).name
+    told = f"left at once; go on from step {saved} with: python train.py --resume runs/{name}\n"
+    assert told in Path("output.txt").read_text()
+    assert faults.train_in_child(["--resume", "latest", "--eval-interval", "4"]) == 0
+    assert f"steps    {saved} to 12, of" in Path("output.txt").read_text()
+    assert faults.tensors(faults.checkpoints(workdir)[-1]) == reference.last
