@@ -36,7 +36,7 @@ from utils_alg1.report import page as page_module
 from utils_alg1.report import results as results_module
 from utils_alg1.run_directory import LOCK_NAME, NO_RUN_HINT, lock_run
 from utils_alg1.search.space import SPACE_HINT
-from utils_alg1.search.study import STORAGE_HINT
+from utils_alg1.search.storage import STORAGE_HINT
 from utils_alg1.training import resume as resume_module
 from utils_alg1.training.trainer import stability_hint
 from utils_alg1.utils_config_loader import PATH_HINT, YAML_HINT
