@@ -243,6 +243,7 @@ def test_the_shipped_space_holds_the_defaults(text_file):
         ("--positions lerned", "positions = 'lerned' must be one of learned, rotary"),
         ("--n-layer 3", "--n-layer cannot be given: it is searched"),
         ("--run-tag x", "--run-tag cannot be given: the search names its runs itself"),
+        ("--max-seconds 9", "--max-seconds cannot be given: a trial would be resumed again and again"),
         ("--space no.yaml", "no.yaml: no such file"),
         ("--storage text.txt", "the storage text.txt cannot be used: "),
         ("--storage nodb://x", "the storage nodb://x cannot be used: "),

@@ -212,6 +212,7 @@ def make_plan(space: Space, options: Options) -> Plan:
 
     clashes = dict.fromkeys(space, "it is searched")
     clashes |= dict.fromkeys(RESERVED_PARAMETERS, "the search names its runs itself")
+    clashes["max_seconds"] = "a trial would be resumed again and again"
     given = [name for name in clashes if name in options.values]
     problems = [Problem(f"{specs()[name].flag} cannot be given: {clashes[name]}") for name in given]
     raise_problems(problems, "leave the flag out, or take the name out of the space file")
