@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -22,9 +24,12 @@ from utils_aim.tracker import AimTracker
 from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Image
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import RunFolder, list_runs
-from utils_alg1.tracking.aim_record import read_record
+from utils_alg1.tracking.aim_record import read_record, write_record
+from utils_alg1.tracking.background import BackgroundTracker
 from utils_alg1.tracking.metrics_file import read_metrics
+from utils_alg1.tracking.trackers import open_aim
 from utils_alg1.training.trainer import Trainer
+from utils_alg1.utils_run_manager import create_run
 
 aim = pytest.importorskip("aim", reason="Aim is not installed (it has no wheels for Python 3.13 or Windows)")
 
@@ -393,6 +398,60 @@ def test_a_tracker_that_cannot_open_is_one_warning_and_does_nothing(workdir, aim
     assert forgotten == [AutoClean.cleanup]  # otherwise Aim may hang at exit
 
 
+def damage_pointer(repo: Path) -> None:
+    for path in repo.glob("*/chunks/*/CURRENT"):
+        path.unlink()
+
+
+def damage_list_of_runs(repo: Path) -> None:
+    (repo / "run_metadata.sqlite").write_bytes(b"not a database" * 500)
+
+
+def damage_index(repo: Path) -> None:
+    for path in repo.glob("meta/index/MANIFEST*"):
+        data = path.read_bytes()
+        path.write_bytes(data[:20] + b"overwritten" + data[31:])
+
+
+def damage_version(repo: Path) -> None:
+    (repo / "VERSION").write_bytes(b"\xff\xfe")
+
+
+def put_a_file_there(repo: Path) -> None:
+    shutil.rmtree(repo)
+    repo.touch()
+
+
+DAMAGES = (damage_pointer, damage_list_of_runs, damage_index, damage_version, put_a_file_there)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__)
+def test_a_damaged_repository_is_one_warning_with_the_cause_and_the_repair(
+    alone, workdir, damage, monkeypatch, capfd
+):
+    folder, run_hash = alone
+    run = create_run("runs")
+    shutil.copytree(folder / ".aim", ".aim")
+    damage(workdir / ".aim")
+    write_record(run, run_hash, workdir)
+    # Not forked: this process has opened repositories, and what it forks may hang in Aim.
+    monkeypatch.setattr("utils_alg1.tracking.background.START_METHOD", "spawn")
+    warnings: list[str] = []
+    create = partial(open_aim, run.path.absolute(), run_hash, 3, {}, {})
+    tracker = BackgroundTracker("Aim", create, warnings.append, run.metrics_path).start()
+    tracker.start_close()
+    assert tracker.ended.wait(100)
+    (warning,) = warnings
+    assert warning.startswith(f"Aim is switched off, training goes on: {workdir / '.aim'} is damaged (")
+    assert warning.endswith("); move it away: the next --resume sends the run to a new one")
+    assert capfd.readouterr() == ("", "")
+    # The repair that it names:
+    (workdir / ".aim").rename("damaged")
+    repaired = create(pytest.fail)
+    assert (repaired.enabled, repaired.first_step) == (True, 0)
+    repaired.close()
+
+
 class Broken:
     """Raises in every method that is used of an aim.Run."""
 
@@ -434,3 +493,4 @@ def test_used_on_its_own_a_failure_is_a_python_warning(aim_run):
 
 def test_the_instructions_name_command_and_address():
     assert instructions() == ("aim up", "then open http://localhost:43800")
+    assert instructions("/a b")[0] == "aim up --repo='/a b'"

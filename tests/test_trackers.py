@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,9 +32,10 @@ from tensorboard.plugins.hparams import summary_v2
 from utils_alg1.base.errors import DISK_FAILED, Alg1Error, Guard, thread_limit
 from utils_alg1.base.summaries import Embedding, Histogram, Image, Tracker, model_histograms
 from utils_alg1.network.tensor_file import read_tensors
-from utils_alg1.run_directory import list_runs, lock_run
+from utils_alg1.run_directory import RunFolder, list_runs, lock_run
 from utils_alg1.tracking import background as background_module
 from utils_alg1.tracking import trackers as trackers_module
+from utils_alg1.tracking.aim_record import read_record
 from utils_alg1.tracking.background import BackgroundTracker
 from utils_alg1.tracking.metrics_file import MetricsFile, RowReader, cut_metrics, read_metrics, read_rows
 from utils_alg1.tracking.trackers import Trackers, open_aim, open_tensorboard, start_trackers
@@ -589,10 +591,14 @@ def test_what_cannot_be_sent_is_one_warning_and_the_tracker_is_closed(tmp_path):
 def test_what_was_printed_before_is_printed_once_and_what_a_tracker_prints_is_dropped(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": ""}
     code = (
-        "import pathlib, sys\n"
+        "import os, pathlib, sys, threading\n"
         "from utils_alg1.base.summaries import Tracker\n"
         "from utils_alg1.tracking.background import BackgroundTracker\n"
-        "def create(warn):\n    print('opened', flush=True)\n    return Tracker()\n"
+        "def create(warn):\n"
+        "    print('opened', flush=True)\n"
+        "    thread = threading.Thread(target=lambda: 1 / 0)\n"
+        "    thread.start(), thread.join(), os.system('echo more; echo more >&2')\n"
+        "    return Tracker()\n"
         "sys.stdout.write('once ')\n"
         "warn, path = lambda text: print(text, file=sys.stderr), pathlib.Path('none')\n"
         "tracker = BackgroundTracker('X', create, warn, path).start()\n"
@@ -674,6 +680,15 @@ def started(tmp_path, monkeypatch):
         yield start
 
 
+def test_event_files_that_were_deleted_are_written_again_from_the_start(started, tmp_path):
+    (path,) = list_runs(tmp_path / "runs")
+    shutil.rmtree(path / "logs/tensorboard")
+    after = started({"tensorboard": {"run": None, "synced": 6}})
+    assert after.purge_step == [0]
+    assert after.tensorboard == rows(range(10))
+    assert (path / "logs/tensorboard").is_dir()
+
+
 def test_a_start_that_is_interrupted_closes_what_it_has_started(started, monkeypatch):
     made: list[BackgroundTracker] = []
     closed: list[MetricsFile] = []
@@ -730,6 +745,86 @@ def test_an_aim_run_that_is_gone_is_begun_anew_with_all_rows(started):
     assert after.opened == ["old"]
     assert after.aim == rows(range(10))
     assert after.state["aim"]["run"] == "new"
+
+
+class RecordedAim(Tracker):
+    """As much of an AimTracker as opening needs: a repository is a folder `.aim` with a file for each run."""
+
+    def __init__(self, run_name, run_dir, repo, run_hash, warn):
+        self.repo = repo
+        folder = repo / ".aim"
+        folder.mkdir(exist_ok=True)
+        known = run_hash is not None and (folder / run_hash).exists()
+        self.run_hash = run_hash if known else f"hash-{len(list(folder.iterdir()))}"
+        (folder / self.run_hash).touch()
+
+    def track_config(self, config): ...
+
+
+@pytest.fixture
+def reopened(monkeypatch):
+    """`reopened(run_dir, checkpoint_hash)` opens a run in Aim, which has its first 5 steps."""
+    monkeypatch.setattr(trackers_module, "AimTracker", RecordedAim)
+
+    def reopen(run_dir: Path, checkpoint_hash: str | None = "hash-0") -> Tracker:
+        flushed_step = 0 if checkpoint_hash is None else 5
+        return open_aim(run_dir.absolute(), checkpoint_hash, flushed_step, {}, {}, pytest.fail)
+
+    return reopen
+
+
+def test_a_resume_goes_to_the_aim_repository_that_the_run_has(reopened, workdir, tmp_path, monkeypatch):
+    run = create_run("runs").path.absolute()
+    first = reopened(run, None)
+    assert (first.run_hash, first.repo, first.remark) == ("hash-0", workdir, "")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / ".aim").mkdir(parents=True)
+    (elsewhere / ".aim/other").touch()
+    monkeypatch.chdir(elsewhere)
+    again = reopened(run)
+    assert (again.run_hash, again.repo, again.first_step) == ("hash-0", workdir, 5)
+    assert again.remark == f"Aim: this run goes on in {workdir / '.aim'}"
+    # The whole folder was moved, or the run alone: it is still the same run.
+    moved = tmp_path / "moved"
+    workdir.rename(moved)
+    after_move = reopened(moved / "runs" / run.name)
+    assert (after_move.run_hash, after_move.repo) == ("hash-0", moved)
+    alone = elsewhere / run.name
+    (moved / "runs" / run.name).rename(alone)
+    assert (reopened(alone).run_hash, reopened(alone).repo) == ("hash-0", moved)
+    # The repository is gone, and its folder too: a new run is begun here, and is given all.
+    shutil.rmtree(moved)
+    lost = reopened(alone, "hash-9")
+    assert (lost.repo, lost.first_step) == (elsewhere, 0)
+    assert lost.remark.startswith("Aim no longer has this run; a new one is begun: all of its steps are sent")
+
+
+def test_a_copied_run_begins_a_run_of_its_own_in_aim_and_its_original_keeps_its_own(reopened, workdir):
+    run = create_run("runs").path
+    reopened(run, None)
+    copy = run.with_name("a-copy")
+    shutil.copytree(run, copy)
+    opened = reopened(copy)
+    assert (opened.run_hash, opened.first_step) == ("hash-1", 0)
+    assert opened.remark.startswith(
+        f"Aim: this run is a copy of {run.absolute()}, which keeps its run in Aim"
+    )
+    for path, run_hash in ((run, "hash-0"), (copy, "hash-1")):
+        again = reopened(path)
+        assert (again.run_hash, read_record(RunFolder(path)).run_hash) == (run_hash, run_hash)
+    # Without its original a copy is the run that was moved.
+    other = run.with_name("other-copy")
+    shutil.copytree(run, other)
+    shutil.rmtree(run)
+    assert reopened(other).run_hash == "hash-0"
+
+
+@pytest.mark.parametrize("text", ["hash-0\n", "hash: hash-0\n", ""])
+def test_a_record_of_an_earlier_version_is_the_hash_alone(reopened, workdir, text):
+    run = create_run("runs").path
+    reopened(run, None)
+    (run / "meta/aim.txt").write_text(text)
+    assert (reopened(run).run_hash, reopened(run).first_step) == ("hash-0", 5)
 
 
 def test_an_aim_run_that_no_checkpoint_names_is_found_again(started):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from utils_alg1.base.plotting import import_matplotlib
 from utils_alg1.base.summaries import Embedding
 
 SIZE, DPI = 6.0, 100  # inches, pixels per inch
@@ -18,6 +19,7 @@ def draw_embedding(embedding: Embedding) -> np.ndarray:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

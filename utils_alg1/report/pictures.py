@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils_alg1.base.files import write_atomically
+from utils_alg1.base.plotting import import_matplotlib
 from utils_alg1.report.baselines import in_view
 from utils_alg1.tracking.metrics_file import EACH_STEP, read_curves
 
@@ -38,6 +39,7 @@ def draw_loss_curve(
 
     Raises ValueError if the file contains no evaluation.
     """
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     curves = read_curves(metrics_path)
@@ -75,6 +77,7 @@ def draw_attention(weights: np.ndarray, title: str) -> bytes:
     In a square, rows are queries and columns are keys. As in the trackers' pictures, the brightness is the
     square root of the weight.
     """
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     layers, heads = evenly_spaced(weights.shape[0]), evenly_spaced(weights.shape[1])

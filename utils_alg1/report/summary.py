@@ -14,6 +14,7 @@ from utils_alg1.base.errors import CANNOT_TRAIN, DISK_FAILED, Alg1Error
 from utils_alg1.base.scripts import command
 from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
 from utils_alg1.run_directory import RunDirectory
+from utils_alg1.tracking.aim_record import REPOSITORY, find_repo
 from utils_alg1.training.distributed import Distributed, launch_command
 from utils_alg1.training.resume import BEGINS_ANEW, new_run_command
 from utils_alg1.training.schedule import same_learning_rates
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 OVERFITTING_MARGIN = 0.05
 
 
+def _aim_repo(run: RunDirectory) -> str:
+    """Return the folder of the run's Aim repository, if it is not the current one."""
+    repo = find_repo(run)
+    return "" if repo == Path.cwd() else str(repo)
+
+
 def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, trainer: Trainer) -> LabelledLines:
     """Return the lines printed at the start of a run: device, model, text, steps, folder and parameters."""
     model, train, runtime = params.model, params.train, trainer.runtime
@@ -45,7 +52,7 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
     if train.output:
         folder += f"; the export also to {train.output}"
     if train.aim:
-        folder += "; Aim's copy in .aim"
+        folder += f"; Aim's copy in {Path(_aim_repo(run), REPOSITORY)}"
     lines = {
         "run": run.run_id,
         "device": device,
@@ -156,7 +163,7 @@ def next_commands(
         curves = tensorboard_instructions(str(run.path.parent), params.tensorboard.port)
         lines["curves"] = ShellCommand(*curves)
     if "aim" in trackers:
-        lines["compare"] = ShellCommand(*aim_instructions())
+        lines["compare"] = ShellCommand(*aim_instructions(_aim_repo(run)))
     if not overfits(progress):  # or further steps would make it worse
         lines |= longer_training(run, params, progress, dist)
     return lines

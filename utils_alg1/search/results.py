@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from parameters import format_settings, specs
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.files import write_atomically, write_or_warn
+from utils_alg1.base.plotting import import_matplotlib
 from utils_alg1.base.scripts import command
 from utils_alg1.base.text import EVALUATION_NOTE, format_count, format_number
 from utils_alg1.console.command_line import Options
@@ -185,6 +186,7 @@ def set_ticks(axes: Axes) -> None:
 
 def draw_pictures(study: optuna.Study, plan: Plan, folder: Path, console: Console) -> None:
     """Draw the losses of the trials, how much each parameter matters, and the loss over each of them."""
+    import_matplotlib()
     import matplotlib
 
     matplotlib.use("Agg")
