@@ -243,6 +243,9 @@ class Noting:
         self.logged: list[tuple] = []
         self.rows: list[dict] = []
 
+    def keeps(self, kind):
+        return bool(self.working_names)
+
     def log(self, kind, payload, step):
         if kind == "scalars":
             self.rows.append({"step": step, **payload})

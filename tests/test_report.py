@@ -29,6 +29,7 @@ from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base import text as text_module
 from utils_alg1.base.files import write_or_warn
+from utils_alg1.base.text import without_controls
 from utils_alg1.report import page as page_module
 from utils_alg1.report import pictures as pictures_module
 from utils_alg1.report.baselines import count_baselines
@@ -497,12 +498,21 @@ def test_hostile_text_stays_text(run):
     record["parts"][0]["command"] = "<i onclick=x>&gt;</i>"
     (run / "meta/full_config.json").write_text(json.dumps(record))
     (run / "meta/env.txt").write_text("python: <b onclick=x>&lt;</b>\n")
+    (run / "meta/notes.md").write_text(HOSTILE, encoding="utf-8")
+    with (run / "logs/samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "samples": HOSTILE}) + "\n")
     with (run / "logs/metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, HOSTILE: 1.0}) + "\n")
     page = Page(build_page(run, [HOSTILE, "\n\nbegins with lines"], HOSTILE))
     assert_harmless(page)
     assert page.data["curves"][HOSTILE] == [[6, 1.0]]
-    assert page.texts["pre"] == ["\n" + HOSTILE, "\n\n\nbegins with lines", "\n" + HOSTILE]
+    texts = page.texts["pre"]
+    assert texts[:2] + texts[3:] == [
+        "\n" + HOSTILE,
+        "\n\n\nbegins with lines",
+        *2 * ["\n" + HOSTILE],
+        "\n" + HOSTILE,
+    ]
     cells = [cell for table in page.tables for row in table for cell in row]
     assert cells.count(HOSTILE) == 3  # the tag in both tables of parameters, and the origin of the seed
     assert "<b onclick=x>&lt;</b>" in cells and "<i onclick=x>&gt;</i>" in cells
@@ -511,7 +521,7 @@ def test_hostile_text_stays_text(run):
 
 def test_what_no_page_can_hold_is_shown_by_a_symbol(run):
     page = Page(build_page(run, ["a\0b\rc\x1bd\x7fe\x85f\ud800g\n\t🙂<&\"'"], None))
-    assert page.texts["pre"] == ["\na\u2400b\u240dc\u241bd\u2421e\ufffdf\ufffdg\n\t🙂<&\"'"]
+    assert page.texts["pre"][:1] == ["\na\u2400b\u240dc\u241bd\u2421e\ufffdf\ufffdg\n\t🙂<&\"'"]
     assert "Attention" not in page.texts["h2"] and page.all("img") == []
 
 
@@ -538,6 +548,52 @@ def test_a_resumed_run_shows_the_whole_curve(run, train):
     assert data["marks"] == [[6, "resumed", f"resumed at step 6: {command}"]]
     assert ["resumed at step 6", command] in page_of(run).tables[3]
     assert any("are where the run was resumed" in text for text in paragraphs(page_of(run)))
+
+
+def test_samples_are_kept_on_the_way_and_a_resumed_run_has_those_of_one_that_was_not_interrupted(
+    start, train, text_file, monkeypatch
+):
+    every = ("--sample-interval", 2, "--checkpoint-interval", 1)
+    assert start(*every).code == 0
+    whole, path = (only_run() / "logs/samples.jsonl").read_bytes(), "logs/samples.jsonl"
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6] and {len(row["samples"]) for row in rows} == {200}
+
+    assert start(*every, "--runs-dir", "others", "--max-iters", 3).code == 0
+    (run,) = list_runs("others")
+    with (run / path).open("ab") as file:
+        file.write(whole.splitlines(keepends=True)[3] + b'{"step": 4, "sam')  # as a kill leaves it
+    assert train("--resume", run, "--max-iters", 6).code == 0
+    assert (run / path).read_bytes() == whole
+    shown = page_of(run).texts["pre"][3:7]
+    assert [text.removeprefix("\n") for text in shown] == [without_controls(row["samples"]) for row in rows]
+
+
+def test_of_many_samples_six_are_shown_with_the_loss_of_their_step(run):
+    rows = [{"step": step, "samples": f"text {step}"} for step in range(21)]
+    (run / "logs/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(build_page(run, [], None))
+    assert page.texts["pre"] == [f"\ntext {step}" for step in (0, 4, 8, 12, 16, 20)]
+    losses = {row["step"]: f"val loss {row['loss/val']:.4f}" for row in metrics(run) if "loss/val" in row}
+    assert [text for text in page.texts["small"] if text.startswith("val loss")] == [losses[0], losses[4]]
+    assert any("the same prompt (↵) and" in text for text in paragraphs(page))
+    (run / "logs/samples.jsonl").unlink()  # a run of an earlier version has none
+    assert "While it learned" not in Page(build_page(run, [], None)).texts["h3"]
+
+
+def test_what_a_person_wrote_into_the_notes_is_on_the_page(run):
+    path = run / "meta/notes.md"
+    template = path.read_text(encoding="utf-8")
+    assert "Notes" not in page_of(run).texts["h2"]
+    for text in (template.replace(run.name, "renamed"), "", " \n"):
+        path.write_text(text, encoding="utf-8")
+        assert "Notes" not in Page(build_page(run, [], None)).texts["h2"]
+    path.write_bytes(template.encode() + b"It <b>learns</b>.\xff\n")
+    page = Page(build_page(run, [], None))
+    assert "Notes" in page.texts["h2"]
+    assert page.texts["pre"][-1] == f"\n{template}It <b>learns</b>.\ufffd"
+    path.unlink()
+    assert "Notes" not in Page(build_page(run, [], None)).texts["h2"]
 
 
 def test_what_cannot_be_made_costs_one_line_each_and_nothing_outdated_stays(run, train, monkeypatch):

@@ -129,6 +129,7 @@ RUN_FILES = {
     "meta/env.txt",
     "meta/notes.md",
     "logs/metrics.jsonl",
+    "logs/samples.jsonl",
     "logs/train.log",
     "artifacts/checkpoints/step_000000000.safetensors",
     "artifacts/checkpoints/step_000000004.safetensors",

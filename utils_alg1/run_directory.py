@@ -2,7 +2,7 @@
 
 runs/YYYY-MM-DD_NNN_tag/
     meta/        full_config.json  git.txt  env.txt  notes.md  aim.txt  configs/ (copies)
-    logs/        metrics.jsonl  train.log  tensorboard/
+    logs/        metrics.jsonl  samples.jsonl  train.log  tensorboard/
     artifacts/   checkpoints/  export/model.safetensors  export/config.json
     eval/        final.json  samples.txt  loss.png  attention.png  report.html
 """
@@ -47,6 +47,7 @@ class RunFolder:
         self.record_path = path / "meta" / "full_config.json"
         self.log_path = path / "logs" / "train.log"
         self.metrics_path = path / "logs" / "metrics.jsonl"
+        self.samples_path = path / "logs" / "samples.jsonl"
         self.tensorboard_dir = path / "logs" / "tensorboard"
         self.checkpoint_dir = path / "artifacts" / "checkpoints"
         self.export_path = path / "artifacts" / "export" / "model.safetensors"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import math
 import re
+import unicodedata
 from pathlib import Path
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+SYMBOLS = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}  # ␣ ↵ ⇥
 EXPONENT_THRESHOLD = 1e6  # numbers from here on are written with an exponent
 MAX_DIGITS = 8  # digits of a number written without an exponent
 
@@ -24,6 +26,15 @@ def without_controls(text: str) -> str:
         return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
     return CONTROL_CHARACTERS.sub(symbol, text.replace("\r\n", "\n"))
+
+
+def character_symbol(character: str) -> str:
+    """Return a character as one names it: that of a space, a line feed or a tab is a symbol, and one that
+    leaves no mark of its own is told by its number. (So does `label` of report/templates/elements.js.)
+    """
+    symbol = SYMBOLS.get(character) or without_controls(character)
+    is_seen = unicodedata.category(symbol)[0] not in "CZM"
+    return symbol if is_seen else f"U+{ord(character):04X}"
 
 
 def text_name(path: str) -> str:

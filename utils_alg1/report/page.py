@@ -19,7 +19,7 @@ from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base.files import read_json_object, write_atomically, write_or_warn
 from utils_alg1.base.scripts import command
-from utils_alg1.base.text import text_name
+from utils_alg1.base.text import character_symbol, text_name
 from utils_alg1.network.weights import read_weights
 from utils_alg1.report import pictures, playground
 from utils_alg1.report.baselines import NAMES, in_view
@@ -27,8 +27,9 @@ from utils_alg1.report.rendering import render
 from utils_alg1.run_directory import RunDirectory, RunFolder
 from utils_alg1.tracking.metrics_file import Point, read_curves
 from utils_alg1.tracking.observer import attention_weights
+from utils_alg1.tracking.samples_file import read_samples
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import read_lines
+from utils_alg1.utils_run_manager import NOTES, read_lines
 
 if TYPE_CHECKING:
     from utils_alg1.training.trainer import Trainer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 MAX_POINTS = 800  # points of a curve; a page has fewer pixels
 MAX_EVALUATIONS = 200  # rows of the table of evaluations
 ATTENTION_LENGTH = 64  # characters of context; with more, a character would be less than two pixels wide
+MAX_STAGES = 6  # samples of the training that are shown
 HELD_OUT_LENGTH = 1000  # characters
 
 
@@ -102,6 +104,9 @@ def build_page(
         record=record,
         text_name=text_name(record["corpus"]["path"]),
         samples=samples,
+        stages=stages(run, dict(val)),
+        prompt=character_symbol(Tokenizer(weights.vocabulary or []).default_prompt),
+        notes=notes(run),
         attention_text=attention_text,
         attention_picture=base64.b64encode(picture).decode("ascii"),
         parameters=parameters,
@@ -131,6 +136,22 @@ def resumes(record: dict[str, Any]) -> list[tuple[int, str, str]]:
     """Return where a run was resumed: the step, its label in a chart, and what it says of it."""
     parts = record.get("parts", [])[1:]
     return [(p["step"], "resumed", f"resumed at step {p['step']}: {p['command']}") for p in parts]
+
+
+def stages(run: RunFolder, losses: dict[float, float]) -> list[tuple[int, float | None, str]]:
+    """Return samples that were drawn while the run trained: step, val loss there (or None) and text."""
+    drawn = read_samples(run.samples_path)
+    shown = [drawn[i] for i in pictures.evenly_spaced(len(drawn), MAX_STAGES)]
+    return [(step, losses.get(step), text) for step, text in shown]
+
+
+def notes(run: RunFolder) -> str:
+    """Return what a person wrote into meta/notes.md; nothing where it is as the run began it."""
+    path = run.meta_dir / "notes.md"
+    text = path.read_text("utf-8", errors="replace").strip() if path.is_file() else ""
+    heading, _, rest = text.partition("\n")
+    is_template = heading.startswith("# ") and rest.strip() == NOTES.partition("\n")[2].strip()
+    return "" if is_template else text
 
 
 def downsample(points: list[Point]) -> list[Point]:

@@ -109,6 +109,6 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def evenly_spaced(n: int) -> list[int]:
-    """Return range(n) as a list, or MAX_PER_AXIS numbers of it that include the first and the last."""
-    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, MAX_PER_AXIS))})
+def evenly_spaced(n: int, most: int = MAX_PER_AXIS) -> list[int]:
+    """Return range(n) as a list, or `most` numbers of it that include the first and the last."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})

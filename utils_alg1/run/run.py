@@ -24,6 +24,7 @@ from utils_alg1.report import page, results, summary
 from utils_alg1.run.job import Job
 from utils_alg1.tracking.metrics_file import cut_metrics
 from utils_alg1.tracking.observer import Observer
+from utils_alg1.tracking.samples_file import cut_samples
 from utils_alg1.tracking.trackers import start_trackers
 from utils_alg1.training.checkpoint import CheckpointMetadata, CheckpointStore, quarantine_newer
 from utils_alg1.training.distributed import Distributed
@@ -143,6 +144,7 @@ class MainRun(Run):
                 state = checkpoint.metadata["trackers"]
                 quarantine_newer(checkpoint, console.say)
                 cut_metrics(run.metrics_path, checkpoint.progress.step, console.warn)
+                cut_samples(run.samples_path, checkpoint.progress.step)
             hparams = params.flat() | {"vocab_size": job.corpus.tokenizer.vocab_size}
             trackers = start_trackers(run, params, hparams, origin, console.warn, state)
             self.trackers = stack.enter_context(trackers)

@@ -28,14 +28,14 @@ class MetricsFile(Tracker):
 
     def __init__(self, path: Path):
         self.path = path
-        with _disk_errors(path):
+        with disk_errors(path):
             self._file = path.open("a", encoding="utf-8")
         self._flush_time = 0.0
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         if kind != "scalars":
             return
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self._file.write(json.dumps({"step": step, **payload}) + "\n")
             # Rare rows are flushed, so that they can be read at once.
             if EACH_STEP not in payload or time.monotonic() > self._flush_time:
@@ -43,17 +43,17 @@ class MetricsFile(Tracker):
                 self._flush_time = time.monotonic() + FLUSH_SECONDS
 
     def flush(self) -> None:
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self._file.close()
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -131,13 +131,20 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
 
 
 def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
+    """Cut a metrics file back with `cut_rows`, and warn if rows before `step` are lost that way."""
+    kept_step = cut_rows(path, step)
+    if kept_step < step - 1:
+        warn(f"{path} is damaged: its rows of steps {kept_step + 1} to {step - 1} are lost")
+
+
+def cut_rows(path: Path, step: int) -> int:
     """Remove the rows of `step` and later ones, which a run resumed at `step` writes again.
 
-    A damaged row and everything after it are removed too. If rows before `step` are lost that way, warn.
+    A damaged row and everything after it are removed too. Return the step of the last row left (or -1).
     """
     keep, kept_step = 0, -1
     if path.exists():
-        with _disk_errors(path), path.open("r+b") as file:
+        with disk_errors(path), path.open("r+b") as file:
             for line in file:
                 row = _parse_row(line)
                 if row is None or row["step"] >= step:
@@ -145,5 +152,4 @@ def cut_metrics(path: Path, step: int, warn: Callable[[str], None]) -> None:
                 keep, kept_step = keep + len(line), int(row["step"])
             file.truncate(keep)
             os.fsync(file.fileno())
-    if kept_step < step - 1:
-        warn(f"{path} is damaged: its rows of steps {kept_step + 1} to {step - 1} are lost")
+    return kept_step

@@ -167,7 +167,7 @@ class Observer:
             self._log_view(step, *view)
 
     def _log_view(self, step: int, interval: int, kind: Kind, view: View) -> None:
-        if due(step, interval) and self.trackers.working_names:
+        if due(step, interval) and self.trackers.keeps(kind):
             with self._trainer.clock.pause():
                 self._guard.attempt(lambda: self.trackers.log(kind, self._look(view), step))
 

@@ -32,6 +32,7 @@ from utils_alg1.tracking.aim_record import (
 )
 from utils_alg1.tracking.background import BackgroundTracker, close_all, flush_all
 from utils_alg1.tracking.metrics_file import MetricsFile
+from utils_alg1.tracking.samples_file import SamplesFile
 from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.writer import TensorBoardWriter, has_events
 
@@ -42,12 +43,21 @@ ALSO_COMPARED = ("max_iters", "grad_accum_steps", "data_path")
 class Trackers:
     """The trackers of a run: its own record, from which the others, by name, read the scalars.
 
+    Args:
+        samples_file: gets the texts too.
+
     Attributes:
         patient: whether `close` waits for a tracker that has many rows still to read.
     """
 
-    def __init__(self, metrics_file: Tracker, background: dict[str, BackgroundTracker]):
+    def __init__(
+        self,
+        metrics_file: Tracker,
+        background: dict[str, BackgroundTracker],
+        samples_file: Tracker | None = None,
+    ):
         self.metrics_file, self.background = metrics_file, background
+        self.samples_file = samples_file or Tracker()
         self.patient = False
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
@@ -55,6 +65,7 @@ class Trackers:
         if kind == "scalars":
             self.metrics_file.log(kind, payload, step)
         else:
+            self.samples_file.log(kind, payload, step)
             for tracker in self.background.values():
                 tracker.log(kind, payload, step)
 
@@ -69,6 +80,10 @@ class Trackers:
             name: {"run": tracker.run_hash, "synced": tracker.flushed_step}
             for name, tracker in self.background.items()
         }
+
+    def keeps(self, kind: Kind) -> bool:
+        """Return whether data of this kind is kept anywhere."""
+        return kind in ("scalars", "texts") or bool(self.working_names)
 
     @property
     def working_names(self) -> list[str]:
@@ -102,7 +117,9 @@ def start_trackers(
     """
     aim_state, tensorboard_state = ((state or {}).get(name, {}) for name in ("aim", "tensorboard"))
     background: dict[str, BackgroundTracker] = {}
-    with contextlib.closing(Trackers(MetricsFile(run.metrics_path), background)) as trackers:
+    with contextlib.closing(
+        Trackers(MetricsFile(run.metrics_path), background, SamplesFile(run.samples_path))
+    ) as trackers:
         start = partial(BackgroundTracker, warn=warn, metrics_path=run.metrics_path.absolute())
         try:
             if params.train.aim:
