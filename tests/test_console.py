@@ -683,7 +683,13 @@ def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice)
         ("free some space", 4, None, "free some space"),
         ("free some space", 4, "c", "free some space; then go on: python train.py --resume runs/x"),
         (None, 4, "c", "then go on: python train.py --resume runs/x"),
-        ("lower it", 3, "c", "lower it; its newest weights, for --init-from: c"),
+        (
+            "lower it",
+            3,
+            "c",
+            "lower it; to export its best weights: python train.py --resume runs/x --finish;"
+            " its newest, for --init-from: c",
+        ),
     ],
 )
 def test_an_error_tells_what_to_do_with_the_newest_checkpoint(hint, exit_code, checkpoint, expected):

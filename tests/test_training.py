@@ -368,10 +368,13 @@ def test_a_run_that_diverges_ends_with_3_and_a_good_checkpoint(sabotage, what, t
     newest = newest_checkpoint(run, pytest.fail)
     assert newest.progress.step == 2
     assert all(tensor.isfinite().all() for tensor in newest.tensors.values())
-    assert f"its newest weights, for --init-from: {newest.path}" in result.err
+    finish = f"python train.py --resume {run} --finish"
+    assert f"to export its best weights: {finish}; its newest, for --init-from: {newest.path}" in result.err
     rows = [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == 2
     assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert train(*finish.split()[2:]).code == 0  # which takes no step
+    assert json.loads((run / "eval/final.json").read_text())["steps"] == 2
 
 
 def test_an_evaluation_that_is_not_finite_ends_with_3():

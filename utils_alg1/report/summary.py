@@ -231,7 +231,8 @@ def add_resume_hint(
         return error
     hint = f"then go on: {resume_command(run, dist)}"
     if error.exit_code == CANNOT_TRAIN:  # its fix is a parameter value that a resumed run would refuse
-        hint = f"its newest weights, for --init-from: {newest_checkpoint}"
+        hint = f"to export its best weights: {resume_command(run, dist)} --finish"
+        hint += f"; its newest, for --init-from: {newest_checkpoint}"
     hint = f"{error.hint}; {hint}" if error.hint else hint
     return Alg1Error(error.message, hint, error.exit_code)
 
