@@ -663,7 +663,7 @@ def test_a_signal_without_a_stderr_is_heard_all_the_same(monkeypatch):
     assert signals.received == signal.SIGINT
 
 
-RUN: Any = SimpleNamespace(path=Path("runs/x"), run_id="x")
+RUN: Any = SimpleNamespace(path=Path("runs/x"), meta_dir=Path("no/meta"), run_id="x")
 
 
 @pytest.mark.parametrize(
