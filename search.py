@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils_alg1.search.results import finished_trials, write_results
     from utils_alg1.search.salvage import open_file
     from utils_alg1.search.space import grid_points, make_plan, read_space
-    from utils_alg1.search.storage import open_storage, storage_guard
+    from utils_alg1.search.storage import FILE_NAME, open_storage, storage_guard
     from utils_alg1.search.study import open_study
     from utils_alg1.search.trials import Search
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     if is_grid:
         n_trials = min(n_trials, len(points))
 
-    database = folder / "study.db"
+    database = folder / FILE_NAME
     with Console() as console, storage_guard(arguments.storage or str(database)):
         # 2. The study: a new one, or an existing one that is continued.
         if arguments.storage:

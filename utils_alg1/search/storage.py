@@ -15,6 +15,7 @@ from utils_alg1.base.locks import check_locks
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
+FILE_NAME = "study.db"  # of a study without --storage
 HEARTBEAT_SECONDS = 5
 GRACE_SECONDS = 15  # without a heartbeat until a trial is queued again
 BUSY_SECONDS = 60  # to wait for a lock of SQLite
@@ -65,7 +66,8 @@ def known_failure(url: str, error: BaseException) -> Alg1Error | None:
     reason = first_line(error)
     if "database is locked" in reason:
         return Alg1Error(f"{url} is held by another program", LOCKED_HINT)
-    if "malformed" in reason or "not a database" in reason:
+    # A file of another name may never have been a database.
+    if "malformed" in reason or ("not a database" in reason and Path(url).name == FILE_NAME):
         return Alg1Error(f"{url} is damaged: {reason}", DAMAGED_HINT)
     return None
 
