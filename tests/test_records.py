@@ -121,12 +121,13 @@ def test_every_part_of_a_run_is_recorded(train, text_file, monkeypatch, capsys):
     first = {name: (meta / name).read_text() for name in ("env.txt", "git.txt")}
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "latest"])
     monkeypatch.setattr("utils_alg1.utils_run_manager.platform.python_version", lambda: "3.99")
-    assert train("--resume", "latest").code == 0
+    assert train("--resume", "latest", "--threads", 2).code == 0
     parts = record()["parts"]
     assert [(part["step"], part["command"]) for part in parts] == [
         (0, f"train.py --data {text_file}"),
         (4, "train.py --resume latest"),
     ]
+    assert parts[1]["runtime"] == record()["runtime"] == parts[0]["runtime"] | {"threads": 2}
     assert parts[0]["started"] == record()["started"] < parts[1]["started"]
     for name, text in first.items():
         assert (meta / name).read_text().startswith(f"{text}\n# resumed at step 4, {parts[1]['started']}\n")
@@ -151,6 +152,7 @@ def test_a_run_of_an_earlier_version_has_its_last_command_as_the_first_part(trai
         "step": 0,
         "started": old["started"],
         "command": f"train.py --data {text_file}",
+        "runtime": old["runtime"],
     }
     assert record()["parts"][1]["command"] == command
     assert record()["origins"]["beta1"] == "resumed run"

@@ -231,7 +231,8 @@ def _earlier_record(run: RunFolder) -> dict[str, Any]:
         return {}
     if not isinstance(record.get("parts"), list):  # of an earlier version, which kept the last command only
         command = read_lines(run.meta_dir / "env.txt").get("command", UNKNOWN)
-        record["parts"] = [{"step": 0, "started": recorded_start(run), "command": command}]
+        first = {"step": 0, "started": recorded_start(run), "command": command}
+        record["parts"] = [first | {"runtime": record.get("runtime", {})}]
     return record
 
 
@@ -264,7 +265,7 @@ def write_records(
     heading = f"resumed at step {step}, {now}"
     git = MetadataCapture.capture_git_info(run.meta_dir / "git.txt", heading)
     environment = MetadataCapture.capture_env_info(run.meta_dir / "env.txt", heading)
-    part = {"step": step, "started": now, "command": environment["command"]}
+    part = {"step": step, "started": now, "command": environment["command"], "runtime": runtime}
     parts = [*earlier.get("parts", []), part]
     copy_files(config_files, run.meta_dir / "configs")
     notes = run.meta_dir / "notes.md"
