@@ -689,6 +689,19 @@ def test_event_files_that_were_deleted_are_written_again_from_the_start(started,
     assert (path / "logs/tensorboard").is_dir()
 
 
+def test_a_file_in_the_place_of_the_event_files_is_one_warning(tmp_path):
+    run = create_run(tmp_path / "runs")
+    run.tensorboard_dir.rmdir()
+    run.tensorboard_dir.touch()
+    settings = types.SimpleNamespace
+    params = settings(train=settings(aim=False), tensorboard=settings(tensorboard=True))
+    warnings: list[str] = []
+    with run, start_trackers(run, params, {}, {}, warnings.append, {}):
+        pass
+    (warning,) = warnings
+    assert warning.startswith("TensorBoard is switched off, training goes on: NotADirectoryError: ")
+
+
 def test_a_start_that_is_interrupted_closes_what_it_has_started(started, monkeypatch):
     made: list[BackgroundTracker] = []
     closed: list[MetricsFile] = []

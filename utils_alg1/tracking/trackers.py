@@ -19,6 +19,7 @@ from typing import Any
 
 from parameters import Parameters, specs
 from utils_aim.tracker import AimTracker
+from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import make_folder
 from utils_alg1.base.summaries import Kind, Tracker
 from utils_alg1.run_directory import RunDirectory, RunFolder
@@ -129,7 +130,8 @@ def start_trackers(
             if params.tensorboard.tensorboard:
                 flushed_step = tensorboard_state.get("synced", 0)
                 if not has_events(run.tensorboard_dir):  # they were deleted
-                    make_folder(run.tensorboard_dir)
+                    with contextlib.suppress(Alg1Error):  # opening it is what fails then, which is a warning
+                        make_folder(run.tensorboard_dir)
                     flushed_step = 0
                 purge_step = None if state is None else flushed_step
                 create = partial(open_tensorboard, run.path.absolute(), purge_step, hparams)
