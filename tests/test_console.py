@@ -681,14 +681,15 @@ def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice)
     "hint, exit_code, checkpoint, expected",
     [
         ("free some space", 4, None, "free some space"),
-        ("free some space", 4, "c", "free some space; then go on: python train.py --resume runs/x"),
-        (None, 4, "c", "then go on: python train.py --resume runs/x"),
+        ("free some space", 4, "step_9", "free some space; then go on: python train.py --resume runs/x"),
+        (None, 4, "step_9", "then go on: python train.py --resume runs/x"),
+        ("lower it", 3, "step_0", "lower it; its newest weights, for --init-from: step_0"),
         (
             "lower it",
             3,
-            "c",
-            "lower it; to export its best weights: python train.py --resume runs/x --finish;"
-            " its newest, for --init-from: c",
+            "step_9",
+            "lower it; its newest weights, for --init-from: step_9; to export its best:"
+            " python train.py --resume runs/x --finish",
         ),
     ],
 )

@@ -369,7 +369,7 @@ def test_a_run_that_diverges_ends_with_3_and_a_good_checkpoint(sabotage, what, t
     assert newest.progress.step == 2
     assert all(tensor.isfinite().all() for tensor in newest.tensors.values())
     finish = f"python train.py --resume {run} --finish"
-    assert f"to export its best weights: {finish}; its newest, for --init-from: {newest.path}" in result.err
+    assert f"its newest weights, for --init-from: {newest.path}; to export its best: {finish}\n" in result.err
     rows = [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == 2
     assert all(math.isfinite(value) for row in rows for value in row.values())

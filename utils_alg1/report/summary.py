@@ -13,7 +13,7 @@ from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.base.errors import CANNOT_TRAIN, DISK_FAILED, Alg1Error
 from utils_alg1.base.scripts import command
 from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
-from utils_alg1.run_directory import RunDirectory
+from utils_alg1.run_directory import RunDirectory, checkpoint_step
 from utils_alg1.tracking.aim_record import REPOSITORY, find_repo
 from utils_alg1.training.distributed import Distributed, launch_command
 from utils_alg1.training.resume import BEGINS_ANEW, new_run_command
@@ -231,8 +231,9 @@ def add_resume_hint(
         return error
     hint = f"then go on: {resume_command(run, dist)}"
     if error.exit_code == CANNOT_TRAIN:  # its fix is a parameter value that a resumed run would refuse
-        hint = f"to export its best weights: {resume_command(run, dist)} --finish"
-        hint += f"; its newest, for --init-from: {newest_checkpoint}"
+        hint = f"its newest weights, for --init-from: {newest_checkpoint}"
+        if checkpoint_step(newest_checkpoint):
+            hint += f"; to export its best: {resume_command(run, dist)} --finish"
     hint = f"{error.hint}; {hint}" if error.hint else hint
     return Alg1Error(error.message, hint, error.exit_code)
 
