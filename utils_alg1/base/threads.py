@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -30,6 +29,8 @@ def thread_guard() -> Iterator[None]:
 
 def enough_threads() -> bool:
     """Return whether ENOUGH threads can be started: tried out where a limit is low."""
+    import resource  # which Windows lacks, where the scripts say in one line that they do not run
+
     limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
     with contextlib.suppress(OSError, ValueError):  # of the container; not there, or "max"
         limits.append(int(PIDS_LIMIT.read_text()))
