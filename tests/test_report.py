@@ -311,10 +311,19 @@ def decoded(png: bytes) -> np.ndarray:
 def test_the_attention_picture_holds_every_weight_at_its_place(saved_figures):
     weights = np.tril(np.random.default_rng(0).random((2, 3, 5, 5)))
     weights /= weights.sum(axis=-1, keepdims=True)
-    picture = decoded(pictures_module.draw_attention(weights, "2026-01-31_001 中 $x$")).astype(int)
+    png = pictures_module.draw_attention(weights, "2026-01-31_001 中 $x$", "$ \n\u0301中")
+    picture = decoded(png).astype(int)
     (axes,) = saved_figures[-1].axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["head 0", "head 1", "head 2"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["layer 0", "layer 1"]
+    columns, rows = (
+        {tick - 2 + i: symbol for tick in ticks for i, symbol in enumerate("$␣↵\ufffd中")}
+        for ticks in (axes.get_xticks(), axes.get_yticks())
+    )
+    labels = {text.get_position(): text.get_text() for text in axes.texts}
+    above, beside = ({(x, -1): c for x, c in columns.items()}, {(-1, y): c for y, c in rows.items()})
+    assert labels == above | beside and len(axes.texts) == 5 * (3 + 2)
+    assert pictures_module.displayed_width(png) == round(picture.shape[1] * 0.8)
 
     def pixel(x: float, y: float) -> np.ndarray:
         across, up = axes.transData.transform((x, y))
@@ -332,8 +341,9 @@ def test_of_many_layers_some_are_shown_with_the_first_and_the_last(saved_figures
     assert pictures_module.evenly_spaced(1) == [0]
     assert pictures_module.evenly_spaced(12) == list(range(12))
     assert pictures_module.evenly_spaced(23) == list(range(0, 23, 2))
-    pictures_module.draw_attention(np.eye(4)[None, None].repeat(30, axis=0), "long " * 60)
+    png = pictures_module.draw_attention(np.eye(32)[None, None].repeat(30, axis=0), "long " * 60, "abcd" * 8)
     (axes,) = saved_figures[-1].axes
+    assert len(decoded(png)) == pytest.approx(3000, abs=2)
     shown = [label.get_text() for label in axes.get_yticklabels()]
     assert len(shown) == 12 and (shown[0], shown[-1]) == ("layer 0", "layer 29")
 
@@ -343,7 +353,7 @@ def test_the_attention_picture_is_that_of_the_exported_weights_and_the_text_on_t
     assert len(text) == 8
     model = BigramLanguageModel().load_safetensors(run / "artifacts/export/model.safetensors").eval()
     idx = torch.tensor([Tokenizer(model.vocabulary).encode(text)])
-    expected = pictures_module.draw_attention(attention_weights(model, idx), run.name)
+    expected = pictures_module.draw_attention(attention_weights(model, idx), run.name, text)
     assert (run / "eval/attention.png").read_bytes() == expected
 
 

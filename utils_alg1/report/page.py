@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 800  # points of a curve; a page has fewer pixels
 MAX_EVALUATIONS = 200  # rows of the table of evaluations
-ATTENTION_LENGTH = 64  # characters of context; with more, a character would be less than two pixels wide
+ATTENTION_LENGTH = 32  # characters of context; with more, few squares would fit on a screen
 MAX_STAGES = 6  # samples of the training that are shown
 HELD_OUT_LENGTH = 1000  # characters
 
@@ -56,7 +56,7 @@ def write_report(run: RunDirectory, trainer: Trainer, samples: list[str], consol
 
     def write_attention(path: Path) -> None:
         weights = attention_weights(trainer.model, idx)
-        write_atomically(path, pictures.draw_attention(weights, run.run_id))
+        write_atomically(path, pictures.draw_attention(weights, run.run_id, text))
 
     def write_page(path: Path) -> None:
         page = build_page(run.path, samples, text if attention_path.exists() else None, held_out)
@@ -108,6 +108,7 @@ def build_page(
         prompt=character_symbol(Tokenizer(weights.vocabulary or []).default_prompt),
         notes=notes(run),
         attention_text=attention_text,
+        attention_width=pictures.displayed_width(picture),
         attention_picture=base64.b64encode(picture).decode("ascii"),
         parameters=parameters,
         changed=[row for row in parameters if row[0] not in specs() or row[1] != row[2]],
