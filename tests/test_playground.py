@@ -235,6 +235,27 @@ def test_stop_stops_and_the_page_stays_alive_meanwhile(folder, browser):
 
 
 @needs_chromium
+def test_a_worker_that_is_stopped_draws_no_more(folder, browser):
+    browser.open(folder / "reference.html")
+    kinds = browser.evaluate("""new Promise(resolve => {
+        const contentOf = id => document.getElementById(id).textContent;
+        const worker = new Worker(URL.createObjectURL(new Blob([contentOf("model")])));
+        const kinds = [];
+        worker.onmessage = ({ data }) => {
+            kinds.push(data.kind);
+            if (kinds.length > 1) return;
+            worker.postMessage({ kind: "stop" });
+            worker.postMessage({ kind: "look", tokens: [0], layer: 0, head: 0 });
+            setTimeout(() => resolve(kinds), 500);
+        };
+        worker.postMessage({ kind: "load", ...JSON.parse(contentOf("playground")) });
+        const settings = { temperature: 1, topK: 5, seed: 1 };
+        worker.postMessage({ kind: "generate", job: 1, tokens: [0], length: 1e6, ...settings });
+    })""")
+    assert kinds[0] == "drawn" and kinds[-1] == "seen" and "seen" not in kinds[:-1]
+
+
+@needs_chromium
 def test_an_empty_prompt_is_that_of_inference_and_nothing_is_shown_of_it(folder, browser, sample):
     browser.open(folder / "reference.html")
     flags = ["--model", folder / "reference.safetensors", "--temperature", 0, "--max-new-tokens", 40]
@@ -432,6 +453,14 @@ def test_the_weights_in_a_page_are_those_of_the_export_to_sixteen_bits(folder):
         expected = tensors[name].reshape(n_rows, -1)
         assert (np.abs(found - expected) <= np.abs(expected).max(axis=1, keepdims=True) / 65_000).all()
     assert len(integers) == len(scales) == 0
+
+
+def test_sixteen_bits_hold_zeros_and_numbers_of_all_sizes():
+    tensor = np.array([[0, 0, 0], [1e30, -1e30, 3e29], [1e-30, 0, -1e-30]], np.float32)
+    integers, scales = playground.quantize(tensor)
+    assert (integers.dtype, scales.dtype, scales.shape) == ("<i2", "<f4", (3, 1))
+    assert (integers * scales)[0].tolist() == [0, 0, 0]
+    assert integers[1:].tolist() == [[32767, -32767, 9830], [32767, 0, -32767]]
 
 
 @pytest.mark.parametrize(

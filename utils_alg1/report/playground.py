@@ -49,10 +49,10 @@ def playground_values(weights: Weights) -> dict[str, Any]:
 def quantize(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return a tensor (..., N) as 16-bit integers and their scales (..., 1), one for each row.
 
-    In rows of numbers of similar sizes that is several times as exact as float16, which is as large.
+    In rows of numbers of similar sizes that is several times as exact as float16, which is as large. A row of
+    zeros has the scale 0, whatever its integers are.
     """
     scales = np.abs(tensor).max(axis=-1, keepdims=True).astype("<f4") / np.float32(32767)
-    scales[scales == 0] = 1
     return np.round(tensor / scales).astype("<i2"), scales
 
 
