@@ -182,7 +182,8 @@ def test_the_losses_of_counting_are_in_the_results_and_on_the_page(run):
     assert figures["this model"] == f"{final['export_val_loss']:.4f}"
     assert ["uniform", counted.uniform] in page.data["references"]
     assert any(
-        f"The counts are of {len(train_data) - 1:,} characters of the part" in p for p in paragraphs(page)
+        f"those of the part for training, {len(train_data) - 1:,} characters, with" in p
+        for p in paragraphs(page)
     )
 
 
@@ -193,7 +194,7 @@ def test_the_losses_of_counting_are_in_the_results_and_on_the_page(run):
         ({"bigram_loss": 2.5, "export_val_loss": 2.5}, "The model is no better than counting pairs: "),
         (
             {"counted_characters": 90, "train_characters": 1000},
-            "of the part for training, spread evenly, with",
+            "those of 90 characters of the part for training, spread evenly, with",
         ),
     ],
 )
