@@ -77,12 +77,13 @@ function draw(svg, lines, steps, references = [], marks = []) {
     add(svg, "text", { x: left - 8, y: y(value), "text-anchor": "end", "dominant-baseline": "central" }, yLabels[i]);
   });
   xTicks.forEach((step, i) => add(svg, "text", { x: x(step), y: height - 6, "text-anchor": "middle" }, xLabels[i]));
-  let labelled = 0; // up to where the top has a label
+  let labelled = 0; // up to where there is a label at the bottom, where losses seldom are
   for (const [step, name] of marks) {
     add(svg, "path", { class: "mark", d: `M${x(step)} ${top}V${bottom}` });
     const isLast = x(step) > right - MARK_WIDTH;
     if (x(step) - (isLast ? MARK_WIDTH : 0) < labelled) continue;
-    add(svg, "text", { x: x(step) + (isLast ? -4 : 4), y: top + 9, "text-anchor": isLast ? "end" : "start" }, name);
+    const place = { x: x(step) + (isLast ? -4 : 4), y: bottom - 3, "text-anchor": isLast ? "end" : "start" };
+    add(svg, "text", { class: "over", ...place }, name);
     labelled = x(step) + MARK_WIDTH;
   }
   for (const { kind, points } of lines) {
