@@ -38,6 +38,7 @@ from utils_alg1.tracking import trackers as trackers_module
 from utils_alg1.tracking.aim_record import read_record
 from utils_alg1.tracking.background import BackgroundTracker
 from utils_alg1.tracking.metrics_file import MetricsFile, RowReader, cut_metrics, read_metrics, read_rows
+from utils_alg1.tracking.samples_file import SamplesFile, cut_samples, read_samples
 from utils_alg1.tracking.trackers import Trackers, open_aim, open_tensorboard, start_trackers
 from utils_alg1.utils_run_manager import create_run
 
@@ -274,6 +275,27 @@ def test_the_metrics_file_keeps_scalars_only(tmp_path):
         file.log(kind, {"samples": "a"}, 0)
     file.close()
     assert file.path.read_bytes() == b""
+
+
+def test_the_samples_file_keeps_texts_only_whether_or_not_a_tracker_works(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    assert read_samples(path) == []
+    trackers = Trackers(MetricsFile(tmp_path / "metrics.jsonl"), {}, SamplesFile(path))
+    for kind, payload in (("scalars", {"a": 1.0}), ("images", ["i"]), ("texts", {})):  # {}: not finite
+        trackers.log(kind, payload, 0)
+    assert not path.exists() and [trackers.keeps(kind) for kind in ("texts", "images")] == [True, False]
+    for step in (0, 4, 8):
+        trackers.log("texts", {"samples": f"é\n{step}"}, step)
+    trackers.close()
+    assert read_samples(path) == [(0, "é\n0"), (4, "é\n4"), (8, "é\n8")]
+    cut_samples(path, 8)
+    assert (
+        path.read_bytes() == b'{"step": 0, "samples": "\\u00e9\\n0"}\n{"step": 4, "samples": "\\u00e9\\n4"}\n'
+    )
+    path.write_bytes(path.read_bytes() + b'{"step": 5, "samp')
+    assert read_samples(path) == [(0, "é\n0"), (4, "é\n4")]
+    cut_samples(path, 4)
+    assert read_samples(path) == [(0, "é\n0")]
 
 
 # --- a process for each tracker -----------------------------------------------------------------------
