@@ -21,7 +21,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from parameters import Parameters, specs
+from parameters import MAIN_PARAMETERS, Parameters, specs
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.files import read_json_object
 from utils_alg1.base.problems import nearest, raise_problems
@@ -61,7 +61,6 @@ RANKED = "export_val_loss"  # ranks the runs; results of earlier versions do not
 RESULTS = ("run", "tag", "state", "resumed", "best", RANKED, *FINAL_KEYS, *DERIVED)
 HEADINGS = {"tokens_per_second": "tok/s", "n_parameters": "parameters"}  # the others are the names
 TEXT_COLUMNS = ("run", "state", "text", "val_text")  # aligned to the left
-MAIN_PARAMETERS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
 MAX_CELL_LENGTH = 40  # characters of a parameter or a text
 
 

@@ -149,6 +149,8 @@ NO_VOCAB_SIZE = Problem("vocab_size is missing", ("vocab_size",))
 MODEL_OPTIONS: dict[str, Any] = {
     name: getattr(ModelConfig, name) for name in ("positions", "qk_norm", "zero_init")
 }
+# Those that tables of runs show first.
+MAIN_PARAMETERS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "learning_rate")
 
 
 @dataclass

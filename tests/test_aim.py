@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -18,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train as script
 from parameters import specs
-from utils_aim.instructions import instructions
+from utils_aim.instructions import GROUPING, QUERY, address, instructions
 from utils_aim.pictures import draw_embedding
 from utils_aim.tracker import AimTracker
 from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Image
@@ -157,7 +161,7 @@ def test_distributions_are_those_of_numpy_and_of_tensorboard(run, repo):
     activations = [key for key in found if ("kind", "activation") in key[1]]
     assert {name for name, _ in activations} == {"blocks.0", "blocks.0.sa", "blocks.0.ffwd.net.1"}
     for key in activations:
-        drawn = events.Histograms(f"Activations/{key[0]}")
+        drawn = events.Histograms(f"Outputs/{key[0]}")
         points = found.pop(key)
         assert [e.step for e in drawn] == sorted(points) == [0, 2, 4, 6]
         for e in drawn:
@@ -215,6 +219,9 @@ def test_aim_keeps_all_parameters_and_where_the_run_came_from(run, repo):
     assert kept["hparams"]["learning_rate"] == 1e-3
     assert kept["hparams"]["vocab_size"] == len(set(TEXT))
     assert kept["run_dir"] == str(run)
+    losses = [row["loss/val"] for row in read_metrics(run / "logs/metrics.jsonl") if "loss/val" in row]
+    assert kept["best_val_loss"] == min(losses)
+    assert (kept.experiment, kept.tags) == ("alg1", [])
     assert set(kept["git"]) == {"commit", "branch", "dirty"}
     records = (run / "meta/env.txt").read_text().splitlines()
     assert sorted(f"{name}: {value}" for name, value in kept["environment"].items()) == sorted(records)
@@ -244,7 +251,7 @@ def alone(tmp_path_factory) -> tuple[Path, str]:
     streams = sys.stdout.write, sys.stderr.write
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        tracker = AimTracker("my run", "runs/my-run", warn=pytest.fail)
+        tracker = AimTracker("my run", "runs/my-run", warn=pytest.fail, tag="wide")
         assert (sys.stdout.write, sys.stderr.write) == streams
         assert tracker.enabled
         tracker.track_config({"n_embd": 64, "lr": 1e-3, "output": None, "list": [1, "two"]})
@@ -277,7 +284,7 @@ def alone(tmp_path_factory) -> tuple[Path, str]:
         tracker.track_metric("late", 1.0, 0)
         tracker.log("texts", {"late": "late"}, 0)
         tracker.close()
-        again = AimTracker("my run", "runs/my-run", run_hash=run_hash, warn=pytest.fail)
+        again = AimTracker("my run", "runs/my-run", run_hash=run_hash, warn=pytest.fail, tag="other")
         assert again.run_hash == run_hash
         again.track_metric("loss", 6.0, 3, {"subset": "train"})
         again.close()
@@ -295,6 +302,8 @@ def test_the_tracker_keeps_configuration_and_metadata_in_the_folder_named_and_no
     run = runs["my run"]
     assert (run.hash, run["run_dir"], run["git_commit"]) == (run_hash, "runs/my-run", "abc")
     assert run["hparams"] == {"n_embd": 64, "lr": 1e-3, "output": None, "list": [1, "two"]}
+    assert (run.experiment, run.tags) == ("wide", ["wide"])  # those that it was begun with
+    assert (runs["two"].experiment, runs["two"].tags) == ("alg1", [])
     assert list(aim.Repo(str(folder.parent)).iter_runs()) == []
 
 
@@ -492,5 +501,22 @@ def test_used_on_its_own_a_failure_is_a_python_warning(aim_run):
 
 
 def test_the_instructions_name_command_and_address():
-    assert instructions() == ("aim up", "then open http://localhost:43800")
+    command, remark = instructions()
+    assert (command, remark) == ("aim up", f"then open {address()}")
     assert instructions("/a b")[0] == "aim up --repo='/a b'"
+
+
+def test_the_address_holds_the_query_and_the_grouping_as_aims_pages_read_them():
+    url = urlsplit(address("127.0.0.1", 43801))
+    assert (url.netloc, url.path) == ("127.0.0.1:43801", "/metrics")
+    values = {}
+    for name, (text,) in parse_qs(url.query).items():
+        assert re.fullmatch("O-[A-Za-z0-9_-]+", text)
+        values[name] = json.loads(base64.urlsafe_b64decode(text[2:] + "=" * (-len(text[2:]) % 4)))
+    assert values == {"select": QUERY, "grouping": GROUPING}
+
+
+def test_the_query_of_the_address_finds_train_and_val_loss(repo):
+    found = aim.Repo(str(repo)).query_metrics(QUERY["query"], report_mode=0)
+    contexts = [metric.context.to_dict() for metrics in found.iter_runs() for metric in metrics]
+    assert sorted(context["subset"] for context in contexts) == ["train", "val"]

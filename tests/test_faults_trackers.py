@@ -105,7 +105,7 @@ def test_a_run_that_is_deleted_while_it_trains_stays_deleted(reference, tmp_path
 class FileAim(Tracker):
     """An AimTracker whose runs are files of lines: step, name, value."""
 
-    def __init__(self, run_name, run_dir, repo, run_hash, warn):
+    def __init__(self, run_name, run_dir, repo, run_hash, warn, tag):
         folder = repo / ".aim"
         folder.mkdir(exist_ok=True)
         self.run_hash = (

@@ -28,10 +28,12 @@ from tensorboard import plugin_util
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins import projector
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
 import train as script
+from parameters import MAIN_PARAMETERS
 from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Image, model_histograms
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import list_runs
@@ -52,6 +54,7 @@ LOOKS = (
     " --gradient-norm-interval 2 --speed-interval 3"
 ).split()
 TENSORBOARD_ONLY = ["--data", "text.txt", *TINY, *LOOKS, "--no-aim"]
+PAGES = {"_hparams_/session_start_info", "_hparams_/experiment", "custom_scalars__config__"}
 NO_SAMPLING = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
 
 
@@ -108,13 +111,16 @@ def curves(metrics_path: Path) -> dict[str, list[tuple[int, float]]]:
         "loss/val": "Loss/val",
         "learning_rate": "Learning_Rate",
         "tokens": "Tokens",
-        "gradient_norm": "Gradient_Norm",
+        "gradient_norm": "Optimizer/gradient_norm",
         "tokens_per_second": "Tokens_Per_Second",
     }
     found: dict[str, list[tuple[int, float]]] = {tag: [] for tag in tags.values()}
     for row in read_metrics(metrics_path):
         for key in row.keys() & tags.keys():
             found[tags[key]].append((int(row["step"]), float(np.float32(row[key]))))
+    losses = found["Loss/val"]
+    lowest = np.minimum.accumulate([loss for _, loss in losses])
+    found["Results/best_val"] = [(step, low) for (step, _), low in zip(losses, lowest, strict=True)]
     return found
 
 
@@ -137,14 +143,17 @@ def test_a_run_has_exactly_these_tags(run, events):
     names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
     assert len(names) > 10
     losses = {"Loss/train_step", "Loss/train", "Loss/val"}
-    others = {"Learning_Rate", "Gradient_Norm", "Tokens_Per_Second", "Tokens"}
+    others = {"Learning_Rate", "Optimizer/gradient_norm", "Tokens_Per_Second", "Tokens", "Results/best_val"}
     assert set(events.Tags()["scalars"]) == losses | others
     assert set(events.Tags()["histograms"]) == {
         *(f"{kind}/{name}" for name in names for kind in ("Parameters", "Gradients")),
-        *(f"Activations/blocks.0{name}" for name in ("", ".sa", ".ffwd.net.1")),
+        *(f"Outputs/blocks.0{name}" for name in ("", ".sa", ".ffwd.net.1")),
     }
-    assert set(events.Tags()["images"]) == {"Attention/layer_0/head_0", "Attention/layer_0/head_1"}
-    assert set(events.Tags()["tensors"]) == {"Samples/text_summary", "_hparams_/session_start_info"}
+    assert set(events.Tags()["images"]) == {
+        "Views/attention/layer_0/head_0",
+        "Views/attention/layer_0/head_1",
+    }
+    assert set(events.Tags()["tensors"]) == {"Samples/text_summary", *PAGES}
 
 
 def test_a_run_has_one_point_for_each_step_that_was_due(events):
@@ -155,11 +164,12 @@ def test_a_run_has_one_point_for_each_step_that_was_due(events):
         "Loss/val": EVALUATIONS,
         "Learning_Rate": EVALUATIONS,
         "Tokens": EVALUATIONS,
-        "Gradient_Norm": [0, 2, 4],
+        "Results/best_val": EVALUATIONS,
+        "Optimizer/gradient_norm": [0, 2, 4],
         "Tokens_Per_Second": [3, 6],
     }
     for tag in events.Tags()["histograms"]:
-        due = [0, 2, 4, 6] if tag.startswith("Activations") else HISTOGRAMS
+        due = [0, 2, 4, 6] if tag.startswith("Outputs") else HISTOGRAMS
         assert [e.step for e in events.Histograms(tag)] == due
     assert {step for _, step in images(events)} == {0, 3, 6}
 
@@ -171,7 +181,7 @@ def test_tensorboard_shows_what_the_metrics_file_says(run, events):
 
 def test_histograms_are_those_of_numpy(run, events):
     checked = 0
-    drawn = [tag for tag in events.Tags()["histograms"] if not tag.startswith("Activations")]
+    drawn = [tag for tag in events.Tags()["histograms"] if not tag.startswith("Outputs")]
     with np.load(run / "values.npz") as values:
         for tag in drawn:
             group, name = tag.split("/", 1)
@@ -214,6 +224,36 @@ def test_the_table_of_hyperparameters_has_what_shapes_a_training_under_the_runs_
     assert not values.keys() & {"histogram_interval", "port", "runs_dir", "output", "device", "aim"}
 
 
+def test_what_is_not_the_references_stands_behind_the_losses(events):
+    """TensorBoard sorts its first page by the part of a tag before the slash."""
+    ours = {tag for tags in events.Tags().values() if isinstance(tags, list) for tag in tags} - PAGES
+    theirs = {tag for tag in ours if tag.startswith(("Loss/", "Parameters/", "Gradients/", "Learning_Rate"))}
+    assert len(ours - theirs) == 10
+    assert all(tag.lower() > "loss/" for tag in ours - theirs)
+
+
+def test_the_pages_of_results_and_of_own_charts_begin_with_the_losses(run):
+    """What the server's pages HParams and Custom Scalars are made of."""
+    events = plugin_event_accumulator.EventAccumulator(str(run / "logs/tensorboard")).Reload()
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    experiment = HParamsPluginData.FromString(content).experiment
+    shown = [(info.display_name, info.name.tag) for info in experiment.metric_infos]
+    assert shown == [
+        ("best val loss", "Results/best_val"),
+        ("val loss", "Loss/val"),
+        ("train loss", "Loss/train"),
+    ]
+    named = {info.name: info.differs for info in experiment.hparam_infos}
+    assert named.keys() == hyperparameters(run / "logs/tensorboard")[1].keys()
+    assert {name for name, first in named.items() if first} == set(MAIN_PARAMETERS)
+    (layout,) = events.Tensors("custom_scalars__config__")
+    (category,) = Layout.FromString(make_ndarray(layout.tensor_proto).item()).category
+    (chart,) = category.chart
+    tags = read_events(run / "logs/tensorboard").Tags()["scalars"]
+    found = [tag for regex in chart.multiline.tag for tag in tags if re.match(regex, tag)]
+    assert (category.title, chart.title, found) == ("Loss", "train and val", ["Loss/train", "Loss/val"])
+
+
 def test_a_hyperparameter_that_is_none_is_left_out(tmp_path):
     writer = TensorBoardWriter(tmp_path, warn=pytest.fail)
     writer.add_hparams("mine", {"a": None, "b": 0.5, "c": "x", "d": True, "e": 3})
@@ -233,7 +273,7 @@ def test_no_purge_hides_the_hyperparameters(tmp_path):
 def test_pictures_texts_and_embeddings_are_those_that_were_shown(run, events):
     logged = pickle.loads((run / "logged.pkl").read_bytes())
     pictures = {
-        (f"Attention/layer_{image.context['layer']}/head_{image.context['head']}", step): image.pixels()
+        (f"Views/attention/layer_{image.context['layer']}/head_{image.context['head']}", step): image.pixels()
         for (name, step), data in logged.items()
         if name == "images"
         for image in data
@@ -278,9 +318,10 @@ def test_with_every_interval_at_0_there_are_only_the_losses(train, text_file):
     events = read_events(path / "logs/tensorboard")
     tags = events.Tags()
     assert [step for step, _ in scalars(events)["Loss/val"]] == [0, 4, 6]
-    assert set(tags["scalars"]) == {"Loss/train_step", "Loss/train", "Loss/val", "Learning_Rate", "Tokens"}
+    losses = {"Loss/train_step", "Loss/train", "Loss/val", "Results/best_val"}
+    assert set(tags["scalars"]) == losses | {"Learning_Rate", "Tokens"}
     assert tags["histograms"] == tags["images"] == []
-    assert tags["tensors"] == ["_hparams_/session_start_info"]
+    assert set(tags["tensors"]) == PAGES
     assert [p.name for p in (path / "logs/tensorboard").iterdir() if "tfevents" not in p.name] == []
 
 
@@ -321,7 +362,7 @@ def check_resumed(path: Path, run: Path) -> None:
     assert lasting(scalars(ours)) == lasting(scalars(whole))
     for tag in whole.Tags()["images"]:
         assert [e.step for e in ours.Images(tag)] == [0, 3, 6]
-    assert [e.step for e in ours.Histograms("Activations/blocks.0.sa")] == [0, 2, 4, 6]
+    assert [e.step for e in ours.Histograms("Outputs/blocks.0.sa")] == [0, 2, 4, 6]
     assert texts(path / "logs/tensorboard") == texts(run / "logs/tensorboard")
     a, b = images(ours), images(whole)
     assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
@@ -644,7 +685,7 @@ def test_the_instructions_name_the_folder_and_the_port():
     assert instructions()[0] == "tensorboard --logdir=runs --port=6006"
     assert instructions("my-runs", 7007) == (
         "tensorboard --logdir=my-runs --port=7007",
-        "then open http://localhost:7007",
+        "then open http://localhost:7007/?tagFilter=Loss",
     )
 
 
@@ -705,7 +746,7 @@ def test_the_server_answers_with_the_points_of_a_run_on_loopback_only(run, event
             embeddings(run / "logs/tensorboard")
         )
         assert info["embeddings"][0]["tensorShape"] == [len(set(TEXT)), 16]
-    assert said == [f"TensorBoard is at http://127.0.0.1:{port}/ while this run lasts"]
+    assert said == [f"TensorBoard is at http://127.0.0.1:{port}/?tagFilter=Loss while this run lasts"]
     assert process.poll() is not None
     assert not answers("127.0.0.1", port)
 
@@ -778,7 +819,10 @@ def test_a_run_serves_tensorboard_while_it_lasts(train, text_file, servers):
     port = free_port()
     result = train(*TENSORBOARD_ONLY, "--serve-tensorboard", "--port", port)
     assert (result.code, result.err) == (0, "")
-    assert f"TensorBoard is at http://127.0.0.1:{port}/ while this run lasts" in result.out.splitlines()
+    assert (
+        f"TensorBoard is at http://127.0.0.1:{port}/?tagFilter=Loss while this run lasts"
+        in result.out.splitlines()
+    )
     (process,) = servers
     assert process.poll() is not None
     assert process.args[3:] == ["--logdir=runs", "--host=127.0.0.1", f"--port={port}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import functools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -313,8 +314,9 @@ def test_a_tracker_gets_everything_once_and_in_order(tmp_path, monkeypatch):
             trackers.log("texts", {"samples": "a"}, step)
             trackers.log("embedding", "e", step)
     rows, others = [], []
+    evaluation = {"loss/train": 1.0, "loss/val": 2.0, "learning_rate": 3.0, "best_val_loss": 2.0}
     for step in range(50):
-        rows.append(("scalars", {"loss/train": 1.0, "loss/val": 2.0, "learning_rate": 3.0}, step))
+        rows.append(("scalars", evaluation, step))
         rows.append(("scalars", {"loss/train_step": 0.5}, step))
         others += [("histograms", ["weight", "bias"], step), ("images", [step], step)]
         others += [("texts", {"samples": "a"}, step), ("embedding", "e", step)]
@@ -546,7 +548,8 @@ def test_when_its_parent_is_killed_a_tracker_holds_no_lock_closes_and_leaves(tmp
     for recorder in recorders:
         recorder.gate.set()
     wait_until(lambda: not any(map(alive, pids)))
-    assert [recorder.calls for recorder in recorders] == [[("scalars", {"loss/val": 1.0}, 0), ("close",)]] * 2
+    calls = [("scalars", {"loss/val": 1.0, "best_val_loss": 1.0}, 0), ("close",)]
+    assert [recorder.calls for recorder in recorders] == [calls] * 2
 
 
 def test_a_tracker_that_hangs_does_not_outlive_its_parent(tmp_path, orphans, short_timeouts):
@@ -658,7 +661,7 @@ def started(tmp_path, monkeypatch):
     notes_by_name = {name: Notes(tmp_path / name) for name in ("opened", "aim", "tensorboard", "purge_step")}
 
     class FakeAim(Tracker):
-        def __init__(self, run_name, run_dir, repo, run_hash, warn):
+        def __init__(self, run_name, run_dir, repo, run_hash, warn, tag):
             notes_by_name["opened"].append(run_hash)
             self.run_hash = run_hash if run_hash in exists else "new"
 
@@ -671,7 +674,7 @@ def started(tmp_path, monkeypatch):
         def __init__(self, log_dir, purge_step, warn, must_exist=False):
             notes_by_name["purge_step"].append(purge_step)
 
-        def add_hparams(self, name, values): ...
+        def describe_run(self, name, hparams, main): ...
 
         def log(self, kind, payload, step):
             notes_by_name["tensorboard"].append((payload, step))
@@ -749,7 +752,7 @@ def rows(steps: range) -> list[tuple]:
     for step in steps:
         if step % 2 == 0:
             losses = {"loss/train": step + 0.1, "loss/val": step + 0.2}
-            found.append(({**losses, "learning_rate": 1e-3}, step))
+            found.append(({**losses, "learning_rate": 1e-3, "best_val_loss": 0.2}, step))
         found.append(({"loss/train_step": step + 0.3}, step))
     return found
 
@@ -785,7 +788,7 @@ def test_an_aim_run_that_is_gone_is_begun_anew_with_all_rows(started):
 class RecordedAim(Tracker):
     """As much of an AimTracker as opening needs: a repository is a folder `.aim` with a file for each run."""
 
-    def __init__(self, run_name, run_dir, repo, run_hash, warn):
+    def __init__(self, run_name, run_dir, repo, run_hash, warn, tag):
         self.repo = repo
         folder = repo / ".aim"
         folder.mkdir(exist_ok=True)
@@ -967,6 +970,16 @@ def test_the_memory_of_a_tracker_that_is_behind_is_that_of_one_row(tmp_path):
     tracemalloc.stop()
 
 
+def test_a_reader_of_rows_knows_the_lowest_val_loss_also_of_the_steps_that_it_leaves_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    losses = [math.nan, 3.0, 2.0, math.nan, 2.5, 1.0]
+    lines = [json.dumps({"step": step, "loss/val": loss}) for step, loss in enumerate(losses)]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    for first_step in (0, 3):
+        found = [row.get("best_val_loss") for row in RowReader(path, first_step).read(lambda: False)]
+        assert found == [None, 3.0, 2.0, 2.0, 2.0, 1.0][first_step:]
+
+
 def test_a_reader_of_rows_goes_on_where_it_was_and_sees_what_is_written_later(tmp_path):
     path = tmp_path / "m.jsonl"
     reader = RowReader(path, 3)
@@ -1005,6 +1018,7 @@ class FakeRun:
     name = ""
 
     def track(self, *_, **__): ...
+    def add_tag(self, value): ...
     def __setitem__(self, key, value): ...
     def close(self): ...
 
@@ -1020,12 +1034,13 @@ class FakeSummaryWriter:
     def add_histogram_raw(self, *_, **__): ...
     def add_image(self, *_, **__): ...
     def add_text(self, *_): ...
+    def add_custom_scalars(self, *_): ...
     def flush(self): ...
     def close(self): ...
 
 
 AIM_VALUES = ["Distribution", "Image", "Text"]
-SUMMARY_WRITER_CALLS = ["add_scalar", "add_histogram_raw", "add_image", "add_text"]
+SUMMARY_WRITER_CALLS = ["add_custom_scalars", "add_scalar", "add_histogram_raw", "add_image", "add_text"]
 AIM_PLACES = ["import", "Repo", "Run", "name", "__setitem__", "track", *AIM_VALUES, "draw_embedding", "close"]
 TENSORBOARD_PLACES = [
     *("import", "SummaryWriter", "hparams_pb", *SUMMARY_WRITER_CALLS, "ProjectorConfig", "flush", "close")

@@ -29,6 +29,10 @@ NAMES: dict[str, tuple[str, Context]] = {
     "loss/train": ("loss", {"subset": "train"}),
     "loss/val": ("loss", {"subset": "val"}),
 }
+PARAMETERS = (
+    "best_val_loss",
+)  # scalars that are no curve in Aim: their last values are parameters of the run
+EXPERIMENT = "alg1"  # of runs without a tag
 
 
 class AimTracker(Tracker):
@@ -42,6 +46,7 @@ class AimTracker(Tracker):
         run_dir: kept in the run's metadata.
         repo: folder that holds `.aim`, where `aim up` is started.
         run_hash: continue this run; if the repository no longer has it, a new run is started.
+        tag: a new run's tag and experiment in Aim; one without is of EXPERIMENT.
     """
 
     def __init__(
@@ -51,11 +56,12 @@ class AimTracker(Tracker):
         repo: str | Path = ".",
         run_hash: str | None = None,
         warn: Callable[[str], None] = warnings.warn,
+        tag: str = "",
     ):
         self._run: Any = None
         self._folder = Path(repo).absolute() / ".aim"
         self._guard = Guard("Aim", warn, self._explain)
-        self._run = self._guard.attempt(_open_run, self._folder.parent, run_hash, run_name)
+        self._run = self._guard.attempt(_open_run, self._folder.parent, run_hash, run_name, tag)
         self.track_metadata("run_dir", str(run_dir))
 
     def _explain(self, error: BaseException) -> str:
@@ -85,7 +91,10 @@ class AimTracker(Tracker):
             case "scalars":
                 for key, value in payload.items():
                     name, context = NAMES.get(key, (key, None))
-                    self.track_metric(name, value, step, context)
+                    if key in PARAMETERS:
+                        self.track_metadata(key, value)
+                    else:
+                        self.track_metric(name, value, step, context)
             case "histograms":
                 for h in payload:
                     self.track_distribution(h.name, (h.counts, h.edges), step, {"kind": h.kind})
@@ -170,7 +179,7 @@ class AimTracker(Tracker):
             atexit.unregister(cleanup.AutoClean.cleanup)
 
 
-def _open_run(repo: Path, run_hash: str | None, run_name: str) -> Any:
+def _open_run(repo: Path, run_hash: str | None, run_name: str, tag: str) -> Any:
     """Open a run in Aim and name it. Waits while another process holds Aim's lock to open its own."""
     import aim
     from aim.sdk.errors import MissingRunError
@@ -188,6 +197,10 @@ def _open_run(repo: Path, run_hash: str | None, run_name: str) -> Any:
                 log_system_params=False,
             )
             run.name = run_name
+            if run_hash is None:  # what the user has changed since is kept
+                run.experiment = tag or EXPERIMENT
+                if tag:
+                    run.add_tag(tag)
             return run
         except MissingRunError:  # it was deleted: start a new run
             run_hash = None

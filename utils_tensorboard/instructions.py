@@ -7,6 +7,11 @@ import shlex
 from parameters import TensorBoardConfig
 
 
+def address(port: int, host: str = "localhost") -> str:
+    """Return the address of TensorBoard's first page, with the losses alone."""
+    return f"http://{host}:{port}/?tagFilter=Loss"
+
+
 def instructions(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -> tuple[str, str]:
     """Return the command to type, which shows all runs, and a line with the address to open."""
-    return f"tensorboard --logdir={shlex.quote(runs_dir)} --port={port}", f"then open http://localhost:{port}"
+    return f"tensorboard --logdir={shlex.quote(runs_dir)} --port={port}", f"then open {address(port)}"

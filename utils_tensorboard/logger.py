@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,22 +13,28 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.tensorboard import SummaryWriter
 
-# Tags in TensorBoard. A name that is not listed is its own tag.
+# Tags in TensorBoard. A name that is not listed is its own tag. TensorBoard sorts its pages by tag: what is
+# not the reference's stands after the losses.
 TAGS = {
     "loss/train_step": "Loss/train_step",
     "loss/train": "Loss/train",
     "loss/val": "Loss/val",
+    "best_val_loss": "Results/best_val",
     "learning_rate": "Learning_Rate",
     "tokens": "Tokens",
-    "gradient_norm": "Gradient_Norm",
+    "gradient_norm": "Optimizer/gradient_norm",
     "tokens_per_second": "Tokens_Per_Second",
     "parameter": "Parameters",
     "gradient": "Gradients",
-    "activation": "Activations",
-    "attention": "Attention",
+    "activation": "Outputs",
+    "attention": "Views/attention",
     "samples": "Samples",
     "token_embeddings": "Token_Embeddings",
 }
+# Columns of the page HParams, and the tags whose last values they show.
+RESULTS = {"best val loss": "Results/best_val", "val loss": "Loss/val", "train loss": "Loss/train"}
+# The page Custom Scalars: regular expressions of the tags in each chart.
+CHARTS = {"Loss": {"train and val": ["Multiline", ["Loss/train$", "Loss/val$"]]}}
 
 
 def tag(name: str) -> str:
@@ -40,6 +47,11 @@ class MetricLogger(Tracker):
 
     def __init__(self, writer: TensorBoardWriter):
         self.writer = writer
+
+    def describe_run(self, name: str, hparams: Mapping[str, Any], main: Collection[str] = ()) -> None:
+        """Write the run's row of the page HParams (see `TensorBoardWriter.add_hparams`), and the charts."""
+        self.writer.add_hparams(name, hparams, main, RESULTS)
+        self.writer.attempt(_add_charts)
 
     def log(self, kind: Kind, payload: Any, step: int) -> None:
         self.writer.attempt(_log, kind, payload, step)
@@ -61,6 +73,10 @@ class MetricLogger(Tracker):
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _add_charts(events: SummaryWriter) -> None:
+    events.add_custom_scalars(CHARTS)
 
 
 def _log(events: SummaryWriter, kind: Kind, payload: Any, step: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from utils_alg1.base.errors import thread_limit
+from utils_tensorboard.instructions import address
 
 HOST = "127.0.0.1"  # this machine only, because TensorBoard has no passwords
 STOP_TIMEOUT = 5  # seconds
@@ -38,7 +39,7 @@ def serve_tensorboard(
             reason = thread_limit()
         warn(f"TensorBoard is not served on port {port}: {reason}")
     else:
-        say(f"TensorBoard is at http://{HOST}:{port}/ while this run lasts")
+        say(f"TensorBoard is at {address(port, HOST)} while this run lasts")
     try:
         yield process
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 PROJECTOR_FOLDER = "projector"  # beside the event files
+
+Results = Mapping[str, str]  # heading -> tag
 
 
 class TensorBoardWriter:
@@ -46,17 +48,28 @@ class TensorBoardWriter:
         write(self._writer, *args)
 
     @guarded
-    def add_hparams(self, name: str, values: Mapping[str, Any]) -> None:
+    def add_hparams(
+        self, name: str, values: Mapping[str, Any], main: Collection[str] = (), results: Results | None = None
+    ) -> None:
         """Write the run's hyperparameters: str, int, float and bool by name; None is left out.
 
-        `name` is that of the run's row. TensorBoard keeps only the first call's values in a folder.
+        TensorBoard keeps only the first call's values in a folder.
+
+        Args:
+            name: that of the run's row.
+            main: the names of the columns to show first, of which TensorBoard shows five.
+            results: heading and tag of the curves whose last values are shown; None shows those of all.
         """
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # "api" beside it needs TensorFlow
 
         # SummaryWriter.add_hparams would create a run of its own, and refuses None. This summary has no
         # step, so no purge hides it.
         known = {key: value for key, value in values.items() if value is not None}
-        self._writer.file_writer.add_summary(hparams_pb(known, trial_id=name))
+        summaries = [hparams_pb(known, trial_id=name)]
+        if results is not None:
+            summaries.append(_table_layout(known, main, results))
+        for summary in summaries:
+            self._writer.file_writer.add_summary(summary)
 
     @guarded
     def flush(self) -> None:
@@ -83,6 +96,25 @@ def _open(log_dir: Path, purge_step: int | None, must_exist: bool) -> SummaryWri
     if not has_events(log_dir):
         purge_step = 0
     return open_events(log_dir, purge_step)
+
+
+def _table_layout(values: Mapping[str, Any], main: Collection[str], results: Results) -> Any:
+    """Return the summary that tells the columns of the page HParams; see `TensorBoardWriter.add_hparams`."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams.api_pb2 import Experiment, HParamInfo, MetricInfo, MetricName
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    experiment = Experiment(
+        # Those that "differ" come first.
+        hparam_infos=[HParamInfo(name=name, differs=name in main) for name in values],
+        metric_infos=[
+            MetricInfo(name=MetricName(tag=tag), display_name=heading) for heading, tag in results.items()
+        ],
+    )
+    about = metadata.create_summary_metadata(HParamsPluginData(experiment=experiment))
+    value = Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
+    return Summary(value=[value])
 
 
 def has_events(log_dir: Path) -> bool:

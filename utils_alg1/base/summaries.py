@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # The kinds of data that a tracker can be given, and the type of each one's payload:
-#   scalars      dict[str, float]: values by name, such as {"loss/val": 1.5}; one row of metrics.jsonl
+#   scalars      dict[str, float]: values by name, such as {"loss/val": 1.5}: a row of metrics.jsonl, and
+#                "best_val_loss", the lowest "loss/val" so far, beside each "loss/val"
 #   histograms   list[Histogram]: of parameters, gradients or activations
 #   images       list[Image]
 #   texts        dict[str, str]: texts by name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -90,6 +91,8 @@ def read_rows(file: BinaryIO, strict: bool = False) -> Iterator[dict[str, float]
 class RowReader:
     """Reads a metrics file while it is written: each row from a step on, once.
 
+    The row of an evaluation gets the lowest val loss so far too, also that of steps before: "best_val_loss".
+
     Attributes:
         step: the rows of earlier steps were read.
         left: the share of the file that was not read yet; 0.0 when there was no further row.
@@ -99,6 +102,7 @@ class RowReader:
         self.step, self.left = first_step, 0.0
         self._path = path
         self._file: BinaryIO | None = None
+        self._best_val = math.inf
 
     def read(self, is_enough: Callable[[], bool]) -> Iterator[dict[str, float]]:
         """Yield the next rows, until there is none or `is_enough()`, which is asked after each."""
@@ -108,6 +112,10 @@ class RowReader:
             self._file = self._path.open("rb")
         first_step = self.step
         for row in read_rows(self._file):
+            if row.get("loss/val", math.inf) < self._best_val:  # never of NaN
+                self._best_val = row["loss/val"]
+            if "loss/val" in row and self._best_val < math.inf:
+                row["best_val_loss"] = self._best_val
             if row["step"] >= first_step:
                 self.step = int(row["step"])
                 yield row

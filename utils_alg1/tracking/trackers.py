@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parameters import Parameters, specs
+from parameters import MAIN_PARAMETERS, Parameters, specs
 from utils_aim.tracker import AimTracker
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import make_folder
 from utils_alg1.base.summaries import Kind, Tracker
-from utils_alg1.run_directory import RunDirectory, RunFolder
+from utils_alg1.run_directory import RunDirectory, RunFolder, sanitise_tag
 from utils_alg1.tracking.aim_record import (
     REPOSITORY,
     AimRecord,
@@ -161,7 +161,8 @@ def open_aim(
     repo = find_repo(run, record)
     original = original_of(run, record, repo)
     run_hash = None if original else record.run_hash or checkpoint_hash
-    aim = AimTracker(run.run_id, run_dir, repo, run_hash, warn)
+    tag = sanitise_tag(hparams.get("run_tag") or "")
+    aim = AimTracker(run.run_id, run_dir, repo, run_hash, warn, tag)
     aim.track_config(hparams)
     for key, value in metadata.items():
         aim.track_metadata(key, value)
@@ -197,7 +198,7 @@ def open_tensorboard(
     # The table of runs has the parameters that affect the training, without intervals and paths.
     known = specs()
     compared = [n for n in hparams if n in ALSO_COMPARED or not known[n].may_change]
-    writer.add_hparams(run.run_id, {name: hparams[name] for name in compared})
     logger = MetricLogger(writer)
+    logger.describe_run(run.run_id, {name: hparams[name] for name in compared}, MAIN_PARAMETERS)
     logger.first_step = purge_step or 0
     return logger
