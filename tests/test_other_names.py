@@ -12,6 +12,7 @@ from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.other_names import ANSWER_TO, ANSWERS, PLACE, SAME, answer_to, bare
 from utils_alg1.base.problems import explain, nearest
 from utils_alg1.console.command_line import parse_command_line
+from utils_alg1.console.dialogue import COMMANDS
 
 # Every setting of the train.py and sample.py of nanoGPT, with a value.
 NANOGPT = """
@@ -207,7 +208,7 @@ def test_every_name_in_an_answer_is_one_of_ours(monkeypatch):
         for script in ("train", "inference", "search", "compare")
         for flag in flags_of(script, monkeypatch)
     }
-    ours |= specs().keys()
+    ours |= specs().keys() | {bare(command) for command in COMMANDS}
     assert SAME.keys() <= ours
     for answers in ANSWERS.values():
         for answer in (answers,) if isinstance(answers, str) else answers:

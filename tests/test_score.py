@@ -263,10 +263,10 @@ def test_a_pipe_that_cannot_be_read_is_a_mistake(sample, model, monkeypatch):
     os.mkfifo("pipe")
     real = Path.open
 
-    def refuse(path, *arguments):
+    def refuse(path, *arguments, **options):
         if path.name == "pipe":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return real(path, *arguments)
+        return real(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
     result = sample(*MODEL, "--score", "pipe")

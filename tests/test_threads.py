@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import resource
+import socket
 import subprocess
 import threading
 
@@ -117,10 +118,13 @@ def test_the_server_that_cannot_be_forked_is_not_blamed_on_its_port(limit, tmp_p
 
     limit(7, 0)
     monkeypatch.setattr(subprocess, "Popen", fork)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     warnings: list[str] = []
-    with serve_tensorboard(tmp_path, 16006, warn=warnings.append) as server:
+    with serve_tensorboard(tmp_path, port, warn=warnings.append) as server:
         assert server is None
-    assert warnings == [f"TensorBoard is not served on port 16006: {REACHED}"]
+    assert warnings == [f"TensorBoard is not served on port {port}: {REACHED}"]
 
 
 def test_dropout_draws_the_same_without_threads(limit, monkeypatch):
