@@ -4,10 +4,11 @@
     python compare.py --sort export_val_loss             the best first; takes any heading or parameter
     python compare.py --tag search                       the runs with this word in their tag
     python compare.py --csv > runs.csv                   every value as CSV; --json for JSON
+    python compare.py latest --send-to aim               give Aim the curves that it lacks; or tensorboard
 
 The lowest validation loss on each val part of a text is marked: that of the export on all of it. Of a run
 without it, unfinished or of an earlier version, the lowest loss of an evaluation is shown, and marked so.
-A damaged run is listed with the values that are known. Runs are only read.
+A damaged run is listed with the values that are known. Runs are only read, unless --send-to is given.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from utils_alg1.base.problems import nearest, raise_problems
 from utils_alg1.base.scripts import command
 from utils_alg1.base.text import EVALUATION_NOTE, bits_per_character, format_number, perplexity, text_name
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag
-from utils_alg1.console.messages import text_for_stream
+from utils_alg1.console.messages import print_error, text_for_stream
 from utils_alg1.console.script import run_script
 from utils_alg1.console.table import format_table, to_csv
 from utils_alg1.network.tensor_file import read_metadata
-from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, existing_runs, in_use
+from utils_alg1.run_directory import RUN_ID, RunFolder, checkpoint_paths, existing_runs, find_run, in_use
 from utils_alg1.tracking.metrics_file import EACH_STEP, read_metrics
 from utils_alg1.utils_config_loader import RESUMED, ConfigLoader
 
@@ -68,6 +69,8 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; raises Alg1Error for unknown flags and an unknown column of --sort."""
     description = "Compare runs: print a table of their parameters and results."
     parser = Parser(prog=command("compare.py"), description=description)
+    runs = "only these runs: their names, paths, or latest (default: all)"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=runs)
     add_runs_dir_flag(parser)
     column = "sort by a heading such as tok/s, a value of --json or a parameter, the best first (%(default)s)"
     parser.add_argument("--sort", type=find_column, default="run", metavar="NAME", help=column)
@@ -76,6 +79,8 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print every value as JSON")
     output.add_argument("--csv", action="store_true", help="print every value as CSV")
+    send_to = "send the curves of the runs to a tracker that was off, or has lost them"
+    output.add_argument("--send-to", choices=("aim", "tensorboard"), help=send_to)
     return parser.parse_args(argv)
 
 
@@ -94,11 +99,15 @@ def find_column(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
     runs_dir, tag = arguments.runs_dir or ConfigLoader().runs_dir, arguments.tag
-    rows = [read_run(path) for path in reversed(existing_runs(runs_dir))]
+    named = dict.fromkeys(find_run(runs_dir, name) for name in arguments.runs)
+    found = {path: read_run(path) for path in named or reversed(existing_runs(runs_dir))}
     if tag is not None:
-        rows = [row for row in rows if tag.casefold() in row["tag"].casefold()]
-        if not rows:
+        found = {path: row for path, row in found.items() if tag.casefold() in row["tag"].casefold()}
+        if not found:
             raise Alg1Error(f"no run in {runs_dir} has {tag!r} in its tag", "--tag left out lists them all")
+    if arguments.send_to:
+        return send_runs(list(found), arguments.send_to)
+    rows = list(found.values())
     mark_best(rows)
     rows = sort_rows(rows, arguments.sort, arguments.reverse)
     if arguments.json:
@@ -110,6 +119,22 @@ def main(argv: list[str] | None = None) -> int:
         text = "\n".join(format_rows(rows, width, arguments.sort))
     print(text_for_stream(sys.stdout, text))
     return DONE
+
+
+def send_runs(paths: list[Path], tracker: str) -> int:
+    """Send the curves of runs to a tracker; of several, those that cannot be sent are left out, and told."""
+    from utils_alg1.tracking.sending import send
+
+    code = DONE
+    for path in paths:
+        try:
+            print(send(path, tracker), flush=True)
+        except Alg1Error as error:
+            if len(paths) == 1:
+                raise
+            print_error(error)
+            code = error.exit_code
+    return code
 
 
 def read_run(path: Path) -> Row:

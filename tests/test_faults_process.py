@@ -96,7 +96,8 @@ def test_a_second_signal_of_another_kind_in_the_middle_of_a_save(reference, tmp_
 # --- few threads ----------------------------------------------------------------------------------------
 
 
-SLOW = "did not close within 20 seconds; a resume sends the missing curves\n"  # on a busy machine
+# On a busy machine.
+SLOW = "did not close within 20 seconds; a resume, or compare.py --send-to, sends the missing curves\n"
 
 
 def with_few_threads(

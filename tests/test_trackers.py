@@ -45,6 +45,7 @@ from utils_alg1.utils_run_manager import create_run
 
 LOOKS = ("histogram", "activation", "attention", "embedding", "sample")
 NO_LOOKS = [f"--{look}-interval=0" for look in LOOKS]
+REMEDY = "a resume, or compare.py --send-to, sends the missing curves"
 RUN_TINY = ["--data", "text.txt", *TINY, "--quiet"]
 
 
@@ -934,7 +935,7 @@ def test_a_run_that_is_stopped_leaves_the_rest_to_the_next_resume_which_goes_on_
     assert first.slow.calls[-1] == ("close",)  # it is not killed
     (warning,) = first.warnings
     assert warning.startswith(f"X lacks the steps from {synced} on: it did not close within ")
-    assert warning.endswith("; a resume sends the missing curves")
+    assert warning.endswith(f"; {REMEDY}")
     second = behind(synced)
     second.trackers.patient = True
     second.trackers.close()
@@ -1163,7 +1164,7 @@ def test_wherever_a_tracker_crashes_it_is_one_warning(place, workdir, fake_tenso
 def test_wherever_a_tracker_hangs_it_is_one_warning(place, workdir, fake_tensorboard, short_timeouts):
     fake_tensorboard(place, hang)
     lacks = "lacks the whole run" if place == "SummaryWriter" else "may lack the end of the run"
-    reason = f"{lacks}: it did not close within 0 seconds; a resume sends the missing curves"
+    reason = f"{lacks}: it did not close within 0 seconds; {REMEDY}"
     assert open_and_log("TensorBoard", workdir) == (-9, [f"TensorBoard {reason}"])
 
 
@@ -1241,7 +1242,7 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    reason = "it did not close within 0 seconds; a resume sends the missing curves"
+    reason = f"it did not close within 0 seconds; {REMEDY}"
     assert done.stdout == f"True lacks the whole run: {reason}\n"
 
 
@@ -1264,8 +1265,7 @@ def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_f
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0
-    remedy = "a resume sends the missing curves"
-    assert err == f"warning: TensorBoard lacks the whole run: it was not waited for; {remedy}\n"
+    assert err == f"warning: TensorBoard lacks the whole run: it was not waited for; {REMEDY}\n"
     assert "\nreached   step " in out and "\na sample:\n" in out
 
 

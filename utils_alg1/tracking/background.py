@@ -315,7 +315,9 @@ class BackgroundTracker:
             self._leaves = True
             self.ended.wait(min(NOTICE_AFTER, TIMEOUT))
             lacks = f"lacks the steps from {self.flushed_step} on"
-        self._guard.disable(f"{self.name} {lacks}: {reason}; a resume sends the missing curves")
+        self._guard.disable(
+            f"{self.name} {lacks}: {reason}; a resume, or compare.py --send-to, sends the missing curves"
+        )
         self._process.kill()
         with contextlib.suppress(queue.Full):
             self._calls.put_nowait(LEAVE)  # a signal may have kept `close` from being sent
