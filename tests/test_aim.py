@@ -193,15 +193,12 @@ def pixels(image) -> np.ndarray:
 def test_pictures_and_texts_are_those_that_were_shown(run, repo):
     logged = pickle.loads((run / "logged.pkl").read_bytes())
     found = without_run(query(repo, "images"))
-    contexts = [(("head", head), ("layer", "0")) for head in "01"]
-    assert found.keys() == {("token_embeddings", ()), *(("attention", context) for context in contexts)}
+    assert found.keys() == {("token_embeddings", ()), ("attention", ())}
     for points in found.values():
         assert sorted(points) == [0, 3, 6]
     for step in (0, 3, 6):
-        for context, image in zip(contexts, logged["images", step], strict=True):
-            drawn = pixels(found["attention", context][step])
-            assert drawn.shape == (256, 256)
-            assert (drawn == image.pixels()).all()
+        (image,) = logged["images", step]
+        assert (pixels(found["attention", ()][step]) == image.pixels()).all()
         drawn = pixels(found["token_embeddings", ()][step])
         assert drawn.shape == (600, 600, 3)
         assert (drawn == draw_embedding(logged["embedding", step])).all()
@@ -272,7 +269,7 @@ def alone(tmp_path_factory) -> tuple[Path, str]:
         # What no table names keeps its name, and an unknown kind is ignored.
         tracker.log("scalars", {"new/metric": 1.5, "loss/val": 2.5}, 3)
         tracker.log("histograms", [Histogram("p", "update", np.array([1, 0, 2]), np.arange(4.0))], 4)
-        tracker.log("images", [Image("mask", {"layer": "0"}, np.eye(2))], 4)
+        tracker.log("images", [Image("mask", np.eye(2)[None, None], "a", "b")], 4)
         tracker.log("texts", {"notes": "a"}, 6)
         tracker.log("embedding", Embedding("positions", np.eye(2, dtype=np.float32), ["a", "b"]), 4)
         tracker.log("a kind of the future", object(), 3)
@@ -335,7 +332,7 @@ def test_the_tracker_keeps_pictures_and_texts_and_the_last_of_one_step(alone):
     assert {key: list(points) for key, points in found.items()} == {
         ("grey", ()): [4],
         ("coloured", (("a", "b"),)): [5],
-        ("mask", (("layer", "0"),)): [4],
+        ("mask", ()): [4],
         ("positions", ()): [4],
     }
     assert pixels(found["grey", ()][4]).tolist() == [[8, 8, 8]] * 2

@@ -16,6 +16,7 @@ import train as script
 from model import BigramLanguageModel
 from parameters import ModelConfig, TensorBoardConfig, TrainConfig, due
 from utils_aim.pictures import draw_embedding, in_font, principal_components
+from utils_alg1.base.pictures import GAP, LINE_HEIGHT, draw_grid
 from utils_alg1.base.settings import field_names
 from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Image
 from utils_alg1.network.tensor_file import read_tensors
@@ -25,7 +26,7 @@ from utils_alg1.tracking.observer import (
     SAMPLE_LENGTH,
     Observer,
     activation_histograms,
-    attention_pictures,
+    attention_picture,
     character_label,
     sample,
     token_embedding,
@@ -90,9 +91,10 @@ def test_activations_are_those_of_every_attention_relu_and_block(model, idx):
 
 
 def test_attention_is_that_of_each_head_on_what_its_block_is_given(model, idx):
-    weights = np.reshape(
-        [picture.weights for picture in attention_pictures(model, idx)], (LAYERS, HEADS, T, T)
-    )
+    (picture,) = attention_picture(model, idx)
+    weights = picture.weights
+    assert weights.shape == (LAYERS, HEADS, T, T)
+    assert (picture.row_name, picture.column_name) == ("layer", "head")
     with torch.no_grad():
         values = inner_values(model, idx)
         for layer, block in enumerate(model.blocks):
@@ -104,33 +106,58 @@ def test_attention_is_that_of_each_head_on_what_its_block_is_given(model, idx):
     assert np.ptp(weights[:, :, -1]) > 0.1
 
 
-def test_a_picture_shows_each_weight_as_a_square_with_its_root_as_brightness(model, idx):
-    pictures = attention_pictures(model, idx)
-    assert [p.context for p in pictures] == [
-        {"layer": str(layer), "head": str(head)} for layer in range(LAYERS) for head in range(HEADS)
-    ]
-    for picture in pictures:
-        pixels = picture.pixels()
-        assert (pixels.shape, pixels.dtype) == ((256, 256), np.uint8)
-        blocks = pixels.reshape(T, 256 // T, T, 256 // T)
-        assert (blocks == blocks[:, :1, :, :1]).all()
-        np.testing.assert_array_equal(blocks[:, 0, :, 0], np.rint(255 * np.sqrt(picture.weights)))
+def squares(pixels: np.ndarray, n_rows: int, n_columns: int, side: int) -> np.ndarray:
+    """Cut the squares of so many pixels out of a grid: (rows, columns, side, side)."""
+    top, right = LINE_HEIGHT, pixels.shape[1]
+    lefts = [right - GAP - side - i * (side + GAP) for i in reversed(range(n_columns))]
+    rows = [pixels[top + i * (side + GAP) :][:side] for i in range(n_rows)]
+    return np.array([[row[:, left : left + side] for left in lefts] for row in rows])
 
 
-@pytest.mark.parametrize(("size", "pixels"), [(1, 256), (3, 255), (100, 200), (256, 256), (300, 300)])
-def test_a_picture_is_enlarged_by_a_whole_factor(size, pixels):
-    assert Image("attention", {}, np.zeros((size, size))).pixels().shape == (pixels, pixels)
+def test_a_picture_shows_each_weight_as_a_square_with_its_root_as_brightness():
+    weights = np.random.default_rng(0).random((2, 3, 5, 5))
+    pixels = Image("attention", weights, "layer", "head").pixels()
+    side = 800 // 3 // 5 * 5
+    assert (pixels.dtype, pixels.ndim) == (np.uint8, 2)
+    blocks = squares(pixels, 2, 3, side).reshape(2, 3, 5, side // 5, 5, side // 5)
+    assert (blocks == blocks[:, :, :, :1, :, :1]).all()
+    np.testing.assert_array_equal(blocks[:, :, :, 0, :, 0], np.rint(255 * np.sqrt(weights)))
+
+
+def test_a_grid_is_labelled_above_and_at_its_left():
+    plain = draw_grid(np.zeros((2, 2, 4, 4)), " ", " ")
+    pixels = draw_grid(np.zeros((2, 2, 4, 4)), "layer", "head")
+    above, side = pixels[:LINE_HEIGHT], 384
+    left = pixels.shape[1] - 2 * (side + GAP)
+    for i in range(2):
+        assert (above[:, left + i * (side + GAP) :][:, :side] > 128).any()
+        assert (pixels[LINE_HEIGHT + i * (side + GAP) :][:side, :left] > 128).any()
+    assert (draw_grid(np.zeros((2, 2, 4, 4)), "layer", "head") == pixels).all()
+    assert plain.shape[0] == pixels.shape[0] and plain.shape[1] < pixels.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("n", "T", "side"), [(1, 1, 384), (1, 5, 380), (4, 32, 192), (4, 256, 128), (12, 256, 64)]
+)
+def test_a_square_is_enlarged_or_averaged_by_a_whole_factor_so_that_the_grid_fits_a_page(n, T, side):
+    weights = np.random.default_rng(0).random((1, n, T, T))
+    found = squares(draw_grid(weights, "layer", "head"), 1, n, side)
+    factor = -(-T // side)
+    expected = weights.reshape(1, n, T // factor, factor, T // factor, factor).mean(axis=(3, 5))
+    step = side * factor // T
+    np.testing.assert_array_equal(found[..., ::step, ::step], np.rint(255 * np.sqrt(expected)))
 
 
 def test_a_weight_that_is_not_finite_is_black():
-    assert Image("attention", {}, np.array([[math.nan, 1.0]])).pixels()[0, [0, -1]].tolist() == [0, 255]
+    pixels = draw_grid(np.array([[math.nan, 1.0], [0.0, 0.0]])[None, None], "layer", "head")
+    assert squares(pixels, 1, 1, 384)[0, 0, 0, [0, -1]].tolist() == [0, 255]
 
 
 def test_the_attention_of_a_long_context_is_cut_to_a_picture(idx):
     config = ModelConfig(n_embd=4, n_head=1, n_layer=1, block_size=300, vocab_size=9)
     long = torch.zeros(1, 300, dtype=torch.int64)
-    (picture,) = attention_pictures(BigramLanguageModel(config), long)
-    assert picture.weights.shape == (256, 256)
+    (picture,) = attention_picture(BigramLanguageModel(config), long)
+    assert picture.weights.shape == (1, 1, 256, 256)
 
 
 def test_the_embedding_is_a_copy_of_the_table_with_a_label_for_each_character(model):
@@ -167,7 +194,7 @@ def test_looking_leaves_model_gradients_and_random_state_as_they_were(model, idx
     model(idx, idx)[1].backward()
     before = {name: (p.clone(), p.grad.clone()) for name, p in model.named_parameters()}
     state = torch.get_rng_state()
-    looks = [activation_histograms, attention_pictures, lambda m, i: sample(m, i, 1)]
+    looks = [activation_histograms, attention_picture, lambda m, i: sample(m, i, 1)]
     for training in (True, False):
         model.train(training)
         for look in [*looks, lambda m, _: token_embedding(m)]:
@@ -294,7 +321,7 @@ def observe(model):
     [
         ("histogram_interval", ("gradient", "parameter")),
         ("activation_interval", ("activation",)),
-        ("attention_interval", ("attention", LAYERS * HEADS)),
+        ("attention_interval", ("attention", 1)),
         ("embedding_interval", ("token_embeddings",)),
         ("sample_interval", ("samples",)),
         ("gradient_norm_interval", ("loss/train_step", "gradient_norm")),

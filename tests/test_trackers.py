@@ -1122,7 +1122,7 @@ def open_and_log(name: str, folder: Path) -> tuple[int, list[str]]:
     trackers = Trackers(MetricsFile(run.metrics_path), {"x": tracker})
     tracker.log("scalars", {"loss/val": 1.5}, 0)
     tracker.log("histograms", [Histogram("p", "parameter", np.array([1, 2]), np.arange(3.0))], 0)
-    tracker.log("images", [Image("attention", {}, np.eye(2))], 0)
+    tracker.log("images", [Image("attention", np.eye(2)[None, None], "layer", "head")], 0)
     tracker.log("texts", {"samples": "a"}, 0)
     tracker.log("embedding", Embedding("token_embeddings", np.eye(2, dtype=np.float32), ["a", "b"]), 0)
     if tracker.ready.wait(background_module.TIMEOUT):

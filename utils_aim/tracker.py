@@ -100,7 +100,7 @@ class AimTracker(Tracker):
                     self.track_distribution(h.name, (h.counts, h.edges), step, {"kind": h.kind})
             case "images":
                 for image in payload:
-                    self.track_image(image.name, image.pixels(), step, image.context)
+                    self.track_image(image.name, image.pixels(), step)
             case "texts":
                 for name, text in payload.items():
                     self.track_text(name, text, step)

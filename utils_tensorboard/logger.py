@@ -100,9 +100,7 @@ def _log(events: SummaryWriter, kind: Kind, payload: Any, step: int) -> None:
                 )
         case "images":
             for image in payload:
-                context = [f"{key}_{value}" for key, value in image.context.items()]
-                name = "/".join([tag(image.name), *context])
-                events.add_image(name, image.pixels(), step, dataformats="HW")
+                events.add_image(tag(image.name), image.pixels(), step, dataformats="HW")
         case "texts":
             for name, text in payload.items():
                 # TensorBoard renders Markdown, where indented lines are code and stay as they are. Other line

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 Kind = Literal["scalars", "histograms", "images", "texts", "embedding"]
 
 HISTOGRAM_BINS = 64
-IMAGE_SIZE = 256  # pixels along a side, about
 
 
 class Tracker:
@@ -60,23 +59,18 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Image:
-    """A matrix of weights, shown as a greyscale image."""
+    """A grid of matrices of weights, shown as one labelled greyscale image."""
 
     name: str
-    context: dict[str, str]  # tells images of one name apart, such as {"layer": "0", "head": "0"}
-    weights: np.ndarray  # (H, W), each between 0 and 1
+    weights: np.ndarray  # (rows, columns, T, T), each between 0 and 1
+    row_name: str  # what a row of the grid is, such as "layer"
+    column_name: str
 
     def pixels(self) -> np.ndarray:
-        """Return the image as uint8, enlarged by a whole factor to at most IMAGE_SIZE pixels along a side.
+        """Return the image, (H, W) uint8."""
+        from utils_alg1.base.pictures import draw_grid
 
-        A matrix larger than that gets one pixel per weight. The brightness is the square root of the
-        weight, because small weights would all look black otherwise.
-        """
-        import numpy as np
-
-        grey = np.rint(255 * np.sqrt(np.nan_to_num(self.weights))).astype(np.uint8)
-        factor = max(1, IMAGE_SIZE // max(grey.shape))
-        return grey.repeat(factor, axis=0).repeat(factor, axis=1)
+        return draw_grid(self.weights, self.row_name, self.column_name)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from parameters import TensorBoardConfig, due
 from utils import Tokenizer
 from utils_alg1.base.errors import Guard
 from utils_alg1.base.summaries import (
-    IMAGE_SIZE,
     Embedding,
     Histogram,
     Image,
@@ -39,6 +38,7 @@ from utils_alg1.training.seeds import generator
 from utils_alg1.training.trainer import Trainer
 
 OBSERVED_TOKENS = 1024  # the model is run on so many tokens of a validation batch, or on one sequence
+ATTENTION_TOKENS = 256  # of which attention is shown, at most
 SAMPLE_LENGTH = 200  # characters
 
 View = Callable[[BigramLanguageModel, Tensor], Any]  # computes what is logged, from tokens (B, T)
@@ -70,21 +70,17 @@ def activation_histograms(model: BigramLanguageModel, idx: Tensor) -> list[Histo
 def attention_weights(model: BigramLanguageModel, idx: Tensor) -> np.ndarray:
     """Compute the attention weights of the first sequence of tokens (B, T): (n_layer, n_head, T, T).
 
-    Only its first IMAGE_SIZE tokens are used; their attention does not depend on later ones.
+    Only its first ATTENTION_TOKENS tokens are used; their attention does not depend on later ones.
     """
-    recorded = _record_modules(model, idx[:1, :IMAGE_SIZE], (MultiHeadAttention,))
+    recorded = _record_modules(model, idx[:1, :ATTENTION_TOKENS], (MultiHeadAttention,))
     with torch.no_grad():
         layers = [torch.cat([head.weights(x) for head in layer.heads]) for layer, x, _ in recorded.values()]
         return torch.stack(layers).float().cpu().numpy()
 
 
-def attention_pictures(model: BigramLanguageModel, idx: Tensor) -> list[Image]:
-    """Return `attention_weights` as an image per layer and head, with a row for each query position."""
-    weights = attention_weights(model, idx)
-    return [
-        Image("attention", {"layer": str(layer), "head": str(head)}, weights[layer, head])
-        for layer, head in np.ndindex(weights.shape[:2])
-    ]
+def attention_picture(model: BigramLanguageModel, idx: Tensor) -> list[Image]:
+    """Return `attention_weights` as one image: a row for each layer, a column for each head."""
+    return [Image("attention", attention_weights(model, idx), "layer", "head")]
 
 
 def token_embedding(model: BigramLanguageModel) -> Embedding:
@@ -135,7 +131,7 @@ class Observer:
         self._guard = Guard("looking at the model", warn)
         self._views: list[tuple[int, Kind, View]] = [
             (config.activation_interval, "histograms", activation_histograms),
-            (config.attention_interval, "images", attention_pictures),
+            (config.attention_interval, "images", attention_picture),
             (config.embedding_interval, "embedding", lambda model, _: token_embedding(model)),
             (config.sample_interval, "texts", partial(sample, seed=trainer.config.seed)),
         ]
