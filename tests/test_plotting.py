@@ -13,7 +13,7 @@ def test_an_account_without_a_home_sees_no_word_of_matplotlib_and_keeps_no_tempo
     code = (
         "import os, sys, numpy as np, utils_aim.pictures, utils_alg1.report.pictures as pictures\n"
         "from utils_alg1.base.summaries import Embedding\n"
-        "pictures.draw_attention(np.ones((1, 1, 2, 2)), 'title')\n"
+        "pictures.draw_attention(np.ones((1, 1, 2, 2)), 'title', 'ab')\n"
         "utils_aim.pictures.draw_embedding(Embedding('e', np.eye(2, dtype=np.float32), ['a', 'b']))\n"
         "os._exit(0)\n"  # as a run ends
     )
