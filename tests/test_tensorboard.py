@@ -34,6 +34,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 import train as script
 from parameters import MAIN_PARAMETERS
+from utils_alg1.base.pictures import draw_labels
 from utils_alg1.base.summaries import HISTOGRAM_BINS, Embedding, Histogram, Image, model_histograms
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import list_runs
@@ -44,7 +45,7 @@ from utils_tensorboard.event_file import new_path
 from utils_tensorboard.instructions import instructions
 from utils_tensorboard.logger import MetricLogger
 from utils_tensorboard.server import serve_tensorboard
-from utils_tensorboard.writer import TensorBoardWriter
+from utils_tensorboard.writer import TensorBoardWriter, write_embedding
 
 STEPS, EVAL_INTERVAL, HISTOGRAM_INTERVAL = 6, 2, 3  # those of TINY
 EVALUATIONS = [0, 2, 4, 6]
@@ -559,6 +560,26 @@ def test_a_purge_forgets_the_embeddings_of_that_step_and_later_ones(tmp_path):
     assert write(0) == []
 
 
+def test_the_projector_shows_characters_in_place_of_points(tmp_path):
+    labels = ["a", "\\n", "日", "Ω", "b"]
+    write_embedding(tmp_path, "E", np.eye(5), labels, 3)
+    config = text_format.Parse((tmp_path / "projector_config.pbtxt").read_text(), projector.ProjectorConfig())
+    (entry,) = config.embeddings
+    assert list(entry.sprite.single_image_dim) == [48, 48]
+    sheet = np.asarray(PIL.Image.open(tmp_path / entry.sprite.image_path))[..., 3]
+    assert sheet.shape == (3 * 48, 3 * 48)  # as many across as down
+    squares = sheet.reshape(3, 48, 3, 48).swapaxes(1, 2).reshape(9, 48, 48)
+    assert [bool((square > 128).any()) for square in squares] == [True] * 5 + [False] * 4
+    assert (squares[2] == draw_labels(["\u2022"])[..., 3]).all()  # the font lacks it
+    assert (squares[3] != squares[2]).any()
+
+
+def test_of_very_many_embeddings_the_projector_shows_points(tmp_path):
+    write_embedding(tmp_path, "E", np.zeros((1025, 2)), ["a"] * 1025, 3)
+    assert [path.name for path in tmp_path.rglob("*.png")] == []
+    assert "sprite" not in (tmp_path / "projector_config.pbtxt").read_text()
+
+
 def log_points(folder: Path, purge_step: int | None, steps: range, value: float) -> None:
     logger = MetricLogger(TensorBoardWriter(folder, purge_step, warn=pytest.fail))
     for step in steps:
@@ -682,7 +703,7 @@ def test_the_instructions_name_the_folder_and_the_port():
     assert instructions()[0] == "tensorboard --logdir=runs --port=6006"
     assert instructions("my-runs", 7007) == (
         "tensorboard --logdir=my-runs --port=7007",
-        "then open http://localhost:7007/?tagFilter=Loss",
+        "then open http://localhost:7007/?tagFilter=Loss&smoothing=0",
     )
 
 
@@ -743,7 +764,9 @@ def test_the_server_answers_with_the_points_of_a_run_on_loopback_only(run, event
             embeddings(run / "logs/tensorboard")
         )
         assert info["embeddings"][0]["tensorShape"] == [len(set(TEXT)), 16]
-    assert said == [f"TensorBoard is at http://127.0.0.1:{port}/?tagFilter=Loss while this run lasts"]
+    assert said == [
+        f"TensorBoard is at http://127.0.0.1:{port}/?tagFilter=Loss&smoothing=0 while this run lasts"
+    ]
     assert process.poll() is not None
     assert not answers("127.0.0.1", port)
 
@@ -817,7 +840,7 @@ def test_a_run_serves_tensorboard_while_it_lasts(train, text_file, servers):
     result = train(*TENSORBOARD_ONLY, "--serve-tensorboard", "--port", port)
     assert (result.code, result.err) == (0, "")
     assert (
-        f"TensorBoard is at http://127.0.0.1:{port}/?tagFilter=Loss while this run lasts"
+        f"TensorBoard is at http://127.0.0.1:{port}/?tagFilter=Loss&smoothing=0 while this run lasts"
         in result.out.splitlines()
     )
     (process,) = servers

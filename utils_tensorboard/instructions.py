@@ -8,8 +8,8 @@ from parameters import TensorBoardConfig
 
 
 def address(port: int, host: str = "localhost") -> str:
-    """Return the address of TensorBoard's first page, with the losses alone."""
-    return f"http://{host}:{port}/?tagFilter=Loss"
+    """Return the address of TensorBoard's first page, with the losses alone, not smoothed."""
+    return f"http://{host}:{port}/?tagFilter=Loss&smoothing=0"
 
 
 def instructions(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -> tuple[str, str]:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from utils_alg1.base.errors import Guard, guarded
 from utils_alg1.base.files import write_atomically
+from utils_alg1.base.pictures import LABEL_SIDE, draw_labels, to_png
 from utils_tensorboard.event_file import open_events
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 PROJECTOR_FOLDER = "projector"  # beside the event files
+MAX_LABELS = 1024  # drawn in place of points; of more, only the one under the pointer is shown
 
 Results = Mapping[str, str]  # heading -> tag
 
@@ -135,6 +137,8 @@ def write_embedding(log_dir: Path, tag: str, vectors: Any, labels: list[str], st
     rows = ("\t".join(f"{value:.7g}" for value in row) for row in vectors.tolist())
     for name, lines in (("labels", labels), (f"step_{step:09d}", rows)):
         write_atomically(folder / f"{name}.tsv", "".join(f"{line}\n" for line in lines).encode())
+    if len(labels) <= MAX_LABELS:
+        write_atomically(folder / "labels.png", to_png(draw_labels(labels)))
     _list_embeddings(log_dir)
 
 
@@ -159,9 +163,12 @@ def _list_embeddings(log_dir: Path) -> None:
         # The projector sorts the names and opens the first, so the newest gets one before "step".
         name = f"newest_step_{step}" if path == newest[path.parent] else path.stem
         folder = path.parent.relative_to(log_dir)
-        config.embeddings.add(
+        entry = config.embeddings.add(
             tensor_name=f"{folder.relative_to(PROJECTOR_FOLDER).as_posix()}:{name}",
             tensor_path=(folder / path.name).as_posix(),
             metadata_path=(folder / "labels.tsv").as_posix(),
         )
+        if (path.parent / "labels.png").exists():
+            entry.sprite.image_path = (folder / "labels.png").as_posix()
+            entry.sprite.single_image_dim.extend([LABEL_SIDE, LABEL_SIDE])
     write_atomically(log_dir / PROJECTOR_FILENAME, text_format.MessageToString(config).encode())

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import math
+
 import numpy as np
+
+from utils_alg1.base.plotting import import_matplotlib
 
 GRID_SIZE = 800  # pixels along a side, about
 TILE_SIZES = 64, 384  # pixels along the side of a square, at least and at most
 GAP, GAP_GREY, TEXT_GREY = 4, 96, 220  # pixels between squares, and shades from 0 to 255
 LINE_HEIGHT, FONT_SIZE = 28, 20  # pixels; trackers show pictures at about half their size
 CAPTION = "rows: queries, columns: keys"
+
+LABEL_SIDE, LABEL_COLOUR = 48, (40, 40, 120, 255)  # pixels, and red, green, blue, opacity
+LABEL_SIZES = 36, 18  # pixels: the font of a character, and of the escape of one
+MISSING = "\u2022"  # in place of a character that the font lacks
 
 
 def draw_grid(weights: np.ndarray, row_name: str, column_name: str) -> np.ndarray:
@@ -39,6 +48,38 @@ def draw_grid(weights: np.ndarray, row_name: str, column_name: str) -> np.ndarra
         draw.text((middle, LINE_HEIGHT // 2), f"{column_name} {j}", TEXT_GREY, font, anchor="mm")
     draw.text((left, picture.height - LINE_HEIGHT // 2), CAPTION, TEXT_GREY, font, anchor="lm")
     return np.asarray(picture)
+
+
+def draw_labels(labels: list[str]) -> np.ndarray:
+    """Draw each label in a square of LABEL_SIDE: (H, W, 4) uint8, with as many squares across as down.
+
+    This is what TensorBoard's projector shows in place of points.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    import_matplotlib()
+    from matplotlib import font_manager
+
+    path = font_manager.findfont("DejaVu Sans")  # it comes with matplotlib, and has most alphabets
+    known = font_manager.get_font(path).get_charmap()
+    large, small = (ImageFont.truetype(path, size) for size in LABEL_SIZES)
+    across = math.isqrt(max(len(labels) - 1, 0)) + 1
+    picture = Image.new("RGBA", (across * LABEL_SIDE, across * LABEL_SIDE))
+    draw = ImageDraw.Draw(picture)
+    for i, label in enumerate(labels):
+        text = label if all(ord(c) in known for c in label) else MISSING
+        middle = ((i % across + 0.5) * LABEL_SIDE, (i // across + 0.5) * LABEL_SIDE)
+        draw.text(middle, text, LABEL_COLOUR, large if len(text) == 1 else small, anchor="mm")
+    return np.asarray(picture)
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """Return pixels, (H, W) or (H, W, 3 or 4) uint8, as a PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def _resize(weights: np.ndarray, size: int) -> np.ndarray:
