@@ -521,7 +521,7 @@ BY_HAND = {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4}
 
 def set_variables(monkeypatch, **values) -> None:
     """The variables of a launcher, and no others."""
-    for name in os.environ.keys() - launcher.without_place(os.environ).keys():
+    for name in os.environ.keys() - launcher.environment_of_child({**os.environ}).keys():
         monkeypatch.delenv(name)
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
@@ -720,16 +720,29 @@ def test_a_signal_that_comes_while_processes_agree_stops_them_next_time():
         assert run.stop_requested() and run.stop_signal == signal.SIGTERM
 
 
+def test_a_single_process_has_a_parent_to_lose_only_where_a_search_says_so(monkeypatch):
+    monkeypatch.delenv(launcher.PARENT, raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 41)
+    assert not Distributed().parent_died
+    monkeypatch.setenv(launcher.PARENT, "41")
+    trial = Distributed()
+    assert not trial.parent_died
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert trial.parent_died and not Distributed(0, 0, 2).parent_died
+    assert Distributed().parent_died  # the search was gone before this process looked
+    assert run_of(Distributed()).stop_requested()
+
+
 def test_a_job_that_lost_its_torchrun_stops():
     class Lost(Distributed):
-        launcher_died = True
+        parent_died = True
 
         def all_reduce_max(self, value: int) -> int:
             return value
 
     run = run_of(Lost(0, 0, 2))
     assert run.stop_requested() and run.stop_signal == signal.SIGTERM
-    assert not Distributed(0, 0, 2).launcher_died
+    assert not Distributed(0, 0, 2).parent_died
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -29,7 +29,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from parameters import specs
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.console.command_line import Options
-from utils_alg1.run_directory import list_runs
+from utils_alg1.run_directory import checkpoint_path, checkpoint_paths, in_use, list_runs
 from utils_alg1.search import results as results_module
 from utils_alg1.search import storage as storage_module
 from utils_alg1.search import study as study_module
@@ -39,6 +39,7 @@ from utils_alg1.search.space import grid_points, grid_values, make_plan, read_sp
 from utils_alg1.search.study import queue_points
 from utils_alg1.tracking.metrics_file import read_metrics
 from utils_alg1.utils_output import Console
+from utils_alg1.utils_run_manager import create_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),  # as search.py does
@@ -185,6 +186,7 @@ SPACE_MISTAKES = {
     "warmup_iters: {low: 1}": "warmup_iters: ",
     "min_lr: {low: 1e-5, high: 1e-4, log: [0]}": "min_lr: log: [0] must be true or false",
     "run_tag: [a, b]": "run_tag: says where a run is kept; it cannot be searched",
+    "max_seconds: [60]": "max_seconds: cannot be searched: a trial would be resumed again and again",
     "seed: [1, 2]": "seed: changes how the loss is measured; losses could not be compared",
 }
 
@@ -228,6 +230,23 @@ def test_the_shipped_space_holds_the_defaults(text_file):
     study = optuna.create_study()
     study_module.queue_defaults(study, plan, Console())
     assert study.trials[0].params == plan.defaults and plan.defaults.keys() == space.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("max_seconds: 60", "max_seconds: a trial would be resumed again and again"),
+        ("output: model.safetensors", "output: trials cannot share one"),
+    ],
+)
+def test_what_has_no_place_in_a_search_is_refused_in_a_file_too(search, text_file, line, reason):
+    Path("mine.yaml").write_text(f"data_path: {text_file}\n{line}\n")
+    result = search("--space", write_space(learning_rate=RATES), "--config", "mine.yaml")
+    assert (result.code, result.err) == (
+        2,
+        f"error: mine.yaml: {reason}\nhint: take it out of the file for the search\n",
+    )
+    assert not Path("searches").exists()
 
 
 # --- the command line ---------------------------------------------------------------------------------
@@ -789,7 +808,7 @@ def test_a_trial_that_died_before_its_first_heartbeat_is_replaced(search, fake_t
     monkeypatch.setattr(storage_module, "GRACE_SECONDS", 2)
     open_study("space", learning_rate=RATES).ask()
     result = search("--space", "space.yaml", "--trials", 1)
-    assert result.code == 0 and "waiting for trial 0, which another process began\n" in result.out
+    assert result.code == 0 and "waiting for trial 0, which another process began; if" in result.out
     assert [(trial.number, trial.state.name) for trial in trials_of()] == [(0, "FAIL"), (1, "COMPLETE")]
 
 
@@ -868,13 +887,13 @@ def test_trials_are_spread_over_the_gpus(monkeypatch):
     gpus = Gpus("cuda")
     with contextlib.ExitStack() as running:
         taken = [
-            running.enter_context(gpus.one(number))["CUDA_VISIBLE_DEVICES"] for number in (7, 7, 9, 10, 5)
+            running.enter_context(gpus.assign(number))["CUDA_VISIBLE_DEVICES"] for number in (7, 7, 9, 10, 5)
         ]
         assert taken == ["b", "c", "a", "b", "c"]  # more workers than GPUs are fine
-        with gpus.one(0) as first, gpus.one(1):
+        with gpus.assign(0) as first, gpus.assign(1):
             assert first == {"CUDA_VISIBLE_DEVICES": "a"}
     for number in (1, 2, 3):  # the only trial of this process: the number decides
-        with gpus.one(number) as variables:
+        with gpus.assign(number) as variables:
             assert variables == {"CUDA_VISIBLE_DEVICES": "abca"[number]}
 
 
@@ -971,6 +990,40 @@ def killed_search(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     yield folder, out
+
+
+def test_a_trial_whose_search_is_killed_saves_and_leaves_and_is_continued(text_file):
+    Path("space.yaml").write_text(json.dumps({"learning_rate": [1e-3]}))
+    flags = ["--space", "space.yaml", "--trials", 1, *FLAGS, "--max-iters", 100_000]
+    process = start_search(*flags, script=str(PROJECT / "search.py"))
+    wait_for(lambda: list_runs("runs") and list(Path("runs").glob("*/artifacts/checkpoints/step_*")))
+    (child,) = children_of(process.pid)
+    process.kill()
+    process.communicate()
+    (run,) = list_runs("runs")
+    wait_for(lambda: not in_use(run), 20)
+    wait_for(lambda: not Path(f"/proc/{child}/fd").exists() or not os.listdir(f"/proc/{child}/fd"), 20)
+    assert re.search(r"stopped at step \d+; go on with", (run / "logs/train.log").read_text())
+    assert checkpoint_paths(run / "artifacts/checkpoints")[-1].name > "step_000000000.safetensors"
+
+
+def test_a_run_that_still_trains_is_waited_for_and_named(search, fake_train, monkeypatch):
+    study = open_study("space", learning_rate=RATES)
+    begun = study.ask()
+    begun.suggest_float("learning_rate", 1e-4, 1e-1, log=True)
+    run = create_run("runs")
+    begun.set_user_attr("run", str(run.path))
+    study.tell(begun, state=optuna.trial.TrialState.FAIL)
+    optuna.storages.RetryHeartbeatStaleTrialCallback()(study, study.trials[begun.number])
+    checkpoint_path(run.checkpoint_dir, 0).touch()
+    run.is_new = False
+    run.lock.release()
+    answers = iter([True] * 3)
+    monkeypatch.setattr(trials_module, "in_use", lambda path: path == run.path and next(answers, False))
+    result = search("--space", "space.yaml", "--trials", 2)
+    assert result.code == 0, result.err
+    assert f" continues {run.path}, which still trains: waiting for it\n" in result.out
+    assert 0.125 in [trial.value for trial in counted()]
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class Run:
 
     def stop_requested(self) -> bool:
         """Return whether any process was asked to stop: all get the same answer from the same call."""
-        ends = self.dist.launcher_died or self.trainer.out_of_time
+        ends = self.dist.parent_died or self.trainer.out_of_time
         own = self._signals.received or (signal.SIGTERM if ends else 0)
         self.stop_signal = self.dist.all_reduce_max(own)
         return self.stop_signal > 0

@@ -27,7 +27,7 @@ class Gpus:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def one(self, number: int) -> Iterator[dict[str, str]]:
+    def assign(self, trial_number: int) -> Iterator[dict[str, str]]:
         """Give a trial the GPU that the fewest trials use: yield the variables of its environment.
 
         Of several with as few it is decided by the number of the trial, so that the trials of two processes,
@@ -37,7 +37,7 @@ class Gpus:
             yield {}
             return
         with self._lock:
-            first = number % len(self.names)
+            first = trial_number % len(self.names)
             gpu = min(self.names[first:] + self.names[:first], key=self._trials.__getitem__)
             self._trials[gpu] += 1
         try:

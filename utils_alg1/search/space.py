@@ -36,6 +36,9 @@ EVALUATION_PARAMETERS = (
 )
 # The search sets these itself: it names the runs, and several runs cannot share one --output.
 RESERVED_PARAMETERS = ("run_tag", "output")
+# These have no place in a search, wherever they come from: a trial that ends by max_seconds would be resumed
+# again and again, and every trial would write its export to the same place.
+UNUSABLE = {"max_seconds": "a trial would be resumed again and again", "output": "trials cannot share one"}
 # A resumed run may change these, but not a study that is continued: its trials would not be comparable.
 BUDGET_PARAMETERS = ("max_iters", "eval_interval", "eval_iters", "patience")
 SHOWN_DIGITS = 16  # of the SHA-256 of the text
@@ -85,6 +88,8 @@ def read_domain(name: Any, entry: Any) -> Any:
         raise ValueError("says where a run is kept; it cannot be searched")
     if name in EVALUATION_PARAMETERS:
         raise ValueError("changes how the loss is measured; losses could not be compared")
+    if name in UNUSABLE:
+        raise ValueError(f"cannot be searched: {UNUSABLE[name]}")
     spec = specs()[name]
     if isinstance(entry, list):
         return CategoricalDistribution(list(dict.fromkeys(read_values(spec, entry))))
@@ -212,15 +217,18 @@ def make_plan(space: Space, options: Options) -> Plan:
 
     clashes = dict.fromkeys(space, "it is searched")
     clashes |= dict.fromkeys(RESERVED_PARAMETERS, "the search names its runs itself")
-    clashes["max_seconds"] = "a trial would be resumed again and again"
+    clashes |= UNUSABLE
     given = [name for name in clashes if name in options.values]
     problems = [Problem(f"{specs()[name].flag} cannot be given: {clashes[name]}") for name in given]
     raise_problems(problems, "leave the flag out, or take the name out of the space file")
     params, problems = ConfigLoader(options).merge()
     # A problem that involves a searched parameter is one of the defaults only.
     raise_problems([*problems, *(p for p in params.problems() if not set(p.names) & space.keys())])
+    set_in_file = [name for name in UNUSABLE if params.flat()[name] != specs()[name].default]
+    problems = [Problem(f"{params.origins[name]}: {name}: {UNUSABLE[name]}") for name in set_in_file]
+    raise_problems(problems, "take it out of the file for the search")
     name_text(params, print)
-    flat = params.flat()
+    flat = params.flat()  # with the text that name_text has found
     defaults = {name: flat.pop(name) for name in space}
     if os.path.isfile(flat["runs_dir"]):
         raise Alg1Error(f"--runs-dir {flat['runs_dir']}: this is a file", "name a folder")

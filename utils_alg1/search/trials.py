@@ -29,7 +29,7 @@ from utils_alg1.search.results import describe_trial, finished_trials, rounded
 from utils_alg1.search.space import Plan, suggest
 from utils_alg1.search.study import MEASURE, queue_points
 from utils_alg1.tracking.metrics_file import read_rows
-from utils_alg1.training.launcher import without_place
+from utils_alg1.training.launcher import environment_of_child
 from utils_alg1.utils_output import Console
 
 if TYPE_CHECKING:
@@ -119,7 +119,9 @@ class Search:
         for trial in running:
             if trial.number not in awaited:
                 awaited.add(trial.number)
-                self.console.say(f"waiting for trial {trial.number}, which another process began")
+                run = f" ({trial.user_attrs['run']})" if "run" in trial.user_attrs else ""
+                what = f"waiting for trial {trial.number}{run}, which another process began"
+                self.console.say(f"{what}; if that process is gone, its trial is taken over")
                 # Without any heartbeat, as if killed at its very start, it would never be found.
                 self.storage.record_heartbeat(trial._trial_id)
         time.sleep(POLL_SECONDS)
@@ -200,8 +202,7 @@ class Search:
         A trial that was queued again resumes its run, even a finished one.
         """
         run = self.earlier_run(trial)
-        while run and in_use(run) and not self.stopping:  # by the train.py of a search that was killed
-            time.sleep(POLL_SECONDS)
+        self.wait_for_run(trial, run)
         if run and checkpoint_paths(RunFolder(run).checkpoint_dir):
             arguments = ["--resume", str(run)]
         else:
@@ -209,7 +210,7 @@ class Search:
             arguments = [*self.plan.arguments(parameters), tag]
         command = [sys.executable, str(TRAIN_SCRIPT), *arguments, *self.flags]
         reports, pruned = self.reports(trial, log), False
-        with self.gpus.one(trial.number) as variables, self.start(command, log, variables) as child:
+        with self.gpus.assign(trial.number) as variables, self.start(command, log, variables) as child:
             try:
                 while not pruned and self.goes_on(child):
                     # The defaults are not pruned: the gain over them is told at the end.
@@ -223,6 +224,13 @@ class Search:
         next(reports, False)
         return child.returncode, pruned
 
+    def wait_for_run(self, trial: optuna.Trial, run: Path | None) -> None:
+        """Wait until the train.py of a search that was killed has left the run of a trial."""
+        if run and in_use(run):
+            self.console.say(f"trial {trial.number} continues {run}, which still trains: waiting for it")
+        while run and in_use(run) and not self.stopping:
+            time.sleep(POLL_SECONDS)
+
     def start(self, command: list[str], log: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
         """Start the process of a trial, in a session of its own: Ctrl-C reaches search.py only.
 
@@ -233,7 +241,7 @@ class Search:
         with log.open("wb") as output, self.signals.delayed():
             if self.stopping:
                 raise NotFinished
-            environment = without_place(os.environ) | variables
+            environment = environment_of_child(os.environ) | variables
             child = subprocess.Popen(
                 command, stdout=output, stderr=output, start_new_session=True, env=environment
             )

@@ -21,7 +21,7 @@ from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line, out
 from utils_alg1.base.scripts import command, script
 from utils_alg1.console.script import skip_finalization
 from utils_alg1.console.signals import signal_handler
-from utils_alg1.training.launcher import launcher, read_place
+from utils_alg1.training.launcher import launcher, read_place, watched_parent
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class Distributed:
     def __init__(self, rank: int = 0, local_rank: int = 0, world_size: int = 1):
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
         self._connected = False
-        self._launcher = os.getppid()
+        self._parent = watched_parent(world_size)
         self._ddp: Any = None
 
     @property
@@ -57,9 +57,9 @@ class Distributed:
         return self.rank == 0
 
     @property
-    def launcher_died(self) -> bool:
-        """Whether torchrun, which would end the processes together, is gone."""
-        return self.world_size > 1 and os.getppid() != self._launcher
+    def parent_died(self) -> bool:
+        """Whether torchrun or a search, which would have ended this process, is gone."""
+        return self._parent is not None and os.getppid() != self._parent
 
     def __enter__(self) -> Distributed:
         return self

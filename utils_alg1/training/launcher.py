@@ -16,6 +16,7 @@ LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 }
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # where process 0 listens
+PARENT = "ALG1_PARENT"  # the process id of a search, in the environment of its trials
 SEVERAL_HINT = (
     "for one run, on the machine of process 0: export MASTER_ADDR=$(hostname) MASTER_PORT=29500;"
     " for a run in each process: export WORLD_SIZE=1"
@@ -66,10 +67,22 @@ def refuse_torchrun(script: str, hint: str) -> None:
         raise Alg1Error(f"{script} is one process, and WORLD_SIZE and RANK are those of {n}", hint)
 
 
-def without_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment for a process that trains alone."""
+def environment_of_child(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for a process that trains alone, and that ends when this process is gone."""
     names = {"LOCAL_WORLD_SIZE", *ADDRESS}.union(*LAUNCHERS.values())
-    return {name: value for name, value in environment.items() if name not in names}
+    kept = {name: value for name, value in environment.items() if name not in names}
+    return kept | {PARENT: str(os.getpid())}
+
+
+def watched_parent(world_size: int) -> int | None:
+    """Return the process id of the parent without which this process is to end; None if it may outlive it.
+
+    It is that of torchrun, srun or mpirun, or of the search that has started this process for a trial.
+    """
+    if world_size > 1:
+        return os.getppid()
+    parent = os.environ.get(PARENT, "")
+    return int(parent) if parent.isdecimal() else None
 
 
 def _first_set(index: int) -> str | None:
