@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +385,13 @@ def test_the_report_has_the_exported_model_and_colours_the_held_out_text(start, 
     (losses,) = [np.concatenate([*score_tokens(Decoder(weights.config, weights.tensors), [tokens])])]
     assert held_out["losses"][0] is None and held_out["losses"][1:] == pytest.approx(losses, abs=6e-4)
 
+    browser.open(run / "eval/report.html", width=1000)
+    opening = playground.opening(text)
+    assert browser.evaluate("document.getElementById('play-prompt').value") == opening != ""
+    assert len(bars(browser, opening[-weights.config.block_size :])) == 10
+    tops = "[...document.querySelector('.cards').children].map(card => card.offsetTop)"
+    assert list(Counter(browser.evaluate(tops)).values()) == [4, 3]
+
     browser.open(run / "eval/report.html", width=400)
     flags = ["--run", run, "--prompt", "The", "--temperature", 0, "--max-new-tokens", 60]
     assert draw(browser, prompt="The", temperature=0, length=60) == sample(*flags).out.removesuffix("\n")
@@ -395,6 +403,21 @@ def test_the_report_has_the_exported_model_and_colours_the_held_out_text(start, 
     browser.evaluate(f"{spans}[3].dispatchEvent(new PointerEvent('pointerover', {{ bubbles: true }}))")
     said = browser.evaluate("document.querySelector('#held-out output').textContent")
     assert f"{text[3].replace(' ', '␣')} had a probability of " in said and f": {losses[2]:.2f} nats" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "opening"),
+    [
+        ("\n\nFirst Citizen:\nBefore we proceed", "First Citizen:"),
+        ("Before we proceed any further, hear me speak.", "Before we proceed"),
+        ("Twenty characters it", "Twenty characters it"),
+        ("Twenty characters it is", "Twenty characters it"),
+        ("\u5929" * 30, "\u5929" * 20),
+        (" \n", ""),
+    ],
+)
+def test_a_report_begins_with_the_first_words_of_the_held_out_text(text, opening):
+    assert playground.opening(text) == opening
 
 
 def test_without_a_playground_the_report_names_the_command(start, monkeypatch, sample):

@@ -18,6 +18,7 @@ from faults import without_locks
 from test_search import RATES, counted, fake_train, open_study, results, search, trials_of, write_space
 
 from utils_alg1.console.command_line import Options
+from utils_alg1.search import salvage
 from utils_alg1.search import storage as storage_module
 from utils_alg1.search.results import write_results
 from utils_alg1.search.space import Plan, make_plan, read_space
@@ -76,7 +77,7 @@ def test_a_garbled_row_costs_its_trial_only(search, flags, statement):
         assert getattr(same, name) == getattr(kept, name)
     assert [row["trial"] for row in results()] == ["1", "2", "3"]
     assert sorted(os.listdir("searches/space")) == sorted(
-        ["best.yaml", "results.csv", "search.log", "study.db", "study.db.damaged", "trials"]
+        [".lock", "best.yaml", "results.csv", "search.log", "study.db", "study.db.damaged", "trials"]
     )
     assert search(*flags, 3).err == ""
 
@@ -121,6 +122,68 @@ def test_a_file_that_cannot_be_read_at_all_is_said_and_kept(search, flags, damag
         "hint: put a copy of it back, or move it away to search anew; the runs stay\n"
     )
     assert FILE.read_bytes() == damaged
+
+
+LOST = {
+    "emptied": lambda: FILE.write_bytes(b""),
+    "without its tables": lambda: write_script("DROP TABLE studies; DROP TABLE trials;"),
+    "without its study": lambda: write_script("DELETE FROM studies"),
+}
+
+
+def write_script(statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(FILE)) as file:
+        file.executescript(statements)
+
+
+@pytest.mark.parametrize("loss", LOST)
+def test_a_file_that_has_lost_its_study_is_said(search, flags, loss):
+    LOST[loss]()
+    for _ in range(2):
+        result = search(*flags, 3)
+        assert (result.code, result.out) == (2, "")
+        assert result.err == (
+            "error: searches/space/study.db is damaged: it has trials, and no study space\n"
+            "hint: put a copy of it back, or move it away to search anew; the runs stay\n"
+        )
+    FILE.rename("away.db")
+    shutil.rmtree("runs")
+    assert search(*flags, 1).code == 0
+
+
+def test_trials_without_a_study_are_said_even_if_nothing_else_is_left(search, flags):
+    shutil.rmtree("searches/space/trials")
+    write_script("DELETE FROM studies")
+    result = search(*flags, 3)
+    assert result.code == 2 and "it has trials, and no study space\n" in result.err
+
+
+def test_only_the_trials_of_the_study_are_repaired(search, flags):
+    other = optuna.create_study(study_name="other", storage=f"sqlite:///{FILE}")
+    other.add_trial(optuna.trial.create_trial(value=7.0))
+    assert search(*flags, 3).code == 0
+    write_row("DELETE FROM trial_values WHERE trial_id = 4")  # of trial 2, behind that of the other study
+    result = search(*flags, 3)
+    assert result.code == 0 and "was damaged: trial 2 could not be read and is replaced;" in result.err
+    assert [trial.number for trial in counted()] == [0, 1, 3]
+    assert 7.0 not in [trial.value for trial in counted()]
+
+
+@pytest.mark.parametrize("call", ["copyfile", "replace"])
+def test_a_kill_while_a_file_is_replaced_leaves_a_study(search, flags, monkeypatch, call):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    write_row("DELETE FROM trial_values WHERE trial_id = 1")
+    damaged = FILE.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(salvage.shutil if call == "copyfile" else salvage.os, call, killed)
+        search(*flags, 3)
+    assert FILE.read_bytes() == damaged
+    assert search(*flags, 3).code == 0 and len(counted()) == 3
 
 
 def held() -> sqlite3.Connection:

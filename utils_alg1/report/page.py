@@ -81,6 +81,7 @@ def build_page(
     """
     run = RunFolder(run_dir)
     weights = read_weights(run.export_path)
+    tokenizer = Tokenizer(weights.vocabulary or [])
     final, record = read_json_object(run.final_path), read_json_object(run.record_path)
     curves = read_curves(run.metrics_path)
     val = curves.get("loss/val", [])
@@ -105,7 +106,7 @@ def build_page(
         text_name=text_name(record["corpus"]["path"]),
         samples=samples,
         stages=stages(run, dict(val)),
-        prompt=character_symbol(Tokenizer(weights.vocabulary or []).default_prompt),
+        prompt=character_symbol(tokenizer.default_prompt),
         notes=notes(run),
         attention_text=attention_text,
         attention_width=pictures.displayed_width(picture),
@@ -122,6 +123,7 @@ def build_page(
         baselines=baselines(final),
         references=list(in_view(baselines(final), curves).items()),
         marks=resumes(record),
+        opening="" if held_out is None else playground.opening(tokenizer.decode(held_out.tolist())),
         held_out=None if held_out is None else playground.surprise(weights, held_out),
         page_command=f"{command('inference.py')} --run {shlex.quote(str(run_dir))} --page playground.html",
         **(playground.playground_values(weights) if has_playground else {"playground": None}),

@@ -25,6 +25,7 @@ from utils_alg1.report.rendering import render, source
 LARGEST_IN_REPORT = 1_000_000  # parameters: 2.7 MB of a page
 LARGEST_PAGE = 150_000_000  # a browser reads no longer string than the 400 MB of so many
 GENERATOR = "ALG1 playground"  # by which a page of `write_page` is known
+OPENING_LENGTH = 20  # characters at most that a playground has in it at first
 STYLE = ("report.css", "playground.css")
 SCRIPT = ("elements.js", "playground.js")
 
@@ -59,6 +60,13 @@ def quantize(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def to_base64(arrays: Iterable[np.ndarray]) -> str:
     """Return the bytes of arrays, one after another, as base64."""
     return base64.b64encode(b"".join(array.tobytes() for array in arrays)).decode("ascii")
+
+
+def opening(text: str) -> str:
+    """Return the first words of a text, from one line: what the playground of a report continues at first."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    words = line[: OPENING_LENGTH + 1].rpartition(" ")[0].rstrip() if len(line) > OPENING_LENGTH else line
+    return words or line[:OPENING_LENGTH]
 
 
 def surprise(weights: Weights, tokens: np.ndarray) -> dict[str, Any]:
