@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import pickle
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 from functools import partial
 from pathlib import Path
@@ -398,10 +400,63 @@ def test_a_tracker_that_cannot_open_is_one_warning_and_does_nothing(workdir, aim
     tracker.close()
     assert not tracker.enabled
     assert tracker.run_hash is None
-    assert warnings == [
-        "Aim is switched off, training goes on: PermissionError: [Errno 13] Permission denied"
-    ]
+    reason = "Permission denied); change its permissions, or choose another place"
+    assert warnings == [f"Aim is switched off, training goes on: cannot use {workdir / '.aim'} ({reason}"]
     assert forgotten == [AutoClean.cleanup]  # otherwise Aim may hang at exit
+
+
+def rocksdb(text: str, name: str = "RocksIOError") -> Exception:
+    from aimrocks import errors
+
+    return getattr(errors, name)(text.encode())
+
+
+def appending(reason: str) -> Exception:
+    return rocksdb(f"IO error: While appending to file: 000000.dbtmp: {reason}")
+
+
+BLOCK = "Corruption: block checksum mismatch: stored = 1, computed = 2 in 000012.sst offset 0 size 99"
+OPENING = "Corruption: Can't access /000009.sst: IO error: No such file or directory"
+LOCKED = "IO error: While lock file: index/LOCK: Resource temporarily unavailable"
+HELD_HERE = "IO error: lock hold by current process, acquire time 1: LOCK: No locks available"
+DAMAGED = "{folder} is damaged ("
+HELD = "another program holds {folder} ("
+FULL = "); free some space"
+FORBIDDEN = "); change its permissions, or choose another place"
+FAILURES = [
+    (rocksdb(BLOCK, "Corruption"), DAMAGED),
+    (rocksdb(OPENING, "Corruption"), DAMAGED),
+    (sqlite3.DatabaseError("database disk image is malformed"), DAMAGED),
+    (sqlite3.DatabaseError("file is not a database"), DAMAGED),
+    (appending("No space left on device"), FULL),
+    (sqlite3.OperationalError("database or disk is full"), FULL),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "VERSION"), f"device: VERSION{FULL}"),
+    (appending("Permission denied"), FORBIDDEN),
+    (sqlite3.OperationalError("attempt to write a readonly database"), FORBIDDEN),
+    (appending("Read-only file system"), "); the file system is read-only; choose another place"),
+    (appending("Too many open files"), "); raise the limit on open files (ulimit -n)"),
+    (appending("Input/output error"), "); check the disk"),
+    (sqlite3.OperationalError("disk I/O error"), "); check the disk"),
+    (rocksdb(LOCKED), HELD),
+    (rocksdb(HELD_HERE), HELD),
+    (sqlite3.OperationalError("database is locked"), HELD),
+    (rocksdb("IO error: While lock file: LOCK: No locks available"), "without locks; start in a folder of"),
+]
+
+
+@pytest.mark.parametrize(("error", "meaning"), FAILURES, ids=[str(error)[:60] for error, _ in FAILURES])
+def test_only_damage_is_called_damage_and_every_other_failure_has_its_own_remedy(
+    workdir, aim_run, monkeypatch, error, meaning
+):
+    monkeypatch.setattr("utils_aim.tracker.LOCK_TIMEOUT", 0)
+    aim_run(fail(error))
+    warnings: list[str] = []
+    AimTracker("name", "run", warn=warnings.append).close()
+    (warning,) = warnings
+    folder = workdir / ".aim"
+    assert meaning.format(folder=folder) in warning
+    assert ("is damaged" in warning, "move it away" in warning) == (meaning == DAMAGED,) * 2
+    assert str(folder) in warning and "b'" not in warning
 
 
 def damage_pointer(repo: Path) -> None:
@@ -448,8 +503,11 @@ def test_a_damaged_repository_is_one_warning_with_the_cause_and_the_repair(
     tracker.start_close()
     assert tracker.ended.wait(100)
     (warning,) = warnings
-    assert warning.startswith(f"Aim is switched off, training goes on: {workdir / '.aim'} is damaged (")
-    assert warning.endswith("); move it away: the next --resume sends the run to a new one")
+    assert warning.startswith(f"Aim is switched off, training goes on: {workdir / '.aim'} ")
+    is_unclear = damage is damage_list_of_runs
+    assert ("cannot be opened (" if is_unclear else "is damaged (") in warning
+    repair = "move it away: the next --resume sends the run to a new one"
+    assert warning.endswith(f"); if the disk is not full, {repair}" if is_unclear else f"); {repair}")
     assert capfd.readouterr() == ("", "")
     # The repair that it names:
     (workdir / ".aim").rename("damaged")

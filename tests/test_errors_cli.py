@@ -27,7 +27,8 @@ from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, printed_config, run_pr
 from compare import RESULTS
 from model import BigramLanguageModel
 from parameters import ModelConfig, TrainConfig
-from utils_alg1.base.errors import Alg1Error, Guard, disk_error
+from utils_alg1.base.errors import Alg1Error, disk_error
+from utils_alg1.base.guard import Guard
 from utils_alg1.base.text import format_loss
 from utils_alg1.console.script import run_script
 from utils_alg1.network.tensor_file import CONVERSION, WHERE_WEIGHTS_ARE
@@ -997,6 +998,13 @@ def test_an_error_of_the_system_says_what_to_do(number, hint, code):
         (KeyError(), "KeyError"),
         (SystemExit(1), "SystemExit: 1"),
         (ValueError("x" * 500), "ValueError: " + "x" * 188),
+        (
+            Alg1Error("cannot write x: No space left on device", "free some space"),
+            "cannot write x: No space left on device",
+        ),
+        (FileNotFoundError(2, "No such file or directory", "x.tsv"), "No such file or directory: x.tsv"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("no number"), "OSError: no number"),
     ],
 )
 def test_a_guard_warns_once_and_then_does_nothing_more(error, reason):

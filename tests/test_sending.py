@@ -170,7 +170,8 @@ def test_a_tracker_that_fails_is_an_error_with_its_reason(run, compare, name, mo
     where = {"aim": f"Aim, {workdir / '.aim'}", "tensorboard": f"TensorBoard, {run.tensorboard_dir}"}[name]
     result = compare("--send-to", name)
     assert result.code == BAD_INPUT
-    reason = "OSError: [Errno 28] No space left on device"
+    full = "No space left on device"
+    reason = {"aim": f"cannot use {workdir / '.aim'} ({full}); free some space", "tensorboard": full}[name]
     assert result.err == f"error: {run.run_id} was not sent to {where}: {reason}\n"
 
 

@@ -643,7 +643,7 @@ def test_a_folder_that_is_deleted_while_it_is_opened_is_not_made_anew(tmp_path, 
     assert not writer.enabled
     assert list(tmp_path.iterdir()) == []
     (warning,) = warnings
-    assert warning.startswith("TensorBoard is switched off, training goes on: FileNotFoundError")
+    assert warning.startswith("TensorBoard is switched off, training goes on: No such file or directory: ")
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
@@ -654,7 +654,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
     MetricLogger(writer).log("scalars", {"a": 1.0}, 0)
     writer.close()
     (warning,) = warnings
-    assert warning.startswith("TensorBoard is switched off, training goes on: NotADirectoryError")
+    assert warning.startswith("TensorBoard is switched off, training goes on: Not a directory: ")
 
 
 def test_used_on_its_own_a_failure_is_a_python_warning(tmp_path):

@@ -15,7 +15,8 @@ import torch
 
 from parameters import ModelConfig
 from utils_alg1.base import threads
-from utils_alg1.base.errors import Guard, thread_limit
+from utils_alg1.base.guard import Guard
+from utils_alg1.base.threads import thread_limit
 from utils_alg1.console.script import run_script
 from utils_alg1.network import dropout
 from utils_tensorboard.server import serve_tensorboard

@@ -30,8 +30,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins import projector
 from tensorboard.plugins.hparams import summary_v2
 
-from utils_alg1.base.errors import DISK_FAILED, Alg1Error, Guard, thread_limit
+from utils_alg1.base.errors import DISK_FAILED, Alg1Error
+from utils_alg1.base.guard import Guard
 from utils_alg1.base.summaries import Embedding, Histogram, Image, Tracker, model_histograms
+from utils_alg1.base.threads import thread_limit
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import RunFolder, list_runs, lock_run
 from utils_alg1.tracking import background as background_module
@@ -452,7 +454,7 @@ def test_trackers_are_closed_even_when_the_file_cannot_be(tmp_path, monkeypatch)
         (RuntimeError("boom"), "RuntimeError: boom"),
         (SystemExit(3), "SystemExit: 3"),
         (ValueError(), "ValueError"),
-        (OSError(28, "No space left"), "OSError: [Errno 28] No space left"),
+        (OSError(28, "No space left"), "No space left"),
         (RuntimeError("one\ntwo"), "RuntimeError: one"),
         (RuntimeError("x" * 999), "RuntimeError: " + "x" * 186),
     ],
@@ -725,7 +727,7 @@ def test_a_file_in_the_place_of_the_event_files_is_one_warning(tmp_path):
     with run, start_trackers(run, params, {}, {}, warnings.append, {}):
         pass
     (warning,) = warnings
-    assert warning.startswith("TensorBoard is switched off, training goes on: NotADirectoryError: ")
+    assert warning.startswith("TensorBoard is switched off, training goes on: Not a directory: ")
 
 
 def test_a_start_that_is_interrupted_closes_what_it_has_started(started, monkeypatch):
@@ -1217,6 +1219,18 @@ def test_a_run_whose_trackers_fail_is_one_warning_each_and_the_same_run(
     assert second.startswith(f"warning: TensorBoard {reason}")
     (expected,) = list_runs("plain")
     assert export_and_metrics(the_run()) == export_and_metrics(expected)
+
+
+@pytest.mark.parametrize("lost", ["Aim", "TensorBoard"])
+def test_the_summary_names_no_tracker_that_failed_while_it_was_closed(
+    lost, train, text_file, fake_aim, fake_tensorboard
+):
+    fake_aim("close" if lost == "Aim" else "none", boom(RuntimeError("boom")))
+    fake_tensorboard("close" if lost == "TensorBoard" else "none", boom(RuntimeError("boom")))
+    result = train(*with_changes(["--data", "text.txt", *TINY, *NO_LOOKS]))
+    assert result.err == f"warning: {lost} is switched off, training goes on: RuntimeError: boom\n"
+    labels = {line.split()[0] for line in result.out.splitlines() if line.strip()}
+    assert labels & {"compare", "curves"} == ({"curves"} if lost == "Aim" else {"compare"})
 
 
 def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(tmp_path):

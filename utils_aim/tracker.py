@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
+import os
+import re
 import sys
 import time
 import warnings
@@ -11,15 +14,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils_alg1.base.errors import Guard, guarded, type_and_text
+from utils_alg1.base.errors import HINTS, describe
+from utils_alg1.base.guard import Guard, guarded
 from utils_alg1.base.summaries import Kind, Tracker
 
 LOCK_TIMEOUT = 10.0  # seconds
 LOCK_POLL = 0.2  # seconds
-# What is raised where a repository is damaged: by Aim's storage, by its upgrade of the list of runs, and by
-# what reads its version and makes its folders.
-STORAGE_PACKAGES = ("aimrocks", "sqlalchemy", "sqlite3", "subprocess")
-DAMAGED_WHEN_OPENED = (ValueError, FileExistsError, NotADirectoryError)
+NO_LOCKS = os.strerror(errno.ENOLCK)
+# What RocksDB, SQLite and Aim say of a lock that another process holds.
+HELD = f"lock hold by|lock file(?!.*{NO_LOCKS})|database is locked|Cannot acquire lock"
+REPAIR = "move it away: the next --resume sends the run to a new one"
+# What a failure means, by what RocksDB, SQLite, Aim and the system say: the first pattern found counts.
+# Damage comes first, because its message may quote any other.
+MEANINGS = (
+    (
+        "Corruption: |malformed|not a database"
+        "|codec can't decode|invalid literal"  # the number of its version
+        "|File exists|Not a directory",  # a file is where a folder should be
+        f"{{folder}} is damaged ({{text}}); {REPAIR}",
+    ),
+    # Aim hides why.
+    ("upgrade failed", f"{{folder}} cannot be opened ({{text}}); if the disk is not full, {REPAIR}"),
+    (HELD, "another program holds {folder} ({text}); end it"),
+    (NO_LOCKS, "{folder} is on a file system without locks; start in a folder of another one"),
+    *(
+        (pattern, f"cannot use {{folder}} ({{text}}); {hint}")
+        for pattern, hint in (
+            ("disk is full", HINTS[errno.ENOSPC]),
+            ("readonly database", HINTS[errno.EACCES]),
+            (f"{os.strerror(errno.EIO)}|disk I/O error", "check the disk"),
+            *((os.strerror(number), hint) for number, hint in HINTS.items()),
+        )
+    ),
+)
 
 Context = dict[str, str] | None  # tells curves of one name apart, such as {"subset": "train"}
 
@@ -65,15 +92,12 @@ class AimTracker(Tracker):
         self.track_metadata("run_dir", str(run_dir))
 
     def _explain(self, error: BaseException) -> str:
-        """Return what a failure of Aim means, and how to repair its repository if that is damaged."""
-        text = type_and_text(error).replace(f"{self._folder}/", "")
-        if "lock" in text and "locks" not in text:
-            return f"{text}; another program holds {self._folder}: end it"
-        opening = self._run is None and isinstance(error, DAMAGED_WHEN_OPENED)
-        if opening or type(error).__module__.partition(".")[0] in STORAGE_PACKAGES:
-            repair = "move it away: the next --resume sends the run to a new one"
-            return f"{self._folder} is damaged ({text}); {repair}"
-        return text
+        """Return what a failure of Aim means, and what to do about it; see MEANINGS."""
+        first, *_ = error.args or [""]  # RocksDB's errors hold bytes
+        text = first.decode(errors="replace") if isinstance(first, bytes) else describe(error)
+        text = text.replace(f"{self._folder}/", "")
+        meanings = (meaning for pattern, meaning in MEANINGS if re.search(pattern, text))
+        return next(meanings, "{text}").format(folder=self._folder, text=text)
 
     @property
     def enabled(self) -> bool:
@@ -204,7 +228,7 @@ def _open_run(repo: Path, run_hash: str | None, run_name: str, tag: str) -> Any:
             return run
         except MissingRunError:  # it was deleted: start a new run
             run_hash = None
-        except Exception as error:  # RocksDB's error has no public type
-            if "lock file" not in str(error) or time.monotonic() > end:
+        except Exception as error:
+            if not re.search(HELD, str(error)) or time.monotonic() > end:
                 raise
             time.sleep(LOCK_POLL)

@@ -46,6 +46,17 @@ class EventFile:
         self._file.close()
 
 
+def event_file_times(log_dir: Path) -> list[int]:
+    """Return the times in the names of the event files of a folder; none if there is no such folder."""
+    names = os.listdir(log_dir) if log_dir.is_dir() else []
+    return [int(match[1]) for match in map(EVENT_FILE_NAME.fullmatch, names) if match]
+
+
+def has_events(log_dir: Path) -> bool:
+    """Return whether there is an event file in a folder."""
+    return bool(event_file_times(log_dir))
+
+
 def new_path(log_dir: Path) -> Path:
     """Return the path of a new event file.
 
@@ -53,8 +64,7 @@ def new_path(log_dir: Path) -> Path:
     seconds, and none that sorts before one that it has read. So the name has a later time than all others,
     also in the same second and where the clock is behind.
     """
-    names = filter(None, map(EVENT_FILE_NAME.fullmatch, os.listdir(log_dir)))
-    seconds = max([int(time.time()), *(int(name[1]) + 1 for name in names)])
+    seconds = max([int(time.time()), *(latest + 1 for latest in event_file_times(log_dir))])
     return log_dir / f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.0"
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from utils_alg1.base.errors import thread_limit
+from utils_alg1.base.threads import thread_limit
 from utils_tensorboard.instructions import address
 
 HOST = "127.0.0.1"  # this machine only, because TensorBoard has no passwords

@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils_alg1.base.errors import Guard, guarded
 from utils_alg1.base.files import write_atomically
+from utils_alg1.base.guard import Guard, guarded
 from utils_alg1.base.pictures import LABEL_SIDE, draw_labels, to_png
-from utils_tensorboard.event_file import open_events
+from utils_tensorboard.event_file import has_events, open_events
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -88,7 +88,7 @@ class TensorBoardWriter:
 def _open(log_dir: Path, purge_step: int | None, must_exist: bool) -> SummaryWriter:
     if not must_exist:
         log_dir.mkdir(parents=True, exist_ok=True)
-    _require(log_dir)
+    require_folder(log_dir)
     if purge_step is not None and (log_dir / PROJECTOR_FOLDER).exists():
         for path, step in _embedding_steps(log_dir).items():
             if step >= purge_step:
@@ -119,12 +119,7 @@ def _table_layout(values: Mapping[str, Any], main: Collection[str], results: Res
     return Summary(value=[value])
 
 
-def has_events(log_dir: Path) -> bool:
-    """Return whether there is an event file in a folder."""
-    return any(log_dir.glob("events.out.tfevents.*"))
-
-
-def _require(folder: Path) -> None:
+def require_folder(folder: Path) -> None:
     """Raise FileNotFoundError for a folder that was deleted: what is created in it would make it anew."""
     folder.stat()
 
@@ -132,7 +127,7 @@ def _require(folder: Path) -> None:
 def write_embedding(log_dir: Path, tag: str, vectors: Any, labels: list[str], step: int) -> None:
     """Write (V, C) vectors for the projector, with V labels without newlines or tabs."""
     folder = log_dir / PROJECTOR_FOLDER / tag
-    _require(log_dir)
+    require_folder(log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     rows = ("\t".join(f"{value:.7g}" for value in row) for row in vectors.tolist())
     for name, lines in (("labels", labels), (f"step_{step:09d}", rows)):

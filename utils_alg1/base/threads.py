@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -10,10 +11,27 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from utils_alg1.base.errors import CANNOT_TRAIN, PLENTY_OF_THREADS, Alg1Error, lacks_threads, thread_limit
+from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 
+PLENTY = 1000  # a limit that is not reached
 ENOUGH = 48  # for training with both trackers; Aim alone takes some twenty
 PIDS_LIMIT = Path("/sys/fs/cgroup/pids.max")
+
+
+def lacks_threads(error: BaseException) -> bool:
+    """Return whether an exception says that no thread can be started; there is no type for it."""
+    texts = ("can't start new thread", os.strerror(errno.EAGAIN))  # Python's, and those of C++
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def thread_limit() -> str:
+    """Return what to say where no thread or process can be started."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    is_low = 0 <= limit < PLENTY
+    where = f"ulimit -u: {limit}" if is_low else "of the system or its container"
+    return f"the limit on threads and processes is reached ({where})"
 
 
 @contextlib.contextmanager
@@ -34,7 +52,7 @@ def enough_threads() -> bool:
     limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
     with contextlib.suppress(OSError, ValueError):  # of the container; not there, or "max"
         limits.append(int(PIDS_LIMIT.read_text()))
-    if all(limit >= PLENTY_OF_THREADS or limit < 0 for limit in limits):
+    if all(limit >= PLENTY or limit < 0 for limit in limits):
         return True
     release, started = threading.Event(), []
     try:

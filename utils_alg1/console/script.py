@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from utils_alg1.base.errors import BAD_INPUT, DONE, INTERRUPTED, Alg1Error, disk_error, memory_guard
+from utils_alg1.base.errors import BAD_INPUT, DONE, INTERRUPTED, Alg1Error, disk_error
+from utils_alg1.base.memory import memory_guard
 from utils_alg1.base.running_time import running_time
 from utils_alg1.base.threads import spare_threads, thread_guard
 from utils_alg1.console.messages import print_error

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils_alg1.base.errors import Alg1Error, first_line, memory_guard, out_of_memory, unreadable
+from utils_alg1.base.errors import Alg1Error, first_line, unreadable
 from utils_alg1.base.files import write_atomically
+from utils_alg1.base.memory import memory_guard, out_of_memory
 
 if TYPE_CHECKING:
     import numpy as np

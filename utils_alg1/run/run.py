@@ -55,7 +55,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Release everything. A second call does nothing."""
+        """Close trackers, server, signal handlers and lock. A second call does nothing."""
         self._stack.close()
 
     @contextlib.contextmanager
@@ -113,7 +113,7 @@ class Run:
             return self.trainer.measure()
 
     def print_summary(self) -> None:
-        """Print what was reached, and what to type next."""
+        """Print what was reached, and what to type next. Call it after `close`: a tracker may fail there."""
 
 
 class MainRun(Run):
@@ -146,7 +146,7 @@ class MainRun(Run):
                 cut_metrics(run.metrics_path, checkpoint.progress.step, console.warn)
                 cut_samples(run.samples_path, checkpoint.progress.step)
             hparams = params.flat() | {"vocab_size": job.corpus.tokenizer.vocab_size}
-            trackers = start_trackers(run, params, hparams, origin, console.warn, state)
+            trackers = start_trackers(run, params, hparams, origin, self._warn, state)
             self.trackers = stack.enter_context(trackers)
             if job.serve_tensorboard:
                 port = params.tensorboard.port
@@ -157,10 +157,20 @@ class MainRun(Run):
 
     def __exit__(self, *error: object) -> None:
         """Close. Raises Alg1Error (exit code 4) in place of an error due to the directory being gone."""
-        is_gone = not self.directory.record_path.exists()  # `close` may remove it too
+        is_gone = self._is_gone  # `close` may remove it too
         self.close()
         if is_gone and isinstance(error[1], Alg1Error | OSError):
             raise summary.gone(self.directory, self.dist) from error[1]
+
+    @property
+    def _is_gone(self) -> bool:
+        """Whether the run's directory was moved or deleted."""
+        return not self.directory.record_path.exists()
+
+    def _warn(self, message: str) -> None:
+        """Print a warning of a tracker or the observer, unless the run is gone: one error tells that."""
+        if not self._is_gone:
+            self.console.warn(message)
 
     @contextlib.contextmanager
     def training(self, trainer: Trainer) -> Iterator[None]:
@@ -175,7 +185,7 @@ class MainRun(Run):
         self.store = CheckpointStore(folder, keep, newest_step)
         if trainer.evaluations_changed and not trainer.finished:
             self.console.warn(summary.changed_evaluations_warning(progress))
-        self.observer = Observer(trainer, self.trackers, params.tensorboard, self.console.warn)
+        self.observer = Observer(trainer, self.trackers, params.tensorboard, self._warn)
         try:
             with super().training(trainer), self.store:
                 self.directory.is_new = False
@@ -239,10 +249,9 @@ class MainRun(Run):
         results.copy_export(run, params.train.output)
         self.trackers.flush(self.trainer.step)
         self.trackers.patient = True
-        self._shown_in = self.trackers.working_names
 
     def print_summary(self) -> None:
         run, params, progress = self.directory, self.job.params, self.trainer.progress
         ending = summary.describe_end(run, params, progress, self._exported, self._measured)
-        commands = summary.next_commands(run, params, progress, self._shown_in, self.dist)
+        commands = summary.next_commands(run, params, progress, self.trackers.working_names, self.dist)
         self.console.summary(ending, self._samples[0], commands)

@@ -28,9 +28,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils_alg1.base.errors import Guard, thread_limit
+from utils_alg1.base.errors import describe
+from utils_alg1.base.guard import Guard
 from utils_alg1.base.summaries import Kind, Tracker
-from utils_alg1.base.threads import enough_threads
+from utils_alg1.base.threads import enough_threads, thread_limit
 from utils_alg1.console.signals import STOP_SIGNALS, block_signals
 from utils_alg1.tracking.metrics_file import RowReader
 
@@ -197,7 +198,7 @@ class BackgroundTracker:
             self._start_process(create, metrics_path)
         except Exception as error:  # not SystemExit: in this process it comes from a signal
             is_limit = isinstance(error, BlockingIOError)  # what a fork raises
-            self._guard.fail(thread_limit() if is_limit else f"{type(error).__name__}: {error}")
+            self._guard.fail(thread_limit() if is_limit else describe(error))
             self.ended.set()
 
     def _start_process(self, create: CreateTracker, metrics_path: Path) -> None:

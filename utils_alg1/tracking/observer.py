@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model import BigramLanguageModel, Block, MultiHeadAttention
 from parameters import TensorBoardConfig, due
 from utils import Tokenizer
-from utils_alg1.base.errors import Guard
+from utils_alg1.base.guard import Guard
 from utils_alg1.base.summaries import (
     Embedding,
     Histogram,

@@ -34,8 +34,9 @@ from utils_alg1.tracking.aim_record import (
 from utils_alg1.tracking.background import BackgroundTracker, close_all, flush_all
 from utils_alg1.tracking.metrics_file import MetricsFile
 from utils_alg1.tracking.samples_file import SamplesFile
+from utils_tensorboard.event_file import has_events
 from utils_tensorboard.logger import MetricLogger
-from utils_tensorboard.writer import TensorBoardWriter, has_events
+from utils_tensorboard.writer import TensorBoardWriter
 
 # Parameters that are compared between runs, although a resumed run may change them.
 ALSO_COMPARED = ("max_iters", "grad_accum_steps", "data_path")

@@ -17,7 +17,8 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line, out_of_memory
+from utils_alg1.base.errors import DISK_FAILED, DONE, Alg1Error, first_line
+from utils_alg1.base.memory import out_of_memory
 from utils_alg1.base.scripts import command, script
 from utils_alg1.console.script import skip_finalization
 from utils_alg1.console.signals import signal_handler

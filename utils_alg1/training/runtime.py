@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from parameters import ModelConfig, Parameters, TrainConfig
-from utils_alg1.base import errors
+from utils_alg1.base import memory
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, first_line
 from utils_alg1.base.text import format_count
 from utils_alg1.training.arithmetic import (
@@ -163,7 +163,7 @@ def memory_guard(
         where: in what, for the message.
         train: given where the memory depends on the size of a micro-batch.
     """
-    return errors.memory_guard(where, partial(smaller_settings, model, train))
+    return memory.memory_guard(where, partial(smaller_settings, model, train))
 
 
 def check_memory(params: Parameters, vocab_size: int, device: torch.device) -> None:
