@@ -90,8 +90,8 @@ class Browser:
         elif event in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.said.append(json.dumps(about))
 
-    def open(self, page: Path, width: int = 1000, height: int = 800) -> None:
-        """Open a page in a window of so many pixels, and forget what was said and asked before."""
+    def open(self, page: Path | str, width: int = 1000, height: int = 800) -> None:
+        """Open a file or address in a window of so many pixels, and forget what was said and asked before."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -103,9 +103,9 @@ class Browser:
         self.wait("location.href === 'about:blank'")
         self.said.clear()
         self.requests.clear()
-        self._url = page.resolve().as_uri()
+        self._url = page if isinstance(page, str) else page.resolve().as_uri()
         self.call("Page.navigate", url=self._url)
-        self.wait(f"location.href === {json.dumps(self._url)} && document.readyState === 'complete'")
+        self.wait(f"location.href.startsWith({json.dumps(self._url)}) && document.readyState === 'complete'")
 
     def evaluate(self, code: str) -> Any:
         """Return the JSON value of an expression in the page, or of the promise that it is."""

@@ -22,6 +22,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from browser import needs_chromium
 from conftest import TEXT, TINY, lasting_metrics, recorded_run, with_changes
 from google.protobuf import text_format
 from tensorboard import plugin_util
@@ -42,8 +43,9 @@ from utils_alg1.tracking.metrics_file import read_metrics
 from utils_alg1.training.trainer import Trainer
 from utils_tensorboard import server as server_module
 from utils_tensorboard.event_file import new_path
-from utils_tensorboard.instructions import instructions
+from utils_tensorboard.instructions import address, instructions
 from utils_tensorboard.logger import MetricLogger
+from utils_tensorboard.reading import last_steps
 from utils_tensorboard.server import serve_tensorboard
 from utils_tensorboard.writer import TensorBoardWriter, write_embedding
 
@@ -541,6 +543,15 @@ def test_a_purge_hides_that_step_and_later_ones_however_fast_it_follows(tmp_path
     assert scalars(read_events(tmp_path))["a"] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
+def test_the_last_steps_are_those_that_a_purge_has_left(tmp_path):
+    log_points(tmp_path, None, range(6), 1.0)
+    assert last_steps(tmp_path) == {"a": 5}
+    log_points(tmp_path, 3, range(0), 1.0)
+    assert last_steps(tmp_path) == {"a": 2}
+    log_points(tmp_path, 0, range(0), 1.0)
+    assert last_steps(tmp_path) == last_steps(tmp_path / "none") == {}
+
+
 def test_a_purge_forgets_the_embeddings_of_that_step_and_later_ones(tmp_path):
     def write(purge_step: int | None, *steps: int) -> list[str]:
         writer = TensorBoardWriter(tmp_path, purge_step, pytest.fail)
@@ -769,6 +780,21 @@ def test_the_server_answers_with_the_points_of_a_run_on_loopback_only(run, event
     ]
     assert process.poll() is not None
     assert not answers("127.0.0.1", port)
+
+
+@needs_chromium
+def test_the_address_opens_on_the_losses_not_smoothed(run, chromium):
+    port = free_port()
+    with serve_tensorboard(run.parent, port, str, pytest.fail) as process:
+        assert process is not None and is_served(process, port)
+        end = time.monotonic() + 60
+        while not ask(port, "/data/plugin/scalars/tags") and time.monotonic() < end:
+            time.sleep(0.1)
+        chromium.open(address(port, "127.0.0.1"), 1400, 1200)
+        titles = "[...document.querySelectorAll('tb-truncated-path.tag')].map(tag => tag.title)"
+        chromium.wait(f"{titles}.slice(0, 3).join() === 'Loss/train,Loss/train_step,Loss/val'")
+        smoothing = "document.querySelector('input.slider-input[aria-labelledby=scalars-smoothing-label]')"
+        chromium.wait(f"{smoothing}?.value === '0'")
 
 
 def test_a_busy_port_is_a_warning(tmp_path):
