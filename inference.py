@@ -27,7 +27,14 @@ from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.scripts import command
-from utils_alg1.console.command_line import Parser, add_runs_dir_flag, not_empty, number, path_name
+from utils_alg1.console.command_line import (
+    Parser,
+    add_runs_dir_flag,
+    not_empty,
+    number,
+    path_name,
+    utf8_text,
+)
 from utils_alg1.console.dialogue import add_settings, interact
 from utils_alg1.console.messages import text_for_stream
 from utils_alg1.console.script import run_script
@@ -57,7 +64,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--model", type=path_name, metavar="PATH", help="an exported file or a checkpoint")
     text = parser.add_argument_group("text")
     prompts = text.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompts.add_argument("--prompt", type=utf8_text, metavar="TEXT", help="the text to continue")
     file = "a file with the text to continue, to its last line end; - is the standard input"
     prompts.add_argument("--prompt-file", type=path_name, metavar="PATH", help=file)
     prompts.add_argument("--interactive", action="store_true", help="ask for one prompt after another")
@@ -65,7 +72,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     prompts.add_argument("--score", type=path_name, metavar="PATH", help=scored)
     page = "draw nothing, and write a page for a browser, in which the model continues what one types"
     prompts.add_argument("--page", type=path_name, metavar="PATH", help=page)
-    add_settings(text)
+    add_settings(text, read_stop=utf8_text)
     samples = "number of texts to draw (%(default)s)"
     text.add_argument("--num-samples", type=number(int, minimum=1), default=1, metavar="N", help=samples)
     spec = specs()["device"]

@@ -32,6 +32,7 @@ from utils_alg1.console.command_line import (
     Parser,
     add_config_flag,
     add_parameter_flags,
+    database_url,
     not_empty,
     number,
     path_name,
@@ -76,7 +77,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     no_prune = "run every trial to its end instead of stopping unpromising ones early"
     group.add_argument("--no-prune", dest="prune", action="store_false", help=no_prune)
     storage = "URL of a database (default: study.db in the folder of the study)"
-    group.add_argument("--storage", type=not_empty, metavar="URL", help=storage)
+    group.add_argument("--storage", type=database_url, metavar="URL", help=storage)
     add_config_flag(group)
     add_parameter_flags(parser)
     values, flags = split_parameters(parser.parse_args(argv))

@@ -24,7 +24,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import data
-from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.data import corpus as corpus_module
 from utils_alg1.data import sources, text_files, texts
 
@@ -597,6 +597,25 @@ def test_a_full_disk_while_the_cache_is_written_leaves_no_half_of_it(workdir, mo
 
     assert decoded(path) == "abcd" * 10
     assert os.listdir(texts.CACHE_FOLDER) == []
+
+
+@pytest.mark.parametrize("failing", ["atomic_file", "write_atomically"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_failed_write_of_the_cache_is_one_warning_and_a_read_only_folder_none(
+    text_file, train, monkeypatch, failing, number
+):
+    def fail(path, *_):
+        assert path.parent.name == texts.CACHE_FOLDER
+        error = OSError(number, os.strerror(number))
+        raise disk_error(f"write {path}", error) from error
+
+    monkeypatch.setattr(texts, failing, fail)
+    result = train(*TINY, *QUIET_TRACKERS, "--quiet", "--data", "text.txt", "--max-iters", 1)
+    warning = (
+        f"warning: text.txt cannot be cached in .tokens: {os.strerror(number)}; every start reads it anew\n"
+    )
+    assert result.code == 0
+    assert result.err.count(warning) == result.err.count("cached") == (number not in texts.READ_ONLY)
 
 
 def test_tokens_that_cannot_be_mapped_in_the_cache_are_in_a_temporary_file(workdir, monkeypatch):

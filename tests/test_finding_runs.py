@@ -108,6 +108,39 @@ def test_a_renamed_run_is_found_by_its_name_in_every_script(text_file, train, sa
     assert RunIDGenerator("runs").get_next_counter(run.name[:10]) == 1
 
 
+@pytest.mark.parametrize("name", ["../runs/2026-11-26_001", "./2026-11-26_001", "2026-11-26_001/", "."])
+def test_a_name_with_a_separator_is_a_path_and_never_joined_with_the_runs_folder(workdir, monkeypatch, name):
+    theirs = a_run("2026-11-26_001").absolute()
+    Path("other").mkdir()
+    monkeypatch.chdir("other")
+    a_run("2026-11-26_001")
+    if name == "../runs/2026-11-26_001":
+        assert find_run("runs", name).resolve() == theirs
+        assert find_run("runs", str(theirs)) == theirs
+        shutil.rmtree(theirs)
+    with pytest.raises(Alg1Error) as caught:
+        find_run("runs", name)
+    assert caught.value.message == f"{name}: no such run directory"
+    assert find_run("runs", "2026-11-26_001") == Path("runs/2026-11-26_001")
+
+
+def test_a_run_of_another_folder_is_resumed_and_sampled_where_one_of_its_name_is_here(
+    text_file, monkeypatch, train, sample
+):
+    data = f"--data={text_file}"
+    assert train(*TRAIN, data, "--run-tag=theirs").code == 0
+    (theirs,) = (path.absolute() for path in list_runs("runs"))
+    Path("other").mkdir()
+    monkeypatch.chdir("other")
+    assert train(*TRAIN, data, "--run-tag=theirs").code == 0
+    (ours,) = list_runs("runs")
+    assert ours.name == theirs.name
+    name = f"../runs/{theirs.name}"
+    assert train("--resume", name, "--max-iters", 8, "--quiet").code == 0
+    assert [read_json_object(run / "eval/final.json")["steps"] for run in (theirs, ours)] == [8, 6]
+    assert sample("--run", name, "--max-new-tokens", 1).err.startswith(f"{name}/")
+
+
 def test_a_number_that_two_runs_have_is_refused(text_file, train, sample):
     assert train(*TRAIN, "--run-tag", "book").code == 0
     (run,) = list_runs("runs")

@@ -10,6 +10,7 @@ from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, printed_config, run_pr
 
 from utils_alg1.base.files import read_json_object
 from utils_alg1.base.scripts import command, script, shipped
+from utils_alg1.console.command_line import database_url
 from utils_alg1.run_directory import list_runs
 
 TRAIN = [*TINY, *QUIET_TRACKERS, "--quiet"]
@@ -78,8 +79,30 @@ def test_presets_of_the_checkout_are_found_from_another_folder(workdir, train):
     assert printed_config(out)["n_embd"] == (32, "configs/laptop/model.json")
     assert shipped("configs/search.yaml") == PROJECT / "configs/search.yaml"
     assert shipped("configs/nothing") == Path("configs/nothing")
+    assert shipped("../configs/laptop") == Path("../configs/laptop")
     result = train("--config", "configs/lapto")
     assert "did you mean configs/laptop?" in result.err
+
+
+def test_a_preset_is_named_without_its_folder(workdir, train):
+    out = train("--config", "fast", "--print-config").out
+    assert printed_config(out) == printed_config(train("--config", "configs/fast", "--print-config").out)
+    assert printed_config(out)["n_layer"] == (1, str(PROJECT / "configs/fast/model.json"))
+    (workdir / "configs/fast").mkdir(parents=True)
+    (workdir / "configs/fast/model.json").write_text('{"n_embd": 32}')
+    out = train("--config", "fast", "--print-config").out
+    assert printed_config(out)["n_embd"] == (32, "configs/fast/model.json")
+    (workdir / "fast").write_text('{"n_embd": 16}')
+    assert printed_config(train("--config", "fast", "--print-config").out)["n_embd"] == (16, "fast")
+    assert "--config gpu: no such file or folder" in train("--config", "./gpu").err
+    assert "did you mean configs/laptop?" in train("--config", "lapto").err
+
+
+def test_the_url_of_a_database_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert database_url("sqlite:///~/x.db") == "sqlite:////home/me/x.db"
+    for url in ("sqlite:///x~.db", "sqlite:////tmp/x.db", "postgresql://me:~@host/db", "x.db"):
+        assert database_url(url) == url
 
 
 def test_commands_name_the_script_as_it_was_started(monkeypatch, workdir):

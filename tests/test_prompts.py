@@ -54,6 +54,16 @@ def test_a_prompt_is_every_character_of_a_file(sample, model, source, prompt, mo
     assert result.out.startswith(prompt)
 
 
+def test_a_text_of_the_command_line_is_utf8_whatever_the_locale(model):
+    environment = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C"}
+    result = run_process(
+        "inference.py", "--device=cpu", "--prompt=ab é", "--stop=é", *GREEDY, env=environment
+    )
+    assert (result.code, result.out[:4]) == (0, "ab é")
+    result = run_process("inference.py", "--device=cpu", "--prompt=hï", env=environment)
+    assert (result.code, "'ï'" in result.err, "udc" in result.err) == (2, True, False)
+
+
 def test_carriage_returns_are_kept_and_a_byte_order_mark_is_not(sample, workdir):
     model = build(vocabulary=sorted("\r\n ab"))
     export(RUN, model)

@@ -165,7 +165,8 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
     """Return the directory of a run.
 
     Args:
-        name: `latest`, the run's name in `runs_dir`, which may lack the tag, or its path.
+        name: `latest`, the run's name in `runs_dir`, which may lack the tag, or its path. A name with a
+            separator is a path only.
 
     Raises:
         Alg1Error: there is none, or several runs have this number.
@@ -179,14 +180,17 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
     if len(named) > 1:  # no two runs of a day get the same number, but a run may have been copied
         names = ", ".join(run.name for run in named)
         raise Alg1Error(f"{name}: {len(named)} runs in {runs_dir} have this number: {names}", WHOLE_NAME_HINT)
-    for path in (*named, Path(runs_dir, name), Path(name)):
+    is_path = os.sep in name or name in (os.curdir, os.pardir)
+    places = [Path(name)] if is_path else [Path(runs_dir, name), Path(name)]
+    for path in (*named, *places):
         if path in named or (path / "artifacts").is_dir():
             return path
     if os.path.isfile(name):
         hint = "weights are named with inference.py --model, or train.py --init-from"
         raise Alg1Error(f"{name}: this is a file, not a run", hint)
     hint = f"the latest is {runs[-1].name}" if runs else NO_RUN_HINT
-    raise Alg1Error(f"{name}: no such run in {runs_dir}, and no run directory", hint)
+    missing = "no such run directory" if is_path else f"no such run in {runs_dir}, and no run directory"
+    raise Alg1Error(f"{name}: {missing}", hint)
 
 
 def find_interrupted(runs_dir: str | Path, say: Callable[[str], None]) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from parameters import CONFIG_DIR, CONFIG_FILES, Parameters, coerce_all, specs
 from utils_alg1.base.errors import Alg1Error, first_line
 from utils_alg1.base.files import decode, parse_json_object, read_bytes, refuse_repeats
 from utils_alg1.base.problems import Problem, raise_problems
-from utils_alg1.base.scripts import shipped
+from utils_alg1.base.scripts import FOLDER, shipped
 from utils_alg1.console.command_line import Options
 from utils_alg1.run_directory import RunFolder
 
@@ -120,18 +121,25 @@ class ConfigLoader:
 def _default_files(config: str | None) -> list[Path]:
     """Return config.json and the files of configs/ that exist; a folder as --config replaces configs/."""
     legacy = [Path(LEGACY_FILE)] if Path(LEGACY_FILE).exists() else []
-    return legacy if config and shipped(config).is_dir() else legacy + _files_in(Path(CONFIG_DIR))
+    return legacy if config and _config_path(config).is_dir() else legacy + _files_in(Path(CONFIG_DIR))
 
 
 def _files_in(folder: Path) -> list[Path]:
     return [folder / name for name in CONFIG_FILES.values() if (folder / name).exists()]
 
 
+def _config_path(config: str) -> Path:
+    """Return the path that --config means: `fast` is configs/fast, unless the current folder has a `fast`."""
+    preset = shipped(Path(CONFIG_DIR, config))
+    is_name = os.sep not in config and config not in (os.curdir, os.pardir)
+    return preset if is_name and preset.is_dir() and not os.path.lexists(config) else shipped(config)
+
+
 def _named_files(config: str | None) -> list[Path]:
     """Return the files of --config PATH; there is at least one, or Alg1Error is raised."""
     if config is None:
         return []
-    path = shipped(config)
+    path = _config_path(config)
     if path.is_dir():
         if paths := _files_in(path):
             return paths
@@ -141,7 +149,8 @@ def _named_files(config: str | None) -> list[Path]:
             f"for the parameters of this run: --config {record}" if record.is_file() else PATH_HINT,
         )
     if not path.exists():
-        presets = [folder.name for folder in shipped(CONFIG_DIR).glob("*") if folder.is_dir()]
+        folders = (Path(CONFIG_DIR), FOLDER / CONFIG_DIR)
+        presets = {preset.name for folder in folders for preset in folder.glob("*") if preset.is_dir()}
         close = difflib.get_close_matches(path.name, presets, n=1)
         suggestion = f"; did you mean {Path(CONFIG_DIR, close[0])}?" if close else ""
         raise Alg1Error(f"--config {path}: no such file or folder{suggestion}", PATH_HINT)

@@ -23,6 +23,11 @@ def command(name: str) -> str:
 
 
 def shipped(path: str | Path) -> Path:
-    """Return a path, or that in the folder of the scripts if it is there only, such as configs/laptop."""
+    """Return a path, or that in the folder of the scripts if it is there only, such as configs/laptop.
+
+    A path with `..` means the current folder alone.
+    """
     beside = FOLDER / path
-    return beside if beside.exists() and not os.path.lexists(path) else Path(path)
+    if os.pardir in Path(path).parts or os.path.lexists(path) or not beside.exists():
+        return Path(path)
+    return beside

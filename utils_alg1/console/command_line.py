@@ -163,6 +163,20 @@ def path_name(text: str) -> str:
     return os.path.expanduser(not_empty(text))
 
 
+def database_url(text: str) -> str:
+    """An argparse type: the URL of a database, whose path may begin with ~: sqlite:///~/study.db."""
+    driver, separator, path = not_empty(text).partition(":///")
+    return driver + separator + os.path.expanduser(path)
+
+
+def utf8_text(text: str) -> str:
+    """An argparse type: a text in UTF-8, whatever the locale, which Python decodes arguments by."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
+
+
 def parse_command_line(argv: list[str] | None = None) -> Options:
     """Parse train.py's command line. Parameters stay text, which ConfigLoader checks with the files."""
     parser = Parser(

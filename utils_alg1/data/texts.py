@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -36,6 +37,7 @@ LOGGER = logging.getLogger("alg1")
 CACHE_FOLDER = ".tokens"  # next to the first file of a text
 CACHE_FORMAT = 3
 HEADER_BYTES = hashlib.sha256().digest_size
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a folder that is meant to stay as it is
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ def load_tokens(text: Text, tokenizer: Tokenizer) -> np.ndarray:
         with atomic_file(path) as descriptor:
             _write_tokens(text, tokenizer, descriptor, key)
         tokens = np.memmap(path, dtype, "r", HEADER_BYTES, shape)
-    except (OSError, Alg1Error):  # the folder cannot be written, or its files cannot be mapped
+    except (OSError, Alg1Error) as failure:  # the folder cannot be written, or its files cannot be mapped
+        _tell_of_no_cache(text, failure)
         try:
             with tempfile.TemporaryFile() as file:
                 _write_tokens(text, tokenizer, file.fileno(), key)
@@ -215,9 +218,23 @@ def _write_found(text: Text) -> None:
     found = {name: value for name, value in vars(text).items() if name not in ("files", "sha256")}
     about = {"format": CACHE_FORMAT, "text": text.name, "sha256": _digest(found), "found": found}
     path, content = text.cache / f"{text.sha256}.json", json.dumps(about).encode()
-    with contextlib.suppress(OSError, Alg1Error):
+    try:
         if not path.exists() or path.read_bytes() != content:
             write_atomically(path, content)
+    except (OSError, Alg1Error) as failure:
+        _tell_of_no_cache(text, failure)
+
+
+def _tell_of_no_cache(text: Text, failure: OSError | Alg1Error) -> None:
+    """Warn that a text is not cached, unless its folder is read-only. Raises a failure that is not the disk's."""
+    error = failure.__cause__ if isinstance(failure, Alg1Error) else failure
+    if not isinstance(error, OSError):
+        raise failure
+    line = f"{text.name} cannot be cached in {text.cache}: {error.strerror}; every start reads it anew"
+    if error.errno in READ_ONLY:
+        LOGGER.debug(line)
+    else:
+        LOGGER.warning("warning: %s", line)
 
 
 def _write_tokens(text: Text, tokenizer: Tokenizer, descriptor: int, key: str) -> None:
