@@ -9,13 +9,15 @@ import itertools
 import os
 import re
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET_TRACKERS, TINY
+from conftest import PROJECT, QUIET_TRACKERS, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -821,6 +823,37 @@ def test_a_logout_breaks_off_nothing_that_its_first_signal_lets_run(while_traini
     with pytest.raises(SystemExit) as end:
         run_script(script)
     assert (done, end.value.code) == (["closed"], 129 if while_training else 143)
+
+
+ENDS_SLOWLY = """
+import atexit, os, signal
+from utils_alg1.console.script import run_script
+from utils_alg1.console.signals import StopSignals
+
+def train():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), FIRST)
+        return 128 + signals.received
+
+class Last:
+    def __del__(self):  # when Python has taken its modules apart
+        os.kill(os.getpid(), SECOND)
+
+last = Last()
+atexit.register(os.kill, os.getpid(), SECOND)
+run_script(train)
+"""
+
+
+@pytest.mark.parametrize("first, code", STOPPING)
+def test_the_first_signal_has_the_exit_code_until_the_process_has_ended(first, code):
+    for second, _ in STOPPING:
+        program = ENDS_SLOWLY.replace("FIRST", f"{int(first)}").replace("SECOND", f"{int(second)}")
+        done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, stderr=subprocess.DEVNULL)
+        if second != first:
+            assert done.returncode == code
+        else:  # to Python, which a second Ctrl-C may still break off; a shell reads 128 + first of both
+            assert done.returncode in (code, -first)
 
 
 def test_signals_wait_for_the_end_of_a_block(clock, capfd):

@@ -15,7 +15,7 @@ from utils_alg1.base.memory import memory_guard
 from utils_alg1.base.running_time import running_time
 from utils_alg1.base.threads import spare_threads, thread_guard
 from utils_alg1.console.messages import print_error
-from utils_alg1.console.signals import RaiseSignal, signal_handler
+from utils_alg1.console.signals import RaiseSignal
 
 _exit: Callable[[int], NoReturn] = sys.exit  # how run_script ends the process
 
@@ -57,7 +57,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 def _exit_code(main: Callable[[], int]) -> int:
     """Run main() and return its exit code; what a user or a disk can cause is raised as an Alg1Error."""
     try:
-        with signal_handler(RaiseSignal()), running_time.watch(), memory_guard(""), thread_guard():
+        with RaiseSignal().until_exit(), running_time.watch(), memory_guard(""), thread_guard():
             return main()
     except (KeyboardInterrupt, SystemExit) as stop:
         # torchrun sends SIGTERM when a process is gone: it may come while a failed run closes.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,20 +22,29 @@ STOP_SIGNALS = tuple(n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM"
 SAME_REQUEST_SECONDS = 2.0
 
 
-@contextlib.contextmanager
-def signal_handler(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    """Install `handler` for STOP_SIGNALS until the end of the block.
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
-    A SIGHUP or SIGUSR1 that is ignored, as under nohup, stays ignored.
-    """
-    always = (signal.SIGINT, signal.SIGTERM)
-    caught = [n for n in STOP_SIGNALS if n in always or signal.getsignal(n) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, handler) for number in caught}
+
+@contextlib.contextmanager
+def signal_handler(handler: Handler) -> Iterator[None]:
+    """Install `handler` for STOP_SIGNALS until the end of the block; see `_install`."""
+    previous = _install(handler)
     try:
         yield
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+def _install(handler: Handler) -> dict[signal.Signals, Any]:
+    """Install `handler` for STOP_SIGNALS; return the handlers before.
+
+    A SIGHUP or SIGUSR1 that is ignored stays ignored: nohup does that on purpose. SIGINT does not: a shell
+    script starts its background jobs with SIGINT ignored, and `kill -INT` is to reach these too.
+    """
+    always = (signal.SIGINT, signal.SIGTERM)
+    caught = [n for n in STOP_SIGNALS if n in always or signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in caught}
 
 
 @contextlib.contextmanager
@@ -53,21 +63,38 @@ class StopHandler:
     received: int | None = None
     received_at = 0.0  # by time.monotonic()
 
-    def repeats(self, number: int) -> bool:
-        """Remember a first signal; return whether this one belongs to the request of the first."""
-        now = time.monotonic()
+    def remember(self, number: int) -> None:
+        """Remember a signal if it is the first."""
         if self.received is None:
-            self.received, self.received_at = number, now
-            return False
-        return number != self.received and now - self.received_at < SAME_REQUEST_SECONDS
+            self.received, self.received_at = number, time.monotonic()
+
+    def is_same_request(self, number: int) -> bool:
+        """Return whether a signal belongs to the request of the first: of another kind, and soon after it."""
+        soon = time.monotonic() - self.received_at < SAME_REQUEST_SECONDS
+        return self.received not in (None, number) and soon
 
 
 class RaiseSignal(StopHandler):
     """The handler of a whole script: it raises, so that every `with` and `finally` runs."""
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        if not self.repeats(number):  # which would break off what the first one lets run
+        if not self.is_same_request(number):  # which would break off what the first one lets run
+            self.remember(number)
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def until_exit(self) -> Iterator[None]:
+        """Handle STOP_SIGNALS in this block, which is all of a script.
+
+        After a first signal the other kinds are ignored until the process has ended: Python takes a moment to
+        exit, without its handlers, and one of the same request would change the exit code.
+        """
+        previous = _install(self)
+        try:
+            yield
+        finally:
+            for number, before in previous.items():
+                signal.signal(number, before if self.received in (None, number) else signal.SIG_IGN)
 
 
 class StopSignals(StopHandler):
@@ -92,32 +119,36 @@ class StopSignals(StopHandler):
     ) -> None:
         self._notice, self._announce, self._exit_callback = notice, announce, exit_callback
         self._installed = contextlib.ExitStack()
-        self._of_script: Any = None  # the handler whose place this one takes
-        self._delays: list[None] = []  # one for each block of `delayed`
+        self._of_script: RaiseSignal | None = None  # the handler whose place this one takes
+        self._n_delays = 0  # threads in a block of `delayed`
+        self._lock = threading.Lock()  # of _n_delays; a handler only reads it, and so never waits
         self._waiting: deque[int] = deque()  # signals that are to be handled
 
     def __enter__(self) -> StopSignals:
-        self._of_script = signal.getsignal(signal.SIGTERM)
+        before = signal.getsignal(signal.SIGTERM)
+        self._of_script = before if isinstance(before, RaiseSignal) else None
         self._installed.enter_context(signal_handler(self._handle))
         # Python drops an exception that is raised in a destructor.
-        if isinstance(self._of_script, RaiseSignal) and self._of_script.received is not None:
+        if self._of_script and self._of_script.received is not None:
             self._installed.close()
             raise SystemExit(128 + self._of_script.received)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if isinstance(self._of_script, RaiseSignal) and self.received is not None:
+        if self._of_script and self.received is not None:
             self._of_script.received, self._of_script.received_at = self.received, self.received_at
         self._installed.close()
 
     @contextlib.contextmanager
     def delayed(self) -> Iterator[None]:
         """Handle signals at the end of the block; several threads may be in one."""
-        self._delays.append(None)
+        with self._lock:
+            self._n_delays += 1
         try:
             yield
         finally:
-            self._delays.pop()
+            with self._lock:
+                self._n_delays -= 1
             self._handle_waiting()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -125,17 +156,17 @@ class StopSignals(StopHandler):
         self._handle_waiting()
 
     def _handle_waiting(self) -> None:
-        while self._waiting and not self._delays:
+        while self._waiting and not self._n_delays:
             with contextlib.suppress(IndexError):  # another thread has taken it
                 self._react(self._waiting.popleft())
 
     def _react(self, number: int) -> None:
-        is_first = self.received is None
-        if self.repeats(number):
+        if self.is_same_request(number):
             return
-        if not is_first:
+        if self.received is not None:
             with contextlib.suppress(Exception):
                 self._exit_callback()
             os._exit(128 + number)
+        self.remember(number)
         with contextlib.suppress(OSError):  # the standard error may be closed
             self._announce(f"{self._notice()}; once more to leave at once")

@@ -226,7 +226,7 @@ def _write_found(text: Text) -> None:
 
 
 def _tell_of_no_cache(text: Text, failure: OSError | Alg1Error) -> None:
-    """Warn that a text is not cached, unless its folder is read-only. Raises a failure that is not the disk's."""
+    """Warn that a text is not cached, unless its folder is read-only; raise any failure but the disk's."""
     error = failure.__cause__ if isinstance(failure, Alg1Error) else failure
     if not isinstance(error, OSError):
         raise failure
