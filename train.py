@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from utils_alg1.base.errors import DONE
-from utils_alg1.console.command_line import Options, parse_command_line
+from utils_alg1.console.command_line import Options, parse_command_line, prints_only
 from utils_alg1.console.script import run_script
 from utils_alg1.run.job import prepare
 from utils_alg1.training.distributed import init_distributed
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # PyTorch is imported after the parameters are checked, so th
 
 
 def main(argv: list[str] | None = None) -> int:
-    with init_distributed() as dist:
+    with init_distributed(prints_only(argv)) as dist:
         # 1. Command line.
         options = parse_command_line(argv) if dist.is_main else Options(quiet=True)
         with Console(options.quiet, options.verbose) as console:

@@ -430,13 +430,13 @@ def test_speed_leaves_out_evaluations_and_looks(monkeypatch):
 
     clock.start(progress)
     assert clock.speed("metric", 3) is None
-    with clock.pause():
+    with clock.exclude_from_speed():
         spend(7)
     for _ in range(4):
         spend(0.5)
         progress.step += 1
     assert clock.speed("evaluation", progress.step) == pytest.approx(20)
-    with clock.pause():
+    with clock.exclude_from_speed():
         spend(50)
     assert clock.speed("evaluation", progress.step) is None
     spend(0.5)

@@ -18,11 +18,9 @@ from utils_alg1.base.errors import Alg1Error, disk_error, first_line, unreadable
 
 LOGGER = logging.getLogger("alg1")
 TEMPORARY_SUFFIX = ".tmp"
-NOT_SUPPORTED = (
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-)  # as shared folders answer to fsync of a folder
+# What file systems answer to an operation that they lack, such as fsync of a folder or a lock. The last
+# two are one number on Linux, and two on macOS.
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager

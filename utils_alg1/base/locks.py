@@ -13,7 +13,7 @@ from utils_alg1.base.files import NOT_SUPPORTED
 if TYPE_CHECKING:
     from filelock import FileLock  # imported when it is needed: it takes longer than all of --help
 
-NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK, errno.ENOSYS)  # as some network mounts answer
+NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK, errno.ENOSYS)  # the last two: of network mounts
 RUNS_HINT = "name a --runs-dir on another file system, such as a local disk; runs may be copied there"
 
 

@@ -209,6 +209,12 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
     return Options(values=values, **given)
 
 
+def prints_only(argv: list[str] | None = None) -> bool:
+    """Return whether a command line of train.py asks for --help or --print-config, and nothing else."""
+    words = sys.argv[1:] if argv is None else argv
+    return not {"-h", "--help", "--print-config", "--print_config"}.isdisjoint(words)
+
+
 def add_config_flag(group: Any) -> None:
     text = "JSON or YAML file of parameters, or a folder (a preset) in place of configs/"
     group.add_argument("--config", type=path_name, metavar="PATH", help=text)

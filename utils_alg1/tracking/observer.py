@@ -164,7 +164,7 @@ class Observer:
 
     def _log_view(self, step: int, interval: int, kind: Kind, view: View) -> None:
         if due(step, interval) and self.trackers.keeps(kind):
-            with self._trainer.clock.pause():
+            with self._trainer.clock.exclude_from_speed():
                 self._guard.attempt(lambda: self.trackers.log(kind, self._look(view), step))
 
     def _look(self, view: View) -> Any:

@@ -60,16 +60,19 @@ def no_such_device(name: str, kind: str, count: int) -> Alg1Error:
     variable = VISIBLE.get(kind, "")
     value = f"{variable}={os.environ[variable]}" if variable in os.environ else ""
     if kind == "cpu" or not count:
-        hint = f"{value} may hide it: unset that, or use --device cpu" if value else ""
-        hint = hint or "use --device auto or --device cpu"
+        hint = "use --device auto or --device cpu"
+        if value:
+            hint = f"{value} may hide it: unset that, or use --device cpu"
         return Alg1Error(f"--device {name}: this machine has no such device", hint)
     names = f"it is {kind}:0" if count == 1 else f"they are {kind}:0 to {kind}:{count - 1}"
     renumbered = f"{value} numbers the GPUs that it names from 0: " if value else ""
-    return Alg1Error(f"--device {name}: {visible(count)}; {names}", f"{renumbered}use --device {kind}:0")
+    return Alg1Error(
+        f"--device {name}: {describe_visible(count)}; {names}", f"{renumbered}use --device {kind}:0"
+    )
 
 
-def visible(n_gpus: int) -> str:
-    """Return "2 GPUs are visible"."""
+def describe_visible(n_gpus: int) -> str:
+    """Return the start of a message, such as "2 GPUs are visible"."""
     return f"{format_count(n_gpus, 'GPU')} {'is' if n_gpus == 1 else 'are'} visible"
 
 
@@ -97,7 +100,7 @@ def device_of_process(device: torch.device, dist: Distributed) -> torch.device:
     n_gpus = torch.cuda.device_count()
     if dist.local_rank >= n_gpus:
         raise Alg1Error(
-            f"{visible(n_gpus)}, too few for process {dist.local_rank + 1} of this machine",
+            f"{describe_visible(n_gpus)}, too few for process {dist.local_rank + 1} of this machine",
             "start as many processes as there are GPUs: --nproc_per_node",
         )
     torch.cuda.set_device(dist.local_rank)

@@ -22,7 +22,7 @@ from utils_alg1.base.memory import out_of_memory
 from utils_alg1.base.scripts import command, script
 from utils_alg1.console.script import skip_finalization
 from utils_alg1.console.signals import signal_handler
-from utils_alg1.training.launcher import launcher, read_place, watched_parent
+from utils_alg1.training.launcher import Place, launcher_name, read_place, watched_parent
 
 if TYPE_CHECKING:
     import torch
@@ -114,11 +114,15 @@ class Distributed:
             torch.distributed.init_process_group(
                 backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size
             )
-        except torch.distributed.DistError as error:  # the port is in use, or nobody has answered
+        except torch.distributed.DistError as error:
+            if "EADDRINUSE" in str(error):
+                port = os.environ.get("MASTER_PORT")
+                hint = "choose another MASTER_PORT (torchrun: --master_port), the same for all processes"
+                raise Alg1Error(f"port {port} is in use", hint) from error
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise Alg1Error(
                 f"the processes cannot connect at {address}: {first_line(error)[:120]}",
-                "MASTER_ADDR must be the machine of process 0, and MASTER_PORT free there",
+                "MASTER_ADDR must be the machine of process 0, and MASTER_PORT a port that is open there",
             ) from error
         self._connected = True
 
@@ -207,21 +211,29 @@ def is_lost_connection(error: RuntimeError) -> bool:
 SINGLE_PROCESS = Distributed()
 
 
-def init_distributed() -> Distributed:
+def init_distributed(prints_only: bool = False) -> Distributed:
     """Return the processes that were started together, not connected yet; or a single process.
+
+    Args:
+        prints_only: nothing will be trained, and variables that `read_place` refuses do not matter.
 
     Raises what `read_place` raises.
     """
-    rank, local_rank, world_size = read_place()
-    return SINGLE_PROCESS if world_size == 1 else Distributed(rank, local_rank, world_size)
+    try:
+        place = read_place()
+    except Alg1Error:
+        if not prints_only:
+            raise
+        place = Place()
+    return SINGLE_PROCESS if place.world_size == 1 else Distributed(*place)
 
 
 def launch_command(dist: Distributed) -> str:
     """Return the command that trains with as many processes again."""
     if dist.world_size == 1:
         return command("train.py")
-    if launcher() != "torchrun":
-        return f"{launcher()} (as before) {command('train.py')}"
+    if launcher_name() != "torchrun":
+        return f"{launcher_name()} (as before) {command('train.py')}"
     if os.environ.get("LOCAL_WORLD_SIZE") == str(dist.world_size):
         return f"torchrun --standalone --nproc_per_node={dist.world_size} {script('train.py')}"
     return f"torchrun (as before) {script('train.py')}"

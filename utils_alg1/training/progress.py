@@ -73,7 +73,7 @@ class Progress:
 class Clock:
     """Measures the training loop: its seconds, and the speed of its steps in tokens per second.
 
-    Time in which the process is stopped does not count (see `RunningTime`).
+    Time in which the process is suspended, by Ctrl-Z say, does not count (see `RunningTime`).
 
     Args:
         synchronize: waits for the device, so that the time read next is true.
@@ -81,7 +81,7 @@ class Clock:
 
     def __init__(self, synchronize: Callable[[], None], tokens_per_step: int):
         self._synchronize, self._tokens_per_step = synchronize, tokens_per_step
-        self._began = self._paused = 0.0
+        self._began = self._left_out = 0.0
         self._saved_at = running_time()
         self._start = (0.0, 0)  # time and step
         self._readings: dict[str, tuple[float, int]] = {}
@@ -98,7 +98,7 @@ class Clock:
         progress.seconds = self._now() - self._began
 
     def elapsed(self) -> float:
-        """Return the seconds since `start`."""
+        """Return the seconds since `start`, without waiting for the device: each step asks for them."""
         return running_time() - self._start[0]
 
     def saved(self) -> None:
@@ -111,17 +111,17 @@ class Clock:
 
     def speed(self, reader: str, step: int) -> float | None:
         """Return the tokens/s of training since this reader asked last, or None if no step was taken."""
-        now = self._now() - self._paused
+        now = self._now() - self._left_out
         before, step_before = self._readings.get(reader, self._start)
         self._readings[reader] = now, step
         return (step - step_before) * self._tokens_per_step / (now - before) if step > step_before else None
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def exclude_from_speed(self) -> Iterator[None]:
         """Leave the time of this block out of the speed."""
         began = self._now()
         yield
-        self._paused += self._now() - began
+        self._left_out += self._now() - began
 
     def _now(self) -> float:
         self._synchronize()

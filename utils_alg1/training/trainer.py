@@ -167,7 +167,7 @@ class Trainer:
         """
         self.speed = self.clock.speed("evaluation", self.step)
         if not self.progress.evaluated:
-            with self.clock.pause(), memory_guard("in an evaluation", self.model.config):
+            with self.clock.exclude_from_speed(), memory_guard("in an evaluation", self.model.config):
                 train_loss, val_loss = self._mean_losses()
             if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                 self._raise_in_main_process(f"the evaluation loss is not finite after step {self.step}")
