@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
 
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.scripts import command
+from utils_alg1.base.text import shell_join
 from utils_alg1.console.command_line import (
     Options,
     Parser,
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         stopped = search.run(arguments.workers)
         n_finished = len(finished_trials(study))
         if stopped and n_finished < n_trials:
-            again = f"{command('search.py')} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
+            again = f"{command('search.py')} {shell_join(sys.argv[1:] if argv is None else argv)}".strip()
             console.say(f"stopped after {n_finished} of {n_trials} trials; go on with: {again}")
             return 128 + stopped
 

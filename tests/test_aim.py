@@ -516,6 +516,27 @@ def test_a_damaged_repository_is_one_warning_with_the_cause_and_the_repair(
     repaired.close()
 
 
+def test_paths_that_are_not_utf8_are_kept_escaped(workdir):
+    path = os.fsdecode(b"b\xff/runs/x")
+    tracker = AimTracker(path, path, workdir, warn=pytest.fail)
+    tracker.track_config({"data_path": path, "n_embd": 2, "betas": (0.9, path)})
+    run_hash = tracker.run_hash
+    tracker.close()
+    kept = aim.Run(run_hash, repo=str(workdir), read_only=True)
+    assert (kept["run_dir"], kept.name) == (r"b\udcff/runs/x", r"b\udcff/runs/x")
+    hparams = {"data_path": r"b\udcff/runs/x", "n_embd": 2, "betas": [0.9, r"b\udcff/runs/x"]}
+    assert kept["hparams"] == hparams
+
+
+def test_a_repository_under_a_path_that_is_not_utf8_is_one_clear_warning(workdir):
+    repo = workdir / os.fsdecode(b"b\xff")
+    repo.mkdir()
+    warnings: list[str] = []
+    assert not AimTracker("x", "x", repo, warn=warnings.append).enabled
+    reason = f"the path of {repo}/.aim is not UTF-8, which Aim needs; start in another folder"
+    assert warnings == [f"Aim is switched off, training goes on: {reason}"]
+
+
 class Broken:
     """Raises in every method that is used of an aim.Run."""
 

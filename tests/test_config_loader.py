@@ -1116,7 +1116,7 @@ def test_the_environment_names_versions_and_the_command(workdir, monkeypatch):
     info = MetadataCapture.capture_env_info("env.txt")
     assert info["python"] == sys.version.split()[0]
     assert version.startswith(info["torch"]) and info["numpy"] == numpy.__version__
-    assert Path("env.txt").read_text().splitlines()[2] == r"command: train.py --run-tag 'my caf\udce9'"
+    assert Path("env.txt").read_text().splitlines()[2] == r"command: train.py --run-tag $'my caf\xe9'"
 
 
 def test_a_package_that_is_missing_is_said_so(workdir, monkeypatch):

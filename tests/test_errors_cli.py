@@ -675,7 +675,7 @@ def test_half_precision_is_named_where_a_loss_is_lost_to_it():
     assert stability_hint(config, torch.bfloat16) == "try a --learning-rate below 0.01"
 
 
-@pytest.mark.parametrize(("flag", "meant"), [("laptop", "configs/laptop"), ("configs/fsat", "configs/fast")])
+@pytest.mark.parametrize(("flag", "meant"), [("lapto", "configs/laptop"), ("configs/fsat", "configs/fast")])
 def test_a_preset_that_is_meant_is_named(place, train, flag, meant):
     shutil.copytree(PROJECT / "configs", "configs")
     result = train("--config", flag)

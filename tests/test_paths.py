@@ -1,6 +1,7 @@
 """Paths and commands: the home folder, names that are not UTF-8, scripts started from another folder."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from conftest import PROJECT, QUIET_TRACKERS, TEXT, TINY, printed_config, run_pr
 
 from utils_alg1.base.files import read_json_object
 from utils_alg1.base.scripts import command, script, shipped
+from utils_alg1.base.text import shell_quote
 from utils_alg1.console.command_line import database_url
 from utils_alg1.run_directory import list_runs
 
@@ -103,6 +105,26 @@ def test_the_url_of_a_database_may_begin_with_the_home_folder(monkeypatch):
     assert database_url("sqlite:///~/x.db") == "sqlite:////home/me/x.db"
     for url in ("sqlite:///x~.db", "sqlite:////tmp/x.db", "postgresql://me:~@host/db", "x.db"):
         assert database_url(url) == url
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"it's \\ \xff\xfe f\xe9e.txt", b"a b", b"caf\xc3\xa9"])
+def test_a_name_that_is_not_utf8_is_quoted_so_that_a_shell_reads_it_back(name):
+    quoted = shell_quote(os.fsdecode(name)).encode()  # it can be printed
+    done = subprocess.run(["bash", "-c", b"printf %s " + quoted], stdout=subprocess.PIPE, check=True)
+    assert done.stdout == name
+
+
+def test_the_commands_of_a_run_under_a_path_that_is_not_utf8_can_be_pasted(text_file):
+    result = run_process("train.py", *TINY, "--no-aim", "--data=text.txt", "--runs-dir=b\udcff")
+    assert result.code == 0
+    commands = dict(line.split(maxsplit=1) for line in result.out.splitlines() if "$'" in line)
+    (run,) = list_runs(os.fsdecode(b"b\xff"))
+    assert commands["sample"].endswith(rf"inference.py --run $'b\xff/{run.name}'")
+    assert commands["curves"].startswith(r"tensorboard --logdir=$'b\xff' --port")
+    sampled = subprocess.run(
+        ["bash", "-c", commands["sample"].replace("python", sys.executable, 1) + " --max-new-tokens 3"]
+    )
+    assert sampled.returncode == 0
 
 
 def test_commands_name_the_script_as_it_was_started(monkeypatch, workdir):

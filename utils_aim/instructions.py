@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import shlex
 from typing import Any
+
+from utils_alg1.base.text import shell_quote
 
 # What Aim's Metrics explorer is to show, in the form of its addresses: train and val loss, a colour for each
 # run, and solid or dashed lines.
@@ -29,5 +30,5 @@ def instructions(repo: str = "") -> tuple[str, str]:
 
     `repo` is the folder of `.aim`, if it is not the current one.
     """
-    command = f"aim up --repo={shlex.quote(repo)}" if repo else "aim up"
+    command = f"aim up --repo={shell_quote(repo)}" if repo else "aim up"
     return command, f"then open {address()}"

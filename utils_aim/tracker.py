@@ -35,6 +35,7 @@ MEANINGS = (
     ),
     # Aim hides why.
     ("upgrade failed", f"{{folder}} cannot be opened ({{text}}); if the disk is not full, {REPAIR}"),
+    ("codec can't encode", "the path of {folder} is not UTF-8, which Aim needs; start in another folder"),
     (HELD, "another program holds {folder} ({text}); end it"),
     (NO_LOCKS, "{folder} is on a file system without locks; start in a folder of another one"),
     *(
@@ -140,7 +141,7 @@ class AimTracker(Tracker):
     @guarded
     def track_metadata(self, key: str, value: Any) -> None:
         """Keep one value: text, a number, or lists and dictionaries of them."""
-        self._run[key] = value
+        self._run[key] = _utf8(value)
 
     @guarded
     def track_metric(self, name: str, value: float, step: int, context: Context = None) -> None:
@@ -203,6 +204,15 @@ class AimTracker(Tracker):
             atexit.unregister(cleanup.AutoClean.cleanup)
 
 
+def _utf8(value: Any) -> Any:
+    """Return a value with the bytes of paths that are not UTF-8 escaped: Aim encodes all texts."""
+    if isinstance(value, dict):
+        return {key: _utf8(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_utf8, value)]
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
 def _open_run(repo: Path, run_hash: str | None, run_name: str, tag: str) -> Any:
     """Open a run in Aim and name it. Waits while another process holds Aim's lock to open its own."""
     import aim
@@ -220,7 +230,7 @@ def _open_run(repo: Path, run_hash: str | None, run_name: str, tag: str) -> Any:
                 capture_terminal_logs=False,
                 log_system_params=False,
             )
-            run.name = run_name
+            run.name = _utf8(run_name)
             if run_hash is None:  # what the user has changed since is kept
                 run.experiment = tag or EXPERIMENT
                 if tag:

@@ -18,6 +18,7 @@ from utils_alg1.base.errors import Alg1Error, first_line
 from utils_alg1.base.files import decode, parse_json_object, read_bytes, refuse_repeats
 from utils_alg1.base.problems import Problem, raise_problems
 from utils_alg1.base.scripts import FOLDER, shipped
+from utils_alg1.base.text import shell_quote
 from utils_alg1.console.command_line import Options
 from utils_alg1.run_directory import RunFolder
 
@@ -146,7 +147,9 @@ def _named_files(config: str | None) -> list[Path]:
         record = RunFolder(path).record_path
         raise Alg1Error(
             f"--config {path}: none of {', '.join(CONFIG_FILES.values())} is in this folder",
-            f"for the parameters of this run: --config {record}" if record.is_file() else PATH_HINT,
+            f"for the parameters of this run: --config {shell_quote(str(record))}"
+            if record.is_file()
+            else PATH_HINT,
         )
     if not path.exists():
         folders = (Path(CONFIG_DIR), FOLDER / CONFIG_DIR)
@@ -155,7 +158,9 @@ def _named_files(config: str | None) -> list[Path]:
         suggestion = f"; did you mean {Path(CONFIG_DIR, close[0])}?" if close else ""
         raise Alg1Error(f"--config {path}: no such file or folder{suggestion}", PATH_HINT)
     if path.suffix == ".safetensors":
-        raise Alg1Error(f"--config {path}: these are weights", f"to start from them: --init-from {path}")
+        raise Alg1Error(
+            f"--config {path}: these are weights", f"to start from them: --init-from {shell_quote(str(path))}"
+        )
     return [path]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import itertools
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from utils_alg1.base.files import (
     write_json,
 )
 from utils_alg1.base.locks import NoLocks, take_lock
+from utils_alg1.base.text import shell_join
 from utils_alg1.data.corpus import Corpus
 from utils_alg1.data.texts import Text
 from utils_alg1.run_directory import (
@@ -163,7 +163,7 @@ class MetadataCapture:
     def capture_env_info(cls, path: str | Path, heading: str = "") -> dict[str, str]:
         """Add the command and the versions of Python, PyTorch and the rest to a file, and return them."""
         info = {"python": cls.get_python_version(), "platform": platform.platform()}
-        info["command"] = shlex.join(sys.argv)
+        info["command"] = shell_join(sys.argv)
         for package in PACKAGES:
             try:
                 info[package] = metadata.version(package)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-
 from parameters import TensorBoardConfig
+from utils_alg1.base.text import shell_quote
 
 
 def address(port: int, host: str = "localhost") -> str:
@@ -14,4 +13,4 @@ def address(port: int, host: str = "localhost") -> str:
 
 def instructions(runs_dir: str = "runs", port: int = TensorBoardConfig.port) -> tuple[str, str]:
     """Return the command to type, which shows all runs, and a line with the address to open."""
-    return f"tensorboard --logdir={shlex.quote(runs_dir)} --port={port}", f"then open {address(port)}"
+    return f"tensorboard --logdir={shell_quote(runs_dir)} --port={port}", f"then open {address(port)}"

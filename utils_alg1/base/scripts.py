@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from pathlib import Path
+
+from utils_alg1.base.text import shell_quote
 
 FOLDER = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train.py", "inference.py", "search.py", "compare.py")
@@ -14,7 +15,7 @@ SCRIPTS = ("train.py", "inference.py", "search.py", "compare.py")
 def script(name: str) -> str:
     """Return the path of a script on a command line, in the folder that the running one was started from."""
     folder, running = os.path.split(sys.argv[0])
-    return shlex.quote(os.path.join(folder, name) if running in SCRIPTS else name)
+    return shell_quote(os.path.join(folder, name) if running in SCRIPTS else name)
 
 
 def command(name: str) -> str:

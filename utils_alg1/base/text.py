@@ -5,10 +5,13 @@ from __future__ import annotations
 import glob
 import math
 import re
+import shlex
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+UNDECODED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SYMBOLS = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}  # ␣ ↵ ⇥
 EXPONENT_THRESHOLD = 1e6  # numbers from here on are written with an exponent
 MAX_DIGITS = 8  # digits of a number written without an exponent
@@ -26,6 +29,23 @@ def without_controls(text: str) -> str:
         return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
     return CONTROL_CHARACTERS.sub(symbol, text.replace("\r\n", "\n"))
+
+
+def shell_quote(text: str) -> str:
+    """Return a text as one word of a shell command.
+
+    Bytes that are not UTF-8 (half surrogates, as Python decodes names of files) cannot be printed: they are
+    escaped in the form $'...' that bash and zsh know.
+    """
+    if not UNDECODED.search(text):
+        return shlex.quote(text)
+    text = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + UNDECODED.sub(lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text) + "'"
+
+
+def shell_join(words: Iterable[str]) -> str:
+    """Return the words of a shell command as one text."""
+    return " ".join(map(shell_quote, words))
 
 
 def character_symbol(character: str) -> str:

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from utils_alg1.base.other_names import answer_to, bare
 from utils_alg1.base.problems import Problem, raise_problems, shown, similar
 from utils_alg1.base.scripts import command
 from utils_alg1.base.settings import Limits, coerce
+from utils_alg1.base.text import shell_quote
 
 TEXTS = ("data_path", "val_data", "vocabulary", "score")  # flags that name a text
 Uses = dict[str, list[tuple[str, list[str]]]]  # name -> each use of its flag, with the words behind it
@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
             flag, values = given[0][0], [word for _, words in given for word in words]
             hint = f"{several_texts(flag, values)}; {self.hint}" if name in TEXTS else self.hint
             if len(given) > 1:
-                listed = ", ".join(" ".join([flag, *map(shlex.quote, words)]) for flag, words in given)
+                listed = ", ".join(" ".join([flag, *map(shell_quote, words)]) for flag, words in given)
                 raise Alg1Error(f"{flag} is given {len(given)} times: {listed}", f"give it once; {hint}")
             if len(values) > 1 and self._option_string_actions[flag].nargs is None:
                 text = f"{flag} takes one value, and was given {len(values)}: {' '.join(map(shown, values))}"
@@ -130,7 +130,7 @@ def several_texts(flag: str, names: list[str]) -> str:
     patterns = {path.parent / f"*{path.suffix}" for path in paths}
     matching = [pattern for pattern in patterns if set(pattern.parent.glob(pattern.name)) == paths]
     example = str(matching[0]) if matching else "books/*.txt"
-    return f"several texts are their folder, or a pattern in quotes: {flag} {shlex.quote(example)}"
+    return f"several texts are their folder, or a pattern in quotes: {flag} {shell_quote(example)}"
 
 
 def number(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import codecs
 import itertools
 import re
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 from utils_alg1.base.errors import Alg1Error
+from utils_alg1.base.text import UNDECODED, shell_quote
 from utils_alg1.data.encodings import NOT_ASCII, decodes, likely_readings
 from utils_alg1.data.text_files import GZIP, iter_bytes, open_bytes
 
@@ -22,7 +22,6 @@ PRINTABLE = 0.9  # of the characters of a text, at the least
 HIGH_BYTES = bytes(range(0x80, 0x100))  # those that are not ASCII
 # Not UTF-8, but Java and some databases write them: halves of a surrogate pair, and zero in two bytes.
 MODIFIED_UTF8 = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]|\xc0\x80")
-BAD_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 # In a command, OLD is the file, NEW the text to be made of it, and FOLDER a folder to unpack it to.
 ICONV = "iconv -f {} -t UTF-8 < OLD > NEW"
@@ -146,7 +145,7 @@ def fill_in(command: str, path: Path, suffix: str = "utf8", within: str | None =
 
 def _quoted(path: Path) -> str:
     """Return a path as one types it in a shell, where it is no option of a command."""
-    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+    return shell_quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 class _Fault(NamedTuple):
@@ -213,7 +212,7 @@ def _count_high(data: bytes) -> int:
 def _count_characters(fault: _Fault) -> tuple[int, int]:
     """Count the characters that tell of UTF-8, before the fault and in its sample, and its bad bytes."""
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(fault.sample)
-    n_bad = len(BAD_BYTE.findall(text))
+    n_bad = len(UNDECODED.findall(text))
     return fault.n_good // 2 + len(NOT_ASCII.findall(text)) - n_bad, n_bad
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import shlex
 import stat
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -20,6 +19,7 @@ from parameters import DataConfig, Parameters
 from utils_alg1.base.errors import Alg1Error, unreadable
 from utils_alg1.base.files import make_folder, write_atomically
 from utils_alg1.base.problems import nearest
+from utils_alg1.base.text import shell_quote
 from utils_alg1.data.text_files import TextFiles
 
 DEFAULT_PATH = DataConfig.data_path
@@ -85,7 +85,7 @@ def find_files(name: str, flag: str, corpora: Collection[str] = ()) -> TextFiles
         Alg1Error: there is no such file.
     """
     if "://" in name:
-        hint = f"download it first: curl -o input.txt {shlex.quote(name)}; then {flag} input.txt"
+        hint = f"download it first: curl -o input.txt {shell_quote(name)}; then {flag} input.txt"
         raise Alg1Error(f"{flag} {name}: must be a file on this machine", hint)
     path = _path_of(name)
     mode = file_mode(path)
@@ -145,7 +145,7 @@ def _no_text_in(folder: Path, files: list[Path], flag: str) -> Alg1Error:
     pattern = f"*{suffixes[0][0]}" if suffixes else "**/*.txt" if any(folder.glob("*/")) else ""
     hint = f"put a text there, or name another: {flag} PATH"
     if pattern:
-        hint = f"name the files with a pattern in quotes, as in {flag} {shlex.quote(str(folder / pattern))}"
+        hint = f"name the files with a pattern in quotes, as in {flag} {shell_quote(str(folder / pattern))}"
     return Alg1Error(f"{folder}: this folder has no {' or '.join(SUFFIXES)} file", hint)
 
 

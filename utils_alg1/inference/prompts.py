@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 import sys
 import unicodedata
 from io import BufferedReader
@@ -15,6 +14,7 @@ from typing import cast
 from utils import Tokenizer, show_characters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.scripts import command
+from utils_alg1.base.text import shell_quote
 from utils_alg1.console.messages import print_note
 
 STANDARD_INPUT = "-"  # as the name of a file
@@ -35,10 +35,10 @@ def read_prompt(prompt: str | None, path: str | None) -> str:
     prompt = prompt or ""
     name = re.fullmatch(r"FILE:(\S+)|@(.+)", prompt)  # as in nanoGPT, and as in curl
     if name and (name[1] or os.path.isfile(name[2])):
-        literally = f"printf %s {shlex.quote(prompt)} | {command('inference.py')} --prompt-file -"
+        literally = f"printf %s {shell_quote(prompt)} | {command('inference.py')} --prompt-file -"
         raise Alg1Error(
             f"--prompt {prompt}: a prompt is not read from a file this way",
-            f"the content of the file: --prompt-file {shlex.quote(name[1] or name[2])};"
+            f"the content of the file: --prompt-file {shell_quote(name[1] or name[2])};"
             f" these very characters: {literally}",
         )
     return prompt

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from utils_alg1.base.errors import Alg1Error, first_line, unreadable
 from utils_alg1.base.files import write_atomically
 from utils_alg1.base.memory import memory_guard, out_of_memory
+from utils_alg1.base.text import shell_join
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,7 +157,7 @@ def refuse_pickle(path: Path) -> None:
         converted = path.with_suffix(".safetensors")
         if converted.exists():
             converted = path.with_name(f"{path.name}.safetensors")
-        command = f'python -c "{CONVERSION}" {shlex.join([str(path), str(converted)])}'
+        command = f'python -c "{CONVERSION}" {shell_join([str(path), str(converted)])}'
         problem = f"{path}: this is a PyTorch pickle file (.pt), which could run code when it is read"
         raise Alg1Error(problem, f"convert it: {command}")
 

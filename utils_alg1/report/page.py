@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base.files import read_json_object, write_atomically, write_or_warn
 from utils_alg1.base.scripts import command
-from utils_alg1.base.text import character_symbol, text_name
+from utils_alg1.base.text import character_symbol, shell_quote, text_name
 from utils_alg1.network.weights import read_weights
 from utils_alg1.report import pictures, playground
 from utils_alg1.report.baselines import NAMES, in_view
@@ -125,7 +124,7 @@ def build_page(
         marks=resumes(record),
         opening="" if held_out is None else playground.opening(tokenizer.decode(held_out.tolist())),
         held_out=None if held_out is None else playground.surprise(weights, held_out),
-        page_command=f"{command('inference.py')} --run {shlex.quote(str(run_dir))} --page playground.html",
+        page_command=f"{command('inference.py')} --run {shell_quote(str(run_dir))} --page playground.html",
         **(playground.playground_values(weights) if has_playground else {"playground": None}),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from parameters import Parameters, specs
 from utils_aim.instructions import instructions as aim_instructions
 from utils_alg1.base.errors import CANNOT_TRAIN, DISK_FAILED, Alg1Error
 from utils_alg1.base.scripts import command
-from utils_alg1.base.text import format_count, format_duration, format_loss, format_number
+from utils_alg1.base.text import format_count, format_duration, format_loss, format_number, shell_quote
 from utils_alg1.run_directory import RunDirectory, checkpoint_step
 from utils_alg1.tracking.aim_record import REPOSITORY, find_repo
 from utils_alg1.training.distributed import Distributed, launch_command
@@ -157,7 +156,7 @@ def next_commands(
 ) -> LabelledLines:
     """Return the lines printed last: what to type next. `trackers` are those that recorded the run."""
     lines: dict[str, str | ShellCommand] = {
-        "sample": ShellCommand(f"{command('inference.py')} --run {shlex.quote(str(run.path))}")
+        "sample": ShellCommand(f"{command('inference.py')} --run {shell_quote(str(run.path))}")
     }
     if "tensorboard" in trackers:
         curves = tensorboard_instructions(str(run.path.parent), params.tensorboard.port)
@@ -247,4 +246,4 @@ def gone(run: RunDirectory, dist: Distributed) -> Alg1Error:
 
 def resume_command(run: RunDirectory, dist: Distributed) -> str:
     """Return the command that resumes a run."""
-    return f"{launch_command(dist)} --resume {shlex.quote(str(run.path))}"
+    return f"{launch_command(dist)} --resume {shell_quote(str(run.path))}"

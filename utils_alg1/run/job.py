@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from parameters import DataConfig, Parameters
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.scripts import command
+from utils_alg1.base.text import shell_quote
 from utils_alg1.console.command_line import Options
 from utils_alg1.console.script import importing
 from utils_alg1.utils_config_loader import ConfigLoader
@@ -121,7 +121,7 @@ def prepare(options: Options, dist: Distributed, console: Console) -> Job | None
                 flags = "--data PATH" + (" or --val-data PATH" if params.data.val_data else "")
                 error.hint = f"put the text of the run there, or name where it lies now: {flags}"
                 if options.finish:  # the weights are there all the same
-                    sample = f"{command('inference.py')} --run {shlex.quote(str(checkpoint.path.parents[2]))}"
+                    sample = f"{command('inference.py')} --run {shell_quote(str(checkpoint.path.parents[2]))}"
                     error.hint += f"; without it, its newest checkpoint can be sampled: {sample}"
             raise
         corpus.check_block_size(params.model.block_size, params.data.train_split, params.data.val_split)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import shutil
 import sys
 import warnings
@@ -17,7 +16,7 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 from utils_alg1.base.files import write_atomically, write_or_warn
 from utils_alg1.base.plotting import import_matplotlib
 from utils_alg1.base.scripts import command
-from utils_alg1.base.text import EVALUATION_NOTE, format_count, format_number
+from utils_alg1.base.text import EVALUATION_NOTE, format_count, format_number, shell_join
 from utils_alg1.console.command_line import Options
 from utils_alg1.console.table import format_table, to_csv
 from utils_alg1.search.space import Plan, shapes_training
@@ -152,7 +151,7 @@ def next_command(preset: Path, plan: Plan) -> ShellCommand:
     if "max_iters" not in plan.space and steps != of_files:
         words.append(f"--max-iters={of_files}")
         steps = of_files
-    return ShellCommand(f"{command('train.py')} {shlex.join(words)}", f"for {format_count(steps, 'step')}")
+    return ShellCommand(f"{command('train.py')} {shell_join(words)}", f"for {format_count(steps, 'step')}")
 
 
 def write_preset(path: Path, study: str, plan: Plan, best: FrozenTrial) -> None:

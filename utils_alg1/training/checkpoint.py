@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from model import BigramLanguageModel
 from parameters import ModelConfig, coerce_all
 from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error, disk_error
 from utils_alg1.base.scripts import command
+from utils_alg1.base.text import shell_join
 from utils_alg1.base.threads import single_worker
 from utils_alg1.network.tensor_file import read_tensors, write_tensors
 from utils_alg1.network.weights import CHECKPOINT_FORMAT, FORMAT_VERSION, OTHER_CHECKPOINT, fits_vocabulary
@@ -328,7 +328,7 @@ def _new_run(run: RunFolder) -> str:
     if not run.export_path.is_file():
         return f"start anew: {command('train.py')}"
     words += ["--init-from", run.export_path]
-    return f"start a new run from its export: {command('train.py')} {shlex.join(map(str, words))}"
+    return f"start a new run from its export: {command('train.py')} {shell_join(map(str, words))}"
 
 
 def quarantine_newer(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:

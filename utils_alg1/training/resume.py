@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import read_json_object, remove_temporary_files
 from utils_alg1.base.problems import shown
 from utils_alg1.base.settings import field_names
-from utils_alg1.base.text import format_count
+from utils_alg1.base.text import format_count, shell_join, shell_quote
 from utils_alg1.network.weights import read_weights
 from utils_alg1.run_directory import (
     CHECKPOINT_NAME,
@@ -55,7 +54,7 @@ def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory
         if len(folders) < 3 or file.absolute().parent != RunFolder(folders[2]).checkpoint_dir:
             raise Alg1Error(
                 f"{file}: this checkpoint is not in a run directory",
-                f"to start a new run from its weights: --init-from {shlex.quote(name)}",
+                f"to start a new run from its weights: --init-from {shell_quote(name)}",
             )
         path = folders[2]
     else:
@@ -227,7 +226,7 @@ def new_run_command(
     if with_weights:
         words += ["--init-from", str(weights_of(run.path) or run.export_path)]
     words += [specs()[name].word(value) for name, value in (given or {}).items()]
-    return f"{launch_command(dist)} {shlex.join(words)}"
+    return f"{launch_command(dist)} {shell_join(words)}"
 
 
 def shapes_weights(name: str) -> bool:
