@@ -342,7 +342,7 @@ def test_each_interval_decides_when_its_own_is_logged(observe, name, what):
 
 
 def test_with_every_interval_at_0_there_is_nothing_but_the_loss(observe, monkeypatch):
-    monkeypatch.setattr(Clock, "pause", lambda _: pytest.fail("looked"))
+    monkeypatch.setattr(Clock, "exclude_from_speed", lambda _: pytest.fail("looked"))
     result = observe(all_intervals(0), 3)
     assert result.logged == [(step, "loss/train_step") for step in range(3)]
     assert [row.keys() for row in result.rows] == [{"step", "loss/train_step"}] * 3
