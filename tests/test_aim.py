@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_in_the_same_aim_run(train, text_file, workdir, ru
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "optimizer_step", stop)
         patch.setattr(script, "train", wait_and_train)
-        patch.setattr("utils_alg1.tracking.background.FLUSH_TIMEOUT", 60)
+        patch.setattr("utils_alg1.tracking.tracker_process.FLUSH_TIMEOUT", 60)
         assert train(*WITH_AIM).code == 130
     (path,) = list_runs("runs")
     first_hash = read_record(RunFolder(path)).run_hash

@@ -109,14 +109,14 @@ GUARDS = [
     ),
     Guard(
         "lock of a run, in the processes of its trackers",
-        "utils_alg1/tracking/background.py",
+        "utils_alg1/tracking/tracker_process.py",
         "    release_inherited_files(keep={connection.fileno()})\n",
         "",
         "tests/test_trackers.py -k parent_is_killed",
     ),
     Guard(
         "end of a tracker that hangs and has no parent any more",
-        "utils_alg1/tracking/background.py",
+        "utils_alg1/tracking/tracker_process.py",
         "        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()\n",
         "",
         "tests/test_trackers.py -k outlive",

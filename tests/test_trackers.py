@@ -37,6 +37,8 @@ from utils_alg1.base.threads import thread_limit
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.run_directory import RunFolder, list_runs, lock_run
 from utils_alg1.tracking import background as background_module
+from utils_alg1.tracking import closing as closing_module
+from utils_alg1.tracking import tracker_process as process_module
 from utils_alg1.tracking import trackers as trackers_module
 from utils_alg1.tracking.aim_record import read_record
 from utils_alg1.tracking.background import BackgroundTracker
@@ -149,9 +151,9 @@ def no_picture(monkeypatch):
 @pytest.fixture
 def short_timeouts(monkeypatch):
     """Trackers are killed after a moment."""
-    monkeypatch.setattr(background_module, "TIMEOUT", 0.2)
-    monkeypatch.setattr(background_module, "FLUSH_TIMEOUT", 0.05)
-    monkeypatch.setattr(background_module, "NICE_INCREMENT", 0)  # so that a busy machine is no slower
+    monkeypatch.setattr(process_module, "TIMEOUT", 0.2)
+    monkeypatch.setattr(process_module, "FLUSH_TIMEOUT", 0.05)
+    monkeypatch.setattr(process_module, "NICE_INCREMENT", 0)  # so that a busy machine is no slower
 
 
 @pytest.fixture(autouse=True)
@@ -338,7 +340,7 @@ def test_flushed_step_moves_when_a_flush_was_done_and_a_late_one_is_waited_for_o
     assert tracker.ready.wait(30)
     trackers = Trackers(MetricsFile(path), {"x": tracker})
     trackers.log("scalars", {"loss/train_step": 1.0}, 6)
-    monkeypatch.setattr(background_module, "FLUSH_TIMEOUT", 0.05)
+    monkeypatch.setattr(process_module, "FLUSH_TIMEOUT", 0.05)
     monkeypatch.setattr(tracker.ready, "wait", lambda s, wait=tracker.ready.wait: waits.append(s) or wait(s))
     for step in (7, 8, 9):
         trackers.flush(step)
@@ -353,7 +355,7 @@ def test_flushed_step_moves_when_a_flush_was_done_and_a_late_one_is_waited_for_o
 
 
 def test_a_flush_does_not_wait_for_a_tracker_that_is_still_opening(tmp_path, monkeypatch):
-    monkeypatch.setattr(background_module, "FLUSH_TIMEOUT", 0)
+    monkeypatch.setattr(process_module, "FLUSH_TIMEOUT", 0)
     opened = Gate(tmp_path / "opened")
     recorder = Recorder(tmp_path)
     tracker = background(lambda _: opened.wait() and recorder)
@@ -894,8 +896,9 @@ def behind(tmp_path, monkeypatch):
     """`behind(first_step)`: trackers of a run of 400 steps, one of which takes them slowly, and that one."""
     path = tmp_path / "m.jsonl"
     write_rows(path, 400, eval_interval=1000)
-    monkeypatch.setattr(background_module, "FLUSH_TIMEOUT", 0.05)
+    monkeypatch.setattr(process_module, "FLUSH_TIMEOUT", 0.05)
     monkeypatch.setattr(background_module, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(closing_module, "LOOK_EVERY", 0.05)
     warnings: list[str] = []
 
     def start(first_step: int = 0) -> types.SimpleNamespace:
@@ -927,9 +930,9 @@ def test_nothing_waits_for_a_tracker_that_is_behind_and_no_memory_holds_its_rows
 def test_a_run_that_is_stopped_leaves_the_rest_to_the_next_resume_which_goes_on_there(behind):
     first = behind()
     wait_until(lambda: first.tracker.flushed_step > 20)
-    background_module.NOTICE_AFTER, notice_after = 0.05, background_module.NOTICE_AFTER
+    closing_module.NOTICE_AFTER, notice_after = 0.05, closing_module.NOTICE_AFTER
     first.trackers.close()
-    background_module.NOTICE_AFTER = notice_after
+    closing_module.NOTICE_AFTER = notice_after
     synced = first.trackers.state()["x"]["synced"]
     taken = first.slow.steps()
     assert 20 < synced < 400
@@ -945,11 +948,11 @@ def test_a_run_that_is_stopped_leaves_the_rest_to_the_next_resume_which_goes_on_
 
 
 def test_the_end_of_a_training_waits_and_says_how_much_is_left(behind, monkeypatch):
-    monkeypatch.setattr(background_module, "TIMEOUT", 0.6)  # of silence: it takes longer
-    monkeypatch.setattr(background_module, "NOTICE_AFTER", 0.1)
-    monkeypatch.setattr(background_module, "NOTICE_EVERY", 0.1)
+    monkeypatch.setattr(process_module, "TIMEOUT", 0.6)  # of silence: it takes longer
+    monkeypatch.setattr(closing_module, "NOTICE_AFTER", 0.1)
+    monkeypatch.setattr(closing_module, "NOTICE_EVERY", 0.1)
     messages: list[str] = []
-    monkeypatch.setattr(background_module.LOGGER, "info", lambda text, *words: messages.append(text % words))
+    monkeypatch.setattr(closing_module.LOGGER, "info", lambda text, *words: messages.append(text % words))
     it = behind()
     it.trackers.patient = True
     it.trackers.close()
@@ -1127,9 +1130,9 @@ def open_and_log(name: str, folder: Path) -> tuple[int, list[str]]:
     tracker.log("images", [Image("attention", np.eye(2)[None, None], "layer", "head")], 0)
     tracker.log("texts", {"samples": "a"}, 0)
     tracker.log("embedding", Embedding("token_embeddings", np.eye(2, dtype=np.float32), ["a", "b"]), 0)
-    if tracker.ready.wait(background_module.TIMEOUT):
+    if tracker.ready.wait(process_module.TIMEOUT):
         tracker.start_flush(1)
-        tracker.ready.wait(background_module.TIMEOUT)
+        tracker.ready.wait(process_module.TIMEOUT)
     trackers.close()
     return tracker._process.exitcode, warnings
 
@@ -1192,7 +1195,7 @@ def crashes(fake_aim, fake_tensorboard, _) -> str:
 
 
 def hangs(fake_aim, fake_tensorboard, monkeypatch) -> str:
-    monkeypatch.setattr(background_module, "TIMEOUT", 0.2)
+    monkeypatch.setattr(process_module, "TIMEOUT", 0.2)
     fake_aim("track", hang)
     fake_tensorboard("add_scalar", hang)
     return "may lack the end of the run: it did not close within 0 seconds"
@@ -1237,7 +1240,7 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(tmp_path):
     code = (
         "import atexit, functools, pathlib, threading\n"
         "from utils_alg1.base.summaries import Tracker\n"
-        "from utils_alg1.tracking import background\n"
+        "from utils_alg1.tracking import background, closing, tracker_process\n"
         "never, path = threading.Event(), pathlib.Path('none')\n"
         "def create(warn, hangs):\n"
         "    atexit.register(never.wait)\n"
@@ -1248,9 +1251,9 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(tmp_path):
         "    for h in (False, True)\n"
         "]\n"
         "for tracker in trackers: tracker.start()\n"
-        "background.close_all(trackers[:1])\n"
-        "background.TIMEOUT = 0.2\n"
-        "background.close_all(trackers[1:])\n"
+        "closing.close_all(trackers[:1])\n"
+        "tracker_process.TIMEOUT = 0.2\n"
+        "closing.close_all(trackers[1:])\n"
     )
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     command = [sys.executable, "-c", code]
@@ -1266,8 +1269,8 @@ def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_f
     code = (
         "import train, threading\n"
         "from utils_alg1.console.script import run_script\n"
-        "from utils_alg1.tracking import background, trackers\n"
-        "background.NOTICE_AFTER = 0.1\n"
+        "from utils_alg1.tracking import closing, trackers\n"
+        "closing.NOTICE_AFTER = 0.1\n"
         "trackers.TensorBoardWriter = lambda *_, **__: threading.Event().wait()\n"
         f"run_script(lambda: train.main({flags!r}))\n"
     )
@@ -1293,13 +1296,13 @@ def test_a_signal_while_a_tracker_is_started_is_no_failure_of_it(monkeypatch):
 
 
 def test_the_user_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(background_module, "NOTICE_AFTER", 0.01)
+    monkeypatch.setattr(closing_module, "NOTICE_AFTER", 0.01)
     messages: list[str] = []
-    monkeypatch.setattr(background_module.LOGGER, "info", lambda text, *words: messages.append(text % words))
+    monkeypatch.setattr(closing_module.LOGGER, "info", lambda text, *words: messages.append(text % words))
     slow = Recorder(tmp_path, "close")
     aim = BackgroundTracker("Aim", of(slow), pytest.fail, NO_METRICS).start()
     background_trackers = [aim, background(of(Tracker()))]
     close(background_trackers[1])
     threading.Timer(0.3, slow.gate.set).start()
-    background_module.close_all(background_trackers)
+    closing_module.close_all(background_trackers)
     assert messages == ["waiting for Aim to take the rest, 20 seconds at most; Ctrl-C goes without"]

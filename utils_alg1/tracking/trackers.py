@@ -31,7 +31,8 @@ from utils_alg1.tracking.aim_record import (
     read_record,
     write_record,
 )
-from utils_alg1.tracking.background import BackgroundTracker, close_all, flush_all
+from utils_alg1.tracking.background import BackgroundTracker
+from utils_alg1.tracking.closing import close_all, flush_all
 from utils_alg1.tracking.metrics_file import MetricsFile
 from utils_alg1.tracking.samples_file import SamplesFile
 from utils_tensorboard.event_file import has_events
