@@ -101,6 +101,20 @@ GUARDS = [
         "tests/test_checkpoint.py -k every_row_once",
     ),
     Guard(
+        "cut of the samples",
+        "utils_alg1/run/run.py",
+        "                cut_samples(run.samples_path, checkpoint.progress.step)\n",
+        "",
+        "tests/test_report.py -k not_interrupted",
+    ),
+    Guard(
+        "end of a trial whose search is gone",
+        "utils_alg1/search/trials.py",
+        "environment_of_child(os.environ) | variables",
+        "{**os.environ} | variables",
+        "tests/test_search.py -k whose_search_is_killed",
+    ),
+    Guard(
         "purge of TensorBoard",
         "utils_alg1/tracking/trackers.py",
         "None if state is None else flushed_step",

@@ -707,8 +707,22 @@ def test_processes_share_the_cpu():
 
 
 def test_an_error_of_the_program_is_no_lost_connection():
-    assert not is_lost_connection(RuntimeError("shape mismatch"))
-    assert is_lost_connection(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    for text in (
+        "shape mismatch",
+        "Connection of two layers: shapes differ",
+        "NCCL is not built in",
+        "Timed out",
+        "[enforce fail at /x/gloo/gloo/transport/tcp/pair.cc:463] op.preamble.length <= op.nbytes. 8 vs 4",
+    ):
+        assert not is_lost_connection(RuntimeError(text))
+    gloo = "/pytorch/third_party/gloo/gloo/transport/tcp"
+    for text in (
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer",
+        f"[{gloo}/pair.cc:525] Read error [127.0.0.1]:1: Connection reset by peer",
+        f"[{gloo}/unbound_buffer.cc:81] Timed out waiting 1000ms for recv operation to complete",
+        f"Gloo connectFullMesh failed with [{gloo}/pair.cc:144] no error",
+    ):
+        assert is_lost_connection(RuntimeError(text))
     assert is_lost_connection(torch.distributed.DistBackendError("NCCL error"))
 
 

@@ -30,8 +30,12 @@ def limit(monkeypatch, tmp_path):
 
     def set_limit(told: int, more: int, of_container: str = "max") -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (told, told))
-        monkeypatch.setattr(threads, "PIDS_LIMIT", tmp_path / "pids.max")
-        threads.PIDS_LIMIT.write_text(f"{of_container}\n")
+        monkeypatch.setattr(threads, "CGROUPS", tmp_path)
+        monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "cgroup")
+        threads.OWN_CGROUP.write_text("1:name=systemd:/x\n0::/job/step\n")
+        (tmp_path / "job/step").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "job/step/pids.max").write_text("max\n")
+        (tmp_path / "job/pids.max").write_text(f"{of_container}\n")
         start, most = threading.Thread.start, threading.active_count() + more
 
         def limited(thread: threading.Thread) -> None:

@@ -35,6 +35,10 @@ MAX_TAG_LENGTH = 60  # characters
 MAX_TAG_BYTES = 200  # a file name has at most 255 bytes
 LOCK_NAME = ".lock"
 LOCK_TIMEOUT = 1.0  # seconds: `in_use` takes the lock of a run for an instant
+NO_RUN_HINT = f"start one: {command('train.py')}, or name another --runs-dir"
+WHOLE_NAME_HINT = "give the whole name of one of them"
+NO_WEIGHTS_HINT = f"train one: {command('train.py')}, or name a --model"
+NO_LOCKS_HINT = "name a --runs-dir on another file system, such as a local disk; runs may be copied there"
 
 
 class RunFolder:
@@ -146,12 +150,6 @@ def _order(path: Path) -> tuple[float, int, str]:
     return 0.0, number, path.name
 
 
-NO_RUN_HINT = f"start one: {command('train.py')}, or name another --runs-dir"
-
-
-WHOLE_NAME_HINT = "give the whole name of one of them"
-
-
 def existing_runs(runs_dir: str | Path) -> list[Path]:
     """Return what `list_runs` does; raises Alg1Error if there is no run."""
     runs = list_runs(runs_dir)
@@ -209,9 +207,6 @@ def find_interrupted(runs_dir: str | Path, say: Callable[[str], None]) -> Path:
     return saved[-1]
 
 
-NO_WEIGHTS_HINT = f"train one: {command('train.py')}, or name a --model"
-
-
 def find_weights(runs_dir: str, name: str | None = None) -> Path:
     """Return the file to sample a run from: its export, or its newest checkpoint if it has no export yet.
 
@@ -250,7 +245,7 @@ def lock_run(path: Path, timeout: float = LOCK_TIMEOUT) -> RunDirectory:
     Raises Alg1Error with exit code 2 if another process holds it, and 4 if the file system refuses.
     """
     in_use = Alg1Error(f"{path} is in use by another process", "wait for it, or start a new run")
-    return RunDirectory(path, take_lock(path / LOCK_NAME, timeout, in_use))
+    return RunDirectory(path, take_lock(path / LOCK_NAME, timeout, in_use, NO_LOCKS_HINT))
 
 
 def in_use(path: Path) -> bool:

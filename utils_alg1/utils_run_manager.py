@@ -30,6 +30,7 @@ from utils_alg1.data.corpus import Corpus
 from utils_alg1.data.texts import Text
 from utils_alg1.run_directory import (
     LOCK_NAME,
+    NO_LOCKS_HINT,
     RUN_ID,
     RunDirectory,
     RunFolder,
@@ -109,7 +110,7 @@ def create_run(runs_dir: str | Path, tag: str = "") -> RunDirectory:
     make_folder(runs_dir)
     try:
         path.touch()  # where that fails with ENOENT, as in /proc, FileLock would try again for a minute
-        with take_lock(path, LOCK_SECONDS, in_use):
+        with take_lock(path, LOCK_SECONDS, in_use, NO_LOCKS_HINT):
             run_dir = RunDirectoryCreator(runs_dir).create(RunIDGenerator(runs_dir).generate(tag))
             with _removed_on_failure(run_dir):
                 run = lock_run(run_dir)

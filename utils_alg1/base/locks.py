@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from filelock import FileLock  # imported when it is needed: it takes longer than all of --help
 
 NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK, errno.ENOSYS)  # the last two: of network mounts
-RUNS_HINT = "name a --runs-dir on another file system, such as a local disk; runs may be copied there"
 
 
 class NoLocks(Alg1Error):
     """The file system has no locks (exit code 4)."""
 
 
-def take_lock(path: Path, timeout: float, in_use: Alg1Error, hint: str = RUNS_HINT) -> FileLock:
+def take_lock(path: Path, timeout: float, in_use: Alg1Error, hint: str) -> FileLock:
     """Lock a folder by a file in it, which is created if need be; wait for the lock so many seconds.
 
     Args:
@@ -32,23 +31,33 @@ def take_lock(path: Path, timeout: float, in_use: Alg1Error, hint: str = RUNS_HI
         NoLocks: it has none.
         Alg1Error: `in_use`, or the file system refuses for another reason (exit code 4).
     """
+    from filelock import Timeout
+
+    try:
+        return _acquire(path, timeout, hint)
+    except Timeout:
+        raise in_use from None
+
+
+def check_locks(folder: Path, hint: str) -> None:
+    """Raise NoLocks if the file system of a folder has no locks; OSError if no file can be made there."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock") as file:
+        _acquire(folder / Path(file.name).name, 0, hint).release()
+
+
+def _acquire(path: Path, timeout: float, hint: str) -> FileLock:
+    """See `take_lock`. Raises filelock.Timeout if another process holds the lock."""
     from filelock import FileLock, Timeout
 
     # Where there is no flock, an existing file would else be a lock, which stays when its process is killed.
     lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
     try:
         lock.acquire()
-    except Timeout:
-        raise in_use from None
+    except Timeout:  # which is an OSError
+        raise
     except OSError as error:
         if error.errno in NO_LOCKS:
             reason = f"its file system has no locks ({error.strerror})"
             raise NoLocks(f"cannot lock {path.parent}: {reason}", hint, DISK_FAILED) from None
         raise disk_error(f"lock {path.parent}", error) from error
     return lock
-
-
-def check_locks(folder: Path, hint: str) -> None:
-    """Raise NoLocks if the file system of a folder has no locks; OSError if no file can be made there."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock") as file:
-        take_lock(folder / Path(file.name).name, 0, Alg1Error(f"{folder} is in use", hint), hint).release()

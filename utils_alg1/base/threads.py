@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from utils_alg1.base.errors import CANNOT_TRAIN, Alg1Error
 
 PLENTY = 1000  # a limit that is not reached
 ENOUGH = 48  # for training with both trackers; Aim alone takes some twenty
-PIDS_LIMIT = Path("/sys/fs/cgroup/pids.max")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def lacks_threads(error: BaseException) -> bool:
@@ -45,13 +46,24 @@ def thread_guard() -> Iterator[None]:
         raise Alg1Error(thread_limit(), "raise it, or end other programs", CANNOT_TRAIN) from error
 
 
+def cgroup_limits() -> list[int]:
+    """Return the limits on threads of this process's control group (version 2) and of those above it."""
+    try:
+        (name,) = re.findall(r"^0::/(.*)$", OWN_CGROUP.read_text(), re.MULTILINE)
+    except (OSError, ValueError):  # another system, or version 1
+        return []
+    group, limits = CGROUPS / name, []
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # not there, as in a container, or "max"
+            limits.append(int((folder / "pids.max").read_text()))
+    return limits
+
+
 def enough_threads() -> bool:
     """Return whether ENOUGH threads can be started: tried out where a limit is low."""
     import resource  # which Windows lacks, where the scripts say in one line that they do not run
 
-    limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
-    with contextlib.suppress(OSError, ValueError):  # of the container; not there, or "max"
-        limits.append(int(PIDS_LIMIT.read_text()))
+    limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0], *cgroup_limits()]
     if all(limit >= PLENTY or limit < 0 for limit in limits):
         return True
     release, started = threading.Event(), []

@@ -87,10 +87,7 @@ def build_page(
     stride = math.ceil(len(val) / MAX_EVALUATIONS) or 1
     first = (len(val) - 1) % stride  # of those shown, so that the last evaluation is among them
     curves["best"] = [point for point in val if point[0] == final["best_step"]]
-    parameters = [
-        (name, value, specs()[name].default if name in specs() else "", record["origins"].get(name, ""))
-        for name, value in record["parameters"].items()
-    ]
+    parameters = parameter_rows(record)
     is_small = weights.config.n_parameters <= playground.LARGEST_IN_REPORT
     has_playground = is_small and record["parameters"].get("playground", True)
     picture = b"" if attention_text is None else (run.eval_dir / "attention.png").read_bytes()
@@ -127,6 +124,14 @@ def build_page(
         page_command=f"{command('inference.py')} --run {shell_quote(str(run_dir))} --page playground.html",
         **(playground.playground_values(weights) if has_playground else {"playground": None}),
     )
+
+
+def parameter_rows(record: dict[str, Any]) -> list[tuple[str, Any, Any, str]]:
+    """Return the name, value, default and origin of each parameter of a run."""
+    return [
+        (name, value, specs()[name].default if name in specs() else "", record["origins"].get(name, ""))
+        for name, value in record["parameters"].items()
+    ]
 
 
 def baselines(final: dict[str, Any]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ CONNECT_TIMEOUT = datetime.timedelta(minutes=10)  # for all processes to be ther
 # Of a collective operation. The processes may be stopped meanwhile (Ctrl-Z, a laptop that sleeps, a batch
 # system); one that has ended is noticed by its connection.
 TIMEOUT = datetime.timedelta(hours=24)
+# As in "[.../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer". (An assertion of
+# gloo, "[enforce fail at ...", is a fault of the program, such as tensors of different sizes.)
+GLOO_FAILURE = re.compile(r"\[\S*gloo/\S+:\d+\] ")
 
 
 class Distributed:
@@ -198,14 +202,15 @@ class Distributed:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Return whether a collective operation failed, rather than the program: PyTorch has no type for it."""
+    """Return whether a collective operation failed because another process is gone or silent.
+
+    NCCL and the store raise a type of PyTorch's; gloo a RuntimeError that begins with its source file.
+    """
     import torch
 
     if out_of_memory(error):  # NCCL's of the GPU, say
         return False
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return any(word in str(error) for word in ("gloo", "Timed out", "NCCL", "Connection", "Broken pipe"))
+    return isinstance(error, torch.distributed.DistError) or bool(GLOO_FAILURE.search(str(error)))
 
 
 SINGLE_PROCESS = Distributed()
