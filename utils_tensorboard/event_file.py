@@ -69,7 +69,12 @@ def new_path(log_dir: Path) -> Path:
 
 
 def open_events(log_dir: Path, purge_step: int | None) -> SummaryWriter:
-    """Return a SummaryWriter that writes to a new EventFile, after an event that asks for the purge."""
+    """Return a SummaryWriter that writes to a new EventFile, after an event that asks for the purge.
+
+    SummaryWriter has no public way to be given its file. The two attributes and the method that are replaced
+    here were tried with PyTorch 2.13.0 and TensorBoard 2.21.0. The classes are defined in the function, as
+    PyTorch is imported only when it is needed.
+    """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.writer import FileWriter
