@@ -25,7 +25,7 @@ from typing import Any
 from parameters import MAIN_PARAMETERS, Parameters, specs
 from utils_alg1.base.errors import DONE, Alg1Error
 from utils_alg1.base.files import read_json_object
-from utils_alg1.base.problems import nearest, raise_problems
+from utils_alg1.base.problems import nearest, raise_problems, shown
 from utils_alg1.base.scripts import command
 from utils_alg1.base.text import EVALUATION_NOTE, bits_per_character, format_number, perplexity, text_name
 from utils_alg1.console.command_line import Parser, add_runs_dir_flag
@@ -81,7 +81,11 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--csv", action="store_true", help="print every value as CSV")
     send_to = "send the curves of the runs to a tracker that was off, or has lost them"
     output.add_argument("--send-to", choices=("aim", "tensorboard"), help=send_to)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if files := [name for name in arguments.runs if name.endswith((".csv", ".json"))]:
+        hint = f"the table is printed; to keep it in a file: {command('compare.py')} --csv > {files[0]}"
+        parser.error(f"belongs to no flag: {shown(files[0])}", hint)
+    return arguments
 
 
 def find_column(text: str) -> str:

@@ -155,7 +155,7 @@ def test_of_several_runs_those_that_can_be_sent_are_sent(run, compare):
     run.metrics_path.write_bytes(b"")
     result = compare("--send-to", "tensorboard")
     assert result.code == BAD_INPUT
-    assert result.err == f"error: {run.metrics_path} has no rows to send\n"
+    assert result.err == f"error: {run.metrics_path} has no rows to send\nhint: send a run that has trained\n"
     assert result.out.startswith(f"{other.run_id}: sent {POINTS} points")
     assert in_tensorboard(other) == in_metrics(other)
 
@@ -172,7 +172,8 @@ def test_a_tracker_that_fails_is_an_error_with_its_reason(run, compare, name, mo
     assert result.code == BAD_INPUT
     full = "No space left on device"
     reason = {"aim": f"cannot use {workdir / '.aim'} ({full}); free some space", "tensorboard": full}[name]
-    assert result.err == f"error: {run.run_id} was not sent to {where}: {reason}\n"
+    error = f"{run.run_id} was not sent to {where}: {reason}"
+    assert result.err == f"error: {error}\nhint: send it again after that\n"
 
 
 def test_named_runs_alone_are_compared(run, compare):

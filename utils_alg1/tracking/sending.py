@@ -56,7 +56,8 @@ def send(path: Path, name: str) -> str:
         finally:
             tracker.close()
     if failures:  # "Aim is switched off, training goes on: ..."
-        raise Alg1Error(f"{run.run_id} was not sent to {where}: {failures[0].partition(': ')[2]}")
+        reason = failures[0].partition(": ")[2]
+        raise Alg1Error(f"{run.run_id} was not sent to {where}: {reason}", "send it again after that")
     return f"{run.run_id}: sent {n_points:,} points of {n_rows:,} rows, to step {last_step}, to {where}"
 
 
@@ -67,7 +68,8 @@ def _read_record(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
         values = {name: record["parameters"][name] for name in specs() if name in record["parameters"]}
         hparams = values | {"vocab_size": record["corpus"]["vocab_size"]}
     except (KeyError, TypeError) as error:
-        raise Alg1Error(f"{run.record_path} is not the record of a run") from error
+        message = f"{run.record_path} is not the record of a run"
+        raise Alg1Error(message, "use another copy of the run") from error
     files = {"git": "git.txt", "environment": "env.txt"}
     metadata = {name: read_lines(run.meta_dir / file) for name, file in files.items()}
     return hparams, metadata | {key: record[key] for key in ("corpus", "runtime", "parts") if key in record}
@@ -83,7 +85,7 @@ def _check_rows(run: RunDirectory) -> tuple[int, int]:
         hint = f"{command('train.py')} --resume cuts it back to its newest checkpoint, and goes on from there"
         raise Alg1Error(str(error), hint) from error
     if not n_rows:
-        raise Alg1Error(f"{run.metrics_path} has no rows to send")
+        raise Alg1Error(f"{run.metrics_path} has no rows to send", "send a run that has trained")
     return n_rows, step
 
 
