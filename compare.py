@@ -82,6 +82,9 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     send_to = "send the curves of the runs to a tracker that was off, or has lost them"
     output.add_argument("--send-to", choices=("aim", "tensorboard"), help=send_to)
     arguments = parser.parse_args(argv)
+    if arguments.send_to and (arguments.sort != "run" or arguments.reverse):
+        flag = "--reverse" if arguments.sort == "run" else "--sort"
+        parser.error(f"{flag}: not allowed with --send-to", "it orders the table, and --send-to prints none")
     if files := [name for name in arguments.runs if name.endswith((".csv", ".json"))]:
         hint = f"the table is printed; to keep it in a file: {command('compare.py')} --csv > {files[0]}"
         parser.error(f"belongs to no flag: {shown(files[0])}", hint)
@@ -282,7 +285,8 @@ def format_rows(rows: list[Row], width: int | None = None, sorted_by: str = "run
     if len({row["val_sha256"] for row in rows if row["text_sha256"]}) < 2:
         names.remove("val_text")
     names += [name for name in MAIN_PARAMETERS if name not in differing]
-    if sorted_by not in (*names, "best"):  # which the marks tell
+    if sorted_by not in (*names[:2], "best"):  # the marks tell the best
+        names = [name for name in names if name != sorted_by]
         names.insert(2, sorted_by)
     headings = [HEADINGS.get(name, name) for name in names]
     cells = [[format_cell(row, name) for name in names] for row in rows]

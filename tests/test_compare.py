@@ -488,6 +488,11 @@ def test_what_is_sorted_by_has_a_column(compare):
     table = lines_of(compare("--sort", "tokens"))
     assert table[0][:4] == ["run", "export_val_loss", "tokens", "state"]
     assert [row[2] for row in table[1:3]] == ["12,800", "51,200"]
+    for heading in ("tok/s", "state", "n_layer"):  # which the table has anyway, further to the right
+        assert lines_of(compare("--sort", heading))[0][2] == heading
+        assert lines_of(compare("--sort", heading))[0].count(heading) == 1
+    for heading in ("run", "export_val_loss", "best"):
+        assert lines_of(compare("--sort", heading))[0][:3] == ["run", "export_val_loss", "state"]
 
 
 def test_every_heading_sorts_like_the_name_of_its_value(compare):

@@ -47,6 +47,7 @@ from utils_alg1.utils_run_manager import RunDirectoryCreator, RunIDGenerator, cr
 SHOWS = "python train.py --help explains every value"
 NAMES_WEIGHTS = "weights are named with inference.py --model, or train.py --init-from"
 COLUMNS = f"{', '.join(RESULTS)}, or any parameter of train.py"
+ORDER_HINT = "it orders the table, and --send-to prints none; python compare.py --help lists every flag"
 NOT_WHOLE = "it may be truncated or of another format; use another file"
 CHECK_DATA = "check the path of --data; --data python-docs is there without a file or a network"
 DEVICES = "use cuda for a GPU of NVIDIA or AMD, mps of Apple, xpu of Intel; or cpu, or leave it out"
@@ -331,6 +332,8 @@ COMPARING_MISTAKES = [
     ("--sort qk-norm", "--sort qk-norm: no such column; did you mean qk_norm?", COLUMNS),
     ("--sort tok/sec", "--sort tok/sec: no such column; did you mean tok/s?", COLUMNS),
     ("--sort 'best val los'", "--sort best val los: no such column; did you mean best_val_loss?", COLUMNS),
+    ("--sort tok/s --send-to aim", "--sort: not allowed with --send-to", ORDER_HINT),
+    ("--reverse --send-to aim", "--reverse: not allowed with --send-to", ORDER_HINT),
 ]
 
 OTHER_SPACE = ", or name another --space"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +105,11 @@ def test_tensorboard_gets_what_follows_the_last_point_of_each_curve_and_keeps_th
 def test_aim_gets_a_run_that_it_was_off_for_once(run, compare, workdir):
     aim = pytest.importorskip("aim", reason="Aim is not installed")
     sent = f"{run.run_id}: sent {POINTS} points of {ROWS} rows, to step 6, to Aim, {workdir / '.aim'}"
-    for _ in range(2):
-        check(compare("--tag", "mine", "--send-to", "aim"), sent)
+    check(compare("--tag", "mine", "--send-to", "aim"), sent)
+    before = {path: path.read_bytes() for path in (workdir / ".aim" / "meta").rglob("*") if path.is_file()}
+    check(compare("--send-to", "aim"), f"{run.run_id}: Aim has all of its curves, to step 6")
+    after = {path: path.read_bytes() for path in (workdir / ".aim" / "meta").rglob("*") if path.is_file()}
+    assert after == before  # the duration of its run too
     (kept,) = aim.Repo(str(workdir)).iter_runs()
     assert (kept.name, kept.experiment, kept.tags) == (run.run_id, "mine", ["mine"])
     assert read_record(run).run_hash == kept.hash
@@ -121,6 +126,33 @@ def test_aim_gets_a_run_that_it_was_off_for_once(run, compare, workdir):
             assert len(set(steps)) == len(steps)
             found |= {(name, step): value for step, value in zip(steps, values, strict=True)}
     assert found == losses
+
+
+def test_aim_gets_what_follows_the_last_point_of_each_curve(run, compare, train, workdir):
+    pytest.importorskip("aim", reason="Aim is not installed")
+    compare("--send-to", "aim")
+    assert train("--resume", "latest", "--max-iters", 8, *OFF).code == 0
+    n_rows = len(list(read_metrics(run.metrics_path)))
+    n_new = sum(map(len, in_metrics(run).values())) - POINTS
+    sent = f"{run.run_id}: sent {n_new} points of {n_rows} rows, to step 8, to Aim, "
+    assert compare("--send-to", "aim").out.startswith(sent)
+    has_all = f"{run.run_id}: Aim has all of its curves, to step 8"
+    check(compare("--send-to", "aim"), has_all)
+    # A copy has no run in Aim.
+    copy = RunFolder(run.path.with_name("2026-01-01_001"))
+    shutil.copytree(run.path, copy.path)
+    assert compare(copy.path, "--send-to", "aim").out.startswith(f"{copy.run_id}: sent ")
+
+
+def test_a_run_that_was_resumed_after_its_end_is_sent_without_a_word_of_tensorboards(run, compare, train):
+    compare("--send-to", "tensorboard")
+    assert train("--resume", "latest", "--max-iters", 8, "--tensorboard").code == 0
+    script_path = Path(script.__file__)
+    done = subprocess.run(
+        [sys.executable, script_path, run.path, "--send-to", "tensorboard"], capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout == f"{run.run_id}: TensorBoard has all of its curves, to step 8\n"
 
 
 def test_what_cannot_be_sent_is_one_line_and_makes_nothing(run, compare, workdir):

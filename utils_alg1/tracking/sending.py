@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from parameters import specs
+from utils_aim.reading import last_steps as last_steps_in_aim
 from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import make_folder, read_json_object
 from utils_alg1.base.scripts import command
 from utils_alg1.base.summaries import Tracker
 from utils_alg1.run_directory import RunDirectory, RunFolder, lock_run
-from utils_alg1.tracking.aim_record import REPOSITORY, find_repo
+from utils_alg1.tracking.aim_record import REPOSITORY, find_repo, original_of, read_record
 from utils_alg1.tracking.metrics_file import RowReader, read_metrics
 from utils_alg1.tracking.trackers import open_aim, open_tensorboard
 from utils_alg1.utils_run_manager import read_lines
@@ -30,8 +31,8 @@ NOTICE_SECONDS = 10.0
 def send(path: Path, name: str) -> str:
     """Send the curves of a run directory to a tracker, a key of NAMES; return a line that says what was done.
 
-    Each point is there once afterwards, however often it is sent: Aim replaces points of the same step, and
-    of a curve that TensorBoard has, only what follows its last point is written.
+    Each point is there once afterwards, however often it is sent: of a curve that the tracker has, only what
+    follows its last point is written.
 
     Raises:
         Alg1Error: the run trains, its record or metrics are missing or damaged, or the tracker fails.
@@ -39,10 +40,10 @@ def send(path: Path, name: str) -> str:
     with lock_run(path) as run:
         hparams, metadata = _read_record(run)
         n_rows, last_step = _check_rows(run)
-        last_steps = last_steps_in_events(run.tensorboard_dir) if name == "tensorboard" else {}
+        last_steps = _last_steps(run, name)
         n_points = sum(len(values) for values, _ in _missing_rows(run, last_steps))
         if not n_points:
-            return f"{run.run_id}: TensorBoard has all of its curves, to step {last_step}"
+            return f"{run.run_id}: {NAMES[name]} has all of its curves, to step {last_step}"
         failures: list[str] = []
         if name == "aim":
             tracker: Tracker = open_aim(run.path.absolute(), None, 0, hparams, metadata, failures.append)
@@ -59,6 +60,17 @@ def send(path: Path, name: str) -> str:
         reason = failures[0].partition(": ")[2]
         raise Alg1Error(f"{run.run_id} was not sent to {where}: {reason}", "send it again after that")
     return f"{run.run_id}: sent {n_points:,} points of {n_rows:,} rows, to step {last_step}, to {where}"
+
+
+def _last_steps(run: RunFolder, name: str) -> dict[str, int]:
+    """Return the step of the last point of each curve that the run has in a tracker, a key of NAMES."""
+    if name == "tensorboard":
+        return last_steps_in_events(run.tensorboard_dir)
+    record = read_record(run)
+    repo = find_repo(run, record)
+    if record.run_hash is None or original_of(run, record, repo):
+        return {}
+    return last_steps_in_aim(repo, record.run_hash)
 
 
 def _read_record(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
