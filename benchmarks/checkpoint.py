@@ -46,7 +46,13 @@ def measure(name: str, args: Any, folder: Path) -> dict[str, Any]:
     trainer = build_trainer(text_or_docs(args.data, folder), **SIZES[name], threads=args.threads)
     steps = Steps(trainer, count)
     store = CheckpointStore(checkpoints, keep=2)
-    about: CheckpointMetadata = {"run_id": "benchmark", "parameters": {}, "corpus_sha256": "", "trackers": {}}
+    about: CheckpointMetadata = {
+        "run_id": "benchmark",
+        "parameters": {},
+        "origins": {},
+        "corpus_sha256": "",
+        "trackers": {},
+    }
     calls = []
 
     def save() -> None:

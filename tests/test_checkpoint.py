@@ -180,7 +180,7 @@ def having(trainer: Trainer, progress: Progress) -> Trainer:
     return trainer
 
 
-ABOUT = {"run_id": "x", "parameters": {}, "corpus_sha256": "", "trackers": {}}
+ABOUT = {"run_id": "x", "parameters": {}, "origins": {}, "corpus_sha256": "", "trackers": {}}
 
 
 def saved_in(folder: Path, trainer: Trainer, progress: Progress, about: dict) -> Path:

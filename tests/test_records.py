@@ -12,8 +12,9 @@ import pytest
 from conftest import QUIET_TRACKERS, TINY, runner, stop_at
 
 from utils_alg1.data import sources
+from utils_alg1.network.tensor_file import read_tensors, write_tensors
 from utils_alg1.report import results as results_module
-from utils_alg1.run_directory import list_runs
+from utils_alg1.run_directory import checkpoint_paths, list_runs
 from utils_alg1.tracking import trackers as trackers_module
 from utils_alg1.utils_run_manager import read_lines
 
@@ -145,6 +146,10 @@ def test_a_run_of_an_earlier_version_has_its_last_command_as_the_first_part(trai
     old = record()
     del old["parts"]
     old["origins"]["beta1"] = "resumed run"
+    checkpoint = checkpoint_paths(only_run() / "artifacts/checkpoints")[-1]
+    tensors, metadata = read_tensors(checkpoint)
+    del metadata["origins"]
+    write_tensors(checkpoint, tensors, metadata)
     path.write_text(json.dumps(old))
     assert train("--resume", "latest").code == 0
     command = read_lines(only_run() / "meta/env.txt")["command"]
@@ -155,7 +160,31 @@ def test_a_run_of_an_earlier_version_has_its_last_command_as_the_first_part(trai
         "runtime": old["runtime"],
     }
     assert record()["parts"][1]["command"] == command
-    assert record()["origins"]["beta1"] == "resumed run"
+    assert record()["origins"] == old["origins"]
+
+
+def test_the_origins_are_those_of_the_values_that_the_checkpoint_has(train, text_file, monkeypatch):
+    """--finish records what it was given, and saves nothing: the run then goes on as it was begun."""
+    interrupt(train, monkeypatch, "--data", text_file, "--export", "last")
+    begun = record()
+    assert begun["origins"]["export"] == "--export"
+    assert train("--resume", "latest", "--finish", "--export", "best", "--patience", 9).code == 0
+    assert record()["parameters"] == begun["parameters"] | {"export": "best", "patience": 9}
+    assert record()["origins"] == begun["origins"] | {"patience": "--patience"}
+    assert train("--resume", only_run()).code == 0
+    assert record()["parameters"] == begun["parameters"]
+    assert record()["origins"] == begun["origins"]
+
+
+def test_a_run_keeps_its_tag(train, text_file, monkeypatch):
+    interrupt(train, monkeypatch, "--data", text_file, "--run-tag", "mine")
+    Path("tag.yaml").write_text("run_tag: other\n")
+    for flags in (["--run-tag", "other"], ["--config", "tag.yaml"]):
+        result = train("--resume", "latest", *flags)
+        assert result.code == 2
+        change = "run_tag: 'mine' -> 'other'\nhint: leave it out, or start a new run"
+        assert result.err.startswith(f"error: the run cannot go on with other values: {change}")
+    assert train("--resume", "latest", "--run-tag", "mine").code == 0
 
 
 @pytest.mark.parametrize("damage", ["{", '{"parameters": [], "origins": 3, "parts": 4}'])
@@ -163,5 +192,5 @@ def test_a_damaged_record_is_written_anew(damage, train, text_file, monkeypatch)
     interrupt(train, monkeypatch, "--data", text_file)
     (only_run() / "meta/full_config.json").write_text(damage)
     assert train("--resume", "latest").code == 0
-    assert record()["origins"]["beta1"] == "resumed run"
+    assert (record()["origins"]["beta1"], record()["origins"]["n_embd"]) == ("default", "--n-embd")
     assert record()["parts"][-1]["step"] == 4

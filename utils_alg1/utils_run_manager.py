@@ -237,22 +237,25 @@ def _earlier_record(run: RunFolder) -> dict[str, Any]:
     return record
 
 
-def _kept_origins(params: Parameters, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return where each value came from; for one that a resumed run keeps, where it came from at first."""
-    values, origins = record.get("parameters"), record.get("origins")
-    if not isinstance(values, dict) or not isinstance(origins, dict):
-        return params.origins
-    return {
-        name: origins.get(name, RESUMED)
-        if params.origins[name] == RESUMED and values.get(name) == value
-        else params.origins[name]
-        for name, value in params.flat().items()
-    }
+def kept_origins(params: Parameters, run: RunFolder, saved: Mapping[str, str]) -> dict[str, str]:
+    """Return where each value came from; for one that a resumed run keeps, where it came from at first.
+
+    `saved` are the origins in its checkpoint. In those of earlier versions there are none: the record of the
+    run then tells the origins of the values that are still the same.
+    """
+    record = _earlier_record(run)
+    values, recorded = record.get("parameters"), record.get("origins")
+    if not saved and isinstance(values, dict) and isinstance(recorded, dict):
+        now = params.flat()
+        saved = {name: origin for name, origin in recorded.items() if values.get(name) == now.get(name)}
+    origins = params.origins.items()
+    return {name: saved.get(name, RESUMED) if origin == RESUMED else origin for name, origin in origins}
 
 
 def write_records(
     run: RunFolder,
     params: Parameters,
+    origins: Mapping[str, str],
     config_files: Mapping[Path, bytes],
     corpus: Corpus,
     runtime: dict[str, Any],
@@ -260,6 +263,7 @@ def write_records(
 ) -> dict[str, Any]:
     """Fill meta/, also with copies of `config_files` (path -> bytes); return the origin for the trackers.
 
+    `origins` tells where each parameter came from.
     `step` is the one that this part of the run begins at. What is there of the parts before is kept.
     """
     now, earlier = _now(), _earlier_record(run)
@@ -276,7 +280,6 @@ def write_records(
     if corpus.held_out is not None:
         text["held_out"] = _describe_text(corpus.held_out)
     started = recorded_start(run) if run.record_path.exists() else now
-    origins = _kept_origins(params, earlier)
     record: dict[str, Any] = {"parameters": params.flat(), "origins": origins, "corpus": text}
     record |= {"runtime": runtime, "parts": parts}
     # None: it was started by a version that did not record it.

@@ -33,7 +33,7 @@ from utils_alg1.training.progress import Evaluation
 from utils_alg1.training.runtime import memory_guard
 from utils_alg1.training.trainer import Trainer
 from utils_alg1.utils_output import Console
-from utils_alg1.utils_run_manager import create_run, write_records
+from utils_alg1.utils_run_manager import create_run, kept_origins, write_records
 from utils_tensorboard.server import serve_tensorboard
 
 
@@ -136,7 +136,10 @@ class MainRun(Run):
 
             # 5. Metadata.
             step, runtime = job.checkpoint.progress.step if job.checkpoint else 0, job.runtime.describe()
-            origin = write_records(run, params, job.config_files, job.corpus, runtime, step)
+            saved = job.checkpoint.metadata["origins"] if job.checkpoint else {}
+            self._origins = kept_origins(params, run, saved)
+            files, corpus = job.config_files, job.corpus
+            origin = write_records(run, params, self._origins, files, corpus, runtime, step)
 
             # 6. Aim, and 7. TensorBoard: both start in the background.
             state = None
@@ -217,6 +220,7 @@ class MainRun(Run):
         about: CheckpointMetadata = {
             "run_id": self.directory.run_id,
             "parameters": self.job.params.flat(),
+            "origins": self._origins,
             "corpus_sha256": self.job.corpus.sha256,
             "trackers": self.trackers.state(),
         }

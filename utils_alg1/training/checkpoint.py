@@ -57,12 +57,13 @@ class TrackerState(TypedDict):
 
 
 class CheckpointMetadata(TypedDict, total=False):
-    """What a checkpoint holds besides its tensors. Old files may lack `world_size` and `arithmetic`."""
+    """What a checkpoint holds besides its tensors. Old files may lack origins, world_size and arithmetic."""
 
     format: str  # CHECKPOINT_FORMAT
     format_version: int  # FORMAT_VERSION
     run_id: str
     parameters: dict[str, Any]  # the parameters of the run, by name
+    origins: dict[str, str]  # where each of them came from, by name
     model: dict[str, Any]  # ModelConfig.stored(): the sizes of the model
     vocabulary: list[str]  # the characters by token
     corpus_sha256: str  # Corpus.sha256, of the text and a held-out text
@@ -186,7 +187,7 @@ class CheckpointStore:
         """Copy the state of a trainer, then write and prune in the background: `wait` tells how it ended.
 
         Args:
-            run_metadata: what the trainer does not know: run_id, parameters, corpus_sha256, trackers.
+            run_metadata: unknown to the trainer: parameters, origins, run_id, corpus_sha256, trackers.
 
         Raises:
             Alg1Error: the checkpoint before this one could not be written (exit code 4).
@@ -258,7 +259,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: checkpoint format {metadata.get('format_version')!r} is not known",
             "use the release of ALG1 that wrote it",
         )
-    metadata = {"world_size": 1, "arithmetic": {"compiled": metadata.get("compiled")}} | metadata
+    arithmetic = {"compiled": metadata.get("compiled")}
+    metadata = {"origins": {}, "world_size": 1, "arithmetic": arithmetic} | metadata
     checkpoint = Checkpoint(path, tensors, metadata)  # type: ignore[arg-type]
     try:
         fault = _find_fault(checkpoint)

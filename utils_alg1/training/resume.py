@@ -146,14 +146,16 @@ def check_resumable(
     """Check that a run can continue with these parameters, these texts and these processes.
 
     Raises:
-        Alg1Error: listing every changed parameter (old -> new) that affected the steps already taken.
+        Alg1Error: listing every changed parameter (old -> new) that affected the steps already
+            taken or the run's name.
     """
     # What a run from before a parameter existed does not name is at its default.
     old = Parameters.from_values(coerce_all(checkpoint.metadata["parameters"])[0], {})
     old_train, train, step = old.train, params.train, checkpoint.progress.step
     before, now = (with_choices(values.flat(), checkpoint) for values in (old, params))
     given = {name: value for name, value in now.items() if value not in (before[name], None)}
-    fixed = [name for name, spec in specs().items() if before[name] != now[name] and not spec.may_change]
+    may_change = {name for name, spec in specs().items() if spec.may_change and name != "run_tag"}
+    fixed = [name for name in specs() if before[name] != now[name] and name not in may_change]
     changed = [f"{name}: {shown(before[name])} -> {shown(now[name])}" for name in fixed]
     changed += micro_batches_changed(
         old_train.grad_accum_steps, checkpoint.metadata["world_size"], train.grad_accum_steps, dist.world_size
