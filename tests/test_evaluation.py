@@ -274,5 +274,5 @@ def test_the_hint_fits_where_memory_ended(monkeypatch):
     for compute in (trainer.evaluate, trainer.measure):
         with pytest.raises(Alg1Error, match=r"^out of memory in an evaluation$") as caught:
             compute()
-        assert caught.value.hint.startswith("try --n-embd 8, or a --block-size below 8; or --device cpu,")
+        assert caught.value.hint.startswith("try --n-embd 8, or a --block-size below 8; or if other programs")
         assert caught.value.exit_code == CANNOT_TRAIN
