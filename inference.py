@@ -128,6 +128,7 @@ def make_page(arguments: argparse.Namespace) -> int:
 
     check_page(arguments.page)
     weights, path = load_weights(arguments)
+    print(text_for_stream(sys.stderr, str(path)), file=sys.stderr)
     write_page(arguments.page, weights, str(weights.provenance.get("run_id") or path.stem))
     size = os.path.getsize(arguments.page) / 1e6
     print(text_for_stream(sys.stdout, f"{arguments.page}: {size:.1f} MB, for any browser, without a network"))

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         n_finished = len(finished_trials(study))
         if stopped and n_finished < n_trials:
             again = f"{command('search.py')} {shell_join(sys.argv[1:] if argv is None else argv)}".strip()
-            console.say(f"stopped after {n_finished} of {n_trials} trials; go on with: {again}")
+            console.say(f"stopped after {n_finished} of {n_trials} trials; continue with: {again}")
             return 128 + stopped
 
         # 4. Tables, pictures and the best parameters.

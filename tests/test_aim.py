@@ -401,7 +401,7 @@ def test_a_tracker_that_cannot_open_is_one_warning_and_does_nothing(workdir, aim
     assert not tracker.enabled
     assert tracker.run_hash is None
     reason = "Permission denied); change its permissions, or choose another place"
-    assert warnings == [f"Aim is switched off, training goes on: cannot use {workdir / '.aim'} ({reason}"]
+    assert warnings == [f"Aim is switched off, training continues: cannot use {workdir / '.aim'} ({reason}"]
     assert forgotten == [AutoClean.cleanup]  # otherwise Aim may hang at exit
 
 
@@ -503,7 +503,7 @@ def test_a_damaged_repository_is_one_warning_with_the_cause_and_the_repair(
     tracker.start_close()
     assert tracker.ended.wait(100)
     (warning,) = warnings
-    assert warning.startswith(f"Aim is switched off, training goes on: {workdir / '.aim'} ")
+    assert warning.startswith(f"Aim is switched off, training continues: {workdir / '.aim'} ")
     is_unclear = damage is damage_list_of_runs
     assert ("cannot be opened (" if is_unclear else "is damaged (") in warning
     repair = "move it away: the next --resume sends the run to a new one"
@@ -534,7 +534,7 @@ def test_a_repository_under_a_path_that_is_not_utf8_is_one_clear_warning(workdir
     warnings: list[str] = []
     assert not AimTracker("x", "x", repo, warn=warnings.append).enabled
     reason = f"the path of {repo}/.aim is not UTF-8, which Aim needs; start in another folder"
-    assert warnings == [f"Aim is switched off, training goes on: {reason}"]
+    assert warnings == [f"Aim is switched off, training continues: {reason}"]
 
 
 class Broken:
@@ -567,12 +567,12 @@ def test_no_method_of_the_tracker_raises_and_the_first_failure_is_the_only_warni
     for _ in range(2):
         getattr(tracker, method)(*arguments)
     assert not tracker.enabled
-    assert warnings == ["Aim is switched off, training goes on: RuntimeError: boom"]
+    assert warnings == ["Aim is switched off, training continues: RuntimeError: boom"]
 
 
 def test_used_on_its_own_a_failure_is_a_python_warning(aim_run):
     aim_run(fail(RuntimeError("boom")))
-    with pytest.warns(UserWarning, match="Aim is switched off, training goes on: RuntimeError: boom"):
+    with pytest.warns(UserWarning, match="Aim is switched off, training continues: RuntimeError: boom"):
         AimTracker("name", "run").close()
 
 

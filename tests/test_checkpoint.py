@@ -479,7 +479,7 @@ def test_a_resume_on_another_processor_changes_no_byte(
     assert result.code == 0
     assert result.err.splitlines() == [  # that of its products is kept, but it may round differently
         f"warning: the run was computed with PyTorch {torch.__version__} on {processor.name}"
-        f" {torch.backends.cpu.get_cpu_capability()}, and goes on with"
+        f" {torch.backends.cpu.get_cpu_capability()}, and continues with"
         f" {environment(torch.device('cpu'), Processor.read())['platform']}: it may not end with the same"
         " bytes"
     ]
@@ -495,8 +495,8 @@ def test_a_resume_without_the_library_of_the_checkpoint_says_so(start, train, mo
     result = train("--resume", "latest")
     assert result.code == 0
     assert result.err.splitlines() == [
-        "warning: the run was computed with products by oneDNN, and goes on with products by PyTorch: it may"
-        " not end with the same bytes"
+        "warning: the run was computed with products by oneDNN, and continues with products by PyTorch: it"
+        " may not end with the same bytes"
     ]
 
 
@@ -579,7 +579,7 @@ def test_a_run_from_before_the_options_is_one_of_the_reference_model(flag, value
     refused = train("--resume", "latest", flag, *([] if value is None else [value]))
 
     assert refused.code == 2
-    assert f"error: the run cannot go on with other values: {shown}\n" in refused.err
+    assert f"error: the run cannot be resumed with other values: {shown}\n" in refused.err
     assert train("--resume", "latest", "--max-iters", 7).code == 0
 
 
@@ -589,7 +589,7 @@ def test_a_signal_prints_the_command_that_goes_on(start, train, text_file, monke
         result = start(into=into)
         assert result.code == 130
         line = result.out.splitlines()[-2]
-        said, command = line.split("; go on with: ")
+        said, command = line.split("; continue with: ")
         assert said == "stopped at step 3"
         words = shlex.split(command)
         assert words[:3] == ["python", "train.py", "--resume"]
@@ -640,7 +640,8 @@ def test_a_run_goes_on_from_one_of_its_checkpoints(a_run, train):
     assert result.code == 0
     names = [f"step_{step:09d}.safetensors" for step in (3, 4, 5, 6)]
     assert [line for line in result.out.splitlines() if line.startswith("renaming ")] == [
-        f"renaming {name} to {name}.aside: the run goes on from step_000000002.safetensors" for name in names
+        f"renaming {name} to {name}.aside: the run continues from step_000000002.safetensors"
+        for name in names
     ]
     assert sorted(path.name for path in checkpoint(2).parent.glob("*.aside")) == [f"{n}.aside" for n in names]
     assert_same_end()
@@ -791,7 +792,7 @@ def test_what_shaped_the_past_may_not_change(flag, value, shown, a_run, train):
     before = {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()}
     result = train("--resume", "latest", flag, value)
     assert result.code == 2
-    assert f"error: the run cannot go on with other values: {shown}\n" in result.err
+    assert f"error: the run cannot be resumed with other values: {shown}\n" in result.err
     assert {path: path.read_bytes() for path in only_run().rglob("*") if path.is_file()} == before
 
 
@@ -828,7 +829,7 @@ def test_another_value_than_a_run_has_chosen_is_refused(flags, changed, shown, a
     a_run(*flags, stop=2)
     result = train("--resume", "latest", *changed)
     assert result.code == 2
-    assert f"error: the run cannot go on with other values: {shown}\n" in result.err
+    assert f"error: the run cannot be resumed with other values: {shown}\n" in result.err
 
 
 def test_a_resume_has_the_threads_of_the_run_whatever_the_default_is(
@@ -853,7 +854,7 @@ def test_a_resume_has_the_threads_of_the_run_whatever_the_default_is(
     torch.set_num_threads(1)
     result = train("--resume", "latest")
     assert result.code == 0 and result.err == (
-        "warning: the run was computed with 2 threads, and goes on with 1 thread:"
+        "warning: the run was computed with 2 threads, and continues with 1 thread:"
         " it may not end with the same bytes\n"
     )
 
@@ -882,8 +883,8 @@ def test_a_decayed_run_may_not_become_longer(schedule, a_run, train):
     if schedule == "cosine":
         run = only_run()
         assert result.err.splitlines()[-1] == (
-            "hint: leave it out, or start a new run from its weights (optimizer, schedule and step count"
-            f" begin anew): python train.py --config {run}/meta/full_config.json"
+            "hint: leave it out, or start a new run from its weights (optimizer, schedule and steps start"
+            f" again): python train.py --config {run}/meta/full_config.json"
             f" --init-from {run}/artifacts/export/model.safetensors --max-iters=30"
         )
 
@@ -1271,7 +1272,7 @@ def test_a_disk_that_refuses_a_checkpoint_costs_no_older_one(call, code, start, 
         result = start(*ALL_KEPT)
     assert result.code == 4
     assert f"error: cannot write {checkpoint(4)}: {os.strerror(code)}\n" in result.err
-    assert f"then go on: python train.py --resume {only_run()}\n" in result.err
+    assert f"then continue: python train.py --resume {only_run()}\n" in result.err
     assert steps() == [0, 1, 2, 3]
     for step in steps():
         assert_same_tensors(checkpoint(step), checkpoint(step, "whole"))

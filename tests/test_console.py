@@ -168,6 +168,9 @@ def test_the_first_lines_of_a_run_that_goes_on_in_two_processes_with_aim_and_a_c
     assert lines["steps"] == "6 to 8, of 4 x 32 characters"
     assert lines["folder"].endswith("eval/; the export also to mine.safetensors; Aim's copy in .aim")
     assert lines["changed"] == "max_iters=8; output=mine.safetensors (as before)"
+    trainer.step = 8
+    finished = summary_module.describe_steps(params, trainer)
+    assert finished == "all 8 are taken; the results are written again"
 
 
 def test_changed_values_stand_with_where_they_came_from():
@@ -202,8 +205,8 @@ def test_the_command_that_trains_on_does_so(flags, way_on, start, train):
     lines = start(*flags).out.splitlines()
     command = next(line for line in lines if line.startswith("continue")).removeprefix("continue  ")
     assert RUN_ID.sub("RUN", command) == f"python train.py {way_on}"
-    anew = "longer    a new run from the exported weights; optimizer, schedule and step count begin anew"
-    assert (anew in lines) == ("cosine" in flags)
+    anew = "longer    only as a new run from the exported weights (optimizer, schedule and steps start again)"
+    assert (f"{anew}:" in lines) == ("cosine" in flags)
     result = train(*shlex.split(command)[2:])
     assert result.code == 0, result.err
     schedule = "cosine" if "cosine" in flags else "constant"
@@ -257,9 +260,9 @@ def test_quiet_leaves_the_warnings_and_what_to_do_next(workdir, capsys):
     console = Console(quiet=True)
     console.say("said")
     console.warn("careful")
-    console.remind("stopped; go on with", "python train.py")
+    console.remind("stopped; continue with", "python train.py")
     console.close()
-    assert capsys.readouterr() == ("", "warning: careful\nstopped; go on with: python train.py\n")
+    assert capsys.readouterr() == ("", "warning: careful\nstopped; continue with: python train.py\n")
 
 
 @pytest.mark.parametrize(
@@ -323,7 +326,7 @@ def test_a_narrow_terminal_breaks_no_command(open_screen, monkeypatch):
         {"model": "one two three four five six seven eight", "curves": ShellCommand(command, "then look")}
     )
     console.evaluation(300, 2.5, 2.6, 1e-3, True, 1234.0)
-    console.remind("stopped at step 300; go on with", "python train.py --resume x")
+    console.remind("stopped at step 300; continue with", "python train.py --resume x")
     console.close()
     assert ESCAPE.sub("", screen.text()).splitlines() == [
         "model   one two three four five six",
@@ -331,7 +334,7 @@ def test_a_narrow_terminal_breaks_no_command(open_screen, monkeypatch):
         f"curves  {command}   then look",
         "",
         "step 300 train 2.5000 val 2.6000 best",
-        "stopped at step 300; go on with: python train.py --resume x",
+        "stopped at step 300; continue with: python train.py --resume x",
     ]
 
 
@@ -458,8 +461,8 @@ def test_a_notice_shows_control_characters_at_a_terminal(monkeypatch):
     written = []
     monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 2)
     monkeypatch.setattr(os, "write", lambda descriptor, data: written.append((descriptor, data)))
-    Console().interrupted("go on: --resume a\x1bb")
-    assert written == [(2, "\ngo on: --resume a␛b\n".encode())]
+    Console().interrupted("continue: --resume a\x1bb")
+    assert written == [(2, "\ncontinue: --resume a␛b\n".encode())]
 
 
 def test_a_terminal_that_goes_away_does_not_stop_the_training(open_screen, monkeypatch, capsys):
@@ -640,7 +643,7 @@ def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, ca
     console.progress(1, 2.0)
 
     def before_exit() -> None:
-        console.interrupted("left at once; go on")
+        console.interrupted("left at once; continue")
 
     with StopSignals(lambda: "stopping after this step", console.interrupted, before_exit) as signals:
         signal.raise_signal(signal.SIGTERM)
@@ -650,7 +653,7 @@ def test_signals_erase_the_bar_and_say_how_to_go_on(open_screen, monkeypatch, ca
     assert exited.value.args == (143,)
     console.close()
     notices = capfd.readouterr().err
-    assert notices == "stopping after this step; once more to leave at once\nleft at once; go on\n"
+    assert notices == "stopping after this step; a second signal exits at once\nleft at once; continue\n"
     assert screen.text().count("\r\x1b[J") >= 2
 
 
@@ -670,7 +673,7 @@ RUN: Any = SimpleNamespace(path=Path("runs/x"), meta_dir=Path("no/meta"), run_id
     "step, notice",
     [
         (None, "left at once: nothing had been saved"),
-        (4, "left at once; go on from step 4 with: python train.py --resume runs/x"),
+        (4, "left at once; continue from step 4 with: python train.py --resume runs/x"),
     ],
 )
 def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice):
@@ -681,8 +684,8 @@ def test_the_notice_of_leaving_at_once_names_the_newest_checkpoint(step, notice)
     "hint, exit_code, checkpoint, expected",
     [
         ("free some space", 4, None, "free some space"),
-        ("free some space", 4, "step_9", "free some space; then go on: python train.py --resume runs/x"),
-        (None, 4, "step_9", "then go on: python train.py --resume runs/x"),
+        ("free some space", 4, "step_9", "free some space; then continue: python train.py --resume runs/x"),
+        (None, 4, "step_9", "then continue: python train.py --resume runs/x"),
         ("lower it", 3, "step_0", "lower it; its newest weights, for --init-from: step_0"),
         (
             "lower it",
@@ -738,7 +741,7 @@ def test_ctrl_c_at_a_terminal_leaves_nothing_of_the_bar(text_file):
     lines = lasting(seen.decode().replace("\r\n", "\n"))
     assert code == 130, lines
     command = r"python \S*train.py --resume runs/\S+"
-    assert lines[-3] == "stopping after this step; once more to leave at once"
-    assert re.fullmatch(rf"stopped at step \d+; go on with: {command}", lines[-2])
+    assert lines[-3] == "stopping after this step; press Ctrl-C again to exit at once"
+    assert re.fullmatch(rf"stopped at step \d+; continue with: {command}", lines[-2])
     assert re.fullmatch(rf"or end it here, with its export and report: {command} --finish", lines[-1])
     assert lines[-4].startswith("step      0  train loss")

@@ -159,7 +159,8 @@ def test_what_a_device_began_goes_on_without_it_in_one_line(train, text_file, st
     result = train("--resume", "latest", "--device", "cpu")
     assert (result.code, result.err) == (
         0,
-        "warning: the run was computed with xpu, and goes on with cpu: it may not end with the same bytes\n",
+        "warning: the run was computed with xpu, and continues with cpu:"
+        " it may not end with the same bytes\n",
     )
 
 
@@ -224,5 +225,5 @@ def test_a_dtype_that_a_device_cannot_compute_is_refused(
     assert start_runtime(params, recorded=vars(expected)).arithmetic.dtype == "float32"
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        f"warning: the run was computed with {dtype}, and goes on with float32:"
+        f"warning: the run was computed with {dtype}, and continues with float32:"
     )

@@ -52,7 +52,7 @@ def interrupted(start, monkeypatch) -> tuple[Path, list[str]]:
 def test_after_ctrl_c_both_ways_to_go_on_are_named(interrupted):
     run, lines = interrupted
     assert lines == [
-        f"stopped at step 4; go on with: python train.py --resume {run}",
+        f"stopped at step 4; continue with: python train.py --resume {run}",
         f"or end it here, with its export and report: python train.py --resume {run} --finish",
     ]
 
@@ -63,7 +63,7 @@ def test_finish_writes_the_results_of_the_newest_checkpoint_and_takes_no_step(in
     words = shlex.split(lines[1].split(": ")[1])
     result = train(*words[2:])
     assert (result.code, result.err) == (0, "")
-    assert "  4 of 6 were taken, and no more are\n" in result.out
+    assert "steps    4 of 6; --finish takes no more\n" in result.out
     assert f"  python train.py --resume {run}\n" in result.out
     after = {path: path.read_bytes() for path in checkpoint_paths(run / "artifacts/checkpoints")}
     assert after == before

@@ -598,7 +598,7 @@ def test_the_options_of_a_model_stay_with_it(run, train, flags, changes):
     result = train("--resume", "latest", *flags.split())
     command = f"python train.py --config {run}/meta/full_config.json {flags.replace(' rotary', '=rotary')}"
     hint = f"leave {'them' if ';' in changes else 'it'} out, or train another model: {command}"
-    expected = report(f"the run cannot go on with other values: {changes}", hint)
+    expected = report(f"the run cannot be resumed with other values: {changes}", hint)
     assert (result.code, result.out, result.err) == (2, "", expected)
     assert snapshot(Path()) == before
 
@@ -872,7 +872,7 @@ def raising(error: BaseException):
             4,
             f"error: cannot use f: No space left on device\nhint: {FULL}\n",
         ),
-        (OSError("odd"), 4, "error: cannot go on: odd\nhint: check the disk, or choose another place\n"),
+        (OSError("odd"), 4, "error: cannot continue: odd\nhint: check the disk, or choose another place\n"),
         (
             OSError(errno.ENAMETOOLONG, "File name too long", "f"),
             2,
@@ -1024,7 +1024,7 @@ def test_a_guard_warns_once_and_then_does_nothing_more(error, reason):
     assert [guard.attempt(track, value) for value in (1, 2, 3)] == [1, None, None]
     guard.fail("again")
     assert calls == [1, 2]
-    assert warnings == [f"Aim is switched off, training goes on: {reason}"]
+    assert warnings == [f"Aim is switched off, training continues: {reason}"]
     assert not guard.enabled
 
 

@@ -36,7 +36,7 @@ def signal_in_a_save(
     output = (folder / "output.txt").read_text()
     assert code in (128 + number, 0), output
     if code and not second:
-        assert "go on with: python train.py --resume " in output
+        assert "continue with: python train.py --resume " in output
         assert not list(folder.glob("runs/**/*.tmp"))
     if code:
         reference.resume_and_check(folder)
@@ -72,7 +72,7 @@ def signals_of_two_kinds(
     output = (folder / "output.txt").read_text()
     assert code in (128 + first, 128 + second, 0), output  # both are pending: Python takes the lower number
     if code:
-        assert "go on with: python train.py --resume " in output and "left at once" not in output
+        assert "continue with: python train.py --resume " in output and "left at once" not in output
         reference.resume_and_check(folder)
     else:  # it came in the very last checkpoint: the run was done
         reference.check(folder)
@@ -134,7 +134,7 @@ def with_few_threads(
     assert all(line.endswith((f": {reason}", SLOW)) for line in warnings), warnings
     # Told of a limit, a tracker is only started where there is room for what it may need.
     if n == 1 or (is_told and "threads" in of and n < ENOUGH):
-        assert "warning: TensorBoard is switched off, training goes on: the limit" in output
+        assert "warning: TensorBoard is switched off, training continues: the limit" in output
     if n == 1 and "threads" in of:
         assert "warning: the training waits while a checkpoint is written: the limit" in output
     if n >= ENOUGH:

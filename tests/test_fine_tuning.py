@@ -184,7 +184,7 @@ def test_a_run_with_new_characters_resumes_to_the_same_bytes(tune, train):
     for name, tensor in whole[0].items():
         assert tensor.numpy().tobytes() == resumed[0][name].numpy().tobytes(), name
     result = train("--resume", "latest", "--new-characters", "refuse")
-    assert "the run cannot go on with other values: new_characters: 'add' -> 'refuse'" in result.err
+    assert "the run cannot be resumed with other values: new_characters: 'add' -> 'refuse'" in result.err
 
 
 def test_a_run_on_fewer_characters_resumes_to_the_same_bytes(tune, train):

@@ -385,7 +385,7 @@ def test_a_look_that_fails_is_one_warning(observe):
 
     result = observe(all_intervals(1), 3, break_batch)
     assert result.warnings == [
-        "looking at the model is switched off, training goes on: ZeroDivisionError: division by zero"
+        "looking at the model is switched off, training continues: ZeroDivisionError: division by zero"
     ]
     assert [row["step"] for row in result.rows if "loss/train_step" in row] == [0, 1, 2]
 

@@ -456,6 +456,7 @@ def test_a_page_is_written_without_pytorch_and_replaces_an_older_one(folder, tmp
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{tmp_path}/friend.html: 0.1 MB, for any browser, without a network\n"
+        assert done.stderr == f"{folder}/hostile.safetensors\n"
     assert (tmp_path / "friend.html").read_bytes() == (folder / "hostile.html").read_bytes()
 
 

@@ -367,7 +367,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, uninterr
             if rank == 1:
                 assert "error: another process of this run has ended" in output()
                 assert re.search(
-                    r"go on: torchrun --standalone --nproc_per_node=2 train.py --resume", output()
+                    r"continue: torchrun --standalone --nproc_per_node=2 train.py --resume", output()
                 )
             check_resumed(Path(), uninterrupted)
     campaign.count("one of two processes killed at a random step", cases)
@@ -383,7 +383,7 @@ def test_a_signal_to_one_process_stops_all(folder, uninterrupted, rank, number):
     assert [faults.wait(pid) for pid in pids] == [128 + number] * 2, output()
     (newest,) = (path for path in faults.checkpoints(folder) if "06" in path.name)
     assert newest == faults.checkpoints(folder)[-1]
-    assert "stopped at step 6; go on with: torchrun --standalone --nproc_per_node=2 train.py" in output()
+    assert "stopped at step 6; continue with: torchrun --standalone --nproc_per_node=2 train.py" in output()
     check_resumed(folder, uninterrupted)
 
 
@@ -424,7 +424,7 @@ def test_a_process_that_does_not_answer_is_not_said_to_have_ended(folder):
     os.kill(pids[1], signal.SIGKILL)
     faults.wait(pids[1])
     assert "error: another process of this run has not answered for 0:00:02\n" in output()
-    assert "hint: end it if it is still there; then go on: torchrun" in output()
+    assert "hint: end it if it is still there; then continue: torchrun" in output()
 
 
 # --- torchrun itself ----------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def test_torchrun_saves_at_a_signal_resumes_and_ends_when_a_process_is_killed(fo
         wait_for_step(4)
         job.send_signal(signal.SIGINT)
         text = job.communicate(timeout=AT_ONCE)[0]
-    stopped = re.search(r"stopped at step (\d+); go on with: (torchrun .*)", text)
+    stopped = re.search(r"stopped at step (\d+); continue with: (torchrun .*)", text)
     assert stopped, text
     step = int(stopped[1])
     assert faults.checkpoints(folder)[-1].stem == f"step_{step:09d}"
@@ -670,7 +670,7 @@ def test_a_job_of_srun_that_gets_sigusr1_saves_and_resumes_to_the_same_bytes(fol
     assert [faults.wait(pid) for pid in start(2, RUN, prepare)] == [128 + signal.SIGUSR1] * 2, output()
     assert faults.checkpoints(folder)[-1].stem == "step_000000006"
     command = f"srun (as before) python train.py --resume runs/{faults.only_run(folder).name}"
-    assert f"stopped at step 6; go on with: {command}\n" in output()
+    assert f"stopped at step 6; continue with: {command}\n" in output()
     resumed = start(2, command.split()[-2:], as_srun)
     assert [faults.wait(pid) for pid in resumed] == [0, 0], output()
     check_same_end(folder, uninterrupted)

@@ -473,7 +473,7 @@ def test_another_arithmetic_than_the_checkpoints_is_told_in_one_line(
     after = here(after)
     assert start_runtime(params, recorded=recorded).arithmetic == after
     assert [record.getMessage() for record in caplog.records] == [
-        f"warning: the run was computed with {before.differences(after)}, and goes on with"
+        f"warning: the run was computed with {before.differences(after)}, and continues with"
         f" {after.differences(before)}: it may not end with the same bytes"
     ]
     caplog.clear()
@@ -761,7 +761,8 @@ def test_the_first_signal_asks_to_stop(number, code, capfd):
         assert signals.received is None
         signal.raise_signal(number)
         assert (signals.received, 128 + signals.received) == (number, code)
-    assert capfd.readouterr().err == "\nstopping after this step; once more to leave at once\n"
+    again = "press Ctrl-C again to exit" if number == signal.SIGINT else "a second signal exits"
+    assert capfd.readouterr().err == f"\nstopping after this step; {again} at once\n"
 
 
 class Left(Exception):
@@ -864,7 +865,7 @@ def test_signals_wait_for_the_end_of_a_block(clock, capfd):
                 signal.raise_signal(signal.SIGINT)
             assert (signals.received, capfd.readouterr().err) == (None, "")
         assert caught.value.args == (130,)
-        assert "once more" in capfd.readouterr().err
+        assert "press Ctrl-C again" in capfd.readouterr().err
 
 
 def test_what_a_signal_is_answered_with_can_change(capfd):
@@ -874,7 +875,7 @@ def test_what_a_signal_is_answered_with_can_change(capfd):
         signals.received = None
         with signals:
             signal.raise_signal(signal.SIGTERM)
-        assert capfd.readouterr().err == f"\n{expected}; once more to leave at once\n"
+        assert capfd.readouterr().err == f"\n{expected}; a second signal exits at once\n"
 
 
 def test_handlers_are_restored_also_after_an_error():

@@ -821,7 +821,7 @@ def test_ctrl_c_leaves_the_trials_for_the_next_start(search, fake_train):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
-    assert out.endswith(f"stopped after 0 of 3 trials; go on with: python search.py {' '.join(flags)}\n")
+    assert out.endswith(f"stopped after 0 of 3 trials; continue with: python search.py {' '.join(flags)}\n")
     again = search(*flags, "--trials", 2)
     assert again.code == 0, again.err
     assert [trial.value for trial in counted()] == [0.125, 0.125] and len(list_runs("runs")) == 2
@@ -1003,7 +1003,7 @@ def test_a_trial_whose_search_is_killed_saves_and_leaves_and_is_continued(text_f
     (run,) = list_runs("runs")
     wait_for(lambda: not in_use(run), 20)
     wait_for(lambda: not Path(f"/proc/{child}/fd").exists() or not os.listdir(f"/proc/{child}/fd"), 20)
-    assert re.search(r"stopped at step \d+; go on with", (run / "logs/train.log").read_text())
+    assert re.search(r"stopped at step \d+; continue with", (run / "logs/train.log").read_text())
     assert checkpoint_paths(run / "artifacts/checkpoints")[-1].name > "step_000000000.safetensors"
 
 

@@ -33,7 +33,7 @@ pytestmark = [
 FILE = Path("searches/space/study.db")
 HELD = (
     "error: searches/space/study.db is held by another program\n"
-    "hint: end it, or let it go on: a search that was stopped with Ctrl-Z holds it too\n"
+    "hint: end it, or let it continue: a search that was stopped with Ctrl-Z holds it too\n"
 )
 
 

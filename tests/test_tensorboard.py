@@ -654,7 +654,7 @@ def test_a_folder_that_is_deleted_while_it_is_opened_is_not_made_anew(tmp_path, 
     assert not writer.enabled
     assert list(tmp_path.iterdir()) == []
     (warning,) = warnings
-    assert warning.startswith("TensorBoard is switched off, training goes on: No such file or directory: ")
+    assert warning.startswith("TensorBoard is switched off, training continues: No such file or directory: ")
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
@@ -665,7 +665,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
     MetricLogger(writer).log("scalars", {"a": 1.0}, 0)
     writer.close()
     (warning,) = warnings
-    assert warning.startswith("TensorBoard is switched off, training goes on: Not a directory: ")
+    assert warning.startswith("TensorBoard is switched off, training continues: Not a directory: ")
 
 
 def test_used_on_its_own_a_failure_is_a_python_warning(tmp_path):
@@ -704,7 +704,7 @@ def test_no_method_raises_and_the_first_failure_is_the_only_warning(tmp_path, wo
         work(logger)
     assert not logger.writer.enabled
     (warning,) = warnings
-    assert warning.startswith("TensorBoard is switched off, training goes on: ")
+    assert warning.startswith("TensorBoard is switched off, training continues: ")
 
 
 # --- instructions -------------------------------------------------------------------------------------

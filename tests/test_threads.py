@@ -101,7 +101,7 @@ def test_a_tracker_that_gets_no_thread_is_switched_off_with_the_limit(text, limi
         raise RuntimeError(text)
 
     Guard("Aim", warnings.append).attempt(fail)
-    assert warnings == [f"Aim is switched off, training goes on: {REACHED}"]
+    assert warnings == [f"Aim is switched off, training continues: {REACHED}"]
 
 
 def test_a_script_that_gets_no_thread_says_so(limit, capsys):

@@ -103,7 +103,7 @@ def test_a_run_saves_and_ends_when_its_seconds_are_over_and_a_resume_has_as_many
     result = train(*FLAGS, "--max-seconds", 45)
     assert result.code == 128 + signal.SIGTERM
     run = f"runs/{faults.only_run(workdir).name}"
-    line = "stopped at step {} after 45 seconds (max_seconds); go on with: python train.py --resume " + run
+    line = "stopped at step {} after 45 seconds (max_seconds); continue with: python train.py --resume " + run
     assert line.format(5) in result.out
     result = train("--resume", "latest")
     assert (result.code, line.format(10) in result.out) == (143, True)
@@ -177,7 +177,7 @@ def test_a_notebooks_stop_button_costs_no_more_than_the_minutes_and_is_told(refe
     saved = checkpoint_step(faults.checkpoints(workdir)[-1])
     assert faults.metrics(faults.only_run(workdir))[-1]["step"] - saved <= 2  # a second each
     name = faults.only_run(workdir).name
-    told = f"left at once; go on from step {saved} with: python train.py --resume runs/{name}\n"
+    told = f"left at once; continue from step {saved} with: python train.py --resume runs/{name}\n"
     assert told in Path("output.txt").read_text()
     assert faults.train_in_child(["--resume", "latest", "--eval-interval", "4"]) == 0
     assert f"steps    {saved} to 12, of" in Path("output.txt").read_text()

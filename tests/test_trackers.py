@@ -412,7 +412,7 @@ def test_a_full_queue_gives_a_tracker_up_once_and_blocks_never_again(tmp_path, m
     values = {"loss/train_step": 1.0, "much": "x" * 100_000}  # a pipe takes some of these, not all
     for step in range(50):
         tracker.log("scalars", values, step)
-    assert warnings == ["X is switched off, training goes on: it took nothing for 0 seconds"]
+    assert warnings == ["X is switched off, training continues: it took nothing for 0 seconds"]
     tracker.start_flush(50)
     assert tracker.ready.is_set()
     recorder.gate.set()
@@ -434,7 +434,7 @@ def test_a_tracker_that_fails_is_still_closed_before_the_end(tmp_path):
     tracker.log("scalars", {"loss/train_step": 1.0}, 0)
     close(tracker)
     assert failing.calls == [("close",)]
-    assert warnings == ["X is switched off, training goes on: RuntimeError: boom"]
+    assert warnings == ["X is switched off, training continues: RuntimeError: boom"]
 
 
 def test_trackers_are_closed_even_when_the_file_cannot_be(tmp_path, monkeypatch):
@@ -477,7 +477,7 @@ def test_a_guard_says_one_line_once_and_then_does_nothing(error, reason):
     assert guard.attempt(work) is None
     assert not guard.enabled
     assert calls == [1]
-    assert warnings == [f"X is switched off, training goes on: {reason}"]
+    assert warnings == [f"X is switched off, training continues: {reason}"]
 
 
 def test_a_guard_lets_a_keyboard_interrupt_through():
@@ -589,7 +589,7 @@ def test_a_tracker_whose_process_is_killed_is_one_warning_and_nobody_waits_for_i
     assert tracker.ready.is_set()
     assert trackers.state() == {"x": {"run": "hash-1", "synced": 2}}
     trackers.close()
-    assert warnings == ["X is switched off, training goes on: its process has ended (-9)"]
+    assert warnings == ["X is switched off, training continues: its process has ended (-9)"]
 
 
 def test_a_process_that_cannot_be_started_is_one_warning(tmp_path, monkeypatch):
@@ -601,7 +601,7 @@ def test_a_process_that_cannot_be_started_is_one_warning(tmp_path, monkeypatch):
         trackers.log("scalars", {"loss/val": 1.0}, 0)
         trackers.flush(1)
         assert trackers.working_names == []
-    assert warnings == [f"X is switched off, training goes on: {thread_limit()}"]
+    assert warnings == [f"X is switched off, training continues: {thread_limit()}"]
 
 
 def test_what_cannot_be_sent_is_one_warning_and_the_tracker_is_closed(tmp_path):
@@ -614,7 +614,7 @@ def test_what_cannot_be_sent_is_one_warning_and_the_tracker_is_closed(tmp_path):
     assert close(tracker) == 0
     assert recorder.calls == [("close",)]
     (warning,) = warnings
-    assert warning.startswith("X is switched off, training goes on: ")
+    assert warning.startswith("X is switched off, training continues: ")
     assert "pickle" in warning
 
 
@@ -729,7 +729,7 @@ def test_a_file_in_the_place_of_the_event_files_is_one_warning(tmp_path):
     with run, start_trackers(run, params, {}, {}, warnings.append, {}):
         pass
     (warning,) = warnings
-    assert warning.startswith("TensorBoard is switched off, training goes on: Not a directory: ")
+    assert warning.startswith("TensorBoard is switched off, training continues: Not a directory: ")
 
 
 def test_a_start_that_is_interrupted_closes_what_it_has_started(started, monkeypatch):
@@ -826,7 +826,7 @@ def test_a_resume_goes_to_the_aim_repository_that_the_run_has(reopened, workdir,
     monkeypatch.chdir(elsewhere)
     again = reopened(run)
     assert (again.run_hash, again.repo, again.first_step) == ("hash-0", workdir, 5)
-    assert again.remark == f"Aim: this run goes on in {workdir / '.aim'}"
+    assert again.remark == f"Aim: this run continues in {workdir / '.aim'}"
     # The whole folder was moved, or the run alone: it is still the same run.
     moved = tmp_path / "moved"
     workdir.rename(moved)
@@ -958,7 +958,7 @@ def test_the_end_of_a_training_waits_and_says_how_much_is_left(behind, monkeypat
     it.trackers.close()
     assert it.slow.steps() == list(range(400))
     assert it.warnings == []
-    pattern = r"waiting for X to take the rest, (\d+)% of the steps; Ctrl-C goes without"
+    pattern = r"waiting for X to take the rest, (\d+)% of the steps \(Ctrl-C: do not wait\)"
     shares = [int(match[1]) for match in map(re.compile(pattern).fullmatch, messages) if match]
     assert len(shares) > 1 and shares == sorted(shares, reverse=True) and shares[0] > shares[-1]
 
@@ -1150,7 +1150,7 @@ FAILURES = [
 )
 def test_wherever_a_tracker_raises_it_is_one_warning(name, place, error, workdir, fake_aim, fake_tensorboard):
     (fake_aim if name == "Aim" else fake_tensorboard)(place, boom(error))
-    warning = f"{name} is switched off, training goes on: {type(error).__name__}: {error}"
+    warning = f"{name} is switched off, training continues: {type(error).__name__}: {error}"
     assert open_and_log(name, workdir) == (0, [warning])
 
 
@@ -1161,7 +1161,7 @@ def crash(*_, **__) -> None:
 @pytest.mark.parametrize("place", ["SummaryWriter", "add_scalar", "flush", "close"])
 def test_wherever_a_tracker_crashes_it_is_one_warning(place, workdir, fake_tensorboard):
     fake_tensorboard(place, crash)
-    reason = "training goes on: its process has ended (-9)"
+    reason = "training continues: its process has ended (-9)"
     assert open_and_log("TensorBoard", workdir) == (-9, [f"TensorBoard is switched off, {reason}"])
 
 
@@ -1178,20 +1178,20 @@ def test_a_tracker_that_raises_and_then_hangs_is_still_one_warning(
 ):
     monkeypatch.setattr(FakeRun, "close", hang)
     fake_aim("track", boom(RuntimeError("boom")))
-    warning = "Aim is switched off, training goes on: RuntimeError: boom"
+    warning = "Aim is switched off, training continues: RuntimeError: boom"
     assert open_and_log("Aim", workdir) == (-9, [warning])
 
 
 def raises(fake_aim, fake_tensorboard, _) -> str:
     fake_aim("track", boom(RuntimeError("boom")))
     fake_tensorboard("add_scalar", boom(RuntimeError("boom")))
-    return "is switched off, training goes on: RuntimeError: boom"
+    return "is switched off, training continues: RuntimeError: boom"
 
 
 def crashes(fake_aim, fake_tensorboard, _) -> str:
     fake_aim("Run", crash)
     fake_tensorboard("add_scalar", crash)
-    return "is switched off, training goes on: its process has ended (-9)"
+    return "is switched off, training continues: its process has ended (-9)"
 
 
 def hangs(fake_aim, fake_tensorboard, monkeypatch) -> str:
@@ -1204,7 +1204,7 @@ def hangs(fake_aim, fake_tensorboard, monkeypatch) -> str:
 def is_missing(fake_aim, fake_tensorboard, monkeypatch) -> str:
     for module in ("aim", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
-    return "is switched off, training goes on: ModuleNotFoundError: import of "
+    return "is switched off, training continues: ModuleNotFoundError: import of "
 
 
 @pytest.mark.parametrize("failure", [raises, crashes, hangs, is_missing], ids=lambda f: f.__name__)
@@ -1231,9 +1231,9 @@ def test_the_summary_names_no_tracker_that_failed_while_it_was_closed(
     fake_aim("close" if lost == "Aim" else "none", boom(RuntimeError("boom")))
     fake_tensorboard("close" if lost == "TensorBoard" else "none", boom(RuntimeError("boom")))
     result = train(*with_changes(["--data", "text.txt", *TINY, *NO_LOOKS]))
-    assert result.err == f"warning: {lost} is switched off, training goes on: RuntimeError: boom\n"
+    assert result.err == f"warning: {lost} is switched off, training continues: RuntimeError: boom\n"
     labels = {line.split()[0] for line in result.out.splitlines() if line.strip()}
-    assert labels & {"compare", "curves"} == ({"curves"} if lost == "Aim" else {"compare"})
+    assert labels & {"aim", "curves"} == ({"curves"} if lost == "Aim" else {"aim"})
 
 
 def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(tmp_path):
@@ -1305,4 +1305,4 @@ def test_the_user_is_told_what_a_run_waits_for(tmp_path, monkeypatch):
     close(background_trackers[1])
     threading.Timer(0.3, slow.gate.set).start()
     closing_module.close_all(background_trackers)
-    assert messages == ["waiting for Aim to take the rest, 20 seconds at most; Ctrl-C goes without"]
+    assert messages == ["waiting for Aim to take the rest, at most 20 seconds (Ctrl-C: do not wait)"]

@@ -467,10 +467,10 @@ def test_a_process_told_to_stop_goes_on_with_the_command_it_printed(train, text_
         os.kill(pid, signal.SIGTERM)
         out = pipe.readall()
     assert faults.wait(pid) == 143
-    assert Path("output.txt").read_text() == "\nstopping after this step; once more to leave at once\n"
+    assert Path("output.txt").read_text() == "\nstopping after this step; a second signal exits at once\n"
     assert not (only_run() / "eval/final.json").exists()
 
-    command = shlex.split(out.decode().splitlines()[-2].split("; go on with: ")[1])
+    command = shlex.split(out.decode().splitlines()[-2].split("; continue with: ")[1])
     assert command == ["python", "train.py", "--resume", str(only_run())]
     result = train(*command[2:])
     assert (result.code, result.err) == (0, "")

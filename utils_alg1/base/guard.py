@@ -17,7 +17,7 @@ class Guard:
     """Catches what optional code raises: the first exception is one warning, and later calls do nothing.
 
     Args:
-        name: of the optional part, which begins the warning: "Aim is switched off, training goes on: ...".
+        name: of the optional part, which begins the warning: "Aim is switched off, training continues: ...".
         warn: called with the warning.
         explain: returns what the warning says of an exception.
 
@@ -45,7 +45,7 @@ class Guard:
 
     def fail(self, reason: str) -> None:
         """Disable, with a warning that names the reason."""
-        self.disable(f"{self.name} is switched off, training goes on: {reason}")
+        self.disable(f"{self.name} is switched off, training continues: {reason}")
 
     def disable(self, warning: str) -> None:
         """Disable, with this warning; a guard that is already disabled does not warn again."""

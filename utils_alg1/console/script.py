@@ -74,7 +74,7 @@ def _exit_code(main: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader has closed the pipe (`| head`)
         return DONE
     except OSError as error:  # an unexpected one, such as a name that is too long
-        raise disk_error(f"use {error.filename}" if error.filename else "go on", error) from error
+        raise disk_error(f"use {error.filename}" if error.filename else "continue", error) from error
 
 
 @contextlib.contextmanager

@@ -169,4 +169,5 @@ class StopSignals(StopHandler):
             os._exit(128 + number)
         self.remember(number)
         with contextlib.suppress(OSError):  # the standard error may be closed
-            self._announce(f"{self._notice()}; once more to leave at once")
+            again = "press Ctrl-C again to exit" if number == signal.SIGINT else "a second signal exits"
+            self._announce(f"{self._notice()}; {again} at once")

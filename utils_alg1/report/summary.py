@@ -69,10 +69,12 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
 
 
 def describe_steps(params: Parameters, trainer: Trainer) -> str:
-    """Return the steps that are ahead and the size of each; with --finish, that there are none."""
+    """Return the steps that are ahead and the size of each, or why there are none: all taken, or --finish."""
     step, max_iters, length = trainer.step, params.train.max_iters, params.model.block_size
+    if 0 < step >= max_iters:
+        return f"all {max_iters} are taken; the results are written again"
     if trainer.ends_here:
-        return f"{step} of {max_iters} were taken, and no more are"
+        return f"{step} of {max_iters}; --finish takes no more"
     size = f"{trainer.tokens_per_step // length} x {format_count(length, 'character')}"
     return f"{step} to {max_iters}, of {size}" if step else f"{max_iters} of {size}"
 
@@ -162,7 +164,7 @@ def next_commands(
         curves = tensorboard_instructions(str(run.path.parent), params.tensorboard.port)
         lines["curves"] = ShellCommand(*curves)
     if "aim" in trackers:
-        lines["compare"] = ShellCommand(*aim_instructions(_aim_repo(run)))
+        lines["aim"] = ShellCommand(*aim_instructions(_aim_repo(run)))
     if not overfits(progress):  # or further steps would make it worse
         lines |= longer_training(run, params, progress, dist)
     return lines
@@ -210,7 +212,7 @@ def longer_training(
         return {"continue": ShellCommand(f"{resume_command(run, dist)} --max-iters {longer.max_iters}")}
     # A longer schedule has other learning rates from the start, so it needs a new run.
     return {
-        "longer": f"a new run from the exported weights; {BEGINS_ANEW}",
+        "longer": f"only as a new run from the exported weights ({BEGINS_ANEW}):",
         "continue": ShellCommand(new_run_command(run, dist, {"max_iters": steps})),
     }
 
@@ -219,7 +221,7 @@ def resume_notice(newest_step: int | None, run: RunDirectory, dist: Distributed)
     """Return what is printed when a second signal ends the process; without a checkpoint, step is None."""
     if newest_step is None:
         return "left at once: nothing had been saved"
-    return f"left at once; go on from step {newest_step} with: {resume_command(run, dist)}"
+    return f"left at once; continue from step {newest_step} with: {resume_command(run, dist)}"
 
 
 def add_resume_hint(
@@ -228,7 +230,7 @@ def add_resume_hint(
     """Return an error that ended the training, with a hint on how to use the newest checkpoint if any."""
     if newest_checkpoint is None:
         return error
-    hint = f"then go on: {resume_command(run, dist)}"
+    hint = f"then continue: {resume_command(run, dist)}"
     if error.exit_code == CANNOT_TRAIN:  # its fix is a parameter value that a resumed run would refuse
         hint = f"its newest weights, for --init-from: {newest_checkpoint}"
         if checkpoint_step(newest_checkpoint):

@@ -239,7 +239,7 @@ class MainRun(Run):
         step, limit = self.trainer.step, self.job.params.train.max_seconds
         reason = f" after {limit:g} seconds (max_seconds)" if self.trainer.out_of_time else ""
         command = summary.resume_command(self.directory, self.dist)
-        self.console.remind(f"stopped at step {step}{reason}; go on with", command)
+        self.console.remind(f"stopped at step {step}{reason}; continue with", command)
         self.console.remind("or end it here, with its export and report", f"{command} --finish")
 
     def export(self) -> None:

@@ -20,7 +20,7 @@ HEARTBEAT_SECONDS = 5
 GRACE_SECONDS = 15  # without a heartbeat until a trial is queued again
 BUSY_SECONDS = 60  # to wait for a lock of SQLite
 STORAGE_HINT = "check the disk; --storage names a database that SQLAlchemy knows, its driver installed"
-LOCKED_HINT = "end it, or let it go on: a search that was stopped with Ctrl-Z holds it too"
+LOCKED_HINT = "end it, or let it continue: a search that was stopped with Ctrl-Z holds it too"
 DAMAGED_HINT = "put a copy of it back, or move it away to search anew; the runs stay"
 NO_LOCKS_HINT = "start it in a folder of another file system, such as a local disk, or name a --storage there"
 

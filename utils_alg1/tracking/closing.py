@@ -80,5 +80,5 @@ def _notice(trackers: list[BackgroundTracker]) -> str:
     """Return what to say while these trackers are waited for."""
     names = " and ".join(tracker.name for tracker in trackers)
     left = max(tracker.left for tracker in trackers)
-    limit = f"{left:.0%} of the steps" if left else f"{tracker_process.TIMEOUT:.0f} seconds at most"
-    return f"waiting for {names} to take the rest, {limit}; Ctrl-C goes without"
+    limit = f"{left:.0%} of the steps" if left else f"at most {tracker_process.TIMEOUT:.0f} seconds"
+    return f"waiting for {names} to take the rest, {limit} (Ctrl-C: do not wait)"

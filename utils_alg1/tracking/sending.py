@@ -56,7 +56,7 @@ def send(path: Path, name: str) -> str:
             _log_all(tracker, _missing_rows(run, last_steps), n_points, run.run_id, failures)
         finally:
             tracker.close()
-    if failures:  # "Aim is switched off, training goes on: ..."
+    if failures:  # "Aim is switched off, training continues: ..."
         reason = failures[0].partition(": ")[2]
         raise Alg1Error(f"{run.run_id} was not sent to {where}: {reason}", "send it again after that")
     return f"{run.run_id}: sent {n_points:,} points of {n_rows:,} rows, to step {last_step}, to {where}"
@@ -94,7 +94,7 @@ def _check_rows(run: RunDirectory) -> tuple[int, int]:
         for row in read_metrics(run.metrics_path, strict=True):
             n_rows, step = n_rows + 1, int(row["step"])
     except ValueError as error:
-        hint = f"{command('train.py')} --resume cuts it back to its newest checkpoint, and goes on from there"
+        hint = f"{command('train.py')} --resume cuts it back to its newest checkpoint and continues there"
         raise Alg1Error(str(error), hint) from error
     if not n_rows:
         raise Alg1Error(f"{run.metrics_path} has no rows to send", "send a run that has trained")

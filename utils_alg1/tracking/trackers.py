@@ -176,7 +176,7 @@ def open_aim(
 
 
 def _remark(aim: AimTracker, record: AimRecord, repo: Path, original: Path | None, flushed_step: int) -> str:
-    """Return what is not as usual about where a run goes on in Aim."""
+    """Return what is not as usual about where a run continues in Aim."""
     again = "all of its steps are sent, in the background"
     if original is not None:
         return (
@@ -187,7 +187,7 @@ def _remark(aim: AimTracker, record: AimRecord, repo: Path, original: Path | Non
     if aim.first_step < flushed_step:
         return f"Aim lacks a part of this run: {again}"
     if repo != Path.cwd():
-        return f"Aim: this run goes on in {repo / REPOSITORY}"
+        return f"Aim: this run continues in {repo / REPOSITORY}"
     return ""
 
 

@@ -342,7 +342,7 @@ def quarantine_newer(checkpoint: Checkpoint, say: Callable[[str], None]) -> None
     for path in checkpoint_paths(checkpoint.path.parent):
         if checkpoint_step(path) > checkpoint_step(checkpoint.path):
             quarantined = path.with_name(path.name + ".aside")
-            say(f"renaming {path.name} to {quarantined.name}: the run goes on from {checkpoint.path.name}")
+            say(f"renaming {path.name} to {quarantined.name}: the run continues from {checkpoint.path.name}")
             try:
                 path.rename(quarantined)
             except OSError as error:

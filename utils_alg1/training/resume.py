@@ -35,7 +35,7 @@ from utils_alg1.training.schedule import same_learning_rates
 from utils_alg1.utils_output import Console
 from utils_alg1.utils_run_manager import RunDirectoryCreator
 
-BEGINS_ANEW = "optimizer, schedule and step count begin anew"  # in a run that starts from weights
+BEGINS_ANEW = "optimizer, schedule and steps start again"  # in a run that starts from weights
 
 
 def reopen_run(runs_dir: str, name: str, console: Console) -> tuple[RunDirectory, Checkpoint]:
@@ -172,7 +172,7 @@ def check_resumable(
         )
     if changed:
         raise Alg1Error(
-            f"the run cannot go on with other values: {'; '.join(changed)}",
+            f"the run cannot be resumed with other values: {'; '.join(changed)}",
             f"leave {'it' if len(changed) == 1 else 'them'} out, or {new_run(checkpoint, given, dist)}",
         )
     text, _, held_out = corpus_sha256.partition("+")

@@ -110,7 +110,7 @@ def start_runtime(
         arithmetic = keep_arithmetic(before, params, device, processor)
         if dist.is_main and (now := arithmetic.differences(before)):
             LOGGER.warning(
-                "warning: the run was computed with %s, and goes on with %s:"
+                "warning: the run was computed with %s, and continues with %s:"
                 " it may not end with the same bytes",
                 before.differences(arithmetic),
                 now,
