@@ -125,12 +125,12 @@ def main(argv: list[str] | None = None) -> int:
         how = f"{arguments.sampler}, {arguments.workers} at a time"
         how += f", each on one of {len(gpus.names)} GPUs" if gpus.names else ""
         space = f"{arguments.space}: {', '.join(plan.space)}"
-        console.block({"study": str(folder), "space": space, "trials": trials, "how": how})
+        console.block({"study": str(folder), "space": space, "text": plan.text, "trials": trials, "how": how})
 
         # 3. The trials, until all have ended or a signal arrives.
         threads = threads_per_trial(plan.fixed.get("threads"), arguments.workers)
         if threads:
-            options.values.pop("threads", None)  # --threads 0, which these take the place of
+            plan.options.values.pop("threads", None)  # --threads 0, which these take the place of
         search = Search(storage, study, plan, folder, n_trials, threads, gpus, console, points)
         stopped = search.run(arguments.workers)
         n_finished = len(finished_trials(study))

@@ -438,7 +438,7 @@ def test_the_trials_of_a_search_have_none(text_file):
     from utils_alg1.search.space import Plan
 
     def flags(**given) -> list[str]:
-        return Plan({}, Options(given), {}, {}, "").arguments({})
+        return Plan({}, Options(given), {}, {}, "", "").arguments({})
 
     assert flags() == ["--no-playground"]
     assert flags(playground=True) == ["--playground"]

@@ -714,6 +714,25 @@ def test_the_defaults_are_not_pruned_because_the_gain_over_them_is_told(search, 
     assert [row["state"] for row in results()] == ["complete", "pruned"]
 
 
+def test_a_missing_default_text_is_looked_for_once_and_its_substitute_given_to_the_trials(
+    search, fake_train, monkeypatch
+):
+    Path("config.json").unlink()  # which names text.txt
+    commands, start = [], trials_module.Search.start
+
+    def note(self, command, *rest):
+        commands.append(command)
+        return start(self, command, *rest)
+
+    monkeypatch.setattr(trials_module.Search, "start", note)
+    result = search("--space", write_space(dropout=[0.0, 0.1]), "--trials", 2)
+    assert result.code == 0, result.err
+    assert result.out.count("downloading tiny Shakespeare") == 1
+    size = len(Path("data/python-docs.txt").read_text(encoding="utf-8"))
+    assert f"\ntext    data/python-docs.txt: {size:,} characters\n" in result.out
+    assert [command.count("--data=python-docs") for command in commands] == [1, 1]
+
+
 def test_threads_0_is_not_given_to_a_trial_beside_the_threads_of_its_worker(search, fake_train):
     space = write_space(learning_rate=RATES)
     result = search("--space", space, "--trials", 2, "--workers", 2, "--threads", 0)

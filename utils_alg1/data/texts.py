@@ -29,6 +29,7 @@ import numpy as np
 from utils import N_CODE_POINTS, Tokenizer
 from utils_alg1.base.errors import Alg1Error, disk_error
 from utils_alg1.base.files import atomic_file, write_all, write_atomically
+from utils_alg1.base.text import format_count
 from utils_alg1.data.diagnosis import not_utf8, refuse_other_kinds
 from utils_alg1.data.text_files import STANDARD_INPUT, TextFiles, iter_bytes
 
@@ -60,6 +61,12 @@ class Text:
     def cache(self) -> Path:
         """The folder of its cache."""
         return _cache_folder(self.files)
+
+    def describe(self) -> str:
+        """Return its name and its size, for the user."""
+        n_files = len(self.files.paths)
+        of_files = f"{n_files} files, " if n_files > 1 else ""
+        return f"{self.name}: {of_files}{format_count(self.n_characters, 'character')}"
 
 
 def _cache_folder(files: TextFiles) -> Path:

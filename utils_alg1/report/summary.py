@@ -23,7 +23,6 @@ from utils_tensorboard.instructions import instructions as tensorboard_instructi
 
 if TYPE_CHECKING:
     from utils_alg1.data.corpus import Corpus
-    from utils_alg1.data.texts import Text
     from utils_alg1.training.evaluation import Measurement
     from utils_alg1.training.progress import Progress
     from utils_alg1.training.trainer import Trainer
@@ -57,10 +56,8 @@ def describe_start(run: RunDirectory, params: Parameters, corpus: Corpus, traine
         "device": device,
         "model": f"{format_count(trainer.model.config.n_parameters, 'parameter')}: n_embd {model.n_embd},"
         f" n_head {model.n_head}, n_layer {model.n_layer}, block_size {model.block_size}",
-        "text": f"{describe_text(corpus.text)}, vocabulary of {corpus.tokenizer.vocab_size}",
-        "val": f"{describe_text(corpus.held_out)}; all of the text is for training"
-        if corpus.held_out
-        else "",
+        "text": f"{corpus.text.describe()}, vocabulary of {corpus.tokenizer.vocab_size}",
+        "val": f"{corpus.held_out.describe()}; all of the text is for training" if corpus.held_out else "",
         "steps": describe_steps(params, trainer),
         "folder": folder,
     }
@@ -77,13 +74,6 @@ def describe_steps(params: Parameters, trainer: Trainer) -> str:
         return f"{step} of {max_iters}; --finish takes no more"
     size = f"{trainer.tokens_per_step // length} x {format_count(length, 'character')}"
     return f"{step} to {max_iters}, of {size}" if step else f"{max_iters} of {size}"
-
-
-def describe_text(text: Text) -> str:
-    """Return the name and the size of a text."""
-    n_files = len(text.files.paths)
-    of_files = f"{n_files} files, " if n_files > 1 else ""
-    return f"{text.name}: {of_files}{format_count(text.n_characters, 'character')}"
 
 
 def describe_changes(params: Parameters) -> str:

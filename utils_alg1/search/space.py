@@ -164,9 +164,10 @@ class Plan:
     """The search space and the parameters that are the same in every trial."""
 
     space: Space
-    options: Options  # the flags of train.py on the command line of search.py, and its --config
+    options: Options  # the flags of train.py on the command line of search.py, its --config, the text found
     fixed: dict[str, Any]  # the value of every parameter that is not searched
     defaults: dict[str, Any]  # the values of the searched parameters without a search
+    text: str  # Text.describe()
     text_sha256: str  # Corpus.sha256
 
     def arguments(self, parameters: dict[str, Any]) -> list[str]:
@@ -227,8 +228,11 @@ def make_plan(space: Space, options: Options) -> Plan:
     set_in_file = [name for name in UNUSABLE if params.flat()[name] != specs()[name].default]
     problems = [Problem(f"{params.origins[name]}: {name}: {UNUSABLE[name]}") for name in set_in_file]
     raise_problems(problems, "take it out of the file for the search")
+    asked = params.data.data_path
     name_text(params, print)
-    flat = params.flat()  # with the text that name_text has found
+    flat = params.flat()
+    if flat["data_path"] != asked:  # neither the trials nor `check_again` look for the missing text again
+        options = replace(options, values=options.values | {"data_path": flat["data_path"]})
     defaults = {name: flat.pop(name) for name in space}
     if os.path.isfile(flat["runs_dir"]):
         raise Alg1Error(f"--runs-dir {flat['runs_dir']}: this is a file", "name a folder")
@@ -236,4 +240,4 @@ def make_plan(space: Space, options: Options) -> Plan:
     corpus = find_corpus(params.data)
     if "block_size" in flat:
         corpus.check_block_size(flat["block_size"], flat["train_split"], flat["val_split"])
-    return Plan(space, options, flat, defaults, corpus.sha256)
+    return Plan(space, options, flat, defaults, corpus.text.describe(), corpus.sha256)
