@@ -183,7 +183,7 @@ def test_a_run_keeps_its_tag(train, text_file, monkeypatch):
         result = train("--resume", "latest", *flags)
         assert result.code == 2
         change = "run_tag: 'mine' -> 'other'\nhint: leave it out, or start a new run"
-        assert result.err.startswith(f"error: the run cannot go on with other values: {change}")
+        assert result.err.startswith(f"error: the run cannot be resumed with other values: {change}")
     assert train("--resume", "latest", "--run-tag", "mine").code == 0
 
 

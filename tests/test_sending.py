@@ -79,7 +79,7 @@ def test_tensorboard_gets_a_run_that_it_was_off_for_once(run, compare, train):
         f"{run.run_id}: TensorBoard has all of its curves, to step 6",
     )
     assert sorted(run.tensorboard_dir.iterdir()) == files
-    # A resume goes on with the same curves.
+    # A resume continues the same curves.
     assert train("--resume", "latest", "--max-iters", 8, "--tensorboard").code == 0
     assert in_tensorboard(run) == in_metrics(run)
     assert [step for step, _ in in_metrics(run)["Loss/train_step"]] == list(range(8))
