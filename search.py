@@ -150,7 +150,7 @@ def require_optuna() -> None:
         import optuna
     except ImportError:
         message = "search.py needs Optuna, which is not installed"
-        raise Alg1Error(message, "pip install -e '.[search]'") from None
+        raise Alg1Error(message, "source .venv/bin/activate, or pip install -e '.[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # the heartbeat
 

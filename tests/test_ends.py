@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import QUIET_TRACKERS, TINY, lasting_metrics, runner, stop_at
 
-from parameters import Parameters
+from parameters import Parameters, specs
+from utils_alg1.console.command_line import OF_STEPS
 from utils_alg1.network.tensor_file import read_tensors
 from utils_alg1.report import results as results_module
 from utils_alg1.report.summary import describe_overfitting, overfits
@@ -126,6 +127,18 @@ def test_finish_needs_a_run(train):
         "error: --finish needs a run\n"
         "hint: name it: --resume RUN --finish; python train.py --help lists every flag\n"
     )
+
+
+def test_finish_refuses_what_only_further_steps_heed(interrupted, train):
+    run, _ = interrupted
+    result = train("--resume", run, "--finish", "--max-iters", 9, "--export", "last", "--patience=3")
+    assert result.code == 2
+    assert result.err == (
+        "error: --finish takes no step: leave --max-iters, --patience out\n"
+        "hint: python train.py --help lists every flag\n"
+    )
+    assert not (run / "eval/final.json").exists()
+    assert {*OF_STEPS} <= specs().keys()
 
 
 # --- what is said at the end --------------------------------------------------------------------------

@@ -762,6 +762,38 @@ def test_a_script_ends_with_the_exit_code_and_without_a_traceback(workdir):
     assert os.listdir(workdir) == []
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "missing"),
+    [
+        ("train.py", "--data text.txt", "numpy"),
+        ("train.py", "--data text.txt --print-config", "yaml"),
+        ("train.py", "--init-from text.txt", "numpy"),
+        ("inference.py", "--model text.txt", "numpy"),
+        ("compare.py", "--runs-dir old", "filelock"),
+    ],
+)
+def test_a_python_without_the_libraries_is_told_apart(script, words, missing, workdir):
+    """As before the environment is activated: -S leaves out what is installed, -E the variables."""
+    Path("text.txt").write_text("some text " * 200)
+    RunDirectoryCreator("old").create("2026-01-31_001").joinpath(".lock").touch()
+    before = snapshot(workdir)
+    command = [sys.executable, "-S", "-E", str(PROJECT / script), *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    hint = "source .venv/bin/activate, or pip install -e ."
+    assert done.stderr == report(f"{missing} is not installed in this Python", hint)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert snapshot(workdir) == before
+
+
+@pytest.mark.parametrize("name", ["utils_alg1.no_such_part", "_ctypes"])
+def test_a_part_of_the_program_or_of_python_that_is_missing_is_no_library(name):
+    def main() -> int:
+        raise ModuleNotFoundError(name=name)
+
+    with pytest.raises(ModuleNotFoundError):
+        run_script(main)
+
+
 # --- runs that are in use, and folders that cannot be written ---
 
 

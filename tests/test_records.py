@@ -168,9 +168,9 @@ def test_the_origins_are_those_of_the_values_that_the_checkpoint_has(train, text
     interrupt(train, monkeypatch, "--data", text_file, "--export", "last")
     begun = record()
     assert begun["origins"]["export"] == "--export"
-    assert train("--resume", "latest", "--finish", "--export", "best", "--patience", 9).code == 0
-    assert record()["parameters"] == begun["parameters"] | {"export": "best", "patience": 9}
-    assert record()["origins"] == begun["origins"] | {"patience": "--patience"}
+    assert train("--resume", "latest", "--finish", "--export", "best", "--threads", 2).code == 0
+    assert record()["parameters"] == begun["parameters"] | {"export": "best", "threads": 2}
+    assert record()["origins"] == begun["origins"] | {"threads": "--threads"}
     assert train("--resume", only_run()).code == 0
     assert record()["parameters"] == begun["parameters"]
     assert record()["origins"] == begun["origins"]

@@ -285,7 +285,8 @@ def test_without_optuna_there_is_one_line(search, workdir, monkeypatch):
     result = search()
     assert (result.code, result.out) == (2, "")
     assert result.err == (
-        "error: search.py needs Optuna, which is not installed\nhint: pip install -e '.[search]'\n"
+        "error: search.py needs Optuna, which is not installed\n"
+        "hint: source .venv/bin/activate, or pip install -e '.[search]'\n"
     )
 
 

@@ -21,6 +21,10 @@ from utils_alg1.base.settings import Limits, coerce
 from utils_alg1.base.text import shell_quote
 
 TEXTS = ("data_path", "val_data", "vocabulary", "score")  # flags that name a text
+OF_STEPS = (  # parameters that nothing but further steps depend on
+    *("max_iters", "max_seconds", "eval_interval", "patience", "gradient_norm_interval", "speed_interval"),
+    *("histogram_interval", "checkpoint_interval", "checkpoint_minutes", "keep_checkpoints"),
+)
 Uses = dict[str, list[tuple[str, list[str]]]]  # name -> each use of its flag, with the words behind it
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -204,6 +208,8 @@ def parse_command_line(argv: list[str] | None = None) -> Options:
     values, given = split_parameters(parser.parse_args(argv))
     if given.get("finish") and "resume" not in given:
         parser.error("--finish needs a run", "name it: --resume RUN --finish")
+    if given.get("finish") and (idle := [specs()[name].flag for name in values if name in OF_STEPS]):
+        raise Alg1Error(f"--finish takes no step: leave {', '.join(idle)} out", parser.hint)
     if given.get("print_config"):
         given["quiet"] = True  # the standard output is YAML and nothing else
     return Options(values=values, **given)

@@ -13,10 +13,12 @@ from typing import NoReturn
 from utils_alg1.base.errors import BAD_INPUT, DONE, INTERRUPTED, Alg1Error, disk_error
 from utils_alg1.base.memory import memory_guard
 from utils_alg1.base.running_time import running_time
+from utils_alg1.base.scripts import FOLDER
 from utils_alg1.base.threads import spare_threads, thread_guard
 from utils_alg1.console.messages import print_error
 from utils_alg1.console.signals import RaiseSignal
 
+INSTALL_HINT = "source .venv/bin/activate, or pip install -e ."
 _exit: Callable[[int], NoReturn] = sys.exit  # how run_script ends the process
 
 
@@ -73,6 +75,12 @@ def _exit_code(main: Callable[[], int]) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader has closed the pipe (`| head`)
         return DONE
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        own = {path.stem for path in FOLDER.iterdir()}
+        if package in own | sys.stdlib_module_names:  # no matter of pip: a damaged checkout, or Python
+            raise
+        raise Alg1Error(f"{package} is not installed in this Python", INSTALL_HINT) from error
     except OSError as error:  # an unexpected one, such as a name that is too long
         raise disk_error(f"use {error.filename}" if error.filename else "continue", error) from error
 
