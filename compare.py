@@ -156,7 +156,7 @@ def read_run(path: Path) -> Row:
     row |= {"run": path.name, "tag": named[3] or "" if named else "", "resumed": False, "best": False}
     row["state"] = "unfinished"
     damaged = False
-    for read in (read_record, read_evaluations, read_final):
+    for read in (read_evaluations, read_record, read_final):
         try:
             read(RunFolder(path), row)
         except (Alg1Error, OSError, AttributeError, KeyError, TypeError, ValueError):
@@ -176,15 +176,19 @@ def read_run(path: Path) -> Row:
 
 
 def read_record(run: RunFolder, row: Row) -> None:
-    """Add the parameters and the text of a run; values that train.py would refuse are damage."""
+    """Add the parameters and the text of a run, and whether a resume has taken steps (of those in the row).
+
+    Values that train.py would refuse are damage.
+    """
     record = read_json_object(run.record_path)
     corpus = record["corpus"]
     given = {name: value for name, value in record["parameters"].items() if name in specs()}
     sized = Parameters.from_values(given | {"vocab_size": check(corpus["vocab_size"])}, {})
     raise_problems(Parameters.from_values(given, {}).problems() + sized.problems())
     row |= given | {"n_parameters": sized.model.n_parameters}
-    # Earlier versions kept no parts of a run.
-    row["resumed"] = len(record.get("parts", [])) > 1 or RESUMED in record["origins"].values()
+    # A resume that took no step wrote the results again. Earlier versions kept no parts of a run.
+    took_steps = any(part["step"] < (row["step"] or 0) for part in record.get("parts", [])[1:])
+    row["resumed"] = took_steps or RESUMED in record["origins"].values()
     row["text"], row["text_sha256"] = text_name(corpus["path"]), str(corpus["sha256"])
     if held_out := corpus.get("held_out"):
         row["val_text"], row["val_sha256"] = text_name(held_out["path"]), str(held_out["sha256"])

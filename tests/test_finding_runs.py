@@ -176,7 +176,11 @@ def test_latest_is_the_newest_run_if_none_was_interrupted(workdir):
         find_interrupted("runs", print)
     a_run("2026-11-25_001", done=4)
     newest = a_run("2026-11-25_002", done=4)
-    assert find_interrupted("runs", print) == newest
+    said: list[str] = []
+    assert find_interrupted("runs", said.append) == newest
+    assert [line.partition(":")[0] for line in said] == [
+        "no run was interrupted; 2026-11-25_002 is done already"
+    ]
     a_run("2026-11-25_003").joinpath("artifacts/checkpoints/step_000000004.safetensors").unlink()
     assert find_interrupted("runs", print) == newest
 
@@ -189,6 +193,26 @@ def test_resume_says_which_run_it_takes(text_file, train):
     result = train("--resume", "latest")
     assert result.code == 0
     assert result.out.startswith(f"going on with {first}, the newest that was interrupted: {second.name} is")
+
+
+def test_resume_of_a_run_that_is_done_says_so(text_file, train, compare):
+    assert train(*TRAIN).code == 0
+    (run,) = list_runs("runs")
+    (run / "eval/report.html").unlink()
+    told = (
+        f"no run was interrupted; {run.name} is done already: without further steps, its results are written"
+    )
+    for flags in ([], ["--finish"]):
+        result = train("--resume", "latest", *flags)
+        assert (result.code, result.err) == (0, "")
+        assert result.out.startswith(f"{told} again\n")
+        (row,) = json.loads(compare("--json").out)
+        assert (row["state"], row["resumed"], row["step"]) == ("done", False, 6)
+    assert (run / "eval/report.html").exists()
+    assert told not in train("--resume", run).out
+    assert train("--resume", "latest", "--max-iters", 8).code == 0
+    (row,) = json.loads(compare("--json").out)
+    assert (row["state"], row["resumed"], row["step"]) == ("done", True, 8)
 
 
 LOOKS = ["--sample-interval", 1, "--embedding-interval", 1]  # each writes a file in the run's directory

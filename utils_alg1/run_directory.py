@@ -194,7 +194,7 @@ def find_run(runs_dir: str | Path, name: str = "latest") -> Path:
 def find_interrupted(runs_dir: str | Path, say: Callable[[str], None]) -> Path:
     """Return the newest run with a checkpoint that was interrupted, or else the newest that has one.
 
-    Where others have started since, say so. Raises Alg1Error if there is no run.
+    Where others have started since, or it is done, say so. Raises Alg1Error if there is no run.
     """
     runs = existing_runs(runs_dir)
     saved = [run for run in runs if checkpoint_paths(RunFolder(run).checkpoint_dir)] or runs
@@ -204,6 +204,9 @@ def find_interrupted(runs_dir: str | Path, say: Callable[[str], None]) -> Path:
                 state = "is done" if is_done(RunFolder(saved[-1])) else "is in use by another process"
                 say(f"going on with {run}, the newest that was interrupted: {saved[-1].name} {state}")
             return run
+    if is_done(RunFolder(saved[-1])):
+        again = "without further steps, its results are written again"
+        say(f"no run was interrupted; {saved[-1].name} is done already: {again}")
     return saved[-1]
 
 
