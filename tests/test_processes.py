@@ -486,7 +486,7 @@ def test_torchrun_saves_at_a_signal_resumes_and_ends_when_a_process_is_killed(fo
         text = job.communicate(timeout=AT_ONCE)[0]
         assert job.returncode == 1
         assert time.monotonic() - began < AT_ONCE
-    assert "error: another process of this run has ended" in text
+    assert "error: another process of this run has ended" in text, text
 
 
 # --- the parts ----------------------------------------------------------------------------------------
