@@ -805,7 +805,7 @@ def test_a_run_in_use_cannot_be_resumed(place, train, monkeypatch):
         result = train("--data", "text.txt", "--resume", "latest")
         assert snapshot(place) == before
     assert result.code == 2
-    assert result.err == report(f"{path} is in use by another process", "wait for it, or start a new run")
+    assert result.err == report(f"{path} is in use by another process", "wait for it, or end it")
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, function: str, ending: str, number: int) -> None:

@@ -97,7 +97,7 @@ def test_a_second_signal_of_another_kind_in_the_middle_of_a_save(reference, tmp_
 
 
 # On a busy machine.
-SLOW = "did not close within 20 seconds; a resume, or compare.py --send-to, sends the missing curves\n"
+SLOW = "did not close within 20 seconds; a resume sends the missing curves, and so does: python compare.py "
 
 
 def with_few_threads(
@@ -131,7 +131,7 @@ def with_few_threads(
     where = f"ulimit -u: {n}" if is_told else "of the system or its container"
     reason = f"the limit on threads and processes is reached ({where})\n"
     warnings = [line for line in output.splitlines(keepends=True) if line.startswith("warning: ")]
-    assert all(line.endswith((f": {reason}", SLOW)) for line in warnings), warnings
+    assert all(line.endswith(f": {reason}") or SLOW in line for line in warnings), warnings
     # Told of a limit, a tracker is only started where there is room for what it may need.
     if n == 1 or (is_told and "threads" in of and n < ENOUGH):
         assert "warning: TensorBoard is switched off, training continues: the limit" in output

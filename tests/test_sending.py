@@ -172,8 +172,11 @@ def test_what_cannot_be_sent_is_one_line_and_makes_nothing(run, compare, workdir
     assert refused("none", "--send-to", "aim") == "error: none: no such run in runs, and no run directory"
     with lock_run(run.path):
         assert refused("--send-to", "aim") == f"error: {run.path} is in use by another process"
+        assert compare("--send-to", "aim").err.endswith("\nhint: wait for it, or end it\n")
     run.metrics_path.write_bytes(b"{\n" + metrics)
     assert refused("--send-to", "aim") == f"error: {run.metrics_path}: a row is damaged"
+    resume = f"continue there: python train.py --resume {run.path}\n"
+    assert compare("--send-to", "aim").err.endswith(resume)
     run.metrics_path.write_bytes(b"")
     assert refused("--send-to", "aim") == f"error: {run.metrics_path} has no rows to send"
     run.metrics_path.write_bytes(metrics)

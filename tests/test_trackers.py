@@ -49,7 +49,7 @@ from utils_alg1.utils_run_manager import create_run
 
 LOOKS = ("histogram", "activation", "attention", "embedding", "sample")
 NO_LOOKS = [f"--{look}-interval=0" for look in LOOKS]
-REMEDY = "a resume, or compare.py --send-to, sends the missing curves"
+REMEDY = "a resume sends the missing curves, and so does: python compare.py "
 RUN_TINY = ["--data", "text.txt", *TINY, "--quiet"]
 
 
@@ -908,7 +908,10 @@ def behind(tmp_path, monkeypatch):
         assert tracker.ready.wait(30)
         wait_until(lambda: tracker.left)
         trackers = Trackers(MetricsFile(path), {"x": tracker})
-        return types.SimpleNamespace(trackers=trackers, tracker=tracker, slow=slow, warnings=warnings)
+        run_dir = path.parent.parent
+        return types.SimpleNamespace(
+            run_dir=run_dir, trackers=trackers, tracker=tracker, slow=slow, warnings=warnings
+        )
 
     return start
 
@@ -940,7 +943,7 @@ def test_a_run_that_is_stopped_leaves_the_rest_to_the_next_resume_which_goes_on_
     assert first.slow.calls[-1] == ("close",)  # it is not killed
     (warning,) = first.warnings
     assert warning.startswith(f"X lacks the steps from {synced} on: it did not close within ")
-    assert warning.endswith(f"; {REMEDY}")
+    assert warning.endswith(f"; {REMEDY}{first.run_dir} --send-to x")
     second = behind(synced)
     second.trackers.patient = True
     second.trackers.close()
@@ -1169,8 +1172,11 @@ def test_wherever_a_tracker_crashes_it_is_one_warning(place, workdir, fake_tenso
 def test_wherever_a_tracker_hangs_it_is_one_warning(place, workdir, fake_tensorboard, short_timeouts):
     fake_tensorboard(place, hang)
     lacks = "lacks the whole run" if place == "SummaryWriter" else "may lack the end of the run"
-    reason = f"{lacks}: it did not close within 0 seconds; {REMEDY}"
-    assert open_and_log("TensorBoard", workdir) == (-9, [f"TensorBoard {reason}"])
+    to_send = f"{REMEDY}{workdir}/runs/{{}} --send-to tensorboard"
+    reason = f"{lacks}: it did not close within 0 seconds; {to_send}"
+    code, warnings = open_and_log("TensorBoard", workdir)
+    (run,) = list_runs(workdir / "runs")
+    assert (code, warnings) == (-9, [f"TensorBoard {reason.format(run.name)}"])
 
 
 def test_a_tracker_that_raises_and_then_hangs_is_still_one_warning(
@@ -1259,7 +1265,7 @@ def test_the_threads_and_exit_hooks_of_a_tracker_hold_up_nobody(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    reason = f"it did not close within 0 seconds; {REMEDY}"
+    reason = f"it did not close within 0 seconds; {REMEDY}. --send-to true"
     assert done.stdout == f"True lacks the whole run: {reason}\n"
 
 
@@ -1282,7 +1288,9 @@ def test_a_signal_while_a_run_waits_for_a_tracker_goes_without_it(number, text_f
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert err == f"warning: TensorBoard lacks the whole run: it was not waited for; {REMEDY}\n"
+    (run,) = list_runs("runs")
+    to_send = f"{REMEDY}{run} --send-to tensorboard"
+    assert err == f"warning: TensorBoard lacks the whole run: it was not waited for; {to_send}\n"
     assert "\nreached   step " in out and "\na sample:\n" in out
 
 

@@ -247,7 +247,7 @@ def lock_run(path: Path, timeout: float = LOCK_TIMEOUT) -> RunDirectory:
 
     Raises Alg1Error with exit code 2 if another process holds it, and 4 if the file system refuses.
     """
-    in_use = Alg1Error(f"{path} is in use by another process", "wait for it, or start a new run")
+    in_use = Alg1Error(f"{path} is in use by another process", "wait for it, or end it")
     return RunDirectory(path, take_lock(path / LOCK_NAME, timeout, in_use, NO_LOCKS_HINT))
 
 

@@ -26,7 +26,9 @@ from typing import Any
 
 from utils_alg1.base.errors import describe
 from utils_alg1.base.guard import Guard
+from utils_alg1.base.scripts import command
 from utils_alg1.base.summaries import Kind
+from utils_alg1.base.text import shell_quote
 from utils_alg1.base.threads import enough_threads, thread_limit
 from utils_alg1.console.signals import block_signals
 from utils_alg1.tracking import tracker_process
@@ -72,6 +74,7 @@ class BackgroundTracker:
         self.left, self.answer_time = 0.0, 0.0
         self.ready, self.ended = threading.Event(), threading.Event()
         self._guard = Guard(name, warn)
+        self._run_dir = metrics_path.parent.parent
         self._calls: queue.Queue[Call] = queue.Queue(QUEUE_SIZE)
         self._leaves = False
         self._has_run = flushed_step > 0  # whether the run is there, maybe without its end
@@ -94,7 +97,7 @@ class BackgroundTracker:
         self._connection, theirs = context.Pipe()
         with theirs, block_signals(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # forking while PyTorch's threads sleep
-            arguments = (theirs, self.name, create, metrics_path)
+            arguments = (theirs, self.name, create, metrics_path.absolute())  # whatever changes the folder
             self._process = context.Process(target=run_tracker, args=arguments)
             # Process.start() flushes the standard streams, which fails if their reader is gone.
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -194,8 +197,9 @@ class BackgroundTracker:
             self._leaves = True
             self.ended.wait(min(LEAVE_SECONDS, tracker_process.TIMEOUT))
             lacks = f"lacks the steps from {self.flushed_step} on"
+        sends = f"{command('compare.py')} {shell_quote(str(self._run_dir))} --send-to {self.name.lower()}"
         self._guard.disable(
-            f"{self.name} {lacks}: {reason}; a resume, or compare.py --send-to, sends the missing curves"
+            f"{self.name} {lacks}: {reason}; a resume sends the missing curves, and so does: {sends}"
         )
         self._process.kill()
         with contextlib.suppress(queue.Full):

@@ -17,6 +17,7 @@ from utils_alg1.base.errors import Alg1Error
 from utils_alg1.base.files import make_folder, read_json_object
 from utils_alg1.base.scripts import command
 from utils_alg1.base.summaries import Tracker
+from utils_alg1.base.text import shell_quote
 from utils_alg1.run_directory import RunDirectory, RunFolder, lock_run
 from utils_alg1.tracking.aim_record import REPOSITORY, find_repo, original_of, read_record
 from utils_alg1.tracking.metrics_file import RowReader, read_metrics
@@ -94,7 +95,8 @@ def _check_rows(run: RunDirectory) -> tuple[int, int]:
         for row in read_metrics(run.metrics_path, strict=True):
             n_rows, step = n_rows + 1, int(row["step"])
     except ValueError as error:
-        hint = f"{command('train.py')} --resume cuts it back to its newest checkpoint and continues there"
+        resume = f"{command('train.py')} --resume {shell_quote(str(run.path))}"
+        hint = f"to cut it back to the newest checkpoint, and continue there: {resume}"
         raise Alg1Error(str(error), hint) from error
     if not n_rows:
         raise Alg1Error(f"{run.metrics_path} has no rows to send", "send a run that has trained")

@@ -123,7 +123,7 @@ def start_trackers(
     with contextlib.closing(
         Trackers(MetricsFile(run.metrics_path), background, SamplesFile(run.samples_path))
     ) as trackers:
-        start = partial(BackgroundTracker, warn=warn, metrics_path=run.metrics_path.absolute())
+        start = partial(BackgroundTracker, warn=warn, metrics_path=run.metrics_path)
         try:
             if params.train.aim:
                 run_hash, flushed_step = aim_state.get("run"), aim_state.get("synced", 0)
