@@ -341,6 +341,19 @@ def test_each_interval_decides_when_its_own_is_logged(observe, name, what):
     assert others == result.warnings == []
 
 
+def test_attention_and_embeddings_are_logged_at_the_end_of_a_run_too(observe):
+    def end_at_3(trainer):
+        trainer.config.max_iters = 3
+
+    views = [("attention", 1), ("token_embeddings",)]
+    logged = observe(all_intervals(100), 3, end_at_3).logged
+    assert [entry for entry in logged if entry[1:] in views] == [(s, *view) for s in (0, 3) for view in views]
+    assert [entry for entry in logged if entry[0] == 3 and entry[1:] not in views] == []
+    logged = observe(all_intervals(1), 3, end_at_3).logged
+    assert [entry[0] for entry in logged if entry[1:] == views[0]] == [0, 1, 2, 3]
+    assert not any(entry[1:] in views for entry in observe(all_intervals(0), 3, end_at_3).logged)
+
+
 def test_with_every_interval_at_0_there_is_nothing_but_the_loss(observe, monkeypatch):
     monkeypatch.setattr(Clock, "exclude_from_speed", lambda _: pytest.fail("looked"))
     result = observe(all_intervals(0), 3)

@@ -300,6 +300,38 @@ def test_values_out_of_range_are_taken_as_their_limits(folder, browser):
 
 
 @needs_chromium
+def test_the_fields_show_the_values_that_are_used(folder, browser):
+    browser.open(folder / "reference.html")
+    names = ("temperature", "top-k", "length", "seed")
+    shown = f"{json.dumps(names)}.map(name => document.getElementById('play-' + name).value)"
+    defaults = browser.evaluate(shown)
+    assert defaults == ["0.8", "", "500", "1"]
+    expected = draw(browser, prompt="No")
+    assert draw(browser, length="", temperature="", seed="", top_k="") == expected
+    assert browser.evaluate(shown) == defaults
+    draw(browser, length=-5, temperature=-5, seed=-5, top_k=0)
+    assert browser.evaluate(shown) == ["0", "1", "1", "0"]
+    draw(browser, length=2.6, temperature=0.25, seed=5e9, top_k=2.4)
+    assert browser.evaluate(shown) == ["0.25", "2", "3", "4294967295"]
+
+
+@needs_chromium
+def test_a_long_text_scrolls_in_its_own_place_to_its_end(folder, browser):
+    browser.open(folder / "reference.html")
+    draw(browser, prompt="To be or not\n" * 2000, length=3000, temperature=1)
+    text = "document.querySelector('#play-text pre')"
+    assert browser.evaluate(f"{text}.clientHeight < 600 && {text}.scrollHeight > 10_000")
+    assert browser.evaluate(f"{text}.scrollTop + {text}.clientHeight > {text}.scrollHeight - 4")
+
+
+@needs_chromium
+def test_a_small_probability_is_not_shown_as_none(folder, browser):
+    browser.open(folder / "reference.html")
+    found = browser.evaluate("[0, 1e-9, 0.00049, 0.0005, 0.0123, 0.5, 1].map(percent)")
+    assert found == ["< 0.1 %", "< 0.1 %", "< 0.1 %", "0.1 %", "1.2 %", "50 %", "100 %"]
+
+
+@needs_chromium
 def test_hover_and_keys_choose_whose_attention_is_shown(folder, browser):
     browser.open(folder / "reference.html")
     text, model = "Who goes", build("reference")

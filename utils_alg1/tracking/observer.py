@@ -40,6 +40,7 @@ from utils_alg1.training.trainer import Trainer
 OBSERVED_TOKENS = 1024  # the model is run on so many tokens of a validation batch, or on one sequence
 ATTENTION_TOKENS = 256  # of which attention is shown, at most
 SAMPLE_LENGTH = 200  # characters
+AT_THE_END: tuple[Kind, ...] = ("images", "embedding")  # views whose intervals may be longer than a run
 
 View = Callable[[BigramLanguageModel, Tensor], Any]  # computes what is logged, from tokens (B, T)
 
@@ -154,7 +155,7 @@ class Observer:
         self._log_view(step, self._config.histogram_interval, "histograms", lambda m, _: model_histograms(m))
 
     def log_model(self, step: int) -> None:
-        """Log the model as it is after `step` updates, and the training speed."""
+        """Log the model as it is after `step` updates, and the training speed; some views also at the end."""
         if due(step, self._config.speed_interval):
             speed = self._trainer.clock.speed("metric", step)
             if speed is not None:
@@ -163,7 +164,8 @@ class Observer:
             self._log_view(step, *view)
 
     def _log_view(self, step: int, interval: int, kind: Kind, view: View) -> None:
-        if due(step, interval) and self.trackers.keeps(kind):
+        is_last = interval > 0 and self._trainer.finished and kind in AT_THE_END
+        if (is_last or due(step, interval)) and self.trackers.keeps(kind):
             with self._trainer.clock.exclude_from_speed():
                 self._guard.attempt(lambda: self.trackers.log(kind, self._look(view), step))
 

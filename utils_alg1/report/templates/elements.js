@@ -12,6 +12,7 @@ function add(parent, name, attributes = {}, text = "") {
 
 /** Returns a probability as a percentage. */
 function percent(probability) {
+  if (probability < 0.0005) return "< 0.1 %";
   return `${(100 * probability).toFixed(probability < 0.0995 ? 1 : 0)} %`;
 }
 

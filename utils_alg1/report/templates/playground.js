@@ -30,11 +30,16 @@ function showProbabilities(list, vocabulary, probabilities) {
   }
 }
 
-/** Returns the number in an input, within its limits; `otherwise` if there is none. */
-function numberIn(input, otherwise) {
-  const value = input.valueAsNumber;
-  if (Number.isNaN(value)) return otherwise;
-  return Math.min(Math.max(value, Number(input.min)), input.max === "" ? Infinity : Number(input.max));
+/**
+ * Returns the number in an input, within its limits and whole if its steps are; without a number its default, which may
+ * be undefined. The input shows what is returned.
+ */
+function numberIn(input) {
+  const typed = Number.isNaN(input.valueAsNumber) ? input.defaultValue : input.value;
+  const limited = Math.min(Math.max(Number(typed), Number(input.min)), input.max === "" ? Infinity : Number(input.max));
+  const number = input.step === "1" ? Math.round(limited) : limited;
+  input.value = typed === "" ? "" : number;
+  return typed === "" ? undefined : number;
 }
 
 function startPlayground({ config, vocabulary, default_prompt: defaultPrompt, ...rest }) {
@@ -97,15 +102,16 @@ function startPlayground({ config, vocabulary, default_prompt: defaultPrompt, ..
     page.status.textContent = "";
     text = add(page.text, "pre", { dir: "auto", "aria-label": "your text and its continuation" });
     add(text, "b", {}, visible(decode(tokens)));
+    text.scrollTop = text.scrollHeight;
     held = "";
     job++;
     setDrawing(true);
     worker.postMessage({
       ...{ kind: "generate", job, tokens: typed() },
-      length: Math.round(numberIn(page.length, 500)),
-      temperature: numberIn(page.temperature, 1),
-      topK: Math.round(numberIn(page["top-k"], vocabulary.length)),
-      seed: numberIn(page.seed, 0),
+      length: numberIn(page.length),
+      temperature: numberIn(page.temperature),
+      topK: numberIn(page["top-k"]) ?? vocabulary.length,
+      seed: numberIn(page.seed),
     });
   }
 
@@ -119,7 +125,9 @@ function startPlayground({ config, vocabulary, default_prompt: defaultPrompt, ..
     if (data.kind === "drawn" && data.job === job) {
       const drawn = held + decode(data.tokens);
       held = drawn.endsWith("\r") && !data.done ? "\r" : "";
+      const atEnd = text.scrollTop + text.clientHeight > text.scrollHeight - 4; // else it is being read above
       text.append(visible(drawn.slice(0, drawn.length - held.length)));
+      if (atEnd) text.scrollTop = text.scrollHeight;
       if (data.done) setDrawing(false);
     }
     if (data.kind === "failed" && data.job === job) {
