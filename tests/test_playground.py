@@ -525,6 +525,7 @@ def test_sixteen_bits_hold_zeros_and_numbers_of_all_sizes():
         (["--page", "text.txt"], "--page text.txt: this file is not a page of a model"),
         (["--page", "no/p.html"], "--page no/p.html: there is no folder no"),
         (["--page", "."], "--page .: this is a folder"),
+        (["--page", "-"], "--page -: a page of a model is not written to standard output"),
         (["--page", "p.html", "--prompt", "a"], "not allowed with argument"),
         (["--page", "p.html", "--seed", "3"], "--page draws no text: leave --seed out"),
         (["--page", "p.html", "--device", "cpu"], "--page draws no text: leave --device out"),

@@ -29,11 +29,11 @@ from parameters import specs
 from utils import Tokenizer
 from utils_alg1.base import text as text_module
 from utils_alg1.base.files import write_or_warn
-from utils_alg1.base.text import without_controls
+from utils_alg1.base.text import format_number, without_controls
 from utils_alg1.report import page as page_module
 from utils_alg1.report import pictures as pictures_module
 from utils_alg1.report.baselines import count_baselines
-from utils_alg1.report.page import MAX_POINTS, build_page, downsample
+from utils_alg1.report.page import MAX_POINTS, build_page, downsample, resumes
 from utils_alg1.report.rendering import source
 from utils_alg1.run_directory import list_runs
 from utils_alg1.tracking.metrics_file import read_curves
@@ -270,6 +270,24 @@ def test_the_loss_picture_has_the_losses_of_counting_and_where_the_run_was_resum
     assert [text.get_position()[1] for text in axes.texts] == [4.1744, 3.3]
     assert [set(line.get_xdata()) for line in upright] == [{4}, {7}]
     assert [text.get_text() for text in axes.get_legend().get_texts()][2:] == ["val", "resumed"]
+
+
+def test_a_step_that_a_run_was_resumed_at_is_one_mark_and_its_end_is_none():
+    parts = [{"step": step, "command": c} for step, c in ((0, "a"), (4, "b"), (4, "c"), (6, "d"), (8, "e"))]
+    assert resumes({"parts": parts}, 8) == [
+        (4, "resumed", "resumed at step 4: b; c"),
+        (6, "resumed", "resumed at step 6: d"),
+    ]
+    assert resumes({}, 8) == resumes({"parts": parts[:1]}, 8) == []
+
+
+def test_a_text_of_one_character_has_losses_of_zero():
+    tokens = np.zeros(50, np.uint8)
+    found = count_baselines(tokens, tokens, 1, 8)
+    assert [math.copysign(1, loss) for loss in (found.uniform, found.unigram, found.bigram)] == [1, 1, 1]
+    assert [format_number(loss) for loss in (found.unigram, -0.0, -1e-9, -0.5)] == [
+        *("0.0000", "0.0000", "0.0000", "-0.5000")
+    ]
 
 
 def test_the_loss_picture_holds_what_the_font_lacks_and_what_looks_like_mathematics(

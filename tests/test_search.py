@@ -1167,3 +1167,15 @@ def test_a_logarithmic_axis_has_plain_numbers(limits, labels):
     results_module.set_ticks(axes)
     shown = [axes.xaxis.get_major_formatter()(tick, 0) for tick in axes.get_xticks()]
     assert shown == labels and len(axes.get_xticks(minor=True)) == 0
+
+
+def test_the_colour_bar_of_the_trials_has_whole_numbers():
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 2)), ax=figure.add_subplot())
+    assert any(tick % 1 for tick in bar.ax.get_yticks())
+    results_module.set_ticks(bar.ax)
+    assert bar.ax.get_yticks().tolist() == [0, 1, 2]

@@ -111,6 +111,8 @@ def check_target(flag: str, name: str, kind: str, is_kind: Callable[[Path], bool
         Alg1Error: it cannot (exit code 4 if the file system refuses).
     """
     path = Path(name).absolute()
+    if name == "-":
+        raise Alg1Error(f"{flag} -: {kind} is not written to standard output", "name a file")
     if not path.parent.is_dir():
         raise Alg1Error(f"{flag} {name}: there is no folder {Path(name).parent}", "create it")
     if path.is_dir():

@@ -12,7 +12,7 @@ from utils_alg1.base.plotting import import_matplotlib
 GRID_SIZE = 800  # pixels along a side, about
 TILE_SIZES = 64, 384  # pixels along the side of a square, at least and at most
 GAP, GAP_GREY, TEXT_GREY = 4, 96, 220  # pixels between squares, and shades from 0 to 255
-LINE_HEIGHT, FONT_SIZE = 28, 20  # pixels; trackers show pictures at about half their size
+LINE_HEIGHT, FONT_SIZE = 46, 36  # pixels, at most; TensorBoard shows pictures at about 0.4 of their size
 CAPTION = "rows: queries, columns: keys"
 
 LABEL_SIDE, LABEL_COLOUR = 48, (40, 40, 120, 255)  # pixels, and red, green, blue, opacity
@@ -33,6 +33,9 @@ def draw_grid(weights: np.ndarray, row_name: str, column_name: str) -> np.ndarra
     tiles = _resize(np.nan_to_num(weights), min(max(GRID_SIZE // max(n_rows, n_columns), smallest), largest))
     side = tiles.shape[-1]
     font = ImageFont.load_default(FONT_SIZE)
+    widest = font.getlength(f"{column_name} {n_columns - 1}")
+    if widest > side:
+        font = ImageFont.load_default(FONT_SIZE * side / widest)
     labels = [f"{row_name} {i}" for i in range(n_rows)]
     left = GAP + round(max(font.getlength(label) for label in labels)) + GAP
     width = max(left + n_columns * (side + GAP), round(font.getlength(CAPTION)) + 2 * GAP)
@@ -46,7 +49,7 @@ def draw_grid(weights: np.ndarray, row_name: str, column_name: str) -> np.ndarra
     for j in range(n_columns):
         middle = left + j * (side + GAP) + side // 2
         draw.text((middle, LINE_HEIGHT // 2), f"{column_name} {j}", TEXT_GREY, font, anchor="mm")
-    draw.text((left, picture.height - LINE_HEIGHT // 2), CAPTION, TEXT_GREY, font, anchor="lm")
+    draw.text((GAP, picture.height - LINE_HEIGHT // 2), CAPTION, TEXT_GREY, font, anchor="lm")
     return np.asarray(picture)
 
 

@@ -73,7 +73,7 @@ def format_number(value: float | None, decimals: int = 4) -> str:
     if abs(value) >= EXPONENT_THRESHOLD:
         return f"{value:.3g}"
     integer_digits = len(f"{abs(value):.0f}")
-    return f"{value:.{max(0, min(decimals, MAX_DIGITS - integer_digits))}f}"
+    return f"{value:z.{max(0, min(decimals, MAX_DIGITS - integer_digits))}f}"  # z: no -0.0000
 
 
 def format_count(n: int, noun: str) -> str:

@@ -53,7 +53,7 @@ def count_baselines(train: np.ndarray, val: np.ndarray, vocab_size: int, block_s
     places = np.searchsorted(pairs, x * V + y).clip(max=len(pairs) - 1)
     found = np.where(pairs[places] == x * V + y, pair_counts[places], 0)
     bigram = smooth(found, totals[x], kinds[x], unigram[y])  # (m,)
-    unigram_loss, bigram_loss = (float(-np.log(p).mean()) for p in (unigram[y], bigram))
+    unigram_loss, bigram_loss = (float(0 - np.log(p).mean()) for p in (unigram[y], bigram))
     return Baselines(float(np.log(V)), unigram_loss, bigram_loss, len(after))
 
 

@@ -50,7 +50,7 @@ def write_report(run: RunDirectory, trainer: Trainer, samples: list[str], consol
 
     def write_loss(path: Path) -> None:
         final, record = read_json_object(run.final_path), read_json_object(run.record_path)
-        steps = [step for step, *_ in resumes(record)]
+        steps = [step for step, *_ in resumes(record, final["steps"])]
         pictures.draw_loss_curve(run.metrics_path, path, run.run_id, baselines(final), steps)
 
     def write_attention(path: Path) -> None:
@@ -118,7 +118,7 @@ def build_page(
         curves={name: downsample(points) for name, points in curves.items()},
         baselines=baselines(final),
         references=list(in_view(baselines(final), curves).items()),
-        marks=resumes(record),
+        marks=resumes(record, final["steps"]),
         opening="" if held_out is None else playground.opening(tokenizer.decode(held_out.tolist())),
         held_out=None if held_out is None else playground.surprise(weights, held_out),
         page_command=f"{command('inference.py')} --run {shell_quote(str(run_dir))} --page playground.html",
@@ -139,10 +139,16 @@ def baselines(final: dict[str, Any]) -> dict[str, float]:
     return {name: final[f"{name}_loss"] for name in NAMES}
 
 
-def resumes(record: dict[str, Any]) -> list[tuple[int, str, str]]:
-    """Return where a run was resumed: the step, its label in a chart, and what it says of it."""
-    parts = record.get("parts", [])[1:]
-    return [(p["step"], "resumed", f"resumed at step {p['step']}: {p['command']}") for p in parts]
+def resumes(record: dict[str, Any], steps: int) -> list[tuple[int, str, str]]:
+    """Return where a run of so many steps was resumed: the step, its label in a chart, and a text on it.
+
+    At the last step no training was resumed: the results were written again, or by --finish.
+    """
+    commands: dict[int, list[str]] = {}
+    for part in record.get("parts", [])[1:]:
+        if part["step"] < steps:
+            commands.setdefault(part["step"], []).append(part["command"])
+    return [(step, "resumed", f"resumed at step {step}: {'; '.join(c)}") for step, c in commands.items()]
 
 
 def stages(run: RunFolder, losses: dict[float, float]) -> list[tuple[int, float | None, str]]:

@@ -29,6 +29,7 @@ ATTENTION_DPI, MAX_PIXELS = 120, 3000  # along a side, about: many squares have 
 # For the characters; one that none of those installed has is drawn as an empty box.
 FONTS = ("DejaVu Sans Mono", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Arial Unicode MS")
 BACKGROUND, FOREGROUND = "#111318", "#c9ccd3"  # readable on a light page and on a dark one
+LEGIBLE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind a text, on lines
 
 
 def draw_loss_curve(
@@ -67,7 +68,8 @@ def draw_loss_curve(
         axes.axhline(loss, color="0.35", linewidth=1, linestyle="--")
         across = axes.get_yaxis_transform()  # x from 0 to 1
         label = f"{name} {loss:.2f}"
-        axes.text(0.995, loss, label, ha="right", va="bottom", fontsize=8, color="0.35", transform=across)
+        style = {"fontsize": 8, "color": "0.35", "transform": across, "bbox": LEGIBLE}
+        axes.text(0.995, loss, label, ha="right", va="bottom", **style)
     for i, step in enumerate(resumed):
         axes.axvline(step, color="0.5", linewidth=1, linestyle=":", label=None if i else "resumed")
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)

@@ -167,9 +167,14 @@ def write_preset(path: Path, study: str, plan: Plan, best: FrozenTrial) -> None:
 
 
 def set_ticks(axes: Axes) -> None:
-    """Label a logarithmic axis with plain numbers, at least two and so few that they do not overlap."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    """Label a logarithmic axis with plain numbers, at least two and so few that they do not overlap.
 
+    A colour bar, which tells the numbers of the trials, has whole numbers.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    if axes.get_label() == "<colorbar>":
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_xscale() != "log":
         return
     low, high = axes.get_xlim()
