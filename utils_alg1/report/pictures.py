@@ -29,7 +29,6 @@ ATTENTION_DPI, MAX_PIXELS = 120, 3000  # along a side, about: many squares have 
 # For the characters; one that none of those installed has is drawn as an empty box.
 FONTS = ("DejaVu Sans Mono", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Arial Unicode MS")
 BACKGROUND, FOREGROUND = "#111318", "#c9ccd3"  # readable on a light page and on a dark one
-LEGIBLE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind a text, on lines
 
 
 def draw_loss_curve(
@@ -49,6 +48,7 @@ def draw_loss_curve(
     """
     import_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     curves = read_curves(metrics_path)
     if "loss/val" not in curves:
@@ -68,8 +68,8 @@ def draw_loss_curve(
         axes.axhline(loss, color="0.35", linewidth=1, linestyle="--")
         across = axes.get_yaxis_transform()  # x from 0 to 1
         label = f"{name} {loss:.2f}"
-        style = {"fontsize": 8, "color": "0.35", "transform": across, "bbox": LEGIBLE}
-        axes.text(0.995, loss, label, ha="right", va="bottom", **style)
+        text = axes.text(0.995, loss, label, ha="right", va="bottom", fontsize=8, transform=across)
+        text.set(color="0.35", path_effects=[withStroke(linewidth=2, foreground="white")])  # legible on lines
     for i, step in enumerate(resumed):
         axes.axvline(step, color="0.5", linewidth=1, linestyle=":", label=None if i else "resumed")
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)
