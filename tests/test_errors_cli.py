@@ -575,7 +575,7 @@ def test_a_run_with_damaged_checkpoints_only_says_what_is_left(run, train):
     checkpoints = sorted((run / "artifacts/checkpoints").iterdir())
     for path in checkpoints:
         path.write_bytes(flip_last_bit(path.read_bytes()))
-    result = train("--resume", "latest")
+    result = train("--resume", run)
     assert (result.code, result.out) == (2, "")
     *warnings, error, hint = result.err.splitlines()
     assert warnings == [
@@ -595,7 +595,7 @@ def test_a_run_with_damaged_checkpoints_only_says_what_is_left(run, train):
 )
 def test_the_options_of_a_model_stay_with_it(run, train, flags, changes):
     before = snapshot(Path())
-    result = train("--resume", "latest", *flags.split())
+    result = train("--resume", run, *flags.split())
     command = f"python train.py --config {run}/meta/full_config.json {flags.replace(' rotary', '=rotary')}"
     hint = f"leave {'them' if ';' in changes else 'it'} out, or train another model: {command}"
     expected = report(f"the run cannot be resumed with other values: {changes}", hint)

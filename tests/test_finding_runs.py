@@ -178,9 +178,7 @@ def test_latest_is_the_newest_run_if_none_was_interrupted(workdir):
     newest = a_run("2026-11-25_002", done=4)
     said: list[str] = []
     assert find_interrupted("runs", said.append) == newest
-    assert [line.partition(":")[0] for line in said] == [
-        "no run was interrupted; 2026-11-25_002 is done already"
-    ]
+    assert said == ["no run was interrupted; the latest, 2026-11-25_002, is done"]
     a_run("2026-11-25_003").joinpath("artifacts/checkpoints/step_000000004.safetensors").unlink()
     assert find_interrupted("runs", print) == newest
 
@@ -199,13 +197,11 @@ def test_resume_of_a_run_that_is_done_says_so(text_file, train, compare):
     assert train(*TRAIN).code == 0
     (run,) = list_runs("runs")
     (run / "eval/report.html").unlink()
-    told = (
-        f"no run was interrupted; {run.name} is done already: without further steps, its results are written"
-    )
+    told = f"no run was interrupted; the latest, {run.name}, is done"
     for flags in ([], ["--finish"]):
         result = train("--resume", "latest", *flags)
         assert (result.code, result.err) == (0, "")
-        assert result.out.startswith(f"{told} again\n")
+        assert result.out.startswith(f"{told}\n")
         (row,) = json.loads(compare("--json").out)
         assert (row["state"], row["resumed"], row["step"]) == ("done", False, 6)
     assert (run / "eval/report.html").exists()

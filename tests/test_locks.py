@@ -52,7 +52,7 @@ def test_a_run_is_resumed_nowhere_and_called_running_nowhere(text_file, train, s
     assert not in_use(run)
     said: list[str] = []
     assert find_interrupted("runs", said.append) == run
-    assert len(said) == 1 and "is done already" in said[0]
+    assert len(said) == 1 and "is done" in said[0]
     assert " done " in runner(compare.main, capsys)().out
     assert sample("--max-new-tokens", 1).code == 0
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before

@@ -160,7 +160,7 @@ def test_a_run_leaves_its_files_and_no_others(train, text_file):
     steps = {name for name in found if name.startswith("artifacts/checkpoints/")}
     expected_steps = {name for name in RUN_FILES if name.startswith("artifacts/checkpoints/")}
     assert found - shown - steps == (RUN_FILES | copies) - expected_steps
-    assert len(shown) == 5 and steps >= expected_steps
+    assert len(shown) == 6 and steps >= expected_steps
     assert (run / "meta/configs/train.yaml").read_text() == "seed: 7  # mine\n"
     assert (run / "meta/configs/model.json").read_text() == '{"n_layer": 2}'
     sizes = struct.unpack(">II", (run / "eval/loss.png").read_bytes()[16:24])

@@ -205,8 +205,7 @@ def find_interrupted(runs_dir: str | Path, say: Callable[[str], None]) -> Path:
                 say(f"going on with {run}, the newest that was interrupted: {saved[-1].name} {state}")
             return run
     if is_done(RunFolder(saved[-1])):
-        again = "without further steps, its results are written again"
-        say(f"no run was interrupted; {saved[-1].name} is done already: {again}")
+        say(f"no run was interrupted; the latest, {saved[-1].name}, is done")
     return saved[-1]
 
 
