@@ -47,6 +47,7 @@ def killed_without_fsync(reference: faults.Reference, number: int, index: int, f
     no_fsync = partial(without_fsync_of_folders, number)
     begin(folder, index, no_fsync)
     if not faults.checkpoints(folder):
+        reference.resume_and_check(folder)  # refused: there is nothing to resume from
         return
     assert faults.train_in_child(["--resume", "latest"], no_fsync) == 0
     reference.check(folder)
@@ -98,6 +99,7 @@ def test_killed_and_then_moved_to_where_no_file_can_be_locked(reference, tmp_pat
 def killed_and_copied(reference: faults.Reference, index: int, folder: Path) -> None:
     begin(folder, index)
     if not faults.checkpoints(folder):
+        reference.resume_and_check(folder)  # refused: there is nothing to resume from
         return
     run = faults.only_run(folder)
     copy = shutil.copytree(run, folder / "runs" / "copy")

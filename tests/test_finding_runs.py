@@ -167,7 +167,7 @@ def test_latest_resumes_the_newest_run_that_was_interrupted(workdir):
     assert find_interrupted("runs", said.append) == interrupted
     with lock_run(a_run("2026-11-25_004")):
         assert find_interrupted("runs", said.append) == interrupted
-    going_on = "going on with runs/2026-11-25_002, the newest that was interrupted: 2026-11-25_00"
+    going_on = "continuing runs/2026-11-25_002, the newest that was interrupted: 2026-11-25_00"
     assert said == [f"{going_on}3 is done", f"{going_on}4 is in use by another process"]
 
 
@@ -190,7 +190,7 @@ def test_resume_says_which_run_it_takes(text_file, train):
     (first / "eval/final.json").unlink()
     result = train("--resume", "latest")
     assert result.code == 0
-    assert result.out.startswith(f"going on with {first}, the newest that was interrupted: {second.name} is")
+    assert result.out.startswith(f"continuing {first}, the newest that was interrupted: {second.name} is")
 
 
 def test_resume_of_a_run_that_is_done_says_so(text_file, train, compare):
@@ -204,7 +204,7 @@ def test_resume_of_a_run_that_is_done_says_so(text_file, train, compare):
         assert result.out.startswith(f"{told}\n")
         (row,) = json.loads(compare("--json").out)
         assert (row["state"], row["resumed"], row["step"]) == ("done", False, 6)
-    assert (run / "eval/report.html").exists()
+    assert "<td>results written again at step 6</td>" in (run / "eval/report.html").read_text()
     assert told not in train("--resume", run).out
     assert train("--resume", "latest", "--max-iters", 8).code == 0
     (row,) = json.loads(compare("--json").out)

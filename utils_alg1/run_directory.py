@@ -202,7 +202,7 @@ def find_interrupted(runs_dir: str | Path, say: Callable[[str], None]) -> Path:
         if not is_done(RunFolder(run)) and not in_use(run):
             if run != saved[-1]:
                 state = "is done" if is_done(RunFolder(saved[-1])) else "is in use by another process"
-                say(f"going on with {run}, the newest that was interrupted: {saved[-1].name} {state}")
+                say(f"continuing {run}, the newest that was interrupted: {saved[-1].name} {state}")
             return run
     if is_done(RunFolder(saved[-1])):
         say(f"no run was interrupted; the latest, {saved[-1].name}, is done")

@@ -49,7 +49,7 @@ def _acquire(path: Path, timeout: float, hint: str) -> FileLock:
     """See `take_lock`. Raises filelock.Timeout if another process holds the lock."""
     from filelock import FileLock, Timeout
 
-    # Where there is no flock, an existing file would else be a lock, which stays when its process is killed.
+    # Where there is no flock, an existing file would count as a lock, and stay when its process is killed.
     lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
     try:
         lock.acquire()
